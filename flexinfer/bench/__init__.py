@@ -1,0 +1,1 @@
+"""The harness that compares systems: limits, baselines, cells and records. The engine never imports it."""
