@@ -1,0 +1,202 @@
+"""Read-only index of a safetensors checkpoint: which tensor lies where.
+
+A checkpoint is a directory with `config.json` and either `model.safetensors` or shards named by
+`model.safetensors.index.json`. Opening one reads the headers alone (a few KB a file) and checks every offset against
+the file, so that a damaged checkpoint is refused before memory is planned. The bytes themselves are read later, by
+`flexinfer.prefetch`, straight from the offsets found here: nothing is converted and no second copy is made.
+
+Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, JSON header, data).
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of a kind that cannot be run. Names the file and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where one tensor lies. `offset_bytes` counts from the start of `file`."""
+
+    name: str
+    file: Path
+    offset_bytes: int
+    nbytes: int
+    dtype: str  # safetensors' name of the type, such as "BF16"
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a checkpoint directory, by name."""
+
+    path: Path
+    tensors: dict[str, TensorSpec]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Index the checkpoint in directory `path`.
+
+        Raises CheckpointError when it is not a checkpoint, a shard is missing or truncated, a header lies about sizes
+        or overlaps, the index points outside the directory, or a tensor has a dtype that is not supported.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: no such directory; expected a Hugging Face checkpoint (config.json and *.safetensors)"
+            )
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: not a checkpoint: config.json is missing; save it with model.save_pretrained()"
+            )
+        if (path / INDEX_FILE).is_file():
+            return cls(path, _read_index(path))
+        if (path / SINGLE_FILE).is_file():
+            return cls(path, {spec.name: spec for spec in read_header(path / SINGLE_FILE)})
+        other = sorted(
+            p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
+        )
+        found = f" (found {', '.join(other[:4])})" if other else ""
+        raise CheckpointError(
+            f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}{found}; load the model with transformers and save it with "
+            "model.save_pretrained(), which writes safetensors"
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors, each once."""
+        return sorted({spec.file for spec in self.tensors.values()})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; raises CheckpointError when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: expected a JSON object, found {type(value).__name__}; download the file again"
+        )
+    return value
+
+
+def _read_index(path: Path) -> dict[str, TensorSpec]:
+    weight_map = read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(
+            f"{path / INDEX_FILE}: no 'weight_map' from tensor to file; download the file again"
+        )
+    shards: dict[str, dict[str, TensorSpec]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or shard in {"", ".", ".."}:
+            raise CheckpointError(
+                f"{path / INDEX_FILE}: points outside the checkpoint: {shard!r}; do not load this checkpoint"
+            )
+        if not (path / shard).is_file():
+            raise CheckpointError(
+                f"{path / shard}: shard is missing, though {INDEX_FILE} names it; download it again"
+            )
+        shards[shard] = {spec.name: spec for spec in read_header(path / shard)}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(
+                f"{path / shard}: tensor {name!r} is not in it, though {INDEX_FILE} says so; download both again"
+            )
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def read_header(file: Path) -> list[TensorSpec]:
+    """The tensors of one safetensors file, in order of offset. Raises CheckpointError when the header does not hold."""
+    size_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(
+                f"{file}: {size_bytes} bytes are no safetensors file (truncated?); download it again"
+            )
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes > min(MAX_HEADER_BYTES, size_bytes - 8):
+            raise CheckpointError(
+                f"{file}: header claims {header_bytes} bytes in a file of {size_bytes}: truncated, or not safetensors; download it again"
+            )
+        raw = stream.read(header_bytes)
+    try:
+        header = json.loads(raw)
+        assert isinstance(header, dict)
+    except (ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{file}: header is not a JSON object: damaged, or not safetensors; download it again"
+        ) from error
+
+    header.pop("__metadata__", None)
+    data_bytes = size_bytes - 8 - header_bytes
+    specs = sorted(
+        (_tensor_spec(file, name, entry, 8 + header_bytes) for name, entry in header.items()),
+        key=lambda spec: (spec.offset_bytes, spec.nbytes),
+    )
+    end_bytes = 8 + header_bytes
+    for spec in specs:
+        if spec.offset_bytes < end_bytes and spec.nbytes:
+            raise CheckpointError(
+                f"{file}: tensor {spec.name!r} overlaps the one before it: damaged header; download it again"
+            )
+        end_bytes = max(end_bytes, spec.offset_bytes + spec.nbytes)
+        if end_bytes > size_bytes:
+            raise CheckpointError(
+                f"{file}: truncated: tensor {spec.name!r} ends at byte {end_bytes - 8 - header_bytes} of the data, "
+                f"which has {data_bytes}; download it again"
+            )
+    return specs
+
+
+def _tensor_spec(file: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        valid = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) and start <= stop
+    except (KeyError, TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has no proper dtype, shape and data_offsets; download it again"
+        )
+    if dtype not in TORCH_DTYPES:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has dtype {dtype}, supported are {', '.join(TORCH_DTYPES)}; convert the checkpoint"
+        )
+    expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    if stop - start != expected:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} of shape {list(shape)} and {dtype} needs {expected} bytes, the header gives it "
+            f"{stop - start}; download it again"
+        )
+    return TensorSpec(name, file, data_start + start, expected, dtype, shape)
