@@ -1,0 +1,62 @@
+"""Page-aligned memory for weights: buffers that hold locked tensors for good, and the slots of the window.
+
+Each buffer is a private anonymous mapping, in huge pages where the kernel has them (fewer pages to pin for a direct
+read, fewer TLB misses for a kernel that streams through it), locked with mlock so that the kernel cannot take back
+what the plan counted on. This is the only caller of mmap, mlock and madvise. A buffer lives as long as something refers
+to it or to a tensor made from it; there is nothing to free by hand.
+"""
+
+import ctypes
+import mmap
+import os
+import warnings
+
+import torch
+
+PAGE_BYTES = mmap.PAGESIZE
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:
+    """The smallest multiple of `multiple` that is at least `nbytes`."""
+    return -(-nbytes // multiple) * multiple
+
+
+class Buffer:
+    """`nbytes` of page-aligned memory, rounded up to whole pages."""
+
+    __slots__ = ("_mapping", "bytes", "locked", "nbytes")
+
+    def __init__(self, nbytes: int, *, lock: bool) -> None:
+        self.nbytes = round_up(max(nbytes, 1))
+        self._mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # a kernel without huge pages: ordinary ones do
+                pass
+        self.bytes: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)  # [nbytes] uint8
+        self.locked = lock and self._mlock()
+
+    def _mlock(self) -> bool:
+        if _LIBC.mlock(ctypes.c_void_p(self.bytes.data_ptr()), ctypes.c_size_t(self.nbytes)) == 0:
+            return True
+        reason = os.strerror(ctypes.get_errno())
+        warnings.warn(
+            f"weights could not be locked in memory (mlock: {reason}); the system may page them out. "
+            "Raise the limit with `ulimit -l unlimited` or in /etc/security/limits.conf",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def memory(self, start_byte: int, nbytes: int) -> memoryview:
+        """A writable view of `nbytes` from `start_byte`, for a read to fill."""
+        return memoryview(self._mapping)[start_byte : start_byte + nbytes]
+
+    def tensor(self, start_byte: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor over the bytes from `start_byte`, at any alignment; no copy is made."""
+        count = 1
+        for size in shape:
+            count *= size
+        return torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=start_byte).view(shape)

@@ -1,0 +1,387 @@
+"""Which bytes stay in memory and which are streamed. Pure functions: no files, no clock, no torch.
+
+Units. A `Weight` is the weight of one linear; it is cut by output rows into `Piece`s of a few MiB, the unit of reading
+and of computing (the rows of a product do not depend on one another, so cutting leaves every bit in place). A plan locks
+the first k pieces of each weight; the rest of it is streamed through the window, in order of use.
+
+Policies. `balanced` (ours) locks the same share of every weight, so that reads are spread evenly over the whole pass: the
+paper's balanced locking (section 3.2) taken down to the piece, which leaves less than one piece of the budget unused.
+`unbalanced`, `attention-first`, `ffn-first` and `algorithm1` are the paper's variants (figures 3 and 5, Algorithm 1) and
+lock whole weights; they keep what is not in a decoder layer (lm_head) resident first, as the paper does.
+
+Cost model, the paper's equation 4: seconds per pass = max(compute, streamed bytes / bandwidth).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["attention", "ffn", "head"]
+
+DEFAULT_WINDOW_BYTES = 32 << 20
+MIN_SLOTS = 2  # one computed on, one filled
+UNITS_BYTES = {"": 1, "B": 1}
+UNITS_BYTES |= {f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}
+UNITS_BYTES |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+
+
+class BudgetError(ValueError):
+    """A memory budget that cannot work. Names the smallest one that does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some consecutive rows of a weight, and where their bytes lie."""
+
+    name: str  # of the weight
+    layer: int
+    row_start: int
+    row_stop: int
+    file: Path
+    offset_bytes: int
+    nbytes: int
+    memory_bytes: int  # nbytes and the padding a direct read needs around them
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """The weight of one linear, as pieces that follow one another in the file."""
+
+    name: str
+    role: str  # its name within a layer, such as "self_attn.q_proj"; all layers share it
+    layer: int  # the decoder layer; the number of layers for what comes after them
+    kind: Kind
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory it takes when locked whole."""
+        return sum(piece.memory_bytes for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What this machine was measured to do."""
+
+    bandwidth_bytes_per_s: float
+    compute_s: float  # one pass at one row with every weight resident
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Memory that is spent before any weight is locked or streamed, in bytes."""
+
+    process_bytes: int  # interpreter, libraries, the model's modules
+    resident_bytes: int  # norms, biases, positions and other parameters that are never streamed
+    kv_bytes: int
+    activation_bytes: int
+    margin_bytes: int  # allocator, threads, page tables
+
+    @property
+    def nbytes(self) -> int:
+        return (
+            self.process_bytes
+            + self.resident_bytes
+            + self.kv_bytes
+            + self.activation_bytes
+            + self.margin_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a budget goes. All sizes in bytes; `streamed_bytes` and the speeds are per pass over the weights."""
+
+    budget_bytes: int
+    fixed: Fixed
+    policy: str
+    window_layers: int | None  # the paper's k, or None where the window is counted in bytes alone
+    slots: int
+    slot_bytes: int
+    locked_pieces: dict[str, int] = field(repr=False)  # weight name -> how many of its pieces are locked
+    locked_bytes: int
+    streamed_bytes: int
+    total_bytes: int
+    unused_bytes: int
+    costs: Costs
+    bound_tokens_per_s: (
+        float  # what no system can beat in this budget: 1 / max(compute, (total - R) / bandwidth)
+    )
+    predicted_tokens_per_s: float
+
+    @property
+    def process_bytes(self) -> int:
+        return self.fixed.process_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.fixed.kv_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+
+def parse_size(value: str | int, what: str = "memory") -> int:
+    """Bytes in `value`: a number of bytes, or a number with a unit such as "4GiB", "1.5 GB", "700MiB".
+
+    Raises BudgetError on anything else. `what` names the argument in the message.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        number, unit = float(value), ""
+    else:
+        text = str(value).strip()
+        unit = text.lstrip("0123456789.").strip()
+        try:
+            number = float(text[: len(text) - len(unit)])
+        except ValueError:
+            number = -1.0
+        units = {known.lower(): size for known, size in UNITS_BYTES.items()}
+        if unit.lower() not in units or number < 0 or isinstance(value, bool):
+            raise BudgetError(
+                f"{what}={value!r} is not a size; write bytes or a number with a unit, such as '4GiB', '1.5GB', '700MiB'"
+            )
+        number *= units[unit.lower()]
+    if number <= 0:
+        raise BudgetError(f"{what}={value!r} must be more than 0 bytes")
+    return int(number)
+
+
+def format_size(nbytes: float) -> str:
+    """`nbytes` for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def parse_window(window: str | int | None) -> tuple[int | None, int | None]:
+    """`window` as (bytes, layers), one of them None: None, bytes, "64MiB", or "3 layers" (the paper's unit).
+
+    Raises BudgetError on anything else.
+    """
+    if window is None:
+        return DEFAULT_WINDOW_BYTES, None
+    words = window.split() if isinstance(window, str) else []
+    if len(words) == 2 and words[1] in {"layer", "layers"}:
+        if not words[0].isdigit() or int(words[0]) < 1:
+            raise BudgetError(f"window={window!r}: the number of layers must be a whole number from 1")
+        return None, int(words[0])
+    return parse_size(window, "window"), None
+
+
+def make_plan(
+    weights: Sequence[Weight],
+    fixed: Fixed,
+    budget_bytes: int,
+    costs: Costs,
+    *,
+    policy: str = "balanced",
+    window: str | int | None = None,
+) -> Plan:
+    """Divide `budget_bytes` between what is fixed, the window and the locked pieces of `weights` (in order of use).
+
+    Raises BudgetError when the budget cannot hold the fixed part and the smallest window, and ValueError for a policy
+    that does not exist.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} does not exist; there are {', '.join(sorted(POLICIES))}")
+    window_bytes, window_layers = parse_window(window)
+    pieces = [piece for weight in weights for piece in weight.pieces]
+    total_bytes = sum(piece.nbytes for piece in pieces)
+    spare_bytes = budget_bytes - fixed.nbytes
+    slot_bytes = max((piece.memory_bytes for piece in pieces), default=0)
+
+    if sum(weight.memory_bytes for weight in weights) <= spare_bytes and policy != "none":
+        slots, locked = 0, {weight.name: len(weight.pieces) for weight in weights}
+    else:
+        smallest_bytes = fixed.nbytes + MIN_SLOTS * slot_bytes
+        if budget_bytes < smallest_bytes:
+            raise BudgetError(
+                f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {smallest_bytes} bytes "
+                f"({format_size(smallest_bytes + (1 << 20))}): process {format_size(fixed.process_bytes)}, parameters that stay "
+                f"{format_size(fixed.resident_bytes)}, KV cache {format_size(fixed.kv_bytes)}, activations "
+                f"{format_size(fixed.activation_bytes)}, margin {format_size(fixed.margin_bytes)}, window "
+                f"{format_size(MIN_SLOTS * slot_bytes)}. A smaller context makes the KV cache and activations smaller."
+            )
+        slots = _window_slots(weights, window_bytes, window_layers, slot_bytes, spare_bytes)
+        locked = POLICIES[policy](weights, spare_bytes - slots * slot_bytes)
+
+    streamed = [piece for weight in weights for piece in weight.pieces[locked.get(weight.name, 0) :]]
+    locked_memory = sum(p.memory_bytes for w in weights for p in w.pieces[: locked.get(w.name, 0)])
+    streamed_bytes = sum(piece.nbytes for piece in streamed)
+    read_s = sum(piece.memory_bytes for piece in streamed) / costs.bandwidth_bytes_per_s
+    at_best_bytes = max(0, total_bytes - max(0, budget_bytes - fixed.process_bytes - fixed.kv_bytes))
+    return Plan(
+        budget_bytes=budget_bytes,
+        fixed=fixed,
+        policy=policy,
+        window_layers=window_layers,
+        slots=slots if streamed else 0,
+        slot_bytes=slot_bytes,
+        locked_pieces=locked,
+        locked_bytes=total_bytes - streamed_bytes,
+        streamed_bytes=streamed_bytes,
+        total_bytes=total_bytes,
+        unused_bytes=spare_bytes - locked_memory - (slots * slot_bytes if streamed else 0),
+        costs=costs,
+        bound_tokens_per_s=1 / max(costs.compute_s, at_best_bytes / costs.bandwidth_bytes_per_s),
+        predicted_tokens_per_s=1 / max(costs.compute_s, read_s),
+    )
+
+
+def _window_slots(
+    weights: Sequence[Weight],
+    window_bytes: int | None,
+    window_layers: int | None,
+    slot_bytes: int,
+    spare_bytes: int,
+) -> int:
+    """How many slots the window has: what was asked for, at least MIN_SLOTS, at most what the budget holds."""
+    if window_layers is None:
+        assert window_bytes is not None
+        wanted = window_bytes // slot_bytes
+    else:
+        count_of: dict[int, int] = {}
+        for weight in weights:
+            count_of[weight.layer] = count_of.get(weight.layer, 0) + len(weight.pieces)
+        counts = list(count_of.values())
+        wanted = max(sum((counts + counts)[i : i + window_layers]) for i in range(len(counts)))
+    return max(MIN_SLOTS, min(wanted, spare_bytes // slot_bytes))
+
+
+# ---- policies: (weights in order of use, bytes for locking) -> how many pieces of each weight are locked
+
+
+def _balanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """The same share of every weight; rounding errors are carried along the pass, so that they cannot pile up."""
+    share = lock_bytes / sum(weight.memory_bytes for weight in weights)
+    locked: dict[str, int] = {}
+    wanted = used = 0.0
+    for weight in weights:
+        wanted += share * weight.memory_bytes
+        count = 0
+        while count < len(weight.pieces) and used + weight.pieces[count].memory_bytes <= wanted:
+            used += weight.pieces[count].memory_bytes
+            count += 1
+        locked[weight.name] = count
+    return _fill(weights, locked, lock_bytes - int(used))
+
+
+def _fill(weights: Sequence[Weight], locked: dict[str, int], left_bytes: int) -> dict[str, int]:
+    """Lock further pieces, a weight at a time from all over the pass, until none fits."""
+    by_spread = [weights[i] for i in _spread(len(weights))]
+    grown = True
+    while grown:
+        grown = False
+        for weight in by_spread:
+            count = locked.get(weight.name, 0)
+            if count < len(weight.pieces) and weight.pieces[count].memory_bytes <= left_bytes:
+                left_bytes -= weight.pieces[count].memory_bytes
+                locked[weight.name] = count + 1
+                grown = True
+    return locked
+
+
+def _spread(count: int) -> list[int]:
+    """0 to count - 1 in an order whose every beginning is spread evenly (bit-reversal, the van der Corput sequence)."""
+    bits = max(count - 1, 1).bit_length()
+    reversed_ = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return [i for i in reversed_ if i < count]
+
+
+def _unbalanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """Whole leading layers (the paper's figure 3a)."""
+    locked, left_bytes = _head_first(weights, lock_bytes)
+    for layer in dict.fromkeys(w.layer for w in weights if w.kind != "head"):
+        in_layer = [w for w in weights if w.layer == layer]
+        needed = sum(w.memory_bytes for w in in_layer)
+        if needed > left_bytes:
+            break
+        left_bytes -= needed
+        locked |= {w.name: len(w.pieces) for w in in_layer}
+    return locked
+
+
+def _attention_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """Attention weights of all layers, smallest first, then those of the FFN."""
+    locked, left_bytes = _head_first(weights, lock_bytes)
+    left_bytes = _lock_roles(weights, _roles(weights, "attention"), locked, left_bytes)
+    _lock_roles(weights, _roles(weights, "ffn"), locked, left_bytes)
+    return locked
+
+
+def _ffn_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """FFN weights of all layers, then those of the attention."""
+    locked, left_bytes = _head_first(weights, lock_bytes)
+    left_bytes = _lock_roles(weights, _roles(weights, "ffn"), locked, left_bytes)
+    _lock_roles(weights, _roles(weights, "attention"), locked, left_bytes)
+    return locked
+
+
+def _algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """The paper's Algorithm 1 as printed: FFN weights only as whole roles by its thresholds, then attention.
+
+    Its 3 FFN tensors are F here, so that it speaks of models with two as well: all F from F f N + 2 a N bytes on, else as
+    many roles (at most F - 1) as fit, with f and a the bytes of the largest FFN and attention weight and N the layers.
+    """
+    locked, left_bytes = _head_first(weights, lock_bytes)
+    ffn_roles = _roles(weights, "ffn")
+    layers = len({w.layer for w in weights if w.kind != "head"})
+    ffn_bytes = layers * max((w.memory_bytes for w in weights if w.kind == "ffn"), default=0)
+    attention_bytes = layers * max((w.memory_bytes for w in weights if w.kind == "attention"), default=0)
+    if left_bytes >= len(ffn_roles) * ffn_bytes + 2 * attention_bytes:
+        keep = len(ffn_roles)
+    else:
+        keep = min(len(ffn_roles) - 1, left_bytes // ffn_bytes) if ffn_bytes else 0
+    left_bytes = _lock_roles(weights, ffn_roles[:keep], locked, left_bytes)
+    _lock_roles(weights, _roles(weights, "attention"), locked, left_bytes)
+    return locked
+
+
+def _none(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:  # noqa: ARG001
+    """Lock nothing: prefetching alone."""
+    return {}
+
+
+def _head_first(weights: Sequence[Weight], lock_bytes: int) -> tuple[dict[str, int], int]:
+    head = [w for w in weights if w.kind == "head"]
+    needed = sum(w.memory_bytes for w in head)
+    if needed > lock_bytes:
+        return {}, lock_bytes
+    return {w.name: len(w.pieces) for w in head}, lock_bytes - needed
+
+
+def _roles(weights: Sequence[Weight], kind: Kind) -> list[str]:
+    """The roles of a kind, smallest weight first (with grouped-query attention K and V come first)."""
+    size_of = {w.role: w.memory_bytes for w in weights if w.kind == kind}
+    return sorted(size_of, key=lambda role: size_of[role])
+
+
+def _lock_roles(
+    weights: Sequence[Weight], roles: Sequence[str], locked: dict[str, int], left_bytes: int
+) -> int:
+    """Lock each role in all layers; the one that does not fit everywhere, in evenly spread layers. Returns what is left."""
+    for role in roles:
+        of_role = [w for w in weights if w.role == role]
+        for i in _spread(len(of_role)):
+            if of_role[i].memory_bytes <= left_bytes:
+                left_bytes -= of_role[i].memory_bytes
+                locked[of_role[i].name] = len(of_role[i].pieces)
+    return left_bytes
+
+
+POLICIES: dict[str, Callable[[Sequence[Weight], int], dict[str, int]]] = {
+    "balanced": _balanced,
+    "unbalanced": _unbalanced,
+    "attention-first": _attention_first,
+    "ffn-first": _ffn_first,
+    "algorithm1": _algorithm1,
+    "none": _none,
+}

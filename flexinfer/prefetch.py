@@ -1,0 +1,274 @@
+"""Asynchronous prefetching (paper, section 3.1): reader threads run ahead of the compute thread, one piece at a time.
+
+The weights of a pass are needed in an order that is known and never changes, so the readers walk it in a circle: past the
+last piece of one token they go on with the first of the next. A read goes straight from the disk into a slot of the
+window, past the page cache (O_DIRECT wants aligned offsets, so it takes the aligned bytes around the piece), and the
+kernel computes on a view into the slot. The slot is free again the moment its piece has been used.
+
+Cost: a pass takes max(compute, bytes / bandwidth) when the window is deep enough, and their sum with no threads
+(`io_threads=0`, reads in the caller, the paper's synchronous baseline). Not done here: deciding what is streamed
+(flexinfer.plan) and what is done with it (flexinfer.linear).
+"""
+
+import errno
+import mmap
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+
+from flexinfer.memory import PAGE_BYTES, Buffer, round_up
+from flexinfer.plan import Piece
+from flexinfer.trace import Trace
+
+
+class ReadError(OSError):
+    """Weights could not be read: names the file, the offset and what the system said."""
+
+
+class FileReader:
+    """Reads byte ranges of checkpoint files into memory, by direct or buffered reads.
+
+    With `direct`, the first block of each file is read both ways; where direct I/O is refused or disagrees, the reader
+    says so once and reads through the page cache instead, dropping its pages behind it.
+    """
+
+    def __init__(self, files: Sequence[Path], *, direct: bool) -> None:
+        self._fds: dict[Path, int] = {}
+        self.direct = direct and hasattr(os, "O_DIRECT")
+        try:
+            for file in files:
+                self._fds[file] = os.open(file, os.O_RDONLY)
+            reason = self._why_not_direct() if direct else None
+            if reason:
+                warnings.warn(
+                    f"direct I/O does not work here ({reason}); reading through the page cache",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                self.direct = False
+            if self.direct:
+                for file, fd in list(self._fds.items()):
+                    self._fds[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
+                    os.close(fd)
+        except BaseException:
+            self.close()
+            raise
+
+    def _why_not_direct(self) -> str | None:
+        if not hasattr(os, "O_DIRECT"):
+            return "no O_DIRECT on this system"
+        block = mmap.mmap(-1, PAGE_BYTES)
+        for file, fd in self._fds.items():
+            try:
+                direct_fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
+                try:
+                    count = os.preadv(direct_fd, [block], 0)
+                finally:
+                    os.close(direct_fd)
+            except OSError as error:
+                return f"{file}: {error.strerror}"
+            if block[:count] != os.pread(fd, PAGE_BYTES, 0):
+                return f"{file}: direct and buffered reads disagree"
+        return None
+
+    def read(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
+        """Read the whole pages around `nbytes` at `offset_bytes` into `into`; the first wanted byte is at the returned
+        position. `into` holds at least `padded_bytes(offset_bytes, nbytes)`. Raises ReadError."""
+        start = offset_bytes - offset_bytes % PAGE_BYTES
+        skip = offset_bytes - start
+        span = round_up(skip + nbytes)
+        fd = self._fds[file]
+        done = 0
+        while done < skip + nbytes:
+            try:
+                count = os.preadv(fd, [into[done:span]], start + done)
+            except OSError as error:
+                raise ReadError(
+                    error.errno, f"{file}: reading {nbytes} bytes at {offset_bytes}: {error.strerror}"
+                ) from error
+            done += count
+            if count == 0 or (
+                count % PAGE_BYTES and done < skip + nbytes
+            ):  # a file's end is the only odd place to stop
+                raise ReadError(
+                    errno.EIO, f"{file}: ends before byte {offset_bytes + nbytes}: truncated while in use?"
+                )
+        if not self.direct:
+            os.posix_fadvise(fd, start, span, os.POSIX_FADV_DONTNEED)
+        return skip
+
+    def close(self) -> None:
+        """Close the files. Safe to call twice."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def padded_bytes(offset_bytes: int, nbytes: int) -> int:
+    """Memory that a direct read of `nbytes` at `offset_bytes` needs: the whole pages around it."""
+    return round_up(offset_bytes % PAGE_BYTES + nbytes)
+
+
+class Prefetcher:
+    """The window: slots that reader threads fill in the order of use and the compute thread empties.
+
+    `schedule` is one pass in order of use. At most `slots` pieces are in memory; with `window_layers` the readers also
+    stay within that many layers, counted from the one that is being used. `io_threads=0` reads in `acquire`.
+    """
+
+    def __init__(
+        self,
+        schedule: Sequence[Piece],
+        reader: FileReader,
+        trace: Trace,
+        *,
+        slots: int,
+        slot_bytes: int,
+        window_layers: int | None,
+        io_threads: int,
+    ) -> None:
+        self._schedule = schedule
+        self._reader = reader
+        self._trace = trace
+        self._window_layers = window_layers
+        self._layers = len({piece.layer for piece in schedule})
+        ranks = {layer: rank for rank, layer in enumerate(dict.fromkeys(piece.layer for piece in schedule))}
+        self._layer_rank = [ranks[piece.layer] for piece in schedule]
+        self._slot_bytes = slot_bytes
+        self._buffer = Buffer(slots * slot_bytes, lock=True)
+        self._free = list(range(slots))
+        # A sequence number counts pieces over all passes: sequence % len(schedule) is the place in the schedule.
+        self._next_read = 0
+        self._next_use = 0
+        self._ready: dict[int, tuple[int, int]] = {}  # sequence -> (slot, position of the first byte in it)
+        self._generation = (
+            0  # grows when the readers are sent elsewhere; a read of an older one is thrown away
+        )
+        self._error: BaseException | None = None
+        self._stop = False
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"flexinfer-io-{i}", daemon=True)
+            for i in range(io_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def acquire(self, place: int) -> tuple[Buffer, int, Callable[[], None]]:
+        """The piece at `place` of the schedule: its buffer, the position of its first byte, and the call that frees it.
+
+        Waits until the piece has been read. Raises ReadError if a read failed; the next call tries again.
+        """
+        piece = self._schedule[place]
+        start_s = perf_counter()
+        if not self._threads:
+            slot = 0
+            position = self._read(piece, slot)
+            self._trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
+            return self._buffer, slot * self._slot_bytes + position, _nothing
+        with self._changed:
+            if self._next_use % len(self._schedule) != place:
+                self._send_readers_to(place)
+            sequence = self._next_use
+            while sequence not in self._ready:
+                if self._error is not None:
+                    error, self._error = self._error, None
+                    self._send_readers_to(place)
+                    raise error
+                if self._stop:
+                    raise RuntimeError("this model is closed; load it again with flexinfer.from_pretrained()")
+                self._changed.wait()
+            slot, position = self._ready.pop(sequence)
+            self._next_use += 1
+            self._changed.notify_all()
+        self._trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
+        return self._buffer, slot * self._slot_bytes + position, lambda: self._release(slot)
+
+    def _release(self, slot: int) -> None:
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify_all()
+
+    def _send_readers_to(self, place: int) -> None:
+        """Start over at `place`: a pass was cut short, or modules ran in another order than planned."""
+        if self._next_use or place:
+            self._trace.resyncs += 1
+        self._generation += 1
+        self._free.extend(slot for slot, _ in self._ready.values())
+        self._ready.clear()
+        self._next_read = self._next_use = place
+        self._changed.notify_all()
+
+    def _may_read(self) -> bool:
+        if self._error is not None or not self._free:
+            return False
+        return (
+            self._window_layers is None
+            or self._rank(self._next_read) < self._rank(self._next_use) + self._window_layers
+        )
+
+    def _rank(self, sequence: int) -> int:
+        """The layer of a sequence number, counted over all passes."""
+        passes, place = divmod(sequence, len(self._schedule))
+        return passes * self._layers + self._layer_rank[place]
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._stop and not self._may_read():
+                    self._changed.wait()
+                if self._stop:
+                    return
+                slot = self._free.pop()
+                sequence, generation = self._next_read, self._generation
+                self._next_read += 1
+            piece = self._schedule[sequence % len(self._schedule)]
+            error: BaseException | None = None
+            position = 0
+            try:
+                position = self._read(piece, slot)
+            except BaseException as caught:
+                error = caught
+            with self._changed:
+                if generation != self._generation or error is not None:
+                    self._free.append(slot)
+                    if generation == self._generation:
+                        self._error = error
+                else:
+                    self._ready[sequence] = (slot, position)
+                self._changed.notify_all()
+
+    def _read(self, piece: Piece, slot: int) -> int:
+        start_s = perf_counter()
+        into = self._buffer.memory(slot * self._slot_bytes, self._slot_bytes)
+        position = self._reader.read(piece.file, piece.offset_bytes, piece.nbytes, into)
+        with self._changed:
+            self._trace.reads += 1
+            self._trace.bytes_read += padded_bytes(piece.offset_bytes, piece.nbytes)
+        self._trace.add("read", piece.name, piece.layer, start_s, piece.nbytes)
+        return position
+
+    def close(self) -> None:
+        """End the threads and free the window. Safe to call twice."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self._ready.clear()
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _nothing() -> None:
+    """Free a synchronous read: its slot is used again by the next one."""
