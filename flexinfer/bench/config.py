@@ -1,0 +1,342 @@
+"""What an experiment is made of: model, systems, device, budgets, workload; and one cell, which is one process.
+
+Mechanism: plain dataclasses are the schema. scripts/run.py registers `RunConfig` with Hydra, first in the defaults, so
+that an unknown key or a value of the wrong type in any YAML file or override fails at once; `OmegaConf.to_object` then
+makes these objects, whose `__post_init__` refuses values that cannot work. A `CellConfig` is one measurement (one model,
+system, device, budget, round); it goes to the child process and into its record as JSON, by `asdict` and `from_dict`.
+Cost model: the budget may be a fraction of the bytes of the model's weights at 4.5 bits (or 16); `weight_bytes` counts them from
+the shape. No I/O in here, and nothing of Hydra.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+MODEL_KINDS = ("synthetic", "real", "path")
+SYSTEM_KINDS = ("flexinfer", "llama_cpp", "transformers", "accelerate", "airllm", "ollm")
+FORMATS = ("int4", "bf16", "gguf")
+BITS_PER_WEIGHT = {"int4": 4.5, "gguf": 4.5, "bf16": 16.0}
+UNIT_BYTES = {
+    "": 1,
+    "B": 1,
+    "KB": 1000,
+    "MB": 1000**2,
+    "GB": 1000**3,
+    "KIB": 1024,
+    "MIB": 1024**2,
+    "GIB": 1024**3,
+}
+
+
+class ConfigError(ValueError):
+    """A field of a configuration has a value that cannot work."""
+
+
+def require(condition: bool, name: str, value: object, remedy: str) -> None:
+    """Raises ConfigError naming the field, its value and what would work, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name}={value!r}: {remedy}")
+
+
+def parse_size(size: int | float | str) -> int:
+    """Bytes of a size such as 2147483648, '2GiB' or '500 MB'."""
+    if isinstance(size, int | float):
+        require(math.isfinite(size) and size >= 0, "size", size, "give bytes, or a string such as '2GiB'")
+        return int(size)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    unit = match.group(2).upper() if match else "?"
+    require(
+        unit in UNIT_BYTES, "size", size, "give a number and B, KB, MB, GB, KiB, MiB or GiB, such as '2GiB'"
+    )
+    assert match is not None
+    return int(float(match.group(1)) * UNIT_BYTES[unit])
+
+
+@dataclass(slots=True)
+class ShapeConfig:
+    """Shape of a Llama-like decoder."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tie: bool = False  # lm_head shares the embedding's weight
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocab"):
+            require(getattr(self, name) > 0, f"model.shape.{name}", getattr(self, name), "must be positive")
+        require(
+            self.hidden % self.heads == 0,
+            "model.shape.heads",
+            self.heads,
+            f"must divide hidden={self.hidden}",
+        )
+        require(
+            self.heads % self.kv_heads == 0,
+            "model.shape.kv_heads",
+            self.kv_heads,
+            f"must divide heads={self.heads}",
+        )
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all linears that a token touches, lm_head included (norms and embedding rows are negligible)."""
+        kv = self.hidden // self.heads * self.kv_heads
+        layer = 2 * self.hidden * self.hidden + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.vocab * self.hidden
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    """A checkpoint: synthetic of a true shape, the real one on hand, or any other by path."""
+
+    name: str
+    kind: str = "synthetic"  # synthetic | real | path
+    formats: list[str] = field(
+        default_factory=lambda: ["int4", "gguf"]
+    )  # what can be had of it; the first is the default
+    shape: ShapeConfig | None = None  # None: kind=path, read from the files
+    path: str | None = None  # a checkpoint directory, or a .gguf file; only with kind=path
+
+    def __post_init__(self) -> None:
+        require(self.kind in MODEL_KINDS, "model.kind", self.kind, f"one of {', '.join(MODEL_KINDS)}")
+        require(
+            bool(self.formats), "model.formats", self.formats, f"name at least one of {', '.join(FORMATS)}"
+        )
+        for name in self.formats:
+            require(name in FORMATS, "model.formats", name, f"one of {', '.join(FORMATS)}")
+        if self.kind == "path":
+            require(
+                bool(self.path),
+                "model.path",
+                self.path,
+                "a model by path needs model.path=/a/checkpoint/directory",
+            )
+        else:
+            require(
+                self.shape is not None, "model.shape", None, f"a model of kind {self.kind} needs its shape"
+            )
+
+
+@dataclass(slots=True)
+class SystemConfig:
+    """What runs: one of ours with a policy, or one of the others."""
+
+    name: str
+    label: str  # as figures print it
+    kind: str = "flexinfer"  # flexinfer | llama_cpp | transformers | accelerate | airllm | ollm
+    format: str = "auto"  # int4 | bf16 | gguf; auto: the model's first that the kind can run
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the system's loader
+
+    def __post_init__(self) -> None:
+        require(self.kind in SYSTEM_KINDS, "system.kind", self.kind, f"one of {', '.join(SYSTEM_KINDS)}")
+        require(
+            self.format in ("auto", *FORMATS),
+            "system.format",
+            self.format,
+            f"auto or one of {', '.join(FORMATS)}",
+        )
+
+
+@dataclass(slots=True)
+class DeviceConfig:
+    """A storage device stood for by a read-bandwidth limit, and the number of cores."""
+
+    name: str
+    source: str  # where the bandwidth comes from
+    read_bytes_per_s: int | None = None  # None: no limit
+    cores: int | None = None  # by affinity; None: all
+
+    def __post_init__(self) -> None:
+        rate = self.read_bytes_per_s
+        require(
+            rate is None or rate > 0,
+            "device.read_bytes_per_s",
+            rate,
+            "must be positive, or null for no limit",
+        )
+        require(
+            self.cores is None or self.cores > 0,
+            "device.cores",
+            self.cores,
+            "must be positive, or null for all",
+        )
+
+
+@dataclass(slots=True)
+class BudgetConfig:
+    """The axis of memory budgets: sizes ('2GiB', bytes) or fractions of the model's weight bytes (numbers up to 4)."""
+
+    grid: list[float | int | str] = field(default_factory=lambda: [0.5])
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.grid), "budget.grid", self.grid, "give at least one budget, such as [2GiB] or [0.5]"
+        )
+        for entry in self.grid:
+            resolve_budget_bytes(entry, 1)
+
+
+@dataclass(slots=True)
+class WorkloadConfig:
+    """How long a cell decodes, and when it has counted enough."""
+
+    name: str = "standard"
+    prompt_tokens: int = 16
+    warmup_tokens: int = 2  # decoded first, not counted
+    min_tokens: int = 8  # counted at least, and
+    min_seconds: float = 10.0  # for at least so long; except that
+    max_seconds: float = 120.0  # a slow cell stops here with the tokens it has (one at least), and
+    max_tokens: int = 64  # a fast one here
+    context: int = 256  # tokens the KV cache is sized for
+    timeout_s: float = (
+        600.0  # the whole process, loading included; then it is killed and recorded as a timeout
+    )
+
+    def __post_init__(self) -> None:
+        require(self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive")
+        require(self.warmup_tokens >= 0, "workload.warmup_tokens", self.warmup_tokens, "must not be negative")
+        require(
+            0 < self.min_tokens <= self.max_tokens, "workload.min_tokens", self.min_tokens, "1 to max_tokens"
+        )
+        require(
+            0 <= self.min_seconds <= self.max_seconds,
+            "workload.min_seconds",
+            self.min_seconds,
+            "0 to max_seconds",
+        )
+        require(self.timeout_s > 0, "workload.timeout_s", self.timeout_s, "must be positive")
+        needed = self.prompt_tokens + self.warmup_tokens + self.max_tokens
+        require(
+            self.context >= needed,
+            "workload.context",
+            self.context,
+            f"prompt and decoding need {needed} tokens",
+        )
+
+    def enough(self, tokens: int, counted_s: float) -> bool:
+        """Whether a cell that has counted `tokens` in `counted_s` seconds may stop."""
+        if tokens >= self.max_tokens or (tokens >= 1 and counted_s >= self.max_seconds):
+            return True
+        return tokens >= self.min_tokens and counted_s >= self.min_seconds
+
+
+@dataclass(slots=True)
+class CellConfig:
+    """One measurement: what a child process is told, and what its record repeats."""
+
+    experiment: str
+    model: ModelConfig
+    system: SystemConfig  # format resolved: never auto
+    device: DeviceConfig
+    budget_bytes: int  # of the whole process
+    workload: WorkloadConfig
+    round: int
+    cache_dir: str  # synthetic checkpoints are made and kept here
+    trace: bool = False  # record the events of reads, waits and kernels as well
+
+    def __post_init__(self) -> None:
+        require(self.budget_bytes > 0, "budget_bytes", self.budget_bytes, "must be positive")
+        require(self.round >= 0, "round", self.round, "must not be negative")
+        require(
+            self.system.format in FORMATS,
+            "system.format",
+            self.system.format,
+            "resolve it first: resolve_format",
+        )
+
+    @property
+    def key(self) -> str:
+        """Names what is measured, whichever experiment asks: two cells of one key are the same measurement."""
+        told = asdict(self)
+        for name in ("experiment", "cache_dir"):
+            del told[name]
+        for group in ("model", "system", "device", "workload"):
+            for name in ("label", "source") + (() if group in ("model", "system", "device") else ("name",)):
+                told[group].pop(name, None)
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(slots=True)
+class RunConfig:
+    """One comparison as Hydra composes it: the systems take turns at every budget, in every round."""
+
+    model: ModelConfig
+    systems: dict[str, SystemConfig]
+    device: DeviceConfig
+    budget: BudgetConfig
+    workload: WorkloadConfig
+    experiment: str = "adhoc"
+    rounds: int = 1
+    trace: bool = False
+    resume: bool = True  # skip cells this machine has finished; false: measure them again, and keep both
+    delete_checkpoints: bool = False  # delete the synthetic checkpoints of this model when its cells are done
+    include: list[str] = field(default_factory=list)  # run the missing cells of these experiments instead
+    results_dir: str = "results"
+    cache_dir: str = "~/.cache/flexinfer"
+
+    def __post_init__(self) -> None:
+        require(self.rounds > 0, "rounds", self.rounds, "must be positive")
+        require(
+            bool(self.systems), "system", [], "name at least one, such as system=[flexinfer,llama-cpp-mmap]"
+        )
+        require(
+            bool(re.fullmatch(r"[A-Za-z0-9_.-]+", self.experiment)),
+            "experiment",
+            self.experiment,
+            "a file name",
+        )
+
+
+def from_dict(kind: Any, data: Any) -> Any:
+    """The dataclass `kind` from what `asdict` (or JSON) made of it; unknown and missing fields are refused."""
+    options = [option for option in get_args(kind) if option is not type(None)]
+    target = options[0] if len(options) == 1 and is_dataclass(options[0]) else kind
+    if data is None or not is_dataclass(target):
+        return data
+    assert isinstance(target, type)
+    require(isinstance(data, dict), target.__name__, data, "must be an object")
+    hints = get_type_hints(target)
+    known = {one.name for one in fields(target)}
+    unknown = sorted(set(data) - known)
+    require(not unknown, target.__name__, unknown, f"unknown; the fields are {', '.join(sorted(known))}")
+    try:
+        return target(**{name: from_dict(hints[name], value) for name, value in data.items()})
+    except TypeError as error:
+        raise ConfigError(f"{target.__name__}: {error}") from error
+
+
+def resolve_format(model: ModelConfig, system: SystemConfig) -> str | None:
+    """The format `system` runs `model` in, or None where the model does not come in any it can run."""
+    runs = {"flexinfer": ("int4", "bf16"), "llama_cpp": ("gguf",)}.get(system.kind, ("bf16",))
+    wanted = model.formats if system.format == "auto" else [system.format]
+    return next((name for name in wanted if name in runs and name in model.formats), None)
+
+
+def weight_bytes(shape: ShapeConfig, format: str) -> int:
+    """Bytes of the weights one token touches, counted from the shape."""
+    return int(shape.linear_weights * BITS_PER_WEIGHT[format] / 8)
+
+
+def resolve_budget_bytes(budget: float | int | str, model_bytes: int) -> int:
+    """Bytes of a budget: a size ('2GiB', 2147483648), or, up to 4, a fraction of `model_bytes`.
+
+    The fraction may be a string too ('0.5'), as a command line gives it.
+    """
+    if isinstance(budget, str) and re.fullmatch(r"\d*\.\d+", budget):
+        budget = float(budget)
+    if not isinstance(budget, str) and 0 < budget <= 4:
+        return int(budget * model_bytes)
+    size_bytes = parse_size(budget)
+    require(
+        size_bytes >= 2**20,
+        "budget",
+        budget,
+        "a size such as '2GiB', or a fraction of the model up to 4, such as 0.5",
+    )
+    return size_bytes

@@ -1,0 +1,281 @@
+"""Records: one JSON line for each measured cell, with one schema, checked when written and when read.
+
+Mechanism: a `Record` keeps the cell as it was configured, the raw samples (seconds and bytes of every counted token), what the
+bound is made of, the limits that were really applied, and where it ran. Speed, bound and ratio are derived from
+these; they are written too, for whoever reads the line without this module, and a line in which they disagree with
+the samples is refused. A line is appended by a single write and fsync, so a kill leaves at most one partial line at the end.
+The bound (our choice, after the paper's equation 4): a pass over the weights takes at least
+max(c, (S - R) / B), S the bytes of weights touched, R of them resident (the budget less process and KV cache), B the
+bandwidth, c the compute time of a pass with everything resident.
+It does not measure, and it does not draw.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    computed_field,
+    model_validator,
+)
+
+from flexinfer.bench.config import CellConfig, from_dict
+
+SCHEMA_VERSION: Literal[1] = 1
+DERIVED = ("cell_key", "tokens_per_s", "bound_tokens_per_s", "ratio")
+FINISHED = ("ok", "killed", "timeout", "unsupported")  # not done again; error and missing are
+
+
+class RecordError(ValueError):
+    """A line of a records file, or a set of records, cannot be used as asked."""
+
+
+class Limits(BaseModel):
+    """The limits that were applied, not those that were asked for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: Literal["v1", "v2", "systemd", "unlimited"]
+    memory_bytes: int | None = Field(default=None, gt=0)
+    read_bytes_per_s: int | None = Field(default=None, gt=0)
+    cores: int | None = Field(default=None, gt=0)
+    swap_off: bool = False
+    page_cache_dropped: bool = False
+
+
+class Provenance(BaseModel):
+    """Where and with what a record was measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    versions: dict[str, str]  # package -> version; 'python' as well
+    git_commit: str  # 'unknown' outside a repository
+    git_dirty: bool
+    cpu: str
+    cores: int = Field(gt=0)
+    memory_bytes: int = Field(gt=0)
+    kernel: str
+    file_system: str  # of the checkpoint
+    started: datetime
+
+    @property
+    def machine(self) -> str:
+        """What must agree within one figure."""
+        return f"{self.cpu}, {self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB"
+
+
+def _known_fields(data: Any) -> Any:
+    """Refuses unknown fields at every depth of a cell, which pydantic would ignore in plain dataclasses."""
+    if isinstance(data, dict):
+        from_dict(CellConfig, data)
+    return data
+
+
+class Record(BaseModel):
+    """One measured cell. Immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: str = Field(min_length=8)  # unique
+    kind: Literal["measured"] = "measured"
+    status: Literal["ok", "killed", "timeout", "missing", "unsupported", "error"]
+    message: str = ""  # why, when the status is not ok; and the command that mends it
+    cell: Annotated[
+        CellConfig, BeforeValidator(_known_fields)
+    ]  # experiment, model, system, device, budget_bytes, workload, round
+    bits: float = Field(gt=0)  # per weight, scales and zeros included
+    limits: Limits
+    provenance: Provenance
+    # raw samples, of the counted tokens (warm-up excluded)
+    tokens: int = Field(default=0, ge=0)
+    passes: int = Field(default=0, ge=0)  # over the weights; fewer than tokens where a pass yields several
+    token_s: list[float] = Field(default_factory=list)  # seconds of each counted pass
+    token_bytes: list[int] = Field(default_factory=list)  # bytes read in each counted pass, /proc/<pid>/io
+    bytes_read: int | None = Field(default=None, ge=0)  # by the process in all, loading and warm-up included
+    load_s: float | None = Field(default=None, ge=0)
+    peak_memory_bytes: int | None = Field(
+        default=None, ge=0
+    )  # from the cgroup, the page cache charged to it included
+    output_tokens: list[int] = Field(
+        default_factory=list
+    )  # ids decoded, warm-up included, to compare systems
+    # what the bound is made of
+    total_weight_bytes: int | None = Field(default=None, gt=0)  # S
+    process_bytes: int | None = Field(default=None, ge=0)
+    kv_bytes: int | None = Field(default=None, ge=0)
+    compute_s_per_pass: float | None = Field(default=None, gt=0)  # c
+    compute_source: str = ""  # how c was got
+    bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)  # B, measured under the same limits
+    bandwidth_source: str = ""  # how B was got
+    # what the engine said of itself (plan and stats), and the events of a traced run, a JSON file beside the records
+    engine: dict[str, Any] = Field(default_factory=dict)
+    events_file: str | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def cell_key(self) -> str:
+        """Names what was measured; see CellConfig.key."""
+        return self.cell.key
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens of a pass over the median seconds of a pass."""
+        if not self.token_s or not self.passes:
+            return None
+        return self.tokens / self.passes / statistics.median(self.token_s)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bound_tokens_per_s(self) -> float | None:
+        """No system that takes one pass a token can be faster in this budget."""
+        if self.process_bytes is None or self.kv_bytes is None:
+            return None
+        if not (self.total_weight_bytes and self.bandwidth_bytes_per_s and self.compute_s_per_pass):
+            return None
+        return bound_tokens_per_s(
+            self.total_weight_bytes,
+            self.cell.budget_bytes - self.process_bytes - self.kv_bytes,
+            self.bandwidth_bytes_per_s,
+            self.compute_s_per_pass,
+        )
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ratio(self) -> float | None:
+        """Achieved passes per second over the bound."""
+        if self.tokens_per_s is None or not self.bound_tokens_per_s:
+            return None
+        return self.tokens_per_s * self.passes / self.tokens / self.bound_tokens_per_s
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _derived_agree(cls, data: Any, handler: Callable[[Any], "Record"]) -> "Record":
+        if not isinstance(data, dict):
+            return handler(data)
+        written = {name: data[name] for name in DERIVED if name in data}
+        record = handler({name: value for name, value in data.items() if name not in written})
+        for name, value in written.items():
+            ours = getattr(record, name)
+            same = (
+                abs(ours - value) <= 1e-6 * abs(ours)
+                if isinstance(ours, float) and isinstance(value, float | int)
+                else ours == value
+            )
+            if not same:
+                raise ValueError(f"{name}: {value!r} is written, the samples give {ours!r}")
+        return record
+
+    @model_validator(mode="after")
+    def _samples_agree(self) -> "Record":
+        if len(self.token_s) != self.passes or (self.token_bytes and len(self.token_bytes) != self.passes):
+            raise ValueError(
+                f"token_s: {len(self.token_s)} samples, token_bytes: {len(self.token_bytes)}, passes: {self.passes}"
+            )
+        if any(seconds <= 0 for seconds in self.token_s):
+            raise ValueError("token_s: seconds must be positive")
+        if self.status == "ok" and not (self.passes and self.tokens >= self.passes):
+            raise ValueError(
+                f"tokens: a record that is ok has counted tokens, this one {self.tokens} in {self.passes} passes"
+            )
+        if self.status != "ok" and not self.message:
+            raise ValueError(f"message: a record that is {self.status} says why")
+        return self
+
+
+def bound_tokens_per_s(
+    total_weight_bytes: int, resident_bytes: int, bandwidth_bytes_per_s: float, compute_s_per_pass: float
+) -> float:
+    """1 / max(c, (S - R) / B), R clipped to 0..S."""
+    resident_bytes = min(max(resident_bytes, 0), total_weight_bytes)
+    return 1 / max(compute_s_per_pass, (total_weight_bytes - resident_bytes) / bandwidth_bytes_per_s)
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Appends `record` as one line: a single write to a file opened for appending, then fsync."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(json.loads(record.model_dump_json()), separators=(",", ":"), allow_nan=False) + "\n"
+    Record.model_validate_json(line)
+    data = line.encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        written = os.write(descriptor, data)
+        if written != len(data):
+            raise OSError(f"{path}: {written} of {len(data)} bytes were written; is the disk full?")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def drop_partial_line(path: Path) -> bool:
+    """Cuts off the partial last line that a killed run leaves; True when there was one."""
+    if not path.exists():
+        return False
+    data = path.read_bytes()
+    if not data or data.endswith(b"\n"):
+        return False
+    os.truncate(path, data.rfind(b"\n") + 1)
+    return True
+
+
+def read_file(path: Path) -> list[Record]:
+    """The records of one file; the first bad line is refused with its number and field."""
+    records = []
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            raise RecordError(
+                f"{path}:{number}: the last line is cut off: a run was killed here; run it again to resume, which drops the line"
+            )
+        try:
+            records.append(Record.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = (
+                ".".join(str(part) for part in first["loc"])
+                or first["msg"].removeprefix("Value error, ").split(":")[0]
+            )
+            raise RecordError(f"{path}:{number}: field {name}: {first['msg']}") from error
+    return records
+
+
+def load_records(path: Path | str) -> list[Record]:
+    """The records of a .jsonl file, or of every one below a directory; run ids seen twice are refused."""
+    path = Path(path)
+    if not path.exists():
+        raise RecordError(
+            f"{path}: no such file or directory; python scripts/run.py +exp=smoke makes the first records"
+        )
+    records: list[Record] = []
+    seen: dict[str, Path] = {}
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        for record in read_file(file):
+            if record.run_id in seen:
+                raise RecordError(
+                    f"{file}: field run_id: {record.run_id} is in {seen[record.run_id]} already"
+                )
+            seen[record.run_id] = file
+            records.append(record)
+    return records
+
+
+def check_comparable(records: Iterable[Record]) -> None:
+    """Refuses to put records of two machines, or limited and unlimited ones, into one figure."""
+    records = list(records)
+    machines = sorted({record.provenance.machine for record in records})
+    if len(machines) > 1:
+        raise RecordError(
+            f"records of {len(machines)} machines in one figure: {'; '.join(machines)}. Name one of them"
+        )
+    methods = {record.limits.method for record in records}
+    if "unlimited" in methods and len(methods) > 1:
+        raise RecordError(
+            "unlimited records beside limited ones in one figure: select one kind, or measure again with cgroup rights"
+        )
