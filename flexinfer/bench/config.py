@@ -256,9 +256,8 @@ class CellConfig:
         told = asdict(self)
         for name in ("experiment", "cache_dir"):
             del told[name]
-        for group in ("model", "system", "device", "workload"):
-            for name in ("label", "source") + (() if group in ("model", "system", "device") else ("name",)):
-                told[group].pop(name, None)
+        for group, name in (("system", "label"), ("device", "source"), ("workload", "name")):
+            del told[group][name]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

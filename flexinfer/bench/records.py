@@ -114,9 +114,10 @@ class Record(BaseModel):
     compute_source: str = ""  # how c was got
     bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)  # B, measured under the same limits
     bandwidth_source: str = ""  # how B was got
-    # what the engine said of itself (plan and stats), and the events of a traced run, a JSON file beside the records
-    engine: dict[str, Any] = Field(default_factory=dict)
-    events_file: str | None = None
+    engine: dict[str, Any] = Field(default_factory=dict)  # what the engine said of itself: plan and stats
+    # of a traced cell: run_cell returns the events here, the runner moves them to a JSON file beside the records
+    events: list[dict[str, Any]] = Field(default_factory=list)
+    events_file: str | None = None  # its name, relative to the records file
 
     @computed_field  # type: ignore[prop-decorator]
     @property
