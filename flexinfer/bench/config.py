@@ -10,25 +10,17 @@ the shape. No I/O in here, and nothing of Hydra.
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
+
+from flexinfer.plan import parse_size
 
 MODEL_KINDS = ("synthetic", "real", "path")
 SYSTEM_KINDS = ("flexinfer", "llama_cpp", "transformers", "accelerate", "airllm", "ollm")
 FORMATS = ("int4", "bf16", "gguf")
 BITS_PER_WEIGHT = {"int4": 4.5, "gguf": 4.5, "bf16": 16.0}
-UNIT_BYTES = {
-    "": 1,
-    "B": 1,
-    "KB": 1000,
-    "MB": 1000**2,
-    "GB": 1000**3,
-    "KIB": 1024,
-    "MIB": 1024**2,
-    "GIB": 1024**3,
-}
 
 
 class ConfigError(ValueError):
@@ -39,20 +31,6 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raises ConfigError naming the field, its value and what would work, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{name}={value!r}: {remedy}")
-
-
-def parse_size(size: int | float | str) -> int:
-    """Bytes of a size such as 2147483648, '2GiB' or '500 MB'."""
-    if isinstance(size, int | float):
-        require(math.isfinite(size) and size >= 0, "size", size, "give bytes, or a string such as '2GiB'")
-        return int(size)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
-    unit = match.group(2).upper() if match else "?"
-    require(
-        unit in UNIT_BYTES, "size", size, "give a number and B, KB, MB, GB, KiB, MiB or GiB, such as '2GiB'"
-    )
-    assert match is not None
-    return int(float(match.group(1)) * UNIT_BYTES[unit])
 
 
 @dataclass(slots=True)
@@ -331,11 +309,7 @@ def resolve_budget_bytes(budget: float | int | str, model_bytes: int) -> int:
         budget = float(budget)
     if not isinstance(budget, str) and 0 < budget <= 4:
         return int(budget * model_bytes)
-    size_bytes = parse_size(budget)
-    require(
-        size_bytes >= 2**20,
-        "budget",
-        budget,
-        "a size such as '2GiB', or a fraction of the model up to 4, such as 0.5",
-    )
+    size_bytes = parse_size(int(budget) if isinstance(budget, float) else budget, "budget")
+    remedy = "a size such as '2GiB', or a fraction of the model up to 4, such as 0.5"
+    require(size_bytes >= 2**20, "budget", budget, remedy)
     return size_bytes

@@ -49,6 +49,8 @@ class Limits(BaseModel):
     cores: int | None = Field(default=None, gt=0)
     swap_off: bool = False
     page_cache_dropped: bool = False
+    device: str | None = None  # the disk that is limited
+    note: str = ""  # what could not be limited, and why
 
 
 class Provenance(BaseModel):
@@ -269,7 +271,7 @@ def load_records(path: Path | str) -> list[Record]:
 
 def check_comparable(records: Iterable[Record]) -> None:
     """Refuses to put records of two machines, or limited and unlimited ones, into one figure."""
-    records = list(records)
+    records = [record for record in records if record.status in ("ok", "killed", "timeout")]
     machines = sorted({record.provenance.machine for record in records})
     if len(machines) > 1:
         raise RecordError(

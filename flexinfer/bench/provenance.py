@@ -1,0 +1,89 @@
+"""Where a record was measured: machine, versions of the packages that matter, commit.
+
+It reads /proc and asks git; it measures nothing. The machine is named by CPU, cores and memory, so that records of one
+machine (or of machines of one kind) can stand in one figure, and those of another cannot.
+"""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from flexinfer.bench.records import Provenance
+
+PACKAGES = (
+    "flexinfer",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "llama-cpp-python",
+    "gguf",
+    "airllm",
+    "ollm",
+)
+CODE = (
+    "flexinfer",
+    "conf",
+    "scripts",
+    "pyproject.toml",
+)  # a change elsewhere does not change what is measured
+
+
+def provenance(checkpoint: Path, root: Path = Path(__file__).parents[2]) -> Provenance:
+    """Of a measurement that starts now, here, on `checkpoint` (or its nearest existing parent)."""
+    status = _git(root, "status", "--porcelain", "--", *CODE)
+    return Provenance(
+        versions=_versions(),
+        git_commit=_git(root, "rev-parse", "HEAD") or "unknown",
+        git_dirty=bool(status),
+        cpu=_field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
+        cores=os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        kernel=platform.release(),
+        file_system=_file_system(checkpoint),
+        started=datetime.now(UTC).replace(microsecond=0),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _field(file: Path, name: str) -> str:
+    """The value of the first 'name : value' line of a /proc file, or ''."""
+    if not file.exists():
+        return ""
+    lines = (line.partition(":") for line in file.read_text().splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == name), "")
+
+
+def _file_system(path: Path) -> str:
+    """Type of the file system that holds `path`."""
+    path = path.expanduser().absolute()
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return "unknown"
+    held = [(Path(line.split()[1]), line.split()[2]) for line in mounts.read_text().splitlines()]
+    return max(
+        ((mount, kind) for mount, kind in held if path.is_relative_to(mount)),
+        key=lambda one: len(one[0].parts),
+    )[1]
