@@ -6,6 +6,7 @@ what the plan counted on. This is the only caller of mmap, mlock and madvise. A 
 to it or to a tensor made from it; there is nothing to free by hand.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -31,10 +32,8 @@ class Buffer:
         self.nbytes = round_up(max(nbytes, 1))
         self._mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without huge pages: ordinary ones do
-                pass
         self.bytes: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)  # [nbytes] uint8
         self.locked = lock and self._mlock()
 

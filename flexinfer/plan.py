@@ -345,7 +345,7 @@ def _algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     return locked
 
 
-def _none(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:  # noqa: ARG001
+def _none(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """Lock nothing: prefetching alone."""
     return {}
 

@@ -1,0 +1,14 @@
+"""FlexInfer: run language models that do not fit in memory, inside a memory budget, with the output unchanged.
+
+    model = flexinfer.from_pretrained("path-or-hub-id", memory="4GiB")
+    model.generate(**inputs, max_new_tokens=64)
+
+After Du et al., "FlexInfer: Breaking Memory Constraint via Flexible and Efficient Offloading for On-Device LLM
+Inference", EuroMLSys '25 (arXiv 2503.03777).
+"""
+
+from flexinfer.checkpoint import CheckpointError
+from flexinfer.model import from_pretrained
+from flexinfer.plan import BudgetError, Plan
+
+__all__ = ["BudgetError", "CheckpointError", "Plan", "from_pretrained"]

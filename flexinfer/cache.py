@@ -1,0 +1,162 @@
+"""The KV cache, allocated once for `context` tokens and used in place.
+
+transformers' `DynamicLayer` grows by concatenation: each token copies the cache and holds both copies for a moment. Here
+a layer is a view into memory that was set aside at load time, so a long generation takes no more than a short one. The
+values and their order are the same. Sliding-window layers stay transformers' own: the window bounds them.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from flexinfer.memory import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one token keeps in one layer."""
+
+    key: tuple[int, int]  # (heads, head_dim)
+    value: tuple[int, int]
+    window: int | None  # tokens a sliding-window layer keeps at most; None for a full layer
+
+    def nbytes(self, context: int, itemsize: int) -> int:
+        """Bytes for `context` tokens. A sliding layer is transformers' own and copies its window once for each token."""
+        numbers = self.key[0] * self.key[1] + self.value[0] * self.value[1]
+        tokens = context if self.window is None else 2 * min(context, self.window)
+        return tokens * numbers * itemsize
+
+
+class ContextError(ValueError):
+    """A sequence is longer than the KV cache was sized for."""
+
+
+class ReservedLayer(DynamicLayer):
+    """A full-attention layer whose keys and values lie in reserved memory."""
+
+    def __init__(self, reserve: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
+        super().__init__()
+        self._reserve = reserve
+        self._length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._key_memory = self._reserve(key_states, True)  # [batch, heads, context // batch, head_dim]
+        self._value_memory = self._reserve(value_states, False)
+        self._show(0)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [batch, heads, new, head_dim] and return all that is kept. Raises ContextError past the reserved length."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, stop = self._length, self._length + key_states.shape[-2]
+        batch, room = self._key_memory.shape[0], self._key_memory.shape[-2]
+        if stop > room:
+            raise ContextError(
+                f"the KV cache is sized for context={batch * room} tokens in all ({batch} x {room}) and this pass needs "
+                f"{batch} x {stop}; load the model with a larger context, flexinfer.from_pretrained(..., context={batch * stop})"
+            )
+        self._key_memory[:, :, start:stop] = key_states
+        self._value_memory[:, :, start:stop] = value_states
+        self._show(stop)
+        return self.keys, self.values
+
+    def _show(self, length: int) -> None:
+        self._length = length
+        self.keys, self.values = self._key_memory[:, :, :length], self._value_memory[:, :, :length]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number"
+            )
+        if self.is_initialized:
+            self._show(max(0, self._length + tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        if self.is_initialized:
+            self._show(0)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beam search: sequence i goes on from what sequence beam_idx[i] was."""
+        if self._length:
+            self._key_memory[:, :, : self._length] = self.keys.index_select(0, beam_idx)
+            self._value_memory[:, :, : self._length] = self.values.index_select(0, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times: another batch size, so the reserved memory is laid out anew."""
+        self._relayout(
+            self.keys.repeat_interleave(repeats, dim=0), self.values.repeat_interleave(repeats, dim=0)
+        )
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences at `indices`."""
+        self._relayout(self.keys[indices, ...], self.values[indices, ...])
+
+    def _relayout(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.is_initialized, self._length = False, 0
+        self.update(keys, values)
+
+
+class KVReserve:
+    """Memory for the keys and values of one cache at a time, `context` tokens over all its sequences."""
+
+    def __init__(self, layers: list[LayerShape], context: int, dtype: torch.dtype) -> None:
+        self._context, self._dtype, self._layers = context, dtype, layers
+        self._starts: list[int] = []
+        nbytes = 0
+        for layer in layers:
+            self._starts.append(nbytes)
+            nbytes += layer.nbytes(context, dtype.itemsize) if layer.window is None else 0
+        self.nbytes = nbytes
+        self._buffer: Buffer | None = Buffer(nbytes, lock=True)
+        self._user: weakref.ref[DynamicCache] | None = None
+
+    def adopt(self, cache: DynamicCache) -> None:
+        """Give an empty stock cache the reserved memory, unless another cache that is still alive has it."""
+        if (
+            self._buffer is None
+            or type(cache) is not DynamicCache
+            or cache.get_seq_length()
+            or any(layer.is_initialized for layer in cache.layers)
+        ):
+            return
+        if self._user is not None and self._user() is not None:
+            return
+        if not cache.layers and all(layer.window is None for layer in self._layers):
+            cache.layers.extend(DynamicLayer() for _ in self._layers)
+        if len(cache.layers) != len(self._layers):
+            return
+        adopted = False
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer and self._layers[i].window is None:
+                cache.layers[i] = ReservedLayer(self._reserver(i))
+                adopted = True
+        if adopted:
+            self._user = weakref.ref(cache)
+
+    def _reserver(self, layer: int) -> Callable[[torch.Tensor, bool], torch.Tensor]:
+        def reserve(states: torch.Tensor, is_key: bool) -> torch.Tensor:
+            assert self._buffer is not None
+            batch, heads, _, head_dim = states.shape
+            shape = self._layers[layer]
+            assert (heads, head_dim) == (shape.key if is_key else shape.value)
+            start = self._starts[layer]
+            if not is_key:
+                start += self._context * shape.key[0] * shape.key[1] * self._dtype.itemsize
+            return self._buffer.tensor(start, self._dtype, (batch, heads, self._context // batch, head_dim))
+
+        return reserve
+
+    def close(self) -> None:
+        """Free the memory, once no cache refers to it."""
+        self._buffer = None
