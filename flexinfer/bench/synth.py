@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,15 +66,28 @@ def make_checkpoint(
     cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     digest = hashlib.sha256(json.dumps(asdict(model.shape), sort_keys=True).encode()).hexdigest()[:8]
     path = cache_dir / "synthetic" / f"{model.name}-{format}-{digest}"
+    shape = model.shape
+    return make_once(path, lambda directory: _write(shape, format, directory, path.name, progress))
+
+
+def make_once(path: Path, write: Callable[[Path], None]) -> Path:
+    """`path`, which `write` fills unless it exists already: complete or not at all, whoever else asks for it now.
+
+    write: called with a new, empty directory beside `path`, which is renamed to `path` when it returns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:  # two runs may ask for it at once
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _write(model.shape, format, path, progress)
+            partial = path.with_name(path.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write(partial)
+            partial.rename(path)
     return path
 
 
-def _write(shape: ShapeConfig, format: str, path: Path, progress: bool) -> None:
+def _write(shape: ShapeConfig, format: str, directory: Path, label: str, progress: bool) -> None:
     packed_format = (
         measure_dequantize_rows(PackedFormat.for_this_cpu(4, GROUP_SIZE)) if format == "int4" else None
     )
@@ -95,10 +108,7 @@ def _write(shape: ShapeConfig, format: str, path: Path, progress: bool) -> None:
             entries.append(Entry(name, "BF16", size, 2 * torch.Size(size).numel()))
     shards = plan_shards(entries, SHARD_BYTES)
     total_bytes = sum(entry.nbytes for entry in entries)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    check_free_disk(path.parent, total_bytes)
-    partial.mkdir()
+    check_free_disk(directory, total_bytes)
     random_bytes, weights, scales = _pools()
 
     def chunks(entry: Entry) -> Iterator[memoryview]:
@@ -116,7 +126,7 @@ def _write(shape: ShapeConfig, format: str, path: Path, progress: bool) -> None:
                     bar.advance(task, len(part))
                     yield part
         elif len(entry.shape) == 1:
-            yield memoryview(torch.ones(entry.shape, dtype=torch.bfloat16).view(torch.uint8).numpy())
+            yield torch.ones(entry.shape, dtype=torch.bfloat16).view(torch.uint8).numpy().data
         else:
             for part in _cut(weights, start, entry.nbytes):
                 bar.advance(task, len(part))
@@ -124,12 +134,11 @@ def _write(shape: ShapeConfig, format: str, path: Path, progress: bool) -> None:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
-        task = bar.add_task(f"writing {path.name}", total=total_bytes)
-        for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-            write_shard(partial / name, shard, chunks)
-    write_index(partial, shards)
-    (partial / "config.json").write_text(json.dumps(_config(shape, tied, packed_format), indent=1) + "\n")
-    partial.rename(path)
+        task = bar.add_task(f"writing {label}", total=total_bytes)
+        for file_name, shard in zip(shard_names(len(shards)), shards, strict=True):
+            write_shard(directory / file_name, shard, chunks)
+    write_index(directory, shards)
+    (directory / "config.json").write_text(json.dumps(_config(shape, tied, packed_format), indent=1) + "\n")
 
 
 def _linears(shape: ShapeConfig) -> dict[str, tuple[int, int]]:
@@ -193,7 +202,7 @@ def _pools() -> tuple[memoryview, memoryview, memoryview]:
     scale = WEIGHT_STD / NIBBLE_STD * (0.5 + torch.rand(2**20, generator=generator))
     scales = torch.stack((scale, 0.5 * scale), -1).bfloat16()  # the mean nibble is 7.5: zero mean
     first, second, third = (
-        memoryview(part.view(torch.uint8).flatten().numpy()) for part in (random_bytes, weights, scales)
+        part.view(torch.uint8).flatten().numpy().data for part in (random_bytes, weights, scales)
     )
     return first, second, third
 
