@@ -95,6 +95,7 @@ class ModelConfig:
                 self.path,
                 "a model by path needs model.path=/a/checkpoint/directory",
             )
+            self.name = PurePath(str(self.path)).name if self.name == "path" else self.name
         else:
             require(
                 self.shape is not None, "model.shape", None, f"a model of kind {self.kind} needs its shape"

@@ -1,0 +1,261 @@
+"""Runs comparisons: cells in turns, one record each, what is finished skipped, what is left shown.
+
+Mechanism: a comparison (`RunConfig`) is a list of cells in the order round, budget, system: the systems take turns at every
+budget, so that a slow drift of the machine meets all of them. A cell is measured by `run_cell` (flexinfer.bench.cell), which
+is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
+loses the cell in hand and no more. A cell is finished when a record of the same key (flexinfer.bench.config) and the
+same machine is anywhere below results/, whichever experiment asked for it: experiments share cells.
+Cost model: time left is the mean seconds of the system's own finished cells, or of all where it has none yet.
+It measures nothing itself, and it does not retry: cells that failed with an error, or for want of a package, are tried again
+by the next run; killed and timed-out ones are results.
+"""
+
+import json
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flexinfer.bench.config import (
+    CellConfig,
+    ModelConfig,
+    RunConfig,
+    require,
+    resolve_budget_bytes,
+    resolve_format,
+    weight_bytes,
+)
+from flexinfer.bench.records import FINISHED, Record, append_record, drop_partial_line, load_records
+from flexinfer.plan import format_size
+
+RunCell = Callable[[CellConfig], Record]
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run did."""
+
+    planned: int = 0
+    skipped: int = 0
+    measured: int = 0
+    interrupted: bool = False
+
+
+def model_bytes(model: ModelConfig, format: str) -> int:
+    """Bytes of the weights that fractions of a budget refer to: from the shape, or from the files of a model by path."""
+    if model.shape is not None:
+        return weight_bytes(model.shape, format)
+    path = Path(str(model.path)).expanduser()
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf")]
+    require(bool(files), "model.path", str(path), "no .safetensors or .gguf file there")
+    return sum(file.stat().st_size for file in files)
+
+
+def cells_of(config: RunConfig) -> list[CellConfig]:
+    """The cells of a comparison in the order they run: round, then budget, then system.
+
+    Fractions of a budget mean the model's weights in its first format, the same bytes for every system.
+    Raises ConfigError where a system cannot run any format of the model.
+    """
+    reference_bytes = model_bytes(config.model, config.model.formats[0])
+    cells = []
+    for round_ in range(config.rounds):
+        for budget in config.budget.grid:
+            for system in config.systems.values():
+                format = resolve_format(config.model, system)
+                have = ", ".join(config.model.formats)
+                require(
+                    format is not None,
+                    "system",
+                    system.name,
+                    f"cannot run {config.model.name}, which comes in {have}",
+                )
+                cells.append(
+                    CellConfig(
+                        experiment=config.experiment,
+                        model=config.model,
+                        system=replace(system, format=str(format)),
+                        device=config.device,
+                        budget_bytes=resolve_budget_bytes(budget, reference_bytes),
+                        workload=config.workload,
+                        round=round_,
+                        cache_dir=config.cache_dir,
+                        trace=config.trace,
+                    )
+                )
+    return cells
+
+
+def records_file(results_dir: Path, cell: CellConfig) -> Path:
+    """Where the record of `cell` goes: a folder for each experiment, a file for each model and device."""
+    return results_dir / cell.experiment / f"{cell.model.name}.{cell.device.name}.jsonl"
+
+
+def finished_keys(results_dir: Path, machine: str) -> set[str]:
+    """Keys of the cells that need not be measured again on `machine`; a partial last line is cut off its file first."""
+    if not results_dir.exists():
+        return set()
+    for file in results_dir.rglob("*.jsonl"):
+        drop_partial_line(file)
+    records = load_records(results_dir)
+    return {one.cell_key for one in records if one.provenance.machine == machine and one.status in FINISHED}
+
+
+def save(results_dir: Path, record: Record) -> Path:
+    """Appends `record` to its file, the events of a traced cell to a JSON file beside it."""
+    file = records_file(results_dir, record.cell)
+    if record.events:
+        name = f"events/{record.run_id}.json"
+        target = file.parent / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(record.events, separators=(",", ":")))
+        partial.rename(target)
+        record = record.model_copy(update={"events": [], "events_file": name})
+    record = record.model_copy(update={"cell": replace(record.cell, cache_dir="")})  # means nothing elsewhere
+    append_record(file, record)
+    return file
+
+
+def delete_checkpoints(cache_dir: Path, model_name: str | None = None) -> int:
+    """Deletes the synthetic checkpoints of a model (None: of all) below `cache_dir`; returns the bytes freed."""
+    freed = 0
+    for path in checkpoints(cache_dir):
+        if model_name is None or path.name.startswith((f"{model_name}-", f"{model_name}.")):
+            freed += size_bytes(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return freed
+
+
+def checkpoints(cache_dir: Path) -> list[Path]:
+    """What has been made in the cache directory, each a directory or a file."""
+    return sorted(
+        path for path in (cache_dir.expanduser() / "synthetic").glob("*") if not path.name.endswith(".lock")
+    )
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory."""
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+    )
+
+
+def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: Console) -> Summary:
+    """Measures the missing cells of every comparison, in order; the same cell is measured once.
+
+    Args:
+        configs: comparisons, each with its own results_dir, resume and so on.
+        run_cell: measures one cell in a process of its own.
+        machine: `Provenance.machine` of this one: records of others do not count as finished.
+        console: where progress and results are shown.
+    """
+    summary, todo = Summary(), []
+    seen: set[str] = set()
+    for config in configs:
+        results_dir = Path(config.results_dir)
+        done = finished_keys(results_dir, machine) if config.resume else set()
+        cells = {cell.key: cell for cell in cells_of(config)}
+        summary.planned += len(cells.keys() - seen)
+        todo += [(config, cell) for key, cell in cells.items() if key not in done | seen]
+        seen |= cells.keys()
+    summary.skipped = summary.planned - len(todo)
+    if summary.skipped:
+        console.print(
+            f"{summary.skipped} of {summary.planned} cells are finished (resume=false measures them again)"
+        )
+    seconds: dict[str, list[float]] = defaultdict(list)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(todo), left="")
+        try:
+            for number, (config, cell) in enumerate(todo):
+                left = _left_s(seconds, [one.system.name for _, one in todo[number:]])
+                progress.update(
+                    task,
+                    description=f"cell {number + 1} of {len(todo)}: {describe(cell)}",
+                    left="" if left is None else f"about {left / 60:.0f} min left",
+                )
+                began = time.monotonic()
+                record = run_cell(cell)
+                seconds[cell.system.name].append(time.monotonic() - began)
+                save(Path(config.results_dir), record)
+                summary.measured += 1
+                progress.advance(task)
+                console.print(
+                    f"[{number + 1}/{len(todo)}] {describe(cell)}: {outcome(record)}",
+                    highlight=False,
+                    markup=False,
+                )
+                last = all(other.model.name != config.model.name for _, other in todo[number + 1 :])
+                if config.delete_checkpoints and last:
+                    freed = delete_checkpoints(Path(config.cache_dir), config.model.name)
+                    console.print(f"deleted the checkpoints of {config.model.name}: {format_size(freed)}")
+        except KeyboardInterrupt:
+            summary.interrupted = True
+    return summary
+
+
+def describe(cell: CellConfig) -> str:
+    """One cell in a few words."""
+    budget = format_size(cell.budget_bytes)
+    return f"{cell.model.name}, {cell.device.name}, {budget}, {cell.system.name}, round {cell.round + 1}"
+
+
+def outcome(record: Record) -> str:
+    """What a record says, in one line."""
+    if record.tokens_per_s is None:
+        return f"{record.status}: {record.message}"
+    text = f"{record.tokens_per_s:.3g} tokens/s"
+    if record.ratio is not None:
+        text += f", {record.ratio:.2f} of the bound"
+    if record.peak_memory_bytes is not None:
+        text += f", peak {format_size(record.peak_memory_bytes)}"
+    if record.limits.method == "unlimited":
+        text += ", UNLIMITED"
+    return text if record.status == "ok" else f"{record.status}: {record.message} ({text})"
+
+
+def results_table(records: Iterable[Record]) -> Table:
+    """Median tokens per second and ratio of every model, device, budget and system."""
+    groups: dict[tuple[str, str, int, str], list[Record]] = defaultdict(list)
+    for record in records:
+        cell = record.cell
+        groups[cell.model.name, cell.device.name, cell.budget_bytes, cell.system.label].append(record)
+    table = Table("model", "device", "budget", "system", "tokens/s", "of the bound", "rounds")
+    for (model, device, budget, label), found in sorted(groups.items(), key=lambda one: one[0]):
+        speeds = [one.tokens_per_s for one in found if one.status == "ok" and one.tokens_per_s]
+        ratios = [one.ratio for one in found if one.status == "ok" and one.ratio]
+        table.add_row(
+            model,
+            device,
+            format_size(budget),
+            label,
+            f"{statistics.median(speeds):.3g}" if speeds else found[-1].status,
+            f"{statistics.median(ratios):.2f}" if ratios else "",
+            str(len(speeds)),
+        )
+    return table
+
+
+def _left_s(seconds: dict[str, list[float]], systems: Sequence[str]) -> float | None:
+    """Seconds the cells of `systems` will take, or None before the first is done."""
+    known = [one for found in seconds.values() for one in found]
+    if not known:
+        return None
+    return sum(statistics.mean(seconds.get(system) or known) for system in systems)

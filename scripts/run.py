@@ -1,0 +1,79 @@
+"""Runs an experiment: python scripts/run.py +exp=fig5. See --help, and conf/exp/ for what there is.
+
+Hydra composes conf/ into the schema of flexinfer/bench/config.py; one Hydra job is one comparison, whose cells
+flexinfer.bench.runner measures in turns. With -m Hydra runs several (models, devices), here or on other machines by a
+launcher plugin; the systems of one comparison stay on one machine.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from flexinfer.bench.config import ConfigError, RunConfig, require
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def comparisons(config: DictConfig, overrides: list[str]) -> list[RunConfig]:
+    """The comparison that `config` describes, or those of the experiments it includes, with the same `overrides`."""
+    if not config.include:
+        return [cast(RunConfig, OmegaConf.to_object(config))]
+    kept = [one for one in overrides if not one.startswith(("+exp=", "experiment=", "include="))]
+    composed = (hydra.compose("config", overrides=[f"+exp={name}", *kept]) for name in config.include)
+    return [cast(RunConfig, OmegaConf.to_object(one)) for one in composed]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(config: DictConfig) -> None:
+    """Measures what is missing, then prints a table of the experiment's records."""
+    console = Console()
+    try:
+        configs = comparisons(config, list(HydraConfig.get().overrides.task))
+        from flexinfer.bench.cell import run_cell
+
+        from flexinfer.bench.provenance import provenance
+        from flexinfer.bench.records import load_records
+        from flexinfer.bench.runner import cells_of, results_table, run
+
+        machine = provenance(Path(config.cache_dir)).machine
+        summary = run(configs, run_cell, machine, console)
+        wanted = {cell.key for one in configs for cell in cells_of(one)}
+        found = [
+            one
+            for one in load_records(config.results_dir)
+            if one.cell_key in wanted and one.provenance.machine == machine
+        ]
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    console.print(results_table(found))
+    if summary.interrupted:
+        console.print("stopped: every finished cell is kept; the same command goes on from here")
+        sys.exit(130)
+
+
+def check_systems(
+    arguments: list[str], systems: Path = Path(__file__).parents[1] / "conf" / "system"
+) -> None:
+    """Raises ConfigError for a system=[...] that is not there: for a list Hydra does not say what is."""
+    known = sorted(file.stem for file in systems.glob("*.yaml"))
+    for argument in arguments:
+        names = (
+            re.split(r"[\[\], ]+", argument.removeprefix("system=")) if argument.startswith("system=") else []
+        )
+        for name in filter(None, names):
+            require(name in known, "system", name, f"one of {', '.join(known)}")
+
+
+if __name__ == "__main__":
+    try:
+        check_systems(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    main()

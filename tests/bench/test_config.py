@@ -1,0 +1,284 @@
+"""The experiments' configuration: what is there composes, what is not is refused by name."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+import pytest
+from bench_samples import ROOT, make_cell
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from flexinfer.bench.config import (
+    CellConfig,
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    ShapeConfig,
+    SystemConfig,
+    WorkloadConfig,
+    from_dict,
+    resolve_budget_bytes,
+    resolve_format,
+    weight_bytes,
+)
+from flexinfer.bench.runner import cells_of
+
+EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf" / "exp").glob("*.yaml"))
+GROUPS = ("model", "system", "device", "budget", "workload")
+
+
+@pytest.fixture(scope="module")
+def run_script() -> ModuleType:
+    """scripts/run.py as a module: importing it registers the schema."""
+    spec = importlib.util.spec_from_file_location("run_script", ROOT / "scripts" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def load(run_script: ModuleType) -> Callable[..., RunConfig]:
+    """Composes overrides into a RunConfig, as scripts/run.py does."""
+
+    def loaded(*overrides: str) -> RunConfig:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return cast(RunConfig, OmegaConf.to_object(compose("config", overrides=list(overrides))))
+
+    return loaded
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_into_cells(name: str, load: Callable[..., RunConfig]) -> None:
+    config = load(f"+exp={name}")
+    assert config.experiment == name
+    cells = cells_of(config)
+    assert (
+        len({cell.key for cell in cells})
+        == len(cells)
+        == config.rounds * len(config.budget.grid) * len(config.systems)
+    )
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_file_starts_with_figure_command_and_minutes(name: str) -> None:
+    lines = (ROOT / "conf" / "exp" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[2].startswith(f"# python scripts/run.py +exp={name}")
+    assert "minute" in lines[3]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_of_every_group_composes_under_its_own_name(
+    group: str, load: Callable[..., RunConfig]
+) -> None:
+    for file in sorted((ROOT / "conf" / group).glob("*.yaml")):
+        extra = ["model.path=/a/model"] if file.stem == "path" else []
+        config = load(f"{group}={file.stem}", *extra)
+        if group == "system":
+            assert list(config.systems) == [file.stem]
+            assert config.systems[file.stem].name == file.stem
+        elif group != "budget":
+            assert getattr(config, group).name == ("model" if file.stem == "path" else file.stem)
+
+
+def test_overrides_win_over_the_experiment(load: Callable[..., RunConfig]) -> None:
+    config = load(
+        "+exp=fig5", "model=llama2-13b", "device=phone", "rounds=5", "budget.grid=[2GiB]", "system=[sync]"
+    )
+    assert (config.model.name, config.device.name, config.rounds) == ("llama2-13b", "phone", 5)
+    assert [cell.budget_bytes for cell in cells_of(config)] == [2 * 2**30] * 5
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("roundz=3", "roundz"),
+        ("workload.min_token=3", "min_token"),
+        ("model=llama9", "llama2-7b"),
+        ("+exp=fig6", "fig5"),
+        ("device=floppy", "emmc"),
+        ("rounds=many", "rounds"),
+        ("systems.flexinfer.polisy=none", "polisy"),
+    ],
+)
+def test_a_typo_fails_and_names_what_there_is(
+    override: str, named: str, load: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises(HydraException) as failure:
+        load(override)
+    messages = f"{failure.value} {failure.value.__cause__}"
+    assert named in messages
+
+
+def test_a_typo_inside_an_experiment_file_fails(tmp_path: Path, load: Callable[..., RunConfig]) -> None:
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    (exp / "typo.yaml").write_text("# @package _global_\nexperiment: typo\nround: 3\n")
+    with pytest.raises(HydraException, match=r"round|typo"):
+        load(f"hydra.searchpath=[file://{tmp_path}]", "+exp=typo")
+
+
+def test_a_wrong_system_in_a_list_is_answered_with_the_right_ones(run_script: ModuleType) -> None:
+    with pytest.raises(ConfigError, match=r"flexinferr.*llama-cpp-mmap"):
+        run_script.check_systems(["+exp=fig4", "system=[sync,flexinferr]"])
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("rounds=0", "rounds"),
+        ("model=path", "model.path"),
+        ("budget.grid=[4 bananas]", "bananas"),
+        ("budget.grid=[]", "budget.grid"),
+        ("workload.min_tokens=100", "workload.min_tokens"),
+        ("workload.context=10", "workload.context"),
+        ("device.cores=0", "device.cores"),
+        ("model.shape.heads=7", "model.shape.heads"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(
+    override: str, named: str, load: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises((ValueError, HydraException)) as failure:
+        load(override.replace("[4 bananas]", "['4 bananas']"))
+    assert named in f"{failure.value} {failure.value.__cause__}"
+
+
+def test_claims_includes_the_cells_of_the_figures(
+    run_script: ModuleType, load: Callable[..., RunConfig]
+) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        claims = compose("config", overrides=["+exp=claims", "rounds=1"])
+        configs = run_script.comparisons(claims, ["+exp=claims", "rounds=1"])
+    wanted = {
+        cell.key
+        for name in ("table1", "fig3", "fig4", "fig5")
+        for cell in cells_of(load(f"+exp={name}", "rounds=1"))
+    }
+    assert {cell.key for config in configs for cell in cells_of(config)} == wanted
+
+
+def test_figures_share_their_cells(load: Callable[..., RunConfig]) -> None:
+    fig4, fig5, table1 = (
+        {cell.key for cell in cells_of(load(f"+exp={name}"))} for name in ("fig4", "fig5", "table1")
+    )
+    assert table1 < fig4
+    assert fig4 & fig5
+
+
+def test_systems_take_turns_within_a_round(load: Callable[..., RunConfig]) -> None:
+    cells = cells_of(load("system=[sync,flexinfer]", "budget.grid=[1GiB,2GiB]", "rounds=2"))
+    turns = [(cell.round, cell.budget_bytes // 2**30, cell.system.name) for cell in cells]
+    assert turns == [(r, b, s) for r in (0, 1) for b in (1, 2) for s in ("sync", "flexinfer")]
+
+
+def test_a_cell_survives_json() -> None:
+    cell = make_cell(
+        system=SystemConfig("x", "X", format="int4", options={"window": "3 layers", "io_threads": 0})
+    )
+    assert from_dict(CellConfig, json.loads(json.dumps(asdict(cell)))) == cell
+
+
+def test_an_unknown_field_of_a_cell_is_refused_by_name() -> None:
+    told = asdict(make_cell())
+    told["model"]["shape"]["experts"] = 8
+    with pytest.raises(ConfigError, match="experts"):
+        from_dict(CellConfig, told)
+
+
+def test_a_missing_field_of_a_cell_is_refused_by_name() -> None:
+    told = asdict(make_cell())
+    del told["round"]
+    with pytest.raises(ConfigError, match="round"):
+        from_dict(CellConfig, told)
+
+
+def test_the_key_of_a_cell_is_what_is_measured_and_not_who_asks() -> None:
+    cell = make_cell()
+    assert cell.key == make_cell(experiment="other", cache_dir="/elsewhere").key
+    for change in (
+        {"round": 1},
+        {"budget_bytes": 2**31},
+        {"trace": True},
+        {"workload": WorkloadConfig(min_tokens=4)},
+    ):
+        assert cell.key != make_cell(**change).key
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (0.5, 500),
+        (1, 1000),
+        ("0.5", 500),
+        ("2GiB", 2**31),
+        (2**31, 2**31),
+        ("1400MiB", 1400 * 2**20),
+        (1.25, 1250),
+    ],
+)
+def test_budgets_are_sizes_or_fractions_of_the_model(budget: float | int | str, expected: int) -> None:
+    assert resolve_budget_bytes(budget, 1000) == expected
+
+
+def test_seven_billion_weights_at_four_and_a_half_bits_are_3_7_gigabytes(
+    load: Callable[..., RunConfig],
+) -> None:
+    shape = load("model=llama2-7b").model.shape
+    assert shape is not None
+    assert weight_bytes(shape, "int4") == weight_bytes(shape, "gguf")
+    assert 3.7e9 < weight_bytes(shape, "int4") < 3.75e9
+
+
+def test_each_system_gets_a_format_it_can_run() -> None:
+    shape = ShapeConfig(64, 128, 2, 4, 2, 256)
+    int4 = ModelConfig("m", formats=["int4", "gguf"], shape=shape)
+    bf16 = ModelConfig("m", formats=["bf16"], shape=shape)
+    ours, llama = SystemConfig("a", "A"), SystemConfig("b", "B", kind="llama_cpp")
+    assert [resolve_format(int4, ours), resolve_format(int4, llama)] == ["int4", "gguf"]
+    assert [resolve_format(bf16, ours), resolve_format(bf16, llama)] == ["bf16", None]
+
+
+def test_a_system_that_cannot_run_the_model_is_refused(load: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"llama-cpp-mmap.*bf16"):
+        cells_of(load("model=llama-3b-like", "system=[llama-cpp-mmap]"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counted_s", "enough"),
+    [
+        (7, 100.0, False),
+        (8, 9.9, False),
+        (8, 10.0, True),
+        (64, 1.0, True),
+        (1, 120.0, True),
+        (0, 500.0, False),
+    ],
+)
+def test_a_cell_stops_when_it_has_counted_enough(tokens: int, counted_s: float, enough: bool) -> None:
+    assert WorkloadConfig().enough(tokens, counted_s) is enough
+
+
+def test_the_joblib_launcher_composes_where_it_is_installed(load: Callable[..., RunConfig]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install hydra-joblib-launcher")
+    assert load("hydra/launcher=joblib", "+exp=smoke").experiment == "smoke"
+
+
+def test_cfg_job_prints_what_would_run() -> None:
+    command = [sys.executable, "scripts/run.py", "+exp=fig5", "device=phone", "--cfg", "job"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin", "PYTHONPATH": "."}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "name: phone" in done.stdout
+    assert "experiment: fig5" in done.stdout
