@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flexinfer.checkpoint import TensorSpec
-from flexinfer.memory import PAGE_BYTES, Buffer, round_up
+from flexinfer.memory import PAGE_BYTES, Buffer
 from flexinfer.packed import PackedFormat, packed_linear
 from flexinfer.plan import Piece, Weight
 from flexinfer.prefetch import FileReader, Prefetcher, padded_bytes
@@ -247,18 +247,3 @@ def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoRet
         f"{prefix}weight is streamed from disk and not part of a state dict; the checkpoint on disk is unchanged, copy that instead "
         "(to save another precision, load it with transformers)"
     )
-
-
-def measure_compute_s(kernel: Kernel, piece: Piece, dtype: torch.dtype, repeats: int = 9) -> float:
-    """Median seconds that `kernel` takes for `piece` at one row, from memory rather than from the CPU's cache."""
-    buffer = Buffer(max(48 << 20, 2 * piece.nbytes), lock=True)
-    rows = piece.row_stop - piece.row_start
-    x = torch.ones(1, kernel.in_features, dtype=dtype)
-    bias = torch.zeros(rows, dtype=dtype)
-    samples = []
-    for i in range(repeats):
-        position = round_up(i * piece.nbytes) % (buffer.nbytes - piece.nbytes)
-        start_s = perf_counter()
-        kernel.multiply(x, kernel.view(buffer, position - position % PAGE_BYTES, rows), rows, bias)
-        samples.append(perf_counter() - start_s)
-    return sorted(samples)[repeats // 2]

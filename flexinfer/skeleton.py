@@ -1,0 +1,307 @@
+"""The empty model: a stock transformers model without weights, and where each of its weights lies in the checkpoint.
+
+Works for any causal LM whose decoder layers are made of `nn.Linear` (or GPT-2's `Conv1D`); there is no file per family. The
+decoder stack and its linears are found by their types, tensors are matched to parameters by transformers' own renaming
+rules, and the order of use and the shape of the KV cache are learnt from one pass on the meta device, which computes
+nothing. Reads headers, never weights.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from flexinfer.cache import LayerShape
+from flexinfer.checkpoint import Checkpoint, CheckpointError, TensorSpec
+from flexinfer.linear import Conv1DKernel, DenseKernel, Kernel, PackedKernel
+from flexinfer.memory import round_up
+from flexinfer.packed import QUANT_METHOD, PackedFormat, blocks, packed_nbytes
+from flexinfer.plan import Kind, Piece, Weight
+from flexinfer.prefetch import padded_bytes
+
+PIECE_BYTES = 4 << 20  # requests of this size read fastest (docs/performance.md)
+ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
+FLOAT_DTYPES = {"BF16", "F16", "F32"}
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """The checkpoint directory: a local one, or a snapshot in the Hugging Face cache (downloaded if need be)."""
+    if Path(path_or_hub_id).is_dir():
+        return Path(path_or_hub_id)
+    name = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such directory, and not a Hub id of the form 'owner/name'")
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+    except Exception:
+        try:
+            return Path(snapshot_download(name, allow_patterns=wanted))
+        except Exception as error:
+            raise CheckpointError(
+                f"{name}: neither a directory, nor in the Hugging Face cache, nor to be had from the Hub ({error})"
+            ) from error
+
+
+@dataclass(slots=True)
+class Skeleton:
+    """A model with no weights yet, and where each of them is."""
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    specs: dict[str, TensorSpec]  # by the model's parameter name
+    weights: list[Weight]  # the streamable ones, in order of use
+    kernels: dict[str, Kernel]  # by the name of the weight
+    cache_layers: list[LayerShape]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def resident(self) -> dict[str, TensorSpec]:
+        """Parameters and buffers that are read once and stay."""
+        not_read = {weight.name for weight in self.weights} | {self.embedding_name + ".weight"}
+        return {name: spec for name, spec in self.specs.items() if name not in not_read}
+
+    @property
+    def embedding_name(self) -> str:
+        embedding = self.model.get_input_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is embedding)
+
+
+def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> Skeleton:
+    """The empty model for `checkpoint`, with every parameter matched to a tensor. Reads no weights.
+
+    Raises CheckpointError when config.json is of no causal LM, tensors are missing or have the wrong shape, or the
+    weights would have to be converted to fit.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}/config.json: not a model that transformers knows ({error})"
+        ) from error
+    packed = _packed_format(config)
+    compute_dtype = _compute_dtype(dtype, config, checkpoint)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}/config.json: no causal LM ({error})") from error
+    model.eval().requires_grad_(False)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
+
+    specs = _match(model, checkpoint, packed)
+    linears = {linear.name: linear for linear in find_linears(model)}
+    order, cache_layers = _dry_run(config, compute_dtype, linears.keys())
+    parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
+    return Skeleton(
+        model=model,
+        checkpoint=checkpoint,
+        specs=specs,
+        weights=[weight for weight, _ in parts],
+        kernels={weight.name: kernel for weight, kernel in parts},
+        cache_layers=cache_layers,
+    )
+
+
+def _packed_format(config: PretrainedConfig) -> PackedFormat | None:
+    """The packing of a checkpoint that `flexinfer quantize` wrote, or None. Refuses other quantised checkpoints."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method")
+    if method != QUANT_METHOD:
+        raise CheckpointError(
+            f"quantization_config: this checkpoint is quantised by {method!r}, which is not supported; take the original "
+            "checkpoint and, if it should be small, run `flexinfer quantize SRC DST --bits 4`"
+        )
+    del config.quantization_config
+    return PackedFormat.from_config(quantization)
+
+
+def _compute_dtype(dtype: str | torch.dtype, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    if isinstance(dtype, str) and dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
+            raise ValueError(
+                f"dtype={dtype!r} is no torch dtype; choose 'auto', 'bfloat16', 'float16' or 'float32'"
+            )
+        dtype = named
+    if isinstance(dtype, torch.dtype):
+        if dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+            raise ValueError(
+                f"dtype={dtype} is not supported; choose 'auto', 'bfloat16', 'float16' or 'float32'"
+            )
+        return dtype
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return next(
+        (spec.torch_dtype for spec in checkpoint.tensors.values() if spec.dtype in FLOAT_DTYPES),
+        torch.float32,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear that can be streamed, and its place in the model."""
+
+    name: str  # of the module
+    module: nn.Module
+    role: str  # its name within a layer
+    layer: int  # the number of layers for the output head
+    kind: Kind
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        if isinstance(self.module, Conv1D):
+            return self.module.nf, self.module.nx
+        assert isinstance(self.module, nn.Linear)
+        return self.module.out_features, self.module.in_features
+
+
+def find_linears(model: PreTrainedModel) -> list[Linear]:
+    """The linears that can be streamed: those of the decoder stack, and the output head.
+
+    The stack is the `nn.ModuleList` with the most parameters. Subclasses of `nn.Linear` may compute something else, so
+    only `nn.Linear` itself and `Conv1D` are taken.
+    """
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise CheckpointError(
+            f"{type(model).__name__}: no stack of decoder layers found; this architecture cannot be streamed"
+        )
+    stack_name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    found = []
+    for layer, decoder_layer in enumerate(stack):
+        for role, module in decoder_layer.named_modules():
+            if type(module) in {nn.Linear, Conv1D}:
+                kind: Kind = "attention" if "attn" in role or "attention" in role else "ffn"
+                found.append(Linear(f"{stack_name}.{layer}.{role}", module, role, layer, kind))
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        name = next(name for name, module in model.named_modules() if module is head)
+        found.append(Linear(name, head, name, len(stack), "head"))
+    return found
+
+
+def _match(
+    model: PreTrainedModel, checkpoint: Checkpoint, packed: PackedFormat | None
+) -> dict[str, TensorSpec]:
+    """The tensor of each parameter and persistent buffer, by transformers' own renaming rules."""
+    state = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    specs: dict[str, TensorSpec] = {}
+    converted: list[str] = []
+    for name, spec in checkpoint.tensors.items():
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if converter is not None and name not in state:
+            converted.append(name)
+        elif name in state:
+            specs[name] = spec
+        elif target in state:
+            specs[target] = spec
+    if converted:
+        raise CheckpointError(
+            f"{checkpoint.path}: {converted[0]} and {len(converted) - 1} more tensors are stored apart and joined when "
+            f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they cannot be streamed yet"
+        )
+    if model.config.get_text_config().tie_word_embeddings:
+        for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
+            if source in specs and (target not in specs or packed is None):
+                specs[target] = specs[source]
+    if missing := sorted(
+        name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs
+    ):
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
+            "the checkpoint is incomplete or of another model"
+        )
+    for name, spec in specs.items():
+        if tuple(state[name].shape) != spec.shape and not (packed and spec.dtype == "U8"):
+            raise CheckpointError(
+                f"{spec.file}: {spec.name!r} has shape {list(spec.shape)}, config.json says {list(state[name].shape)}; "
+                "the two do not belong together"
+            )
+    return specs
+
+
+def _dry_run(
+    config: PretrainedConfig, dtype: torch.dtype, linears: Collection[str]
+) -> tuple[list[str], list[LayerShape]]:
+    """One pass on the meta device: the order in which the linears run, and what a token keeps in each cache layer."""
+    order: list[str] = []
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for name, module in model.named_modules():
+            if name in linears:
+                module.register_forward_pre_hook(lambda _module, _args, name=name: order.append(name))
+        cache = DynamicCache(config=config.get_text_config(decoder=True))
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+    layers = [
+        LayerShape(
+            key=(layer.keys.shape[1], layer.keys.shape[3]),
+            value=(layer.values.shape[1], layer.values.shape[3]),
+            window=getattr(layer, "sliding_window", None),
+        )
+        for layer in cache.layers
+    ]
+    once = list(dict.fromkeys(order))
+    return once + [name for name in linears if name not in once], layers
+
+
+def _weight_of(
+    linear: Linear, specs: dict[str, TensorSpec], packed: PackedFormat | None, dtype: torch.dtype
+) -> tuple[Weight, Kernel]:
+    name = linear.name + ".weight"
+    spec = specs[name]
+    out_features, in_features = linear.features
+    kernel: Kernel
+    if packed is not None and spec.dtype == "U8":
+        if spec.nbytes != packed_nbytes(packed, out_features, in_features):
+            raise CheckpointError(
+                f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs "
+                f"{packed_nbytes(packed, out_features, in_features)}; quantise the original again"
+            )
+        kernel = PackedKernel(in_features, packed)
+        cuts = [
+            (b.row_start, b.row_stop, b.offset_bytes, b.nbytes)
+            for b in blocks(packed, out_features, in_features)
+        ]
+    else:
+        if spec.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{spec.file}: {name!r} has dtype {spec.dtype}; the weight of a linear can be {', '.join(sorted(FLOAT_DTYPES))}"
+            )
+        row_bytes = in_features * spec.torch_dtype.itemsize
+        if isinstance(linear.module, Conv1D):
+            kernel, rows = Conv1DKernel(in_features, spec.torch_dtype, dtype), out_features
+        else:
+            kernel = DenseKernel(in_features, spec.torch_dtype, dtype)
+            count = -(-out_features * row_bytes // PIECE_BYTES)
+            rows = round_up(-(-out_features // count), ROW_MULTIPLE)
+        starts = range(0, out_features, rows)
+        cuts = [
+            (i, min(i + rows, out_features), i * row_bytes, min(rows, out_features - i) * row_bytes)
+            for i in starts
+        ]
+    pieces = []
+    for start, stop, offset_bytes, nbytes in cuts:
+        offset_bytes += spec.offset_bytes
+        memory_bytes = padded_bytes(offset_bytes, nbytes)
+        pieces.append(Piece(name, linear.layer, start, stop, spec.file, offset_bytes, nbytes, memory_bytes))
+    return Weight(name, linear.role, linear.layer, linear.kind, tuple(pieces)), kernel
