@@ -271,22 +271,32 @@ class RunConfig:
         )
 
 
-def from_dict(kind: Any, data: Any) -> Any:
-    """The dataclass `kind` from what `asdict` (or JSON) made of it; unknown and missing fields are refused."""
+def from_dict(kind: Any, data: Any, where: str = "cell") -> Any:
+    """The dataclass `kind` from what `asdict` (or JSON) made of it.
+
+    Raises ConfigError naming the field for unknown or missing fields and values of another type.
+    """
     options = [option for option in get_args(kind) if option is not type(None)]
-    target = options[0] if len(options) == 1 and is_dataclass(options[0]) else kind
-    if data is None or not is_dataclass(target):
+    if data is None and len(options) < len(get_args(kind)):
+        return None
+    target = options[0] if len(options) == 1 and not hasattr(kind, "__origin__") else kind
+    accepted = {int: int, float: int | float, str: str, bool: bool}.get(target)
+    if accepted is not None:
+        same = isinstance(data, accepted) and (target is bool or not isinstance(data, bool))
+        require(same, where, data, f"must be of type {target.__name__}")
+    if not is_dataclass(target):
         return data
     assert isinstance(target, type)
-    require(isinstance(data, dict), target.__name__, data, "must be an object")
+    require(isinstance(data, dict), where, data, "must be an object")
     hints = get_type_hints(target)
     known = {one.name for one in fields(target)}
     unknown = sorted(set(data) - known)
-    require(not unknown, target.__name__, unknown, f"unknown; the fields are {', '.join(sorted(known))}")
+    require(not unknown, where, unknown, f"unknown; the fields are {', '.join(sorted(known))}")
+    values = {name: from_dict(hints[name], value, f"{where}.{name}") for name, value in data.items()}
     try:
-        return target(**{name: from_dict(hints[name], value) for name, value in data.items()})
+        return target(**values)
     except TypeError as error:
-        raise ConfigError(f"{target.__name__}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def resolve_format(model: ModelConfig, system: SystemConfig) -> str | None:

@@ -158,26 +158,7 @@ class Record(BaseModel):
             return None
         return self.tokens_per_s * self.passes / self.tokens / self.bound_tokens_per_s
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _derived_agree(cls, data: Any, handler: Callable[[Any], "Record"]) -> "Record":
-        if not isinstance(data, dict):
-            return handler(data)
-        written = {name: data[name] for name in DERIVED if name in data}
-        record = handler({name: value for name, value in data.items() if name not in written})
-        for name, value in written.items():
-            ours = getattr(record, name)
-            same = (
-                abs(ours - value) <= 1e-6 * abs(ours)
-                if isinstance(ours, float) and isinstance(value, float | int)
-                else ours == value
-            )
-            if not same:
-                raise ValueError(f"{name}: {value!r} is written, the samples give {ours!r}")
-        return record
-
-    @model_validator(mode="after")
-    def _samples_agree(self) -> "Record":
+    def _check_samples(self) -> None:
         if len(self.token_s) != self.passes or (self.token_bytes and len(self.token_bytes) != self.passes):
             raise ValueError(
                 f"token_s: {len(self.token_s)} samples, token_bytes: {len(self.token_bytes)}, passes: {self.passes}"
@@ -190,7 +171,25 @@ class Record(BaseModel):
             )
         if self.status != "ok" and not self.message:
             raise ValueError(f"message: a record that is {self.status} says why")
-        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _derived_agree(cls, data: Any, handler: Callable[[Any], "Record"]) -> "Record":
+        if not isinstance(data, dict):
+            return handler(data)  # a Record already
+        written = {name: data[name] for name in DERIVED if name in data}
+        record = handler({name: value for name, value in data.items() if name not in written})
+        record._check_samples()
+        for name, value in written.items():
+            ours = getattr(record, name)
+            same = (
+                abs(ours - value) <= 1e-6 * abs(ours)
+                if isinstance(ours, float) and isinstance(value, float | int)
+                else ours == value
+            )
+            if not same:
+                raise ValueError(f"{name}: {value!r} is written, the samples give {ours!r}")
+        return record
 
 
 def bound_tokens_per_s(

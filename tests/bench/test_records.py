@@ -1,0 +1,187 @@
+"""Records: what was written is read back; what disagrees with the schema or with itself is refused by line and field."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_samples import make_cell, make_record
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from flexinfer.bench.provenance import provenance
+from flexinfer.bench.records import (
+    Limits,
+    Record,
+    RecordError,
+    append_record,
+    bound_tokens_per_s,
+    check_comparable,
+    drop_partial_line,
+    load_records,
+)
+
+
+def write(path: Path, *lines: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def told(**changes: Any) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(make_record().model_dump_json())
+    return data | changes
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    records = [
+        make_record(),
+        make_record(status="killed", message="out of memory", tokens=0, passes=0, token_s=[], token_bytes=[]),
+    ]
+    for record in records:
+        append_record(tmp_path / "a" / "x.jsonl", record)
+    assert load_records(tmp_path) == records
+    assert len((tmp_path / "a" / "x.jsonl").read_text().splitlines()) == 2
+
+
+def test_speed_bound_and_ratio_are_written_and_follow_from_the_samples(tmp_path: Path) -> None:
+    append_record(tmp_path / "x.jsonl", make_record())
+    line = json.loads((tmp_path / "x.jsonl").read_text())
+    resident_bytes = 2**30 - 400_000_000
+    assert line["tokens_per_s"] == pytest.approx(1 / 3)  # the median of 4, 2 and 3 s
+    assert line["bound_tokens_per_s"] == pytest.approx(5e8 / (3e9 - resident_bytes))
+    assert line["ratio"] == pytest.approx(line["tokens_per_s"] / line["bound_tokens_per_s"])
+
+
+def test_a_pass_of_several_tokens_counts_for_the_speed_but_not_for_the_ratio() -> None:
+    single, triple = make_record(), make_record(tokens=9)
+    assert triple.tokens_per_s == pytest.approx(3 * (single.tokens_per_s or 0))
+    assert triple.ratio == pytest.approx(single.ratio)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"tokens": "many"}, "tokens"),
+        ({"speed": 3}, "speed"),
+        ({"status": "fine"}, "status"),
+        ({"kind": "projected"}, "kind"),
+        ({"schema_version": 2}, "schema_version"),
+        ({"bits": 0}, "bits"),
+        ({"token_s": [1.0]}, "token_s"),
+        ({"token_s": [1.0, -1.0, 1.0]}, "token_s"),
+        ({"limits": {"method": "docker"}}, "limits.method"),
+        ({"provenance": {}}, "provenance.versions"),
+        ({"status": "killed"}, "message"),
+        ({"tokens": 0}, "tokens"),
+        ({"tokens_per_s": 100.0}, "tokens_per_s"),
+        ({"ratio": None}, "ratio"),
+        ({"cell": {}}, "cell"),
+    ],
+)
+def test_a_bad_line_is_refused_with_file_line_and_field(
+    change: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "x.jsonl", told(), told(**change))
+    with pytest.raises(RecordError, match=rf"x\.jsonl:2: field {field}\b"):
+        load_records(path)
+
+
+def test_an_unknown_field_deep_in_the_cell_is_refused_by_name(tmp_path: Path) -> None:
+    line = told()
+    line["cell"]["model"]["shape"]["experts"] = 8
+    with pytest.raises(RecordError, match=r"x\.jsonl:1: field cell.*experts"):
+        load_records(write(tmp_path / "x.jsonl", line))
+
+
+def test_a_wrong_type_deep_in_the_cell_is_refused_by_name(tmp_path: Path) -> None:
+    line = told()
+    line["cell"]["workload"]["min_tokens"] = "several"
+    with pytest.raises(RecordError, match=r"x\.jsonl:1: field cell.*(min_tokens|several)"):
+        load_records(write(tmp_path / "x.jsonl", line))
+
+
+def test_a_line_that_is_not_json_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", told())
+    path.write_text(path.read_text() + "{nonsense}\n")
+    with pytest.raises(RecordError, match=r"x\.jsonl:2"):
+        load_records(path)
+
+
+def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
+    line = told()
+    with pytest.raises(RecordError, match="run_id"):
+        load_records(write(tmp_path / "x.jsonl", line, line))
+
+
+def test_a_missing_directory_is_answered_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"scripts/run\.py"):
+        load_records(tmp_path / "nothing")
+
+
+@given(cut=st.integers(min_value=1, max_value=400))
+def test_the_line_a_kill_cut_off_is_reported_then_dropped_and_nothing_else_is(
+    cut: int, tmp_path_factory: Any
+) -> None:
+    path = tmp_path_factory.mktemp("records") / "x.jsonl"
+    first = make_record()
+    append_record(path, first)
+    append_record(path, make_record())
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(RecordError, match=r"x\.jsonl:2: the last line is cut off"):
+        load_records(path)
+    assert drop_partial_line(path)
+    assert load_records(path) == [first]
+    assert not drop_partial_line(path)
+
+
+def test_a_record_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        make_record().tokens = 5
+
+
+def test_records_of_two_machines_do_not_meet_in_one_figure() -> None:
+    here, there = make_record(), make_record()
+    there = make_record(provenance=there.provenance.model_copy(update={"cpu": "Another CPU"}))
+    check_comparable([here, here])
+    with pytest.raises(RecordError, match=r"Another CPU.*Test CPU"):
+        check_comparable([here, there])
+
+
+def test_unlimited_records_do_not_stand_beside_limited_ones() -> None:
+    unlimited = make_record(limits=Limits(method="unlimited"))
+    check_comparable([unlimited, unlimited])
+    with pytest.raises(RecordError, match="unlimited"):
+        check_comparable([make_record(), unlimited])
+
+
+@given(
+    total=st.integers(1, 10**11),
+    resident=st.integers(-(10**10), 2 * 10**11),
+    bandwidth=st.floats(1e6, 1e10),
+    compute_s=st.floats(1e-3, 1e2),
+)
+def test_the_bound_lies_between_no_and_full_residency(
+    total: int, resident: int, bandwidth: float, compute_s: float
+) -> None:
+    bound = bound_tokens_per_s(total, resident, bandwidth, compute_s)
+    assert bound_tokens_per_s(total, 0, bandwidth, compute_s) <= bound <= 1 / compute_s
+    assert bound_tokens_per_s(total, resident + 10**9, bandwidth, compute_s) >= bound
+
+
+def test_without_its_parts_there_is_no_bound() -> None:
+    record = make_record(bandwidth_bytes_per_s=None)
+    assert record.bound_tokens_per_s is None
+    assert record.ratio is None
+
+
+def test_an_ok_record_without_tokens_cannot_be_made() -> None:
+    with pytest.raises(ValidationError, match="tokens"):
+        Record.model_validate(told(tokens=0, passes=0, token_s=[], token_bytes=[]))
+
+
+def test_provenance_names_this_machine_and_makes_a_valid_record(tmp_path: Path) -> None:
+    found = provenance(tmp_path / "not" / "there")
+    assert found.versions["python"]
+    assert found.file_system
+    assert make_record(make_cell(), provenance=found).provenance.machine == found.machine

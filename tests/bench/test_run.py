@@ -1,0 +1,196 @@
+"""The runner: turns, resuming, interruption. Cells are measured by an imitation that is handed in."""
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from bench_samples import make_cell, make_record
+from rich.console import Console
+
+from flexinfer.bench.config import (
+    BudgetConfig,
+    CellConfig,
+    ConfigError,
+    DeviceConfig,
+    ModelConfig,
+    RunConfig,
+    ShapeConfig,
+    SystemConfig,
+    WorkloadConfig,
+)
+from flexinfer.bench.records import Record, load_records
+from flexinfer.bench.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_table, run
+
+MACHINE = make_record().provenance.machine
+
+
+def config(tmp_path: Path, **changes: object) -> RunConfig:
+    told: dict[str, object] = {
+        "model": ModelConfig("tiny", shape=ShapeConfig(64, 128, 2, 4, 2, 256)),
+        "systems": {name: SystemConfig(name, name.upper()) for name in ("sync", "flexinfer")},
+        "device": DeviceConfig("fixed", "ours", 500_000_000),
+        "budget": BudgetConfig(["1GiB", "2GiB"]),
+        "workload": WorkloadConfig(),
+        "experiment": "test",
+        "rounds": 2,
+        "results_dir": str(tmp_path / "results"),
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    return RunConfig(**told | changes)  # type: ignore[arg-type]
+
+
+class Imitation:
+    """Stands for run_cell: makes a valid record, and does what `at` says at the n-th call."""
+
+    def __init__(self, at: dict[int, Callable[[CellConfig], Record]] | None = None) -> None:
+        self.at, self.cells = at or {}, list[CellConfig]()
+
+    def __call__(self, cell: CellConfig) -> Record:
+        self.cells.append(cell)
+        return self.at.get(len(self.cells), make_record)(cell)
+
+
+def interrupt(_cell: CellConfig) -> Record:
+    raise KeyboardInterrupt
+
+
+def failed(status: str) -> Callable[[CellConfig], Record]:
+    empty = {"tokens": 0, "passes": 0, "token_s": [], "token_bytes": []}
+    return lambda cell: make_record(cell, status=status, message="because", **empty)
+
+
+def go(imitation: Imitation, *configs: RunConfig) -> tuple[Summary, str]:
+    console = Console(file=StringIO(), width=200)
+    summary = run(configs, imitation, MACHINE, console)
+    assert isinstance(console.file, StringIO)
+    return summary, console.file.getvalue()
+
+
+def test_every_cell_is_measured_once_in_turns_and_recorded(tmp_path: Path) -> None:
+    imitation = Imitation()
+    summary, shown = go(imitation, config(tmp_path))
+    assert summary == Summary(planned=8, skipped=0, measured=8)
+    assert [cell.system.name for cell in imitation.cells] == ["sync", "flexinfer"] * 4
+    assert len(load_records(tmp_path / "results")) == 8
+    assert "[8/8]" in shown
+    assert "of the bound" in shown
+
+
+def test_an_interrupted_run_goes_on_to_the_same_number_of_records(tmp_path: Path) -> None:
+    summary, _ = go(Imitation({4: interrupt}), config(tmp_path))
+    assert summary.interrupted
+    assert summary.measured == len(load_records(tmp_path / "results")) == 3
+    imitation = Imitation()
+    summary, shown = go(imitation, config(tmp_path))
+    assert (summary.skipped, summary.measured) == (3, 5)
+    assert "3 of 8 cells are finished" in shown
+    records = load_records(tmp_path / "results")
+    assert len(records) == len({record.cell_key for record in records}) == 8
+
+
+def test_a_record_cut_off_by_a_kill_is_measured_again(tmp_path: Path) -> None:
+    go(Imitation(), config(tmp_path))
+    [file] = (tmp_path / "results").rglob("*.jsonl")
+    file.write_bytes(file.read_bytes()[:-50])
+    summary, _ = go(Imitation(), config(tmp_path))
+    assert summary.measured == 1
+    assert len(load_records(tmp_path / "results")) == 8
+
+
+def test_resume_false_measures_again_and_keeps_both(tmp_path: Path) -> None:
+    go(Imitation(), config(tmp_path))
+    summary, _ = go(Imitation(), config(tmp_path, resume=False))
+    assert summary.measured == 8
+    assert len(load_records(tmp_path / "results")) == 16
+
+
+@pytest.mark.parametrize(
+    ("status", "again"), [("killed", 0), ("timeout", 0), ("unsupported", 0), ("error", 1), ("missing", 1)]
+)
+def test_a_failure_is_a_record_and_only_errors_and_missing_packages_are_tried_again(
+    status: str, again: int, tmp_path: Path
+) -> None:
+    _, shown = go(Imitation({2: failed(status)}), config(tmp_path))
+    assert f"{status}: because" in shown
+    assert len(load_records(tmp_path / "results")) == 8
+    summary, _ = go(Imitation(), config(tmp_path))
+    assert summary.measured == again
+
+
+def test_records_of_another_machine_do_not_count_as_finished(tmp_path: Path) -> None:
+    console = Console(file=StringIO())
+    run([config(tmp_path)], Imitation(), "some other machine", console)
+    summary, _ = go(Imitation(), config(tmp_path))
+    assert summary.measured == 0
+    assert run([config(tmp_path)], Imitation(), "some other machine", console).measured == 8
+
+
+def test_experiments_share_their_cells(tmp_path: Path) -> None:
+    imitation = Imitation()
+    both = [config(tmp_path), config(tmp_path, experiment="other", rounds=3)]
+    summary, _ = go(imitation, *both)
+    assert summary.planned == summary.measured == 12
+    assert len(load_records(tmp_path / "results" / "test")) == 8
+    assert len(load_records(tmp_path / "results" / "other")) == 4
+    assert go(Imitation(), *both)[0].measured == 0
+
+
+def test_events_of_a_traced_cell_go_beside_the_records(tmp_path: Path) -> None:
+    events = [{"kind": "read", "tensor": "t", "layer": 0, "start_s": 0.0, "stop_s": 1.0, "bytes": 5}]
+    go(Imitation({1: lambda cell: make_record(cell, events=events)}), config(tmp_path, rounds=1, trace=True))
+    [file] = (tmp_path / "results").rglob("*.jsonl")
+    traced = [record for record in load_records(file) if record.events_file]
+    assert [json.loads((file.parent / str(one.events_file)).read_text()) for one in traced] == [events]
+    assert not traced[0].events
+
+
+def test_records_do_not_carry_the_cache_directory(tmp_path: Path) -> None:
+    go(Imitation(), config(tmp_path))
+    assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "results").rglob("*.jsonl"))
+
+
+def test_checkpoints_of_the_model_alone_are_deleted_when_its_cells_are_done(tmp_path: Path) -> None:
+    kept, gone = (tmp_path / "cache" / "synthetic" / name for name in ("tiny2-int4-abc", "tiny-int4-abc"))
+    for path in (kept, gone):
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_bytes(bytes(1000))
+    go(Imitation(), config(tmp_path, delete_checkpoints=True))
+    assert checkpoints(tmp_path / "cache") == [kept]
+    assert delete_checkpoints(tmp_path / "cache") == 1000
+
+
+def test_fractions_refer_to_the_same_bytes_for_every_system(tmp_path: Path) -> None:
+    systems = {"a": SystemConfig("a", "A"), "b": SystemConfig("b", "B", kind="llama_cpp")}
+    shape = ShapeConfig(1024, 4096, 16, 8, 8, 256)
+    cells = cells_of(
+        config(tmp_path, systems=systems, budget=BudgetConfig([0.5]), model=ModelConfig("m", shape=shape))
+    )
+    assert len({cell.budget_bytes for cell in cells}) == 1
+    assert [cell.system.format for cell in cells[:2]] == ["int4", "gguf"]
+
+
+def test_a_model_by_path_is_as_big_as_its_files(tmp_path: Path) -> None:
+    (tmp_path / "model-1.safetensors").write_bytes(bytes(3 * 2**20))
+    (tmp_path / "model-2.safetensors").write_bytes(bytes(1 * 2**20))
+    model = ModelConfig("path", kind="path", formats=["bf16"], path=str(tmp_path))
+    assert model.name == tmp_path.name
+    cells = cells_of(config(tmp_path, model=model, budget=BudgetConfig([0.5])))
+    assert {cell.budget_bytes for cell in cells} == {2 * 2**20}
+
+
+def test_a_path_without_weights_is_refused(tmp_path: Path) -> None:
+    model = ModelConfig("path", kind="path", formats=["bf16"], path=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        cells_of(config(tmp_path, model=model))
+
+
+def test_the_table_shows_medians_and_failures() -> None:
+    cell, other = make_cell(), make_cell(system=SystemConfig("x", "OTHER", format="int4"))
+    console = Console(file=StringIO(), width=200)
+    console.print(results_table([make_record(cell), make_record(cell), failed("timeout")(other)]))
+    assert isinstance(console.file, StringIO)
+    shown = console.file.getvalue()
+    assert "0.333" in shown
+    assert "timeout" in shown
