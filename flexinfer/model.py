@@ -76,9 +76,7 @@ def from_pretrained(
         raise ValueError(f"context={context} must be at least 1 token")
     path = resolve(path_or_hub_id)
     skeleton = build_skeleton(Checkpoint.open(path), dtype)
-    context = context or min(
-        2048, getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", 2048)
-    )
+    context = context or default_context(skeleton)
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
     engine = Engine(
         skeleton,
@@ -135,7 +133,7 @@ class Engine:
         skeleton, self._skeleton = self._skeleton, None
         assert skeleton is not None
         gc.collect()  # the dry run's model
-        self._fixed = _fixed(skeleton, self._context)
+        self._fixed = fixed_memory(skeleton, self._context)
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         self._make_plan(budget_bytes, skeleton)
         self._reader = FileReader(skeleton.checkpoint.files, direct=self._direct)
@@ -337,7 +335,12 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
     return buffer.tensor(position, spec.torch_dtype, spec.shape).to(dtype, copy=True)
 
 
-def _fixed(skeleton: Skeleton, context: int) -> Fixed:
+def default_context(skeleton: Skeleton) -> int:
+    """Tokens a model is loaded for when nothing is said: 2048, or its own limit if that is less."""
+    return min(2048, getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", 2048))
+
+
+def fixed_memory(skeleton: Skeleton, context: int) -> Fixed:
     """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
     config = skeleton.model.config.get_text_config()
     state = skeleton.model.state_dict()

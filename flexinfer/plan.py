@@ -176,6 +176,12 @@ def parse_window(window: str | int | None) -> tuple[int | None, int | None]:
     return parse_size(window, "window"), None
 
 
+def smallest_budget_bytes(weights: Sequence[Weight], fixed: Fixed) -> int:
+    """The least budget in which `weights` can be streamed: what is fixed, and the smallest window."""
+    slot_bytes = max((piece.memory_bytes for weight in weights for piece in weight.pieces), default=0)
+    return fixed.nbytes + MIN_SLOTS * slot_bytes
+
+
 def make_plan(
     weights: Sequence[Weight],
     fixed: Fixed,
@@ -201,7 +207,7 @@ def make_plan(
     if sum(weight.memory_bytes for weight in weights) <= spare_bytes and policy != "none":
         slots, locked = 0, {weight.name: len(weight.pieces) for weight in weights}
     else:
-        smallest_bytes = fixed.nbytes + MIN_SLOTS * slot_bytes
+        smallest_bytes = smallest_budget_bytes(weights, fixed)
         if budget_bytes < smallest_bytes:
             raise BudgetError(
                 f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {smallest_bytes} bytes "
