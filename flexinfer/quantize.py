@@ -13,19 +13,75 @@ Not here: calibrated methods such as GPTQ and AWQ. What the copy costs in qualit
 perplexity by flexinfer/bench/perplexity.py.
 """
 
+import fcntl
+import functools
 import json
+import math
 import os
+import shutil
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from flexinfer.checkpoint import INDEX_FILE
-from flexinfer.packed import ALIGNMENT_BYTES, PackedFormat, packed_nbytes
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flexinfer.checkpoint import INDEX_FILE, Checkpoint, TensorSpec, read_json
+from flexinfer.linear import Conv1DKernel
+from flexinfer.packed import (
+    ALIGNMENT_BYTES,
+    PackedFormat,
+    blocks,
+    can_pack,
+    dequantize,
+    measure_dequantize_rows,
+    pack_rows,
+    packed_nbytes,
+)
+from flexinfer.skeleton import Skeleton, build_skeleton
+
+SHARD_BYTES = 512 * 2**20  # what a killed run loses at most
+COPY_BYTES = 4 * 2**20
+STATE_FILE = "quantize_state.json"  # in DST.partial: what is being made of what
+REPORT_FILE = "quantize_report.json"
+COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
+NOT_COPIED = {"config.json", INDEX_FILE, REPORT_FILE}
 
 
 class QuantizeError(ValueError):
     """A checkpoint that cannot be quantised, or a destination that cannot take the copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """What quantising one linear did to its weights."""
+
+    name: str
+    shape: tuple[int, int]  # (out_features, in_features)
+    nbytes: int  # packed
+    relative_error: float  # Frobenius norm of the difference over that of the weights
+    max_error: float  # largest absolute difference
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `quantize` made; kept as quantize_report.json beside the weights."""
+
+    path: Path
+    format: PackedFormat
+    source_bytes: int  # of the tensors the model uses
+    nbytes: int  # of the copy
+    seconds: float  # of the last run
+    packed: list[TensorReport]
+    kept: dict[str, str]  # linears left as they are: name -> reason
+
+    @property
+    def worst(self) -> TensorReport:
+        """The packed tensor with the largest relative error."""
+        return max(self.packed, key=lambda tensor: tensor.relative_error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +92,220 @@ class Entry:
     dtype: str  # safetensors' name of the type
     shape: tuple[int, ...]
     nbytes: int
+
+
+def quantize(
+    src: str | Path, dst: str | Path, bits: int = 4, group_size: int | None = None, progress: bool = True
+) -> Report:
+    """Write a packed copy of checkpoint directory `src` to directory `dst`, which must not exist yet.
+
+    bits: 4 or 8. group_size: weights that share a scale and a zero, 4 bit only; 64 unless given.
+
+    Raises: QuantizeError or PackedError (both ValueError) for arguments that do not go together, a destination that
+    exists or is too full, a checkpoint that is quantised already or whose linears the kernels cannot take;
+    CheckpointError when `src` is no checkpoint, or a damaged one.
+    """
+    start_s = time.perf_counter()
+    src, dst = Path(src), Path(dst)
+    if bits == 8 and group_size is not None:
+        raise QuantizeError(
+            f"group_size: got {group_size} with bits=8, which scales whole rows; leave it out"
+        )
+    fmt = PackedFormat.for_this_cpu(bits, group_size or 64)
+    if dst.exists():
+        raise QuantizeError(f"{dst}: exists already; choose another directory, or remove it first")
+    config = read_json(src / "config.json") if (src / "config.json").is_file() else {}
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        raise QuantizeError(
+            f"{src}: is quantised already (by {method!r}); start from the original checkpoint"
+        )
+    job = _Job(fmt, build_skeleton(Checkpoint.open(src)))
+    if not job.linears:
+        raise QuantizeError(
+            f"{src}: none of its linears can be packed: {next(iter(job.kept.values()), 'it has none')}"
+        )
+
+    partial = dst.with_name(dst.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / STATE_FILE).open("a+", encoding="utf-8") as state_file:
+        try:
+            fcntl.flock(state_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise QuantizeError(f"{partial}: another run is writing it; wait for it to finish") from error
+        fmt = _resume(partial, state_file, src, fmt)
+        names = shard_names(len(job.shards))
+        notes = {name: _read_notes(partial / name) for name in names}
+        missing_bytes = sum(
+            entry.nbytes
+            for name, shard in zip(names, job.shards, strict=True)
+            if notes[name] is None
+            for entry in shard
+        )
+        nbytes = sum(entry.nbytes for shard in job.shards for entry in shard)
+        check_free_disk(partial, missing_bytes)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task(f"{bits} bit", total=nbytes, completed=nbytes - missing_bytes)
+            for name, shard in zip(names, job.shards, strict=True):
+                if notes[name] is None:
+                    notes[name] = job.write(partial / name, shard, functools.partial(bar.advance, task))
+        report_of = {report.name: report for reports in notes.values() for report in reports or []}
+        report = Report(
+            path=dst,
+            format=fmt,
+            source_bytes=job.source_bytes,
+            nbytes=nbytes,
+            seconds=time.perf_counter() - start_s,
+            packed=[report_of[name] for name in job.linears],
+            kept=job.kept,
+        )
+        _finish(partial, src, config, job, report)
+        (partial / STATE_FILE).unlink()
+        partial.rename(dst)
+    return report
+
+
+class _Job:
+    """What is to be written, and the bytes of each entry."""
+
+    def __init__(self, fmt: PackedFormat, skeleton: Skeleton) -> None:
+        self._fmt = fmt
+        self.linears: dict[str, tuple[int, int]] = {}  # name in the copy -> (out_features, in_features)
+        self.kept: dict[str, str] = {}
+        self._sources: dict[str, TensorSpec] = {}  # by the name in the copy
+        self._transposed: set[str] = set()
+        parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+        embedding = skeleton.specs[skeleton.embedding_name + ".weight"]
+        entries = [_copied_entry(embedding)]
+        self._sources[embedding.name] = embedding
+        for weight in skeleton.weights:
+            spec = skeleton.specs[weight.name]
+            size = tuple(parameters[weight.name].shape)
+            transposed = isinstance(skeleton.kernels[weight.name], Conv1DKernel)
+            out_features, in_features = size[::-1] if transposed else size
+            if not can_pack(fmt, in_features):
+                unit = fmt.group_size if fmt.bits == 4 else 32
+                self.kept[weight.name] = f"its rows of {in_features} weights are no multiple of {unit}"
+                continue
+            tied = spec.name == embedding.name
+            name = weight.name if tied else spec.name
+            self.linears[name] = (out_features, in_features)
+            self._sources[name] = spec
+            if transposed:
+                self._transposed.add(name)
+            entries.append(packed_entry(fmt, name, out_features, in_features))
+        for spec in skeleton.specs.values():
+            if spec.name not in self._sources:
+                self._sources[spec.name] = spec
+                entries.append(_copied_entry(spec))
+        self.source_bytes = sum(
+            spec.nbytes for spec in {spec.name: spec for spec in skeleton.specs.values()}.values()
+        )
+        self.shards = plan_shards(entries, SHARD_BYTES)
+
+    def write(self, path: Path, shard: Sequence[Entry], advance: Callable[[int], None]) -> list[TensorReport]:
+        """Write a shard, and beside it what packing did to its tensors; `path` appears when both are complete."""
+        reports: list[TensorReport] = []
+
+        def chunks(entry: Entry) -> Iterator[memoryview]:
+            for chunk in self._chunks(entry, reports):
+                yield chunk
+                advance(len(chunk))
+
+        unfinished = path.with_name(path.name + ".unfinished")
+        write_shard(unfinished, shard, chunks)
+        _write_json(_notes_path(path), [asdict(report) for report in reports])
+        unfinished.rename(path)
+        return reports
+
+    def _chunks(self, entry: Entry, reports: list[TensorReport]) -> Iterator[memoryview]:
+        """The bytes of one entry; adds to `reports` what packing did to it."""
+        spec = self._sources[entry.name]
+        if entry.name not in self.linears:
+            for start in range(0, spec.nbytes, COPY_BYTES):
+                yield memoryview(_read(spec, start, min(COPY_BYTES, spec.nbytes - start)))
+            return
+        out_features, in_features = self.linears[entry.name]
+        squared_error = squared_norm = max_error = 0.0
+        for block in blocks(self._fmt, out_features, in_features):
+            weight = self._rows(entry.name, block.row_start, block.row_stop).float()
+            data = pack_rows(self._fmt, weight)
+            norm = float(weight.norm())
+            difference = weight.sub_(dequantize(self._fmt, data, len(weight), in_features))
+            squared_error += float(difference.norm()) ** 2
+            squared_norm += norm**2
+            max_error = max(max_error, float(difference.abs_().max()))
+            yield data.numpy().data
+        relative_error = math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
+        reports.append(
+            TensorReport(entry.name, (out_features, in_features), entry.nbytes, relative_error, max_error)
+        )
+
+    def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Output rows [start, stop) of a weight: [stop - start, in_features]."""
+        spec = self._sources[name]
+        if name in self._transposed:  # the rows of the file are inputs: read it whole
+            data = torch.frombuffer(_read(spec, 0, spec.nbytes), dtype=spec.torch_dtype)
+            return data.view(spec.shape)[:, start:stop].T
+        row_bytes = spec.nbytes // spec.shape[0]
+        data = torch.frombuffer(
+            _read(spec, start * row_bytes, (stop - start) * row_bytes), dtype=spec.torch_dtype
+        )
+        return data.view(stop - start, -1)
+
+
+def _resume(partial: Path, state_file: Any, src: Path, fmt: PackedFormat) -> PackedFormat:
+    """Make `partial` hold only what an earlier run of the same job left; returns the format of that job."""
+    state: dict[str, Any] = {
+        "source": str(src.resolve()),
+        "files": {
+            file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in Checkpoint.open(src).files
+        },
+        "format": fmt.to_config(),
+    }
+    (partial / "config.json").unlink(missing_ok=True)  # until it is complete, nothing may load it
+    state_file.seek(0)
+    try:
+        earlier = json.loads(state_file.read())
+        rows = earlier["format"]["dequantize_rows"]  # measured, so it may differ from run to run
+        if earlier == state | {"format": state["format"] | {"dequantize_rows": rows}}:
+            return PackedFormat.from_config(earlier["format"])
+    except (ValueError, KeyError, TypeError):
+        pass  # a new directory, or a state cut off while it was written
+    for file in partial.iterdir():
+        if file.name != STATE_FILE:
+            file.unlink()
+    fmt = measure_dequantize_rows(fmt)
+    state_file.truncate(0)
+    json.dump(state | {"format": fmt.to_config()}, state_file)
+    state_file.flush()
+    return fmt
+
+
+def _notes_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".json")
+
+
+def _read_notes(shard: Path) -> list[TensorReport] | None:
+    """What packing did to the tensors of a shard that an earlier run finished; None if it did not."""
+    try:
+        rows = json.loads(_notes_path(shard).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return [TensorReport(**row | {"shape": tuple(row["shape"])}) for row in rows] if shard.exists() else None
+
+
+def _finish(partial: Path, src: Path, config: dict[str, Any], job: _Job, report: Report) -> None:
+    """Write everything but the weights; config.json, without which nothing loads, last."""
+    for name in shard_names(len(job.shards)):
+        _notes_path(partial / name).unlink()
+    for file in src.iterdir():
+        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
+            shutil.copyfile(file, partial / file.name)
+    write_index(partial, job.shards)
+    _write_json(partial / REPORT_FILE, asdict(report) | {"path": str(report.path)})
+    _write_json(partial / "config.json", config | {"quantization_config": report.format.to_config()})
 
 
 def packed_entry(fmt: PackedFormat, name: str, out_features: int, in_features: int) -> Entry:
@@ -67,9 +337,11 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_shard(
-    path: Path, entries: Sequence[Entry], chunks: Callable[[Entry], Iterable[memoryview | bytes]]
+    path: Path,
+    entries: Sequence[Entry],
+    chunks: Callable[[Entry], Iterable[memoryview | bytes]],
 ) -> None:
-    """Write one safetensors file whose data starts at a page; `path` appears only when it is complete and on disk.
+    """Write one safetensors file whose data starts at a page, and wait until it is on disk.
 
     chunks: yields the bytes of an entry, piece by piece.
     """
@@ -85,8 +357,7 @@ def write_shard(
         offset_bytes = stop_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file:
         _write_all(file.fileno(), struct.pack("<Q", len(text)) + text)
         for entry in entries:
             written_bytes = 0
@@ -96,7 +367,6 @@ def write_shard(
             assert written_bytes == entry.nbytes, (entry, written_bytes)
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    unfinished.rename(path)
 
 
 def write_index(directory: Path, shards: Sequence[Sequence[Entry]]) -> None:
@@ -108,7 +378,7 @@ def write_index(directory: Path, shards: Sequence[Sequence[Entry]]) -> None:
     }
     total_bytes = sum(entry.nbytes for shard in shards for entry in shard)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    _write_json(directory / INDEX_FILE, index)
 
 
 def check_free_disk(directory: Path, needed_bytes: int) -> None:
@@ -120,6 +390,26 @@ def check_free_disk(directory: Path, needed_bytes: int) -> None:
             f"{directory}: needs {needed_bytes / 2**30:.2f} GiB, {free_bytes / 2**30:.2f} GiB are free; "
             "make room there, or choose a directory on another disk"
         )
+
+
+def _copied_entry(spec: TensorSpec) -> Entry:
+    return Entry(spec.name, spec.dtype, spec.shape, spec.nbytes)
+
+
+def _read(spec: TensorSpec, start: int, nbytes: int) -> bytearray:
+    """Bytes [start, start + nbytes) of a tensor."""
+    data = bytearray(nbytes)
+    with spec.file.open("rb") as file:
+        file.seek(spec.offset_bytes + start)
+        if file.readinto(data) != nbytes:
+            raise QuantizeError(
+                f"{spec.file}: ends within tensor {spec.name!r}; it was changed while it was read"
+            )
+    return data
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _item_bytes(entry: Entry) -> int:
