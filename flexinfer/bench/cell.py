@@ -1,0 +1,426 @@
+"""One measured cell: a fresh process in groups of its own, and the record of what came of it (DESIGN: Measuring).
+
+Mechanism: the checkpoint is made and described by a helper process, the cost of a resident pass is measured or taken
+from an earlier measurement, the page cache is dropped, and then, inside one `Limits`: the bandwidth of direct reads,
+the system itself (flexinfer.bench.systems, run as a script), and the bandwidth again. This process sleeps in between, and
+imports no torch: libraries it maps would be charged to it and make the cell's memory look larger than it is.
+Whatever happens to the child is a record: killed (by the memory limit), timeout, missing, unsupported or error, with
+the tokens counted until then.
+
+The bound of a record (our choice, after the paper's equation 4) is 1 / max(c, (S - R) / B):
+- S: bytes of all tensors but the embedding rows; R: the budget less process and KV cache;
+- process: what the child holds when it has imported the system's libraries and not yet opened the model;
+- B: the better of the two bandwidths, so that a noisy disk does not flatter anyone;
+- c: seconds of a resident pass of the same system's kernels without limits: of the model itself if it is small, else
+  of checkpoints of the same shape with 1 and 3 layers, extrapolated to all (a line fits: every layer does the same
+  work). Kept in the cache directory, for one CPU, number of cores, and versions.
+
+What it does not do: choose cells, order them, or write records to a file; that is flexinfer.bench.runner.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexinfer.bench import limits as limiting
+from flexinfer.bench import systems
+from flexinfer.bench.config import BITS_PER_WEIGHT, CellConfig, ModelConfig, from_dict
+from flexinfer.bench.provenance import provenance
+from flexinfer.bench.records import Limits, Provenance, Record
+
+ROOT = Path(__file__).parents[2]
+BANDWIDTH_S = 1.5
+SHALLOW_LAYERS = (1, 3)
+RESIDENT_TOKENS = 12
+KERNELS_OF = {"accelerate": "transformers", "airllm": "transformers", "ollm": "transformers"}
+
+
+@dataclass(slots=True)
+class CheckpointFacts:
+    """What a cell must know of its checkpoint."""
+
+    path: str
+    files: list[str]
+    vocab: int
+    layers: int
+    touched_bytes: int  # of all weights one token touches
+    layer_bytes: int  # of the largest decoder layer
+    other_bytes: int  # of the largest tensor outside the layers
+    kv_bytes_per_token: int
+
+
+def run_cell(cell: CellConfig) -> Record:
+    """Measure one cell. Always a record, unless this process is interrupted: then nothing of the cell is left."""
+    # the cell's own checkpoint is made before the clock of its provenance starts
+    try:
+        facts = describe_checkpoint(cell)
+    except (subprocess.CalledProcessError, OSError) as error:
+        message = _tail(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
+        return _failed(cell, "error", f"checkpoint: {message}", provenance(Path(cell.cache_dir).expanduser()))
+    origin = provenance(Path(facts.path))
+    with tempfile.TemporaryDirectory(prefix="flexinfer-cell-") as scratch:
+        job = _job(cell, facts, Path(scratch))
+        if cell.system.kind == "airllm":
+            split = run_child(job | {"kind": "split"}, cell.workload.timeout_s)
+            if split.status != "ok":
+                return _failed(cell, split.status, split.message, origin)
+            facts.files = [str(file) for file in Path(job["copy"]).rglob("*") if file.is_file()]
+        compute_s, compute_source = _resident_pass(cell, facts, Path(scratch))
+        with limiting.Limits(cell.budget_bytes, cell.device.read_bytes_per_s, Path(facts.path)) as limits:
+            rates = [_bandwidth(facts.files, limits, job)]
+            dropped = limiting.drop_page_cache(map(Path, facts.files))
+            child = run_child(job, cell.workload.timeout_s, limits)
+            usage = limits.usage()
+            rates.append(_bandwidth(facts.files, limits, job))
+            applied = limits.applied
+    if usage.oom_kills and child.status == "error":
+        child.status = "killed"
+        child.message = (
+            f"killed by the memory limit of {cell.budget_bytes} bytes; {len(child.counted)} tokens counted"
+        )
+    measured = [rate for rate in rates if rate]
+    counted, done = child.counted, child.last("done")
+    engine = dict(child.last("engine").get("told", {}))
+    events = engine.pop("events", [])
+    return Record(
+        run_id=uuid.uuid4().hex,
+        status=child.status,  # type: ignore[arg-type]
+        message="; ".join(part for part in (child.message, applied.note) if part),
+        cell=cell,
+        bits=BITS_PER_WEIGHT[cell.system.format],
+        limits=Limits(
+            method=applied.method,  # type: ignore[arg-type]
+            memory_bytes=applied.memory_bytes,
+            read_bytes_per_s=applied.read_bytes_per_s,
+            cores=len(job["core_set"]),
+            swap_off=applied.memory_bytes is not None,
+            page_cache_dropped="drop_caches" in dropped,
+        ),
+        provenance=origin,
+        tokens=len(counted),
+        passes=len(counted),
+        token_s=[token["s"] for token in counted],
+        token_bytes=[token["bytes"] for token in counted],
+        bytes_read=done.get("bytes_read"),
+        load_s=child.last("loaded").get("load_s"),
+        peak_memory_bytes=usage.peak_memory_bytes or done.get("peak_bytes"),
+        output_tokens=[token["id"] for token in child.all("token") if token["id"] is not None],
+        total_weight_bytes=facts.touched_bytes,
+        process_bytes=child.last("ready").get("process_bytes"),
+        kv_bytes=facts.kv_bytes_per_token * cell.workload.context,
+        compute_s_per_pass=compute_s,
+        compute_source=compute_source,
+        bandwidth_bytes_per_s=max(measured, default=None),
+        bandwidth_source="direct reads of 4 MiB by 2 threads under the same limits, before and after: "
+        + ", ".join(f"{rate / 1e9:.3f}" for rate in measured)
+        + " GB/s",
+        engine=engine,
+        events=events,
+    )
+
+
+@dataclass(slots=True)
+class Child:
+    """What a measured process left: its events, and how it ended."""
+
+    status: str
+    message: str
+    events: list[dict[str, Any]]
+
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+    def last(self, kind: str) -> dict[str, Any]:
+        found = self.all(kind)
+        return found[-1] if found else {}
+
+    @property
+    def counted(self) -> list[dict[str, Any]]:
+        return [token for token in self.all("token") if token["counted"]]
+
+
+def run_child(job: dict[str, Any], timeout_s: float, limits: limiting.Limits | None = None) -> Child:
+    """Run flexinfer.bench.systems with `job` in a fresh process, inside `limits`, asleep until it ends."""
+    events = Path(job["scratch"]) / f"{uuid.uuid4().hex}.jsonl"
+    argv = [job.get("python") or sys.executable, "-P", str(Path(systems.__file__))]
+    cores = str(job["cores"])
+    environment = os.environ | {
+        "OMP_NUM_THREADS": cores,
+        "MKL_NUM_THREADS": cores,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    child = subprocess.Popen(
+        limits.command(argv) if limits is not None else argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
+    )
+    try:
+        said, _ = child.communicate(json.dumps(job | {"events": str(events)}), timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        _kill(child)
+        seen = _read_events(events)
+        message = (
+            f"no end after {timeout_s:g} s; {sum(bool(each.get('counted')) for each in seen)} tokens counted"
+        )
+        return Child("timeout", message, seen)
+    except BaseException:
+        _kill(child)
+        raise
+    seen = _read_events(events)
+    failed = [event for event in seen if event["event"] == "failed"]
+    if failed:
+        return Child(failed[-1]["status"], failed[-1]["message"], seen)
+    if child.returncode != 0:
+        code = child.returncode
+        ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return Child("error", f"{ended}: {_tail(said)}", seen)
+    return Child("ok", "", seen)
+
+
+def describe_checkpoint(cell: CellConfig) -> CheckpointFacts:
+    """Make the cell's checkpoint if need be, and describe it, in a process of its own (it imports torch)."""
+    told = {"model": asdict(cell.model), "format": cell.system.format, "cache_dir": cell.cache_dir}
+    done = subprocess.run(
+        [sys.executable, "-m", "flexinfer.bench.cell"],
+        input=json.dumps(told),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
+    return CheckpointFacts(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _job(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str, Any]:
+    workload, core_set = cell.workload, sorted(limiting.core_set(cell.device.cores))
+    return {
+        "kind": cell.system.kind,
+        "options": {name: value for name, value in cell.system.options.items() if name != "python"},
+        "python": cell.system.options.get("python"),
+        "model": facts.path,
+        "copy": f"{facts.path}.airllm",
+        "scratch": str(scratch),
+        "core_set": core_set,
+        "cores": len(core_set),
+        "budget_bytes": cell.budget_bytes,
+        "kv_bytes": facts.kv_bytes_per_token * workload.context,
+        "layer_bytes": facts.layer_bytes,
+        "other_bytes": facts.other_bytes,
+        "context": workload.context,
+        "vocab": facts.vocab,
+        "prompt_tokens": workload.prompt_tokens,
+        "warmup_tokens": workload.warmup_tokens,
+        "tokens": 1 + workload.warmup_tokens + workload.max_tokens,
+        "min_tokens": workload.min_tokens,
+        "min_seconds": workload.min_seconds,
+        "max_seconds": workload.max_seconds,
+        "trace": cell.trace,
+    }
+
+
+def _bandwidth(files: list[str], limits: limiting.Limits, job: dict[str, Any]) -> float | None:
+    large = [file for file in files if os.path.getsize(file) >= systems.REQUEST_BYTES]
+    told = {"kind": "bandwidth", "files": large or files, "seconds": BANDWIDTH_S}
+    child = run_child(job | told, 60.0, limits)
+    return child.last("bandwidth").get("bytes_per_s")
+
+
+def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> tuple[float | None, str]:
+    """Seconds of one pass with everything resident, and how they were got."""
+    kind = KERNELS_OF.get(cell.system.kind, cell.system.kind)
+    options = (
+        {"use_extra_bufts": cell.system.options.get("use_extra_bufts", True)} if kind == "llama_cpp" else {}
+    )
+    system = replace(cell.system, kind=kind, options=options)
+    origin = provenance(Path(facts.path))
+    what = [asdict(cell.model.shape) if cell.model.shape else facts.path, kind, options, cell.system.format]
+    told = [*what, cell.device.cores, origin.cpu, origin.versions]
+    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    store = Path(cell.cache_dir).expanduser() / "resident" / f"{key}.json"
+    if store.exists():
+        kept = json.loads(store.read_text())
+        return kept["seconds"], kept["source"]
+    shallow = cell.model.kind == "synthetic" and facts.layers > SHALLOW_LAYERS[-1]
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not shallow and 2 * facts.touched_bytes > free_bytes:
+        return None, f"not measured: {facts.touched_bytes} bytes resident do not fit here"
+    seconds: list[float] = []
+    for layers in SHALLOW_LAYERS if shallow else (facts.layers,):
+        model, directory = cell.model, Path(cell.cache_dir).expanduser()
+        if shallow and cell.model.shape is not None:
+            directory = directory / "shallow"
+            shape = replace(cell.model.shape, layers=layers)
+            model = replace(cell.model, name=f"{cell.model.name}-{layers}-layers", shape=shape)
+        roomy = 4 * facts.touched_bytes + (4 << 30)
+        one = replace(
+            cell, model=model, system=system, budget_bytes=roomy, trace=False, cache_dir=str(directory)
+        )
+        try:
+            job = _job(one, describe_checkpoint(one), scratch)
+        except subprocess.CalledProcessError as error:
+            return None, f"not measured: {_tail(error.stderr)}"
+        job |= {
+            "warmup_tokens": 3,
+            "tokens": 4 + RESIDENT_TOKENS,
+            "min_tokens": RESIDENT_TOKENS,
+            "min_seconds": 0.0,
+        }
+        job |= {"prompt_tokens": 4, "context": max(64, cell.workload.context)}
+        child = run_child(job, cell.workload.timeout_s)
+        if child.status != "ok":
+            return None, f"not measured: {child.message}"
+        seconds.append(statistics.median(token["s"] for token in child.counted))
+    if not shallow:
+        result, source = seconds[0], f"{kind}, whole model resident, no limits"
+    else:
+        layer_s = max(0.0, seconds[1] - seconds[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
+        result = max(seconds[0] + (facts.layers - SHALLOW_LAYERS[0]) * layer_s, 1e-6)
+        source = f"{kind}, resident, no limits, extrapolated from 1 and 3 layers ({seconds[0]:.4f}, {seconds[1]:.4f} s)"
+        shutil.rmtree(Path(cell.cache_dir).expanduser() / "shallow", ignore_errors=True)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    part = store.with_suffix(".part")
+    part.write_text(json.dumps({"seconds": result, "source": source}))
+    part.rename(store)
+    return result, source
+
+
+def _failed(cell: CellConfig, status: str, message: str, origin: Provenance) -> Record:
+    return Record(
+        run_id=uuid.uuid4().hex,
+        status=status,  # type: ignore[arg-type]
+        message=message,
+        cell=cell,
+        bits=BITS_PER_WEIGHT[cell.system.format],
+        limits=Limits(method="unlimited"),
+        provenance=origin,
+    )
+
+
+def _kill(child: "subprocess.Popen[str]") -> None:
+    """End the child and what it started: they share a session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+
+
+def _read_events(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed child may leave half a line
+
+
+def _tail(text: str | None, lines: int = 3, width: int = 600) -> str:
+    kept = [line.strip() for line in (text or "").splitlines() if line.strip()][-lines:]
+    return " | ".join(kept)[-width:] or "it said nothing"
+
+
+def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFacts:
+    if format == "gguf":
+        return _describe_gguf(model, cache_dir)
+    from flexinfer.bench.smollm2 import make_smollm2
+    from flexinfer.bench.synth import make_checkpoint
+    from flexinfer.checkpoint import Checkpoint
+
+    makers: dict[str, Callable[[], Path]] = {
+        "synthetic": lambda: make_checkpoint(model, format, cache_dir),
+        "real": lambda: make_smollm2(cache_dir),
+        "path": lambda: Path(str(model.path)).expanduser(),
+    }
+    path = makers[model.kind]()
+    checkpoint = Checkpoint.open(path)
+    told = json.loads((path / "config.json").read_text())
+    told |= told.get("text_config", {})
+    layers: dict[str, int] = {}
+    outside: dict[str, int] = {}
+    for name, spec in checkpoint.tensors.items():
+        number = next((part for part in name.split(".") if part.isdigit()), None)
+        group, key = (outside, name) if number is None else (layers, number)
+        group[key] = group.get(key, 0) + spec.nbytes
+    heads = told["num_attention_heads"]
+    head_width = told.get("head_dim") or told["hidden_size"] // heads
+    embedding = sum(size for name, size in outside.items() if "embed" in name or name.endswith("wte.weight"))
+    tied = not any(name.startswith(("lm_head", "embed_out")) for name in outside)
+    return CheckpointFacts(
+        path=str(path),
+        files=[str(file) for file in checkpoint.files],
+        vocab=told["vocab_size"],
+        layers=len(layers),
+        touched_bytes=sum(layers.values()) + sum(outside.values()) - (0 if tied else embedding),
+        layer_bytes=max(layers.values()),
+        other_bytes=max(outside.values()),
+        kv_bytes_per_token=4 * len(layers) * (told.get("num_key_value_heads") or heads) * head_width,
+    )
+
+
+def _describe_gguf(model: ModelConfig, cache_dir: str) -> CheckpointFacts:
+    import gguf
+
+    from flexinfer.bench.gguf import tensor_bytes, touched_bytes, write_synthetic
+
+    if model.kind == "path":
+        path = Path(str(model.path)).expanduser()
+    elif model.kind == "synthetic" and model.shape is not None:
+        digest = hashlib.sha256(json.dumps(asdict(model.shape), sort_keys=True).encode()).hexdigest()[:8]
+        path = Path(cache_dir).expanduser() / "synthetic" / f"{model.name}-gguf-{digest}" / "model.gguf"
+        write_synthetic(path, model.shape, model.name)
+    else:
+        raise ValueError(f"system.format=gguf: the model {model.name} comes as safetensors; use int4 or bf16")
+    reader = gguf.GGUFReader(path)
+
+    def value(name: str) -> int:
+        field = reader.get_field(f"llama.{name}")
+        if field is None:
+            raise ValueError(
+                f"model.path={path}: the header has no llama.{name}; only Llama-like GGUF files are measured"
+            )
+        return int(field.contents())
+
+    layers, heads = value("block_count"), value("attention.head_count")
+    vocab, hidden = next(
+        tuple(each.shape[::-1]) for each in reader.tensors if each.name == "token_embd.weight"
+    )
+    sizes = {str(each.name): int(each.n_bytes) for each in reader.tensors}
+    return CheckpointFacts(
+        path=str(path),
+        files=[str(path)],
+        vocab=int(vocab),
+        layers=layers,
+        touched_bytes=touched_bytes(path),
+        layer_bytes=sum(size for name, size in sizes.items() if name.startswith("blk.0.")),
+        other_bytes=max(tensor_bytes((int(vocab), int(hidden))), 0),
+        kv_bytes_per_token=4 * layers * value("attention.head_count_kv") * (int(hidden) // heads),
+    )
+
+
+def main() -> int:
+    """The helper process: a model and a format as JSON on stdin, the facts of its checkpoint as the last line."""
+    told = json.loads(sys.stdin.read())
+    facts = _describe(from_dict(ModelConfig, told["model"]), told["format"], told["cache_dir"])
+    print(json.dumps(asdict(facts)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,413 @@
+"""The systems that are compared, behind one interface, and the process that measures one of them.
+
+Run as a script (`python -P systems.py`, the job as JSON on stdin) it is the measured process of a cell: it pins itself
+to its cores, imports one system's libraries, loads the model, decodes greedily from a fixed prompt of token ids, and
+appends one JSON line per event to a file, so that a run that is killed leaves what it had. It imports nothing of
+flexinfer unless flexinfer is the system: its memory is the system's own.
+
+How each system is driven:
+- flexinfer: `flexinfer.from_pretrained` with the cell's budget; options are its keyword arguments.
+- llama_cpp: the package xllamacpp, which ships llama.cpp as a wheel (seconds to install; llama-cpp-python is built from
+  source in about 7 minutes). On one 2-core AVX2 machine the two were equally large (62 MB of process) and equally fast where
+  the disk decides; a resident token of 40 ms took xllamacpp 3 to 8 ms more, the share of its server loop and sampler,
+  which does not grow with the weights. Option use_extra_bufts=false stops repacking, as --no-repack does. Prompt
+  cache, warm-up and memory fitting are off, the context is the workload's.
+- transformers: `AutoModelForCausalLM.from_pretrained(dtype="auto")`, which maps the safetensors.
+- accelerate: the same with device_map="auto" and a CPU allowance of what the budget leaves after process, KV cache,
+  one decoder layer and the largest other matrix, which its hooks load to compute; option cpu_bytes overrides.
+- airllm: AirLLM on a CPU, prefetching on. It splits the checkpoint into a copy beside it, which `prepare` makes before the
+  clock starts. Synthetic checkpoints have no tokenizer, so the subclass here loads none.
+- ollm: `Inference.load_model` on a CPU; what it lacks or refuses is its record.
+
+What it does not do: limit itself. The groups are the parent's (flexinfer.bench.cell).
+"""
+
+import importlib
+import json
+import mmap
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+INSTALL = "make baselines"
+REQUEST_BYTES = 4 << 20
+
+
+class UnsupportedError(RuntimeError):
+    """A system that cannot run this model here, for a reason that installing nothing mends."""
+
+
+class System(Protocol):
+    """One system. Construction imports its libraries, `load` makes it ready to decode."""
+
+    def load(self) -> None:
+        """Open the model."""
+
+    def start(self, prompt: list[int]) -> None:
+        """Take the prompt in; the first `step` may do the work."""
+
+    def step(self) -> int | None:
+        """Decode one token greedily. Its id, or None where the system does not tell."""
+
+    def engine(self) -> dict[str, Any]:
+        """What the system says of itself."""
+
+    def close(self) -> None:
+        """Let go of the model."""
+
+
+class TorchSystem:
+    """What the systems on top of transformers share: forward passes with a cache, and the argmax."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import torch
+        from transformers.models.llama import modeling_llama  # noqa: F401  counted as process, not as model
+
+        torch.set_num_threads(job["cores"])
+        torch.set_grad_enabled(False)
+        self.torch, self.job, self.options = torch, job, dict(job["options"])
+        self.model: Any = None
+        self.cache: Any = None
+        self.ids: list[int] = []
+
+    def load(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            self.job["model"], dtype="auto", **self.options
+        ).eval()
+
+    def start(self, prompt: list[int]) -> None:
+        from transformers import DynamicCache
+
+        self.ids, self.cache = prompt, DynamicCache(config=self.model.config)
+
+    def step(self) -> int | None:
+        out = self.model(input_ids=self.torch.tensor([self.ids]), past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        token = int(out.logits[0, -1].argmax())
+        self.ids = [token]
+        return token
+
+    def engine(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        self.model = self.cache = None
+
+
+class FlexInfer(TorchSystem):
+    def load(self) -> None:
+        flexinfer = importlib.import_module("flexinfer")
+        told: dict[str, Any] = {"memory": self.job["budget_bytes"], "context": self.job["context"]}
+        if self.job["trace"]:
+            told["trace"] = True
+        self.model = flexinfer.from_pretrained(self.job["model"], **(told | self.options))
+
+    def engine(self) -> dict[str, Any]:
+        engine = self.model.flexinfer
+        plan = {
+            name: value
+            for name in dir(engine.plan)
+            if not name.startswith("_") and isinstance(value := getattr(engine.plan, name), int | float | str)
+        }
+        told: dict[str, Any] = {"plan": plan, "stats": engine.stats()}
+        return told | ({"events": engine.events()} if self.job["trace"] else {})
+
+    def close(self) -> None:
+        self.model.flexinfer.close()
+        super().close()
+
+
+class Accelerate(TorchSystem):
+    def load(self) -> None:
+        allowance_bytes = self.options.pop("cpu_bytes", None)
+        if allowance_bytes is None:
+            working_bytes = self.job["layer_bytes"] + self.job["other_bytes"] + (64 << 20)
+            allowance_bytes = max(
+                0, self.job["budget_bytes"] - resident_bytes() - self.job["kv_bytes"] - working_bytes
+            )
+        self.options |= {"device_map": "auto", "max_memory": {"cpu": allowance_bytes}}
+        self.options.setdefault("offload_folder", self.job["scratch"])
+        self.allowance_bytes = allowance_bytes
+        super().load()
+
+    def engine(self) -> dict[str, Any]:
+        placed = list(getattr(self.model, "hf_device_map", {}).values())
+        return {
+            "cpu_bytes": self.allowance_bytes,
+            "modules_on_disk": placed.count("disk"),
+            "modules": len(placed),
+        }
+
+
+class AirLLM(TorchSystem):
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__(job)
+        self.base = importlib.import_module("airllm.airllm_base").AirLLMBaseModel
+        self.utils = importlib.import_module("airllm.utils")
+
+    def split(self) -> None:
+        """Make AirLLM's copy of the checkpoint, one file a layer."""
+        names = {
+            "embed": "model.embed_tokens",
+            "layer_prefix": "model.layers",
+            "norm": "model.norm",
+            "lm_head": "lm_head",
+        }
+        self.utils.find_or_create_local_splitted_path(self.job["model"], self.job["copy"], layer_names=names)
+
+    def load(self) -> None:
+        base: type[Any] = self.base
+
+        class WithoutTokenizer(base):
+            def get_tokenizer(self, hf_token: str | None = None) -> None:
+                return None
+
+        airllm = WithoutTokenizer(
+            self.job["model"], device="cpu", layer_shards_saving_path=self.job["copy"], **self.options
+        )
+        self.model = airllm.model
+
+
+class OLLM(TorchSystem):
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__(job)
+        self.inference = importlib.import_module("ollm.inference").Inference
+
+    def load(self) -> None:
+        sharded = (Path(self.job["model"]) / "model.safetensors.index.json").exists()
+        holder = self.inference(
+            "llama3-8B-chat" if sharded else "llama3-1B-chat", device="cpu", logging=False
+        )
+        holder.tokenizer = None  # synthetic checkpoints have none
+        try:
+            holder.load_model(self.job["model"])
+        except (RuntimeError, AttributeError, TypeError, ImportError) as error:
+            raise UnsupportedError(f"oLLM on a CPU: {type(error).__name__}: {error}") from error
+        self.model = holder.model
+
+    def step(self) -> int | None:
+        try:
+            return super().step()
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise UnsupportedError(f"oLLM on a CPU: {type(error).__name__}: {error}") from error
+
+
+class LlamaCpp:
+    """llama.cpp's server inside this process: it decodes in threads of its own, `step` takes the tokens it hands out."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.xllamacpp = importlib.import_module("xllamacpp")
+        self.job = job
+        self.tokens: queue.Queue[Any] = queue.Queue()
+        self.stop = threading.Event()
+        self.worker: threading.Thread | None = None
+        self.server: Any = None
+
+    def load(self) -> None:
+        params = self.xllamacpp.CommonParams()
+        params.model.path = self.job["model"]
+        if not self.job["options"].get("use_extra_bufts", True):
+            params.no_extra_bufts = True
+            params.load_mode = self.xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
+        params.n_ctx, params.n_parallel = max(256, self.job["context"]), 1
+        params.warmup, params.fit_params, params.cache_ram_mib = False, False, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.job["cores"]
+        self.server = self.xllamacpp.Server(params)
+
+    def start(self, prompt: list[int]) -> None:
+        request = {
+            "prompt": prompt,
+            "n_predict": self.job["tokens"],
+            "stream": True,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "temperature": 0,
+            "samplers": ["top_k"],
+            "top_k": 1,
+        }
+
+        def take(answer: Any) -> bool:
+            self.tokens.put(answer)
+            return self.stop.is_set()
+
+        def decode() -> None:
+            try:
+                self.server.handle_completions(request, take)
+                self.tokens.put(RuntimeError("llama.cpp stopped before the tokens asked for"))
+            except Exception as error:
+                self.tokens.put(error)
+
+        self.worker = threading.Thread(target=decode, daemon=True)
+        self.worker.start()
+
+    def step(self) -> int | None:
+        answer = self.tokens.get()
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, dict) and "error" in answer:
+            raise RuntimeError(f"llama.cpp: {answer['error']}")
+        return None
+
+    def engine(self) -> dict[str, Any]:
+        return {"system_info": str(self.xllamacpp.get_system_info())}
+
+    def close(self) -> None:
+        self.stop.set()
+        if self.worker is not None:
+            self.worker.join(timeout=5)
+        self.server = None
+
+
+SYSTEMS: dict[str, Callable[[dict[str, Any]], System]] = {
+    "flexinfer": FlexInfer,
+    "llama_cpp": LlamaCpp,
+    "transformers": TorchSystem,
+    "accelerate": Accelerate,
+    "airllm": AirLLM,
+    "ollm": OLLM,
+}
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now, mapped libraries included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def bytes_read() -> int:
+    """Bytes this process has had read from storage so far."""
+    rows = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(rows["read_bytes"])
+
+
+def prompt_ids(tokens: int, vocab: int) -> list[int]:
+    """The fixed prompt: ids spread over the vocabulary above its control tokens."""
+    first = min(300, vocab // 2)
+    return [first + number * 7919 % (vocab - first) for number in range(tokens)]
+
+
+def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
+    """Load one system and decode until the workload has enough; one event for each pass."""
+    system = SYSTEMS[job["kind"]](job)
+    emit("ready", process_bytes=resident_bytes())
+    start_s = time.perf_counter()
+    system.load()
+    emit("loaded", load_s=time.perf_counter() - start_s)
+    system.start(prompt_ids(job["prompt_tokens"], job["vocab"]))
+    counted, counted_s = 0, 0.0
+    for number in range(job["tokens"]):
+        before_bytes, start_s = bytes_read(), time.perf_counter()
+        token = system.step()
+        seconds = time.perf_counter() - start_s
+        count = number > job["warmup_tokens"]  # the first step takes the prompt in
+        emit("token", id=token, s=seconds, bytes=bytes_read() - before_bytes, counted=count)
+        counted, counted_s = counted + count, counted_s + seconds * count
+        if counted and counted_s >= job["max_seconds"]:
+            break
+        if counted >= job["min_tokens"] and counted_s >= job["min_seconds"]:
+            break
+    emit("engine", told=system.engine())
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    emit("done", bytes_read=bytes_read(), peak_bytes=peak_bytes)
+    system.close()
+
+
+def measure_bandwidth(files: list[str], seconds: float, threads: int = 2) -> float:
+    """Bytes per second of direct reads of 4 MiB by two threads, over `files` in turn; the first 0.3 s do not count."""
+    blocks = [
+        (file, at)
+        for file in files
+        for at in range(0, os.path.getsize(file) - REQUEST_BYTES + 1, REQUEST_BYTES)
+    ]
+    if not blocks:
+        raise ValueError(
+            f"files: {files} hold less than {REQUEST_BYTES} bytes each: too small to measure a bandwidth"
+        )
+    lock, start_s = threading.Lock(), time.perf_counter()
+    finished: list[tuple[float, int]] = []
+    todo = iter(blocks * max(1, 1 + (64 << 30) // (len(blocks) * REQUEST_BYTES)))
+
+    def read() -> None:
+        buffer = mmap.mmap(-1, REQUEST_BYTES)
+        opened: dict[str, int] = {}
+        try:
+            while time.perf_counter() - start_s < seconds:
+                with lock:
+                    file, at = next(todo)
+                if file not in opened:
+                    opened[file] = _open_direct(file)
+                got = os.preadv(opened[file], [buffer], at)
+                with lock:
+                    finished.append((time.perf_counter() - start_s, got))
+        finally:
+            for descriptor in opened.values():
+                os.close(descriptor)
+
+    workers = [threading.Thread(target=read) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    finished.sort()
+    later = [(at_s, got) for at_s, got in finished if at_s >= 0.3]
+    if len(later) < 2:
+        later = finished
+    first_s = max([at_s for at_s, _ in finished if at_s < 0.3] or [0.0]) if later is not finished else 0.0
+    return sum(got for _, got in later) / (later[-1][0] - first_s)
+
+
+def _open_direct(file: str) -> int:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        os.preadv(descriptor, [mmap.mmap(-1, mmap.PAGESIZE)], 0)
+        return descriptor
+    except OSError:  # tmpfs and some overlays
+        return os.open(file, os.O_RDONLY)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when the one that started it dies."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def main() -> int:
+    _die_with_parent()
+    job = json.loads(sys.stdin.read())
+    os.sched_setaffinity(0, job["core_set"])
+    with open(job["events"], "a", buffering=1) as file:
+
+        def emit(event: str, **fields: Any) -> None:
+            file.write(json.dumps({"event": event, **fields}) + "\n")
+
+        try:
+            if job["kind"] == "bandwidth":
+                emit("bandwidth", bytes_per_s=measure_bandwidth(job["files"], job["seconds"]))
+            elif job["kind"] == "split":
+                AirLLM(job).split()
+                emit("done", bytes_read=bytes_read())
+            else:
+                measure(job, emit)
+        except ModuleNotFoundError as error:
+            emit("failed", status="missing", message=f"{error.name} is not installed; {INSTALL} installs it")
+        except UnsupportedError as error:
+            emit("failed", status="unsupported", message=str(error))
+        except Exception as error:
+            emit("failed", status="error", message=f"{type(error).__name__}: {error}")
+            raise
+    return 0
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # libraries may hang in their own tear-down; everything measured is written
