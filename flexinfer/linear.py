@@ -216,6 +216,7 @@ class StreamedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = stock.num_embeddings, stock.embedding_dim
         self.padding_idx = stock.padding_idx
+        stock.padding_idx = None  # matters for gradients alone, and is no row of the small table
         self.weight = nn.Parameter(torch.zeros((), dtype=dtype).expand(spec.shape), requires_grad=False)
         self._stock = [
             stock
