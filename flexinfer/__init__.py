@@ -7,8 +7,25 @@ After Du et al., "FlexInfer: Breaking Memory Constraint via Flexible and Efficie
 Inference", EuroMLSys '25 (arXiv 2503.03777).
 """
 
-from flexinfer.checkpoint import CheckpointError
-from flexinfer.model import from_pretrained
-from flexinfer.plan import BudgetError, Plan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexinfer.checkpoint import CheckpointError
+    from flexinfer.model import from_pretrained
+    from flexinfer.plan import BudgetError, Plan
 
 __all__ = ["BudgetError", "CheckpointError", "Plan", "from_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: torch and transformers take seconds, `flexinfer --help` should not."""
+    home = {
+        "CheckpointError": "checkpoint",
+        "from_pretrained": "model",
+        "BudgetError": "plan",
+        "Plan": "plan",
+    }
+    if name not in home:
+        raise AttributeError(f"module 'flexinfer' has no attribute {name!r}")
+    return getattr(import_module(f"flexinfer.{home[name]}"), name)

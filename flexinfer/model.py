@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from flexinfer.cache import KVReserve
 from flexinfer.checkpoint import Checkpoint, TensorSpec
@@ -76,7 +76,7 @@ def from_pretrained(
         raise ValueError(f"context={context} must be at least 1 token")
     path = resolve(path_or_hub_id)
     skeleton = build_skeleton(Checkpoint.open(path), dtype)
-    context = context or default_context(skeleton)
+    context = context or default_context(skeleton.model.config)
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
     engine = Engine(
         skeleton,
@@ -335,9 +335,9 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
     return buffer.tensor(position, spec.torch_dtype, spec.shape).to(dtype, copy=True)
 
 
-def default_context(skeleton: Skeleton) -> int:
+def default_context(config: PretrainedConfig) -> int:
     """Tokens a model is loaded for when nothing is said: 2048, or its own limit if that is less."""
-    return min(2048, getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", 2048))
+    return min(2048, getattr(config.get_text_config(), "max_position_embeddings", 2048))
 
 
 def fixed_memory(skeleton: Skeleton, context: int) -> Fixed:

@@ -1,0 +1,8 @@
+"""`python -m flexinfer`: the command line."""
+
+import sys
+
+from flexinfer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
