@@ -19,11 +19,10 @@ Not here: files (quantize.py writes them, checkpoint.py reads them) and memory (
 Activations are bf16: in other dtypes the int4 kernel is many times slower, so they are cast and cast back.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ TILE_ROWS = {"avx512": 64, "avx2": 32, "pairs": 0}
 PAIR_TILE_ROWS = 32
 KERNEL_ROWS = 16  # the int4 kernel takes output rows in multiples of this
 INT8_COLUMNS = 32  # the int8 kernel reads past the end of a row of any other length
+PACK_WEIGHTS = 2**18  # quantised at a time
 SCRATCH_WEIGHTS = 2**20  # unpacked at a time on the many-row path: 4 MiB of float32
 
 
@@ -164,13 +164,15 @@ def pack_rows(fmt: PackedFormat, weight: torch.Tensor) -> torch.Tensor:
     rows, in_features = weight.shape
     if not can_pack(fmt, in_features):
         raise PackedError(f"in_features: {in_features} cannot be packed as {fmt}; leave this linear as it is")
-    if not bool(torch.isfinite(weight).all()):
+    weight = F.pad(weight, (0, 0, 0, _padded(rows) - rows))
+    step = max(64, PACK_WEIGHTS // in_features // 64 * 64)  # a few rows at a time, in cache
+    slices = [_quantize4(fmt, part) if fmt.bits == 4 else _quantize8(part) for part in weight.split(step)]
+    packed, scales = torch.cat([q for q, _ in slices]), torch.cat([scale for _, scale in slices], dim=-2)
+    if not bool(torch.isfinite(scales).all()):
         raise PackedError(
             "weight: holds NaN or infinity; the checkpoint is damaged or not meant to be quantised"
         )
-    weight = F.pad(weight.float(), (0, 0, 0, _padded(rows) - rows))
-    parts = _quantize4(fmt, weight) if fmt.bits == 4 else _quantize8(weight)
-    data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
+    data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in (packed, scales)])
     return F.pad(data, (0, -data.numel() % ALIGNMENT_BYTES))
 
 
@@ -204,28 +206,36 @@ def dequantize(fmt: PackedFormat, block_bytes: torch.Tensor, rows: int, in_featu
 def measure_dequantize_rows(fmt: PackedFormat, in_features: int = 4096, rows: int = 512) -> PackedFormat:
     """`fmt` with the `dequantize_rows` of this machine: the fewest rows at which unpacking first is not slower.
 
-    Times both ways on one block at doubling numbers of activation rows, medians of five; about two seconds.
+    Times both ways in turns on one block, at growing numbers of activation rows. In CPU seconds of a single thread,
+    the least of five, so that other work on the machine does not decide; about a second.
     """
-    block_bytes = pack_rows(fmt, torch.randn(rows, in_features))
-    packed_fmt, unpacked_fmt = replace(fmt, dequantize_rows=2**31), replace(fmt, dequantize_rows=1)
-    candidates = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-    for activation_rows in candidates:
-        x = torch.randn(activation_rows, in_features, dtype=torch.bfloat16)
-        packed_s, unpacked_s = (
-            _median_s(partial(packed_linear, way, x, block_bytes, rows, in_features))
-            for way in (packed_fmt, unpacked_fmt)
-        )
-        if unpacked_s <= packed_s:
-            return replace(fmt, dequantize_rows=activation_rows)
-    return replace(fmt, dequantize_rows=2 * candidates[-1])
+    ways = (replace(fmt, dequantize_rows=2**31), replace(fmt, dequantize_rows=1))  # packed, unpacked
+    candidates = (16, 32, 48, 64, 96, 128, 192, 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        block_bytes = pack_rows(fmt, torch.randn(rows, in_features))
+        for activation_rows in candidates:
+            x = torch.randn(activation_rows, in_features, dtype=torch.bfloat16)
+            seconds: list[list[float]] = [[], []]
+            for _ in range(5):
+                for way, samples in zip(ways, seconds, strict=True):
+                    start_s = time.thread_time()
+                    packed_linear(way, x, block_bytes, rows, in_features)
+                    samples.append(time.thread_time() - start_s)
+            if min(seconds[1]) <= min(seconds[0]):
+                return replace(fmt, dequantize_rows=activation_rows)
+        return replace(fmt, dequantize_rows=2 * candidates[-1])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
 def cpu_layout() -> str:
     """The order in which this CPU's int4 kernel keeps its nibbles, found by packing a pattern."""
     generator = torch.Generator().manual_seed(0)
-    pattern = torch.randint(16, (112, 32), dtype=torch.int32, generator=generator)  # whole tiles and a tail
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(pattern, 1)
+    pattern = torch.randint(16, (112, 32), dtype=torch.uint8, generator=generator)  # whole tiles and a tail
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(pattern.int(), 1)
     for layout, tile_rows in TILE_ROWS.items():
         if torch.equal(packed, _pack_nibbles(pattern, tile_rows)):
             return layout
@@ -244,35 +254,37 @@ def _row_bytes(fmt: PackedFormat, in_features: int) -> int:
 
 
 def _quantize4(fmt: PackedFormat, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed nibbles [rows, in / 2], and (scale, zero) bf16 [groups, rows, 2]."""
     rows, in_features = weight.shape
-    groups = weight.view(rows, -1, fmt.group_size)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    groups = weight.float().view(rows, -1, fmt.group_size)
+    low, high = (bound.unsqueeze(-1) for bound in groups.aminmax(dim=-1))
     scale = (
         ((high - low) / 15).bfloat16().float().clamp_min(2.0**-100)
     )  # a constant group keeps its value as zero
     zero = (low + 8 * scale).bfloat16().float()
-    q = ((groups - zero) / scale + 8).round_().clamp_(0, 15).to(torch.int32).view(rows, in_features)
-    scales = torch.cat((scale, zero), -1).bfloat16().transpose(0, 1)  # [groups, rows, 2]
-    return _pack_nibbles(q, TILE_ROWS[fmt.layout]), scales
+    q = groups.sub(zero).div_(scale).round_().add_(8).clamp_(0, 15).to(torch.uint8).view(rows, in_features)
+    return _pack_nibbles(q, TILE_ROWS[fmt.layout]), torch.cat((scale, zero), -1).bfloat16().transpose(0, 1)
 
 
 def _quantize8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [rows, in], and scales bf16 [rows, 1]."""
+    weight = weight.float()
     scale = (weight.abs().amax(-1, keepdim=True) / 127).bfloat16().float().clamp_min(2.0**-100)
     return (weight / scale).round_().clamp_(-127, 127).to(torch.int8), scale.bfloat16()
 
 
 def _pack_nibbles(q: torch.Tensor, tile_rows: int) -> torch.Tensor:
-    """Put int32 [rows, in] of 0..15 in a kernel's order: uint8 [rows, in / 2]; any layout, on any CPU."""
+    """Put uint8 [rows, in] of 0..15 in a kernel's order: uint8 [rows, in / 2]; any layout, on any CPU."""
     rows, in_features = q.shape
     whole = rows // tile_rows * tile_rows if tile_rows else 0
     parts = []
     if whole:
         tiles = q[:whole].view(-1, 2, tile_rows // 2, in_features)  # [tiles, half, row, in]
-        parts.append((tiles[:, 0] | tiles[:, 1] << 4).transpose(1, 2).to(torch.uint8).reshape(-1))
+        parts.append((tiles[:, 0] | tiles[:, 1] << 4).transpose(1, 2).reshape(-1))
     pair_tile_rows = tile_rows or PAIR_TILE_ROWS
     for start in range(whole, rows, pair_tile_rows):
         pairs = q[start : start + pair_tile_rows].view(-1, 2, in_features)  # [pair, row, in]
-        parts.append((pairs[:, 0] | pairs[:, 1] << 4).T.to(torch.uint8).reshape(-1))
+        parts.append((pairs[:, 0] | pairs[:, 1] << 4).T.reshape(-1))
     return torch.cat(parts).view(rows, in_features // 2)
 
 
@@ -335,13 +347,3 @@ def _columns(
     )  # each [groups, 1, rows]
     weights = q.sub_(8).float().view(-1, fmt.group_size, rows)
     return torch.addcmul(zero, weights, scale, out=weights).view(in_features, rows)
-
-
-def _median_s(run: Callable[[], object], repeats: int = 5) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
