@@ -6,6 +6,7 @@ rules, and the order of use and the shape of the KV cache are learnt from one pa
 nothing. Reads headers, never weights.
 """
 
+import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,6 +245,8 @@ def _dry_run(
 ) -> tuple[list[str], list[LayerShape]]:
     """One pass on the meta device: the order in which the linears run, and what a token keeps in each cache layer."""
     order: list[str] = []
+    config = copy.deepcopy(config)
+    config.pad_token_id = None  # else GPT-2 looks for padding among token ids that have no values here
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         for name, module in model.named_modules():
