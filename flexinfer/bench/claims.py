@@ -1,0 +1,215 @@
+"""The paper's claims C1 to C9 against records: pure functions from records to verdicts, by criteria that are stated.
+
+A gain is a ratio of median speeds of two systems in the same model, device and budget. Criterion for a claimed range
+of gains (C1, C3 to C7): 'reproduced' when the best gain measured reaches the lower end of the paper's; where it gives
+one range for the least memory and one for more (C4, C5), the gain at the least memory must reach the first and the best the
+second; 'partly' when one of two is reached, or some gain is more than the noise (3 %, our choice); 'not' otherwise. C2, C8 and C9 have criteria of their own, in their functions. Claims
+are judged for each model and device; nothing is judged that was not measured.
+The bound says why a gain differs from the paper's: overlap can save no more than the smaller of computing and reading,
+so where the disk is slow against the kernels, or the other way round, there is little to gain for anyone.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from flexinfer.bench.figures import frame, summary
+from flexinfer.bench.records import Record
+
+NOISE = 0.03
+CLOSE = 0.10
+FLAT = 1.25
+COMMANDS = {"C1": "fig4", "C2": "table1", "C3": "fig4", "C9": "fig5"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one claim on one model and device."""
+
+    claim: str
+    model: str
+    device: str
+    paper: str
+    measured: str
+    verdict: str  # reproduced | partly | not | not measured
+    why: str
+
+
+def judge(records: Iterable[Record], paper: Mapping[str, Any]) -> list[Verdict]:
+    """A verdict for every claim of results/paper.json, on every model and device there are records of."""
+    records = [one for one in records if not one.cell.trace]
+    table = summary(frame(records))
+    judges: dict[str, Callable[[Part], tuple[str, str, str]]] = {
+        "C1": lambda part: _gain(part, "flexinfer", "llama-cpp-mmap", paper["C1"]),
+        "C2": _flat,
+        "C3": lambda part: _gain(part, "sync", "llama-cpp-mmap", paper["C3"], smallest=True),
+        "C4": lambda part: _gain(part, "flexinfer", "sync", paper["C4"]),
+        "C5": lambda part: _gain(part, "flexinfer", "unbalanced", paper["C5"]),
+        "C6": lambda part: _gain(part, "flexinfer", "attention-first", paper["C6"]),
+        "C7": lambda part: _gain(part, "flexinfer", "ffn-first", paper["C7"]),
+        "C8": _close,
+        "C9": _same_tokens,
+    }
+    verdicts = []
+    for claim, decide in judges.items():
+        said = paper[claim]["text"]
+        found = []
+        for (model, device), rows in table.groupby(["model", "device"], sort=False):
+            mine = [one for one in records if (one.cell.model.name, one.cell.device.name) == (model, device)]
+            measured, verdict, why = decide(Part(str(model), rows, mine))
+            if verdict:
+                found.append(Verdict(claim, str(model), str(device), said, measured, verdict, why))
+        none = f"no records for it: python scripts/run.py +exp={paper[claim]['experiment']}"
+        verdicts += found or [Verdict(claim, "", "", said, "", "not measured", none)]
+    return verdicts
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The records of one model on one device, and their summary."""
+
+    model: str
+    rows: pd.DataFrame
+    records: list[Record]
+
+    def speeds(self, system: str) -> dict[int, float]:
+        """Median tokens per second of a system by budget, where it ran."""
+        rows = self.rows[(self.rows["system"] == system) & self.rows["tokens_per_s"].notna()]
+        return dict(zip(rows["budget_bytes"], rows["tokens_per_s"], strict=True))
+
+    def fits(self, budget_bytes: int) -> bool:
+        """Whether the weights fit into the budget: then nothing is streamed, and nothing compared."""
+        return bool(self.rows[self.rows["budget_bytes"] == budget_bytes]["resident"].any())
+
+    def overlap_room(self, budget_bytes: int) -> float | None:
+        """The most that overlap can gain there: (compute + read) / max(compute, read) - 1, of our own system."""
+        rooms = []
+        for one in self.records:
+            if (
+                one.cell.system.name != "flexinfer"
+                or one.cell.budget_bytes != budget_bytes
+                or not one.bound_tokens_per_s
+            ):
+                continue
+            assert one.total_weight_bytes and one.bandwidth_bytes_per_s and one.compute_s_per_pass  # noqa: PT018
+            resident = one.cell.budget_bytes - (one.process_bytes or 0) - (one.kv_bytes or 0)
+            read_s = max(0.0, one.total_weight_bytes - resident) / one.bandwidth_bytes_per_s
+            rooms.append((one.compute_s_per_pass + read_s) / max(one.compute_s_per_pass, read_s) - 1)
+        return max(rooms, default=None)
+
+
+def claims_frame(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """The verdicts as a table."""
+    heads = ["claim", "model", "device", "paper", "measured", "verdict", "why"]
+    return pd.DataFrame([[getattr(one, head) for head in heads] for one in verdicts], columns=heads)
+
+
+def _gain(
+    part: Part, system: str, base: str, claim: Mapping[str, Any], smallest: bool = False
+) -> tuple[str, str, str]:
+    """Ratio of speeds over the budgets in which the model does not fit (only the smallest of them, if asked)."""
+    ours, theirs = part.speeds(system), part.speeds(base)
+    budgets = sorted(budget for budget in ours.keys() & theirs.keys() if not part.fits(budget))
+    if not budgets:
+        return "", "", ""
+    gains = {budget: ours[budget] / theirs[budget] for budget in (budgets[:1] if smallest else budgets)}
+    best = max(gains.values())
+    measured = ", ".join(f"{_times(gain)} at {budget / 2**30:.2f} GiB" for budget, gain in gains.items())
+    some = "partly" if best > 1 + NOISE else "not"
+    wanted = [
+        claim[name].get(part.model) or claim[name].get("any")
+        for name in ("ranges", "ranges_ample")
+        if name in claim
+    ]
+    if None in wanted:
+        return measured, some, "the paper gives no number for this model; judged by the direction alone"
+    reached = [best >= each["low"] for each in wanted]
+    if len(wanted) > 1:  # a range for the least memory and one for much
+        reached = [gains[budgets[0]] >= wanted[0]["low"], best >= wanted[1]["low"]]
+    verdict = "reproduced" if all(reached) else "partly" if any(reached) else some
+    least = " and ".join(_times(each["low"]) for each in wanted)
+    return measured, verdict, _why(part, gains, system, base, f"the paper's least {least}")
+
+
+def _why(part: Part, gains: dict[int, float], system: str, base: str, paper: str) -> str:
+    """The bound's share in the answer: what could be gained at all."""
+    table = part.rows.set_index(["budget_bytes", "system"])
+    ratios = [table["ratio"].get((budget, system)) for budget in gains]
+    shares = [ratio for ratio in ratios if ratio is not None and ratio == ratio]
+    words = [f"best {_times(max(gains.values()))}, {paper}"]
+    if shares:
+        words.append(f"{system} is at {min(shares):.2f} to {max(shares):.2f} of its bound")
+    others = [table["ratio"].get((budget, base)) for budget in gains]
+    known = [ratio for ratio in others if ratio is not None and ratio == ratio]
+    if known:
+        words.append(f"{base} at {min(known):.2f} to {max(known):.2f} of its own")
+    rooms = [room for budget in gains if (room := part.overlap_room(budget)) is not None]
+    if rooms and base in ("sync", "unbalanced"):
+        words.append(f"overlap could gain {min(rooms):.0%} to {max(rooms):.0%} here")
+    return "; ".join(words)
+
+
+def _times(gain: float) -> str:
+    return f"{gain:.2f}x" if gain >= 2 else f"{gain - 1:+.1%}"
+
+
+def _flat(part: Part) -> tuple[str, str, str]:
+    """C2: mmap's greatest over its least speed, in budgets up to 0.8 of the weights, is at most 1.25 (reproduced)."""
+    speeds = part.speeds("llama-cpp-mmap")
+    weights = part.rows["bound"].size and next(
+        (one.total_weight_bytes for one in part.records if one.total_weight_bytes), 0
+    )
+    small = {budget: speed for budget, speed in speeds.items() if weights and budget <= 0.8 * weights}
+    if len(small) < 2:
+        return "", "", ""
+    spread = max(small.values()) / min(small.values())
+    budgets = sorted(small)
+    measured = f"greatest / least {spread:.2f} from {budgets[0] / 2**30:.2f} to {budgets[-1] / 2**30:.2f} GiB"
+    memory = budgets[-1] / budgets[0]
+    fitting = [speed for budget, speed in speeds.items() if part.fits(budget)]
+    if fitting:
+        measured += f"; {max(fitting):.2f} tokens/s when it fits, {max(fitting) / max(small.values()):.0f} times as much"
+    verdict = "reproduced" if spread <= FLAT else "partly" if spread < memory**0.5 else "not"
+    return (
+        measured,
+        verdict,
+        f"flat means at most {FLAT} times, over {memory:.1f} times the memory; the paper's is 1.11",
+    )
+
+
+def _close(part: Part) -> tuple[str, str, str]:
+    """C8, models with grouped queries: flexible and attention-first within 10 % of each other (reproduced)."""
+    shape = part.records[0].cell.model.shape
+    ours, theirs = part.speeds("flexinfer"), part.speeds("attention-first")
+    budgets = sorted(budget for budget in ours.keys() & theirs.keys() if not part.fits(budget))
+    if not budgets or shape is None or shape.kv_heads == shape.heads:
+        return "", "", ""
+    gains = [ours[budget] / theirs[budget] - 1 for budget in budgets]
+    measured = ", ".join(
+        f"{gain:+.1%} at {budget / 2**30:.2f} GiB" for gain, budget in zip(gains, budgets, strict=True)
+    )
+    within = sum(abs(gain) <= CLOSE for gain in gains)
+    verdict = "reproduced" if within == len(gains) else "partly" if within else "not"
+    return measured, verdict, f"close means within {CLOSE:.0%}"
+
+
+def _same_tokens(part: Part) -> tuple[str, str, str]:
+    """C9: every run of ours on the same model and format decodes the same tokens, at every budget and policy."""
+    runs: dict[str, list[Record]] = {}
+    for one in part.records:
+        if one.cell.system.kind == "flexinfer" and one.status == "ok" and one.output_tokens:
+            runs.setdefault(one.cell.system.format, []).append(one)
+    compared = different = 0
+    for found in runs.values():
+        longest = max(found, key=lambda one: len(one.output_tokens))
+        for one in found:
+            if one.run_id != longest.run_id:
+                compared += 1
+                different += one.output_tokens != longest.output_tokens[: len(one.output_tokens)]
+    if not compared:
+        return "", "", ""
+    measured = f"{compared - different} of {compared} runs decode the same tokens as the longest"
+    why = "policies, budgets and rounds compared token by token; the tests compare logits bit for bit with the resident model"
+    return measured, "not" if different else "reproduced", why

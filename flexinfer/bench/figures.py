@@ -1,0 +1,463 @@
+"""Figures and tables from records: one style for the whole repository. It measures nothing and writes no records.
+
+Mechanism: records become a table (`frame`), a table becomes one row for each model, device, budget and system (`summary`:
+the median of the rounds, their least and greatest, and how many). Every drawing function takes records and returns a
+matplotlib figure with units on its axes, y from 0, the bound as a line, and a caption that says machine,
+limits, rounds and commit. Records that must not meet in one figure are refused (`check_comparable`).
+The bound that is drawn is the highest of those of the systems shown (they differ by the memory of the process and the speed
+of the kernels): none of them can be above it. Ratios are to each system's own bound.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flexinfer.bench.records import Record, check_comparable, load_records
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a system looks in every figure; marker, line and hatch tell it apart without colour."""
+
+    colour: str
+    marker: str
+    line: str
+    hatch: str
+
+
+LOOKS = {
+    "flexinfer": Look("#0072B2", "o", "-", ""),
+    "llama-cpp-mmap": Look("#D55E00", "s", "--", "//"),
+    "llama-cpp-default": Look("#8C510A", "d", ":", "||"),
+    "sync": Look("#E69F00", "^", "-.", ".."),
+    "prefetch": Look("#56B4E9", "v", ":", "\\\\"),
+    "unbalanced": Look("#CC79A7", "D", "--", "xx"),
+    "attention-first": Look("#009E73", "P", "-.", "--"),
+    "ffn-first": Look("#F0E442", "X", ":", "++"),
+    "algorithm1": Look("#999999", "*", "-", "oo"),
+    "transformers": Look("#882255", "p", "--", "OO"),
+    "accelerate": Look("#44AA99", "h", "-.", "**"),
+    "airllm": Look("#DDCC77", "<", ":", "\\|"),
+    "ollm": Look("#555555", ">", ":", "-/"),
+}
+KINDS = {
+    "read": Look("#0072B2", "", "", ""),
+    "wait": Look("#F0E442", "", "", "xx"),
+    "compute": Look("#D55E00", "", "", "//"),
+}
+BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}
+
+
+def use_style() -> None:
+    """Sets matplotlib's defaults for the figures of this repository; notebooks call it once."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#dddddd",
+            "legend.frameon": False,
+            "hatch.linewidth": 0.6,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "flexinfer",
+        }
+    )
+
+
+def find_records(
+    results_dir: Path, command: str, *, machine: str | None = None, experiments: Sequence[str] | None = None
+) -> list[Record]:
+    """The records below `results_dir` that may stand in one figure, the smoke model's only if asked for by experiment.
+
+    Says which command makes them, and returns none, where there are none. Of several machines, the one with most
+    records is taken unless `machine` names another, and the rest are counted aloud. Cells that have a limited
+    record are shown without their unlimited ones.
+    """
+    records = load_records(results_dir) if results_dir.exists() else []
+    records = [
+        one
+        for one in records
+        if (one.cell.experiment in experiments if experiments else one.cell.model.name != "smoke")
+    ]
+    machines = sorted({one.provenance.machine for one in records}, key=lambda name: -_count(records, name))
+    if len(machines) > 1 or machine:
+        chosen = machine or machines[0]
+        print(f"records of {len(machines)} machines: {'; '.join(machines)}. Shown: {chosen}")
+        records = [one for one in records if one.provenance.machine == chosen]
+    ran = [one for one in records if one.status in ("ok", "killed", "timeout")]
+    unlimited = {one.run_id for one in ran if one.limits.method == "unlimited"}
+    if 0 < len(unlimited) < len(ran):
+        print(f"{len(unlimited)} records without limits are left out beside {len(ran) - len(unlimited)} with")
+        records = [one for one in records if one.run_id not in unlimited]
+    if not records:
+        print(f"No records for this in {results_dir}. Make them with:  {command}")
+    return records
+
+
+def _count(records: Iterable[Record], machine: str) -> int:
+    return sum(one.provenance.machine == machine for one in records)
+
+
+def frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row for each record, with what figures need."""
+    return pd.DataFrame(
+        [
+            {
+                "model": one.cell.model.name,
+                "device": one.cell.device.name,
+                "budget_bytes": one.cell.budget_bytes,
+                "budget_gib": one.cell.budget_bytes / GIB,
+                "system": one.cell.system.name,
+                "label": one.cell.system.label,
+                "format": one.cell.system.format,
+                "round": one.cell.round,
+                "status": one.status,
+                "tokens_per_s": one.tokens_per_s if one.status == "ok" else None,
+                "bound": one.bound_tokens_per_s,
+                "ratio": one.ratio if one.status == "ok" else None,
+                "peak_gib": one.peak_memory_bytes / GIB if one.peak_memory_bytes else None,
+                "bytes_per_token": sum(one.token_bytes) / one.tokens
+                if one.tokens and one.token_bytes
+                else None,
+                "total_weight_bytes": one.total_weight_bytes,
+                "resident": one.total_weight_bytes is not None
+                and one.cell.budget_bytes > one.total_weight_bytes,
+                "tokens": one.tokens,
+            }
+            for one in records
+            if not one.cell.trace
+        ],
+        columns=[
+            *(
+                "model",
+                "device",
+                "budget_bytes",
+                "budget_gib",
+                "system",
+                "label",
+                "format",
+                "round",
+                "status",
+            ),
+            *(
+                "tokens_per_s",
+                "bound",
+                "ratio",
+                "peak_gib",
+                "bytes_per_token",
+                "total_weight_bytes",
+                "resident",
+                "tokens",
+            ),
+        ],
+    )
+
+
+def summary(data: pd.DataFrame) -> pd.DataFrame:
+    """One row for each model, device, budget and system: median, least and greatest of the rounds, and their number."""
+    keys = ["model", "device", "budget_bytes", "budget_gib", "system", "label", "format", "resident"]
+    grouped = data.astype({"tokens_per_s": float, "bound": float, "ratio": float, "peak_gib": float}).groupby(
+        keys, sort=True
+    )
+    table = grouped.agg(
+        tokens_per_s=("tokens_per_s", "median"),
+        low=("tokens_per_s", "min"),
+        high=("tokens_per_s", "max"),
+        n=("tokens_per_s", "count"),
+        bound=("bound", "median"),
+        ratio=("ratio", "median"),
+        peak_gib=("peak_gib", "max"),
+        status=("status", lambda found: "ok" if "ok" in set(found) else found.iloc[-1]),
+    ).reset_index()
+    order = {name: place for place, name in enumerate(LOOKS)}
+    return table.sort_values(
+        ["model", "device", "budget_bytes", "system"], key=lambda s: s.map(order) if s.name == "system" else s
+    )
+
+
+def show_table(table: pd.DataFrame) -> pd.DataFrame:
+    """`summary` for people: rounded, with units in the heads."""
+    shown = table[
+        [
+            "model",
+            "device",
+            "budget_gib",
+            "label",
+            "tokens_per_s",
+            "low",
+            "high",
+            "n",
+            "bound",
+            "ratio",
+            "peak_gib",
+            "status",
+        ]
+    ]
+    heads = {
+        "budget_gib": "budget GiB",
+        "label": "system",
+        "tokens_per_s": "tokens/s",
+        "peak_gib": "peak GiB",
+        "bound": "bound tokens/s",
+    }
+    return shown.rename(columns=heads | {"ratio": "of the bound"}).round(3).reset_index(drop=True)
+
+
+def caption(records: Sequence[Record], extra: str = "") -> str:
+    """Machine, limits, rounds and commit of what a figure shows."""
+    first = records[0]
+    methods = ", ".join(
+        sorted(
+            {
+                f"cgroup {one.limits.method}" if one.limits.method.startswith("v") else one.limits.method
+                for one in records
+            }
+        )
+    )
+    rates = sorted({f"{one.cell.device.name} {_rate(one)}" for one in records})
+    commits = sorted(
+        {one.provenance.git_commit[:8] + ("+" if one.provenance.git_dirty else "") for one in records}
+    )
+    days = sorted({one.provenance.started.date().isoformat() for one in records})
+    counted = [one.tokens for one in records if one.status == "ok"]
+    tokens = f"{min(counted)} to {max(counted)} tokens counted a cell" if counted else ""
+    parts = [
+        f"{first.provenance.machine}; Linux {first.provenance.kernel}, {first.provenance.file_system}.",
+        f"Memory and read limits: {methods}; device {', '.join(rates)}.",
+        f"Median of the rounds, bars from least to greatest; n = {_rounds(records)}; {tokens}.",
+        f"Commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
+        extra,
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _rate(record: Record) -> str:
+    rate = record.cell.device.read_bytes_per_s
+    return f"({rate / 1e6:.0f} MB/s)" if rate else "(no limit)"
+
+
+def _rounds(records: Sequence[Record]) -> str:
+    counts = [count for count in summary(frame(records))["n"] if count] or [1]
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def finish(figure: Figure, records: Sequence[Record], extra: str = "") -> Figure:
+    """Refuses records that must not meet, and puts the caption below."""
+    check_comparable(records)
+    text = caption(records, extra)
+    width = int(figure.get_figwidth() * 17)
+    words, lines = text.split(), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += f"{word} "
+    figure.text(0.01, -0.01, "\n".join(lines), fontsize=7, va="top", color="#333333")
+    return figure
+
+
+def save(figure: Figure | None, results_dir: Path, name: str) -> None:
+    """Saves a figure as results/figures/name.png and .svg."""
+    if figure is None:
+        return
+    folder = results_dir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+    figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def draw_lines(axes: Axes, table: pd.DataFrame, column: str = "tokens_per_s") -> None:
+    """A line for each system against the budget; missing points are marked at the bottom with their status."""
+    for system, part in table.groupby("system", sort=False):
+        look = LOOKS[str(system)]
+        ok = part[part[column].notna()]
+        low, high = (ok["low"], ok["high"]) if column == "tokens_per_s" else (ok[column], ok[column])
+        axes.errorbar(
+            ok["budget_gib"],
+            ok[column],
+            yerr=[ok[column] - low, high - ok[column]],
+            label=part["label"].iloc[0],
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.line,
+            markeredgecolor="black",
+            markeredgewidth=0.4,
+            markersize=5,
+            capsize=2,
+        )
+        for _, row in part[part[column].isna()].iterrows():
+            axes.annotate(
+                f"{row['label']}: {row['status']}",
+                (row["budget_gib"], 0),
+                rotation=90,
+                fontsize=6,
+                va="bottom",
+            )
+    axes.set_xlabel("memory budget of the process [GiB]")
+
+
+def throughput(records: Sequence[Record], title: str) -> Figure | None:
+    """Throughput against memory: for each model and device a row of while-streaming, all budgets, and share of the bound."""
+    table = summary(frame(records))
+    if table.empty:
+        return None
+    rows = list(table.groupby(["model", "device"], sort=False))
+    figure, grid = plt.subplots(
+        len(rows), 3, figsize=(10.5, 3.1 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for (name, part), line in zip(rows, grid, strict=True):
+        for axes, shown, what in zip(
+            line, (part[~part["resident"]], part), ("does not fit", "all budgets"), strict=False
+        ):
+            draw_lines(axes, shown)
+            bound = shown.groupby("budget_gib")["bound"].max().dropna()
+            axes.plot(bound.index, bound, label="bound", **BOUND)
+            axes.set(title=f"{name[0]}, {name[1]}: {what}", ylabel="throughput [tokens/s]")
+            axes.set_ylim(bottom=0)
+        draw_lines(line[2], part, "ratio")
+        line[2].axhline(1, **BOUND)
+        line[2].set(title="achieved / own bound", ylabel="share of the bound", ylim=(0, None))
+    handles, labels = grid[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, title=title)
+    return finish(figure, records)
+
+
+def bars(records: Sequence[Record], title: str) -> Figure | None:
+    """Throughput of many systems at few budgets, as bars; the bound is a line across each budget's bars."""
+    table = summary(frame(records))
+    if table.empty:
+        return None
+    rows = list(table.groupby(["model", "device"], sort=False))
+    figure, grid = plt.subplots(
+        len(rows), 1, figsize=(9, 3.2 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for (name, part), axes in zip(rows, grid[:, 0], strict=True):
+        systems = list(
+            dict.fromkeys(part.sort_values("system", key=lambda s: s.map(list(LOOKS).index))["system"])
+        )
+        budgets = sorted(part["budget_gib"].unique())
+        width = 0.84 / len(systems)
+        for place, system in enumerate(systems):
+            mine = part[part["system"] == system].set_index("budget_gib").reindex(budgets)
+            x = [number + (place - (len(systems) - 1) / 2) * width for number in range(len(budgets))]
+            spread = [mine["tokens_per_s"] - mine["low"], mine["high"] - mine["tokens_per_s"]]
+            look = LOOKS[system]
+            axes.bar(x, mine["tokens_per_s"], width, yerr=spread, capsize=2, color=look.colour, hatch=look.hatch,
+                     edgecolor="black", linewidth=0.5, label=mine["label"].dropna().iloc[0])  # fmt: skip
+        for number, budget in enumerate(budgets):
+            bound = part[part["budget_gib"] == budget]["bound"].max()
+            axes.plot(
+                [number - 0.45, number + 0.45],
+                [bound, bound],
+                label="bound" if number == 0 else None,
+                **BOUND,
+            )
+        axes.set_xticks(range(len(budgets)), [f"{budget:.2f} GiB" for budget in budgets])
+        axes.set(
+            title=f"{name[0]}, {name[1]}",
+            xlabel="memory budget of the process",
+            ylabel="throughput [tokens/s]",
+            ylim=(0, None),
+        )
+        axes.grid(axis="x", visible=False)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, title=title)
+    return finish(figure, records)
+
+
+def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:
+    """The events of a traced record, from the file beside its records."""
+    folder = results_dir / record.cell.experiment
+    events: list[dict[str, Any]] = json.loads((folder / str(record.events_file)).read_text())
+    return events
+
+
+def one_pass(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of the last whole pass, times from its start; a pass ends with the last kernel of the highest layer."""
+    head = max(event["layer"] for event in events)
+    computed = sorted((one for one in events if one["kind"] == "compute"), key=lambda one: one["start_s"])
+    ends = [
+        one["stop_s"]
+        for one, following in zip(computed, [*computed[1:], None], strict=True)
+        if one["layer"] == head and (following is None or following["layer"] < head)
+    ]
+    begin, end = (ends[-2], ends[-1]) if len(ends) > 1 else (min(one["start_s"] for one in events), ends[-1])
+    inside = [one for one in events if one["stop_s"] > begin and one["start_s"] < end]
+    return [
+        one | {"start_s": max(one["start_s"], begin) - begin, "stop_s": min(one["stop_s"], end) - begin}
+        for one in inside
+    ]
+
+
+def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
+    """Figure 3: reads, waits and kernels of one pass, a panel for each traced record, unbalanced locking on top."""
+    order = {"unbalanced": 0, "flexinfer": 1}
+    newest = {
+        one.cell.system.name: one for one in records if one.events_file and one.cell.system.name in order
+    }
+    traced = sorted(newest.values(), key=lambda one: order[one.cell.system.name])
+    if not traced:
+        return None
+    figure, grid = plt.subplots(
+        len(traced), 1, figsize=(10, 2.1 * len(traced)), squeeze=False, sharex=True, layout="constrained"
+    )
+    for record, axes in zip(traced, grid[:, 0], strict=True):
+        events = one_pass(load_events(results_dir, record))
+        for row, (kind, look) in enumerate(KINDS.items()):
+            spans = [
+                (one["start_s"], one["stop_s"] - one["start_s"]) for one in events if one["kind"] == kind
+            ]
+            hatch = look.hatch if kind == "wait" else ""
+            axes.broken_barh(spans, (2.1 - row, 0.8), facecolor=look.colour, edgecolor="none", hatch=hatch)
+        waited = sum(one["stop_s"] - one["start_s"] for one in events if one["kind"] == "wait")
+        length = max(one["stop_s"] for one in events)
+        axes.set_yticks([2.5, 1.5, 0.5], ["disk reads", "compute waits", "kernels"])
+        axes.set_title(
+            f"{record.cell.system.label}: {length:.2f} s a token, of which {waited:.2f} s waiting", loc="left"
+        )
+        axes.set_ylim(0, 3)
+        axes.grid(axis="y", visible=False)
+    grid[-1][0].set_xlabel("time within one token [s]")
+    grid[-1][0].set_xlim(left=0)
+    extra = f"Budget {traced[0].cell.budget_bytes / GIB:.2f} GiB, {traced[0].cell.model.name}; the last token of each run."
+    return finish(figure, traced, extra)
+
+
+def against_bound(records: Sequence[Record], title: str) -> Figure | None:
+    """Achieved throughput over the bound for every cell, both logarithmic: on the diagonal nothing is left to gain."""
+    table = summary(frame(records)).dropna(subset=["tokens_per_s", "bound"])
+    if table.empty:
+        return None
+    figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
+    for system, part in table.groupby("system", sort=False):
+        look = LOOKS[str(system)]
+        axes.scatter(
+            part["bound"],
+            part["tokens_per_s"],
+            label=part["label"].iloc[0],
+            color=look.colour,
+            marker=look.marker,
+            edgecolor="black",
+            linewidth=0.4,
+            s=30,
+        )
+    values = pd.concat([table["bound"], table["tokens_per_s"]])
+    ends = [values.min() / 1.3, values.max() * 1.3]
+    axes.plot(ends, ends, label="bound", **BOUND)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal", title=title)
+    axes.set(xlabel="bound 1 / max(c, (S - R) / B) [tokens/s]", ylabel="achieved [tokens/s]")
+    figure.legend(loc="outside right upper")
+    return finish(figure, records)
