@@ -11,9 +11,9 @@ The bound of a record (our choice, after the paper's equation 4) is 1 / max(c, (
 - S: bytes of all tensors but the embedding rows; R: the budget less process and KV cache;
 - process: what the child holds when it has imported the system's libraries and not yet opened the model;
 - B: the better of the two bandwidths, so that a noisy disk does not flatter anyone;
-- c: seconds of a resident pass of the same system's kernels without limits: of the model itself if it is small, else
+- c: seconds of the fastest resident pass of the same system's kernels without limits: of the model itself if it is small, else
   of checkpoints of the same shape with 1 and 3 layers, extrapolated to all (a line fits: every layer does the same
-  work). Kept in the cache directory, for one CPU, number of cores, and versions.
+  work); no more than the fastest pass of the run itself, which is compute too. Kept in the cache directory, for one CPU, number of cores, and versions.
 
 What it does not do: choose cells, order them, or write records to a file; that is flexinfer.bench.runner.
 """
@@ -24,7 +24,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -92,12 +91,18 @@ def run_cell(cell: CellConfig) -> Record:
         )
     measured = [rate for rate in rates if rate]
     counted, done = child.counted, child.last("done")
+    fastest_s = min((token["s"] for token in counted), default=None)
+    if compute_s is not None and fastest_s is not None and fastest_s < compute_s:
+        compute_s, compute_source = (
+            fastest_s,
+            f"fastest pass of this run; {compute_source} gave {compute_s:.4f} s",
+        )
     engine = dict(child.last("engine").get("told", {}))
     events = engine.pop("events", [])
     return Record(
         run_id=uuid.uuid4().hex,
         status=child.status,  # type: ignore[arg-type]
-        message="; ".join(part for part in (child.message, applied.note) if part),
+        message=child.message,
         cell=cell,
         bits=BITS_PER_WEIGHT[cell.system.format],
         limits=Limits(
@@ -107,6 +112,8 @@ def run_cell(cell: CellConfig) -> Record:
             cores=len(job["core_set"]),
             swap_off=applied.memory_bytes is not None,
             page_cache_dropped="drop_caches" in dropped,
+            device=applied.device,
+            note=applied.note,
         ),
         provenance=origin,
         tokens=len(counted),
@@ -290,12 +297,12 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
         child = run_child(job, cell.workload.timeout_s)
         if child.status != "ok":
             return None, f"not measured: {child.message}"
-        seconds.append(statistics.median(token["s"] for token in child.counted))
+        seconds.append(min(token["s"] for token in child.counted))
     if not shallow:
         result, source = seconds[0], f"{kind}, whole model resident, no limits"
     else:
         layer_s = max(0.0, seconds[1] - seconds[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
-        result = max(seconds[0] + (facts.layers - SHALLOW_LAYERS[0]) * layer_s, 1e-6)
+        result = max(seconds[0] + (facts.layers - SHALLOW_LAYERS[0]) * layer_s, seconds[1])
         source = f"{kind}, resident, no limits, extrapolated from 1 and 3 layers ({seconds[0]:.4f}, {seconds[1]:.4f} s)"
         shutil.rmtree(Path(cell.cache_dir).expanduser() / "shallow", ignore_errors=True)
     store.parent.mkdir(parents=True, exist_ok=True)
