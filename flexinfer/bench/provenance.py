@@ -19,7 +19,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "safetensors",
-    "llama-cpp-python",
+    "xllamacpp",
     "gguf",
     "airllm",
     "ollm",
