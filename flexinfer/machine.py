@@ -1,6 +1,6 @@
 """What this machine has and can do: memory to spare, peak memory, and the two costs a plan is made with.
 
-Costs are measured at load time, in about a fifth of a second: the bandwidth of reading the checkpoint's own files, and the
+Costs are measured at load time, in well under a second: the bandwidth of reading the checkpoint's own files, and the
 time the kernels take for one piece of each kind of weight.
 """
 
@@ -20,7 +20,7 @@ from flexinfer.memory import PAGE_BYTES, Buffer, round_up
 from flexinfer.plan import Costs, Piece, Weight
 from flexinfer.prefetch import FileReader
 
-SAMPLE_BYTES = 64 << 20
+SAMPLE_BYTES = 192 << 20  # long enough that a bandwidth limit has no burst left
 
 
 def available_bytes() -> int:
@@ -54,7 +54,7 @@ def measure_costs(
     dtype: torch.dtype,
     io_threads: int,
 ) -> Costs:
-    """Bandwidth of reading the first 64 MiB of weights, and the compute time of a pass from one piece of each role."""
+    """Bandwidth of reading the first SAMPLE_BYTES of weights, and the compute time of a pass from one piece of each role."""
     pieces = [piece for weight in weights for piece in weight.pieces]
     sample = pieces[: bisect(list(accumulate(piece.nbytes for piece in pieces)), SAMPLE_BYTES) + 1]
     start_s = perf_counter()

@@ -54,7 +54,7 @@ def from_pretrained(
         memory: budget of the whole process, "4GiB" or bytes; "auto" takes what the machine or its cgroup has to spare.
         policy: what to keep in memory: "balanced" (ours), "unbalanced", "attention-first", "ffn-first", "algorithm1"
             (the paper's), "none".
-        window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 32 MiB.
+        window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
         io_threads: reader threads; 0 reads synchronously, when a weight is needed.
         direct: read past the page cache (O_DIRECT); otherwise through it, dropping pages behind.
         context: tokens the KV cache and the activations are sized for, over all sequences of a batch; None: 2048, or

@@ -19,7 +19,7 @@ from typing import Literal
 
 Kind = Literal["attention", "ffn", "head"]
 
-DEFAULT_WINDOW_BYTES = 32 << 20
+DEFAULT_WINDOW_BYTES = 20 << 20  # four pieces: one computed on, two being read, one ready
 MIN_SLOTS = 2  # one computed on, one filled
 UNITS_BYTES = {"": 1, "B": 1}
 UNITS_BYTES |= {f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}
