@@ -1,0 +1,688 @@
+"""The command line: flexinfer generate | chat | plan | quantize | doctor.
+
+Text goes to stdout, everything about it (progress, speed, notes) to stderr, so that output can be piped; `--json` prints
+one object instead. What the user got wrong is one line on stderr and exit code 2. torch and transformers are imported by the
+command that needs them, so that `--help` is quick. It adds nothing to the engine: every command is a few calls that
+a program could make as well.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from flexinfer.model import Engine
+    from flexinfer.plan import Plan, Weight
+    from flexinfer.skeleton import Skeleton
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+BUDGET_SHARES = (0.25, 0.5, 0.75)  # of the way from the smallest budget to everything resident, in `plan`
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _note_warning
+            return run(arguments)
+    except KeyboardInterrupt:
+        _note("stopped")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        _note(f"error: {' '.join(str(error).split())}")
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="flexinfer",
+        description="Runs language models that do not fit in memory, inside a memory budget, with the output unchanged.",
+    )
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    engine = argparse.ArgumentParser(add_help=False)
+    engine.add_argument("model", metavar="MODEL", help="checkpoint directory, or Hugging Face Hub id")
+    options = engine.add_argument_group("memory and reading")
+    options.add_argument(
+        "--memory",
+        default="auto",
+        help="budget of the whole process, such as 4GiB (default: what is to spare)",
+    )
+    options.add_argument(
+        "--policy",
+        default="balanced",
+        help="what is kept in memory: balanced (default), unbalanced, attention-first, ffn-first, algorithm1, none",
+    )
+    options.add_argument(
+        "--window", help="memory for prefetched weights: 64MiB, or '3 layers' (default: 32MiB)"
+    )
+    options.add_argument(
+        "--io-threads", type=int, default=2, help="reader threads; 0 reads synchronously (default: 2)"
+    )
+    options.add_argument("--buffered", action="store_true", help="read through the page cache, not past it")
+    options.add_argument("--context", type=int, help="tokens the KV cache is sized for")
+    options.add_argument("--dtype", default="auto", help="what to compute in (default: the checkpoint's)")
+
+    sampling = argparse.ArgumentParser(add_help=False)
+    options = sampling.add_argument_group("decoding")
+    options.add_argument("--max-new-tokens", type=int, default=256, help="at most so many (default: 256)")
+    options.add_argument("--temperature", type=float, help="sample with this temperature (default: greedy)")
+    options.add_argument(
+        "--top-p", type=float, help="sample from the likeliest tokens of this total probability"
+    )
+    options.add_argument("--seed", type=int, help="makes sampling repeatable")
+    options.add_argument(
+        "--prompt-lookup",
+        type=int,
+        metavar="N",
+        help="guess N tokens from the text so far and verify them in one pass; same output, fewer reads",
+    )
+
+    machine = argparse.ArgumentParser(add_help=False)
+    machine.add_argument("--json", action="store_true", help="print one JSON object")
+
+    command = commands.add_parser(
+        "generate", parents=[engine, sampling, machine], help="go on from a prompt; the text is streamed"
+    )
+    command.add_argument("prompt", nargs="?", help="the text to go on from (default: standard input)")
+    command.set_defaults(run=generate)
+
+    command = commands.add_parser(
+        "chat", parents=[engine, sampling], help="talk to an instruction-tuned model; /exit leaves"
+    )
+    command.add_argument("--system", help="system message")
+    command.set_defaults(run=chat)
+
+    command = commands.add_parser(
+        "plan",
+        parents=[engine, machine],
+        help="where a budget would go, and how fast; reads no weights but a sample",
+    )
+    command.set_defaults(run=show_plan)
+
+    command = commands.add_parser(
+        "quantize", parents=[machine], help="make a 4- or 8-bit copy of a checkpoint, tensor by tensor"
+    )
+    command.add_argument("source", metavar="SRC", help="checkpoint directory, or Hub id")
+    command.add_argument("destination", metavar="DST", help="directory of the copy; must not exist")
+    command.add_argument("--bits", type=int, default=4, choices=(4, 8))
+    command.add_argument(
+        "--group-size", type=int, help="weights that share a scale, 4 bit only: 32, 64 (default), 128 or 256"
+    )
+    command.set_defaults(run=quantize_copy)
+
+    command = commands.add_parser(
+        "doctor", parents=[machine], help="measure disk, kernels and rights: what this machine will do"
+    )
+    command.add_argument(
+        "path", nargs="?", default=".", help="directory on the disk the models lie on (default: here)"
+    )
+    command.add_argument(
+        "--size", default="512MiB", help="how much to write and read there (default: 512MiB)"
+    )
+    command.set_defaults(run=examine)
+    return top
+
+
+# ---- generate and chat
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Stream the continuation of a prompt, then say how fast it was."""
+    prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
+    if not prompt:
+        raise ValueError("prompt='' is empty; give some text, as an argument or on standard input")
+    tokenizer = _load_tokenizer(arguments.model)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    prompt_tokens = inputs["input_ids"].shape[1]
+    needed = prompt_tokens + arguments.max_new_tokens + (arguments.prompt_lookup or 0)
+    if arguments.context is not None and arguments.context < needed:
+        raise ValueError(
+            f"context={arguments.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
+            f"leave it out, or give --context {needed}"
+        )
+    with _load_model(arguments, arguments.context or needed) as model, Interrupt() as interrupt:
+        writer = _Nowhere() if arguments.json else _text_streamer(tokenizer, skip_prompt=True)
+        clock = Clock(writer)
+        before = engine_of(model).stats()
+        output = cast(Any, model).generate(
+            **inputs, streamer=clock, stopping_criteria=[interrupt], **_decoding(arguments)
+        )
+        result = measure(model, clock, before)
+        token_ids = output[0, prompt_tokens:].tolist()
+    if arguments.json:
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        print(json.dumps({"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result))
+    else:
+        _note(speed_line(result))
+    return INTERRUPTED if interrupt.pressed else 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Questions from standard input, answers streamed, until /exit or the end of input."""
+    tokenizer = _load_tokenizer(arguments.model)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{arguments.model} has no chat template; use `flexinfer generate`")
+    with _load_model(arguments, arguments.context) as model:
+        talk = Conversation(model, tokenizer, arguments)
+        at_terminal = sys.stdin.isatty()
+        if at_terminal:
+            import readline  # noqa: F401  (gives input() history and editing)
+
+            _note("/exit or Ctrl-D leaves, Ctrl-C stops an answer")
+        while True:
+            try:
+                question = input("> " if at_terminal else "").strip()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                _note("\n/exit or Ctrl-D leaves")
+                continue
+            if question == "/exit":
+                break
+            if question:
+                talk.ask(question)
+    if at_terminal:
+        print()
+    return 0
+
+
+class Conversation:
+    """The turns so far, and a KV cache that holds what the model has read of them."""
+
+    def __init__(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace
+    ) -> None:
+        from flexinfer.model import default_context
+
+        self._model: Any = model  # transformers' own types promise too little of both
+        self._tokenizer: Any = tokenizer
+        self._arguments = arguments
+        self._context = arguments.context or default_context(model.config)
+        self._system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        self.turns: list[dict[str, str]] = []
+        self._cached: list[int] = []  # the tokens that the cache holds keys and values of
+        self._cache: Any = None
+
+    def ask(self, question: str) -> str:
+        """Stream the answer to `question`; both join the history. Returns the answer, as far as it went."""
+        import torch
+
+        self.turns.append({"role": "user", "content": question})
+        prompt = self._fit_prompt()
+        if prompt is None:
+            _note(
+                f"this question does not fit into a context of {self._context} tokens; start with --context"
+            )
+            return ""
+        self._keep_common(prompt)
+        clock = Clock(_text_streamer(self._tokenizer, skip_prompt=True))
+        before = engine_of(self._model).stats()
+        room = self._context - len(prompt) - (self._arguments.prompt_lookup or 0)
+        options = _decoding(self._arguments)
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
+        with Interrupt() as interrupt:
+            try:
+                ids = torch.tensor([prompt])
+                output = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    past_key_values=self._cache,
+                    streamer=clock,
+                    stopping_criteria=[interrupt],
+                    **options,
+                )[0].tolist()
+            except KeyboardInterrupt:  # in the middle of a pass: the layers of the cache no longer agree
+                self._cache, self._cached = None, []
+                self.turns.pop()
+                _note("\nstopped at once; this question is forgotten")
+                return ""
+        self._cached = output[: self._cache.get_seq_length()]
+        answer: str = self._tokenizer.decode(output[len(prompt) :], skip_special_tokens=True)
+        self.turns.append({"role": "assistant", "content": answer})
+        _note(("stopped; " if interrupt.pressed else "") + speed_line(measure(self._model, clock, before)))
+        return answer
+
+    def _fit_prompt(self) -> list[int] | None:
+        """The token ids of the history, its oldest turns dropped where there is no room; None when one turn is too long."""
+        least_answer = min(16, self._arguments.max_new_tokens) + (self._arguments.prompt_lookup or 0)
+        dropped = 0
+        while self.turns:
+            encoded = self._tokenizer.apply_chat_template(
+                self._system + self.turns, add_generation_prompt=True, return_dict=True
+            )
+            prompt: list[int] = list(encoded["input_ids"])
+            if len(prompt) + least_answer <= self._context:
+                if dropped:
+                    _note(f"the oldest {dropped} turns no longer fit into the context and are forgotten")
+                return prompt
+            del self.turns[:2]
+            dropped += 2
+        return None
+
+    def _keep_common(self, prompt: list[int]) -> None:
+        """Make the cache hold exactly the beginning that it has in common with `prompt`, less at least one token."""
+        common = 0
+        for ours, theirs in zip(self._cached, prompt[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        try:
+            if self._cache is not None and len(self._cached) > common:
+                self._cache.crop(common - len(self._cached))
+        except ValueError:  # a sliding window has let go of what would be needed
+            self._cache = None
+        if self._cache is None or common == 0:
+            from transformers import DynamicCache
+
+            self._cache = None  # first: the engine lends its memory to one living cache
+            self._cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+
+
+class Interrupt:
+    """Ctrl-C while text is made: the first ends it after the token in hand, the second at once.
+
+    A stopping criterion of transformers; a pass cut short would leave a KV cache whose layers do not agree.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> "Interrupt":
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def __call__(self, input_ids: "torch.Tensor", scores: Any, **kwargs: Any) -> "torch.Tensor":
+        import torch
+
+        return torch.full((input_ids.shape[0],), self.pressed, dtype=torch.bool)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
+class _Nowhere:
+    """A streamer that shows nothing."""
+
+    def put(self, value: "torch.Tensor") -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Clock:
+    """Passes tokens on to a streamer, and keeps when they came. The first that come are the prompt."""
+
+    streamer: Any
+    start_s: float = field(default_factory=perf_counter)
+    times_s: list[float] = field(default_factory=list)  # one for each pass
+    counts: list[int] = field(default_factory=list)  # tokens of that pass
+
+    def put(self, value: "torch.Tensor") -> None:
+        """Called by transformers with the prompt, then with the tokens of each pass."""
+        self.times_s.append(perf_counter())
+        self.counts.append(value.numel())
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        """Called by transformers after the last token."""
+        self.streamer.end()
+
+
+def engine_of(model: "PreTrainedModel") -> "Engine":
+    """The streaming side of a loaded model."""
+    return cast("Engine", model.flexinfer)
+
+
+def measure(model: "PreTrainedModel", clock: Clock, before: dict[str, Any]) -> dict[str, Any]:
+    """What making this text took: the first token apart (it waits for the prompt), then the decoding.
+
+    `ratio` is passes per second over the bound of the budget; with more than one token a pass, tokens/s may exceed it.
+    """
+    engine = engine_of(model)
+    stats, plan = engine.stats(), engine.plan
+    times_s, counts = clock.times_s[1:], clock.counts[1:]  # without the prompt
+    tokens, passes = sum(counts), len(counts)
+    decoding_s = times_s[-1] - times_s[0] if passes > 1 else 0.0
+    speed = (tokens - counts[0]) / decoding_s if decoding_s else None
+    bytes_read = stats["bytes_read"] - before["bytes_read"]
+    return {
+        "tokens": tokens,
+        "passes": passes,
+        "first_token_s": times_s[0] - clock.start_s if times_s else None,
+        "tokens_per_s": speed,
+        "bytes_read": bytes_read,
+        "bytes_per_token": bytes_read / tokens if tokens else None,
+        "streamed_bytes_per_pass": plan.streamed_bytes,
+        "total_bytes_per_pass": plan.total_bytes,
+        "peak_bytes": stats["peak_bytes"],
+        "budget_bytes": plan.budget_bytes,
+        "bound_tokens_per_s": plan.bound_tokens_per_s,
+        "ratio": (passes - 1) / decoding_s / plan.bound_tokens_per_s if decoding_s else None,
+    }
+
+
+def speed_line(result: dict[str, Any]) -> str:
+    """`measure`'s result for people."""
+    from flexinfer.plan import format_size
+
+    parts = [f"{result['tokens']} tokens"]
+    if result["first_token_s"] is not None:
+        parts.append(f"first after {result['first_token_s']:.2f} s")
+    if result["tokens_per_s"] is not None:
+        parts.append(f"then {result['tokens_per_s']:.3g} tokens/s")
+        parts.append(f"{result['ratio']:.2f} of the bound ({result['bound_tokens_per_s']:.3g})")
+    if result["passes"] != result["tokens"]:
+        parts.append(f"{result['passes']} passes")
+    if result["bytes_per_token"] is not None:
+        parts.append(f"{format_size(result['bytes_per_token'])} read per token")
+    parts.append(f"peak {format_size(result['peak_bytes'])} of {format_size(result['budget_bytes'])}")
+    return ", ".join(parts)
+
+
+def _load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer; loaded before the model, so that its memory counts as the process's."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from flexinfer.checkpoint import Checkpoint
+    from flexinfer.skeleton import resolve
+
+    logging.set_verbosity_error()
+    path = Checkpoint.open(resolve(model)).path
+    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise ValueError(
+            f"{path}: no tokenizer beside the weights; put its files there (tokenizer.json, ...)"
+        )
+    return AutoTokenizer.from_pretrained(path)
+
+
+@contextlib.contextmanager
+def _load_model(arguments: argparse.Namespace, context: int | None) -> "Iterator[PreTrainedModel]":
+    import torch
+
+    import flexinfer
+
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    with _status(f"loading {arguments.model}"):
+        model = flexinfer.from_pretrained(
+            arguments.model,
+            arguments.memory,
+            policy=arguments.policy,
+            window=arguments.window,
+            io_threads=arguments.io_threads,
+            direct=not arguments.buffered,
+            context=context,
+            dtype=arguments.dtype,
+        )
+    with engine_of(model):
+        yield model
+
+
+def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of transformers' generate(): greedy unless a temperature or top-p is given."""
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={arguments.max_new_tokens} must be at least 1")
+    sample = bool(arguments.temperature) or arguments.top_p is not None
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": sample}
+    if sample:
+        options |= {"temperature": arguments.temperature or 1.0, "top_p": arguments.top_p or 1.0}
+    if arguments.prompt_lookup:
+        options["prompt_lookup_num_tokens"] = arguments.prompt_lookup
+    return options
+
+
+def _text_streamer(tokenizer: "PreTrainedTokenizerBase", skip_prompt: bool) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+
+
+# ---- plan
+
+
+def show_plan(arguments: argparse.Namespace) -> int:
+    """Where the budget would go, what would be locked, and how fast it would be at this and other budgets."""
+    from flexinfer.checkpoint import Checkpoint
+    from flexinfer.machine import available_bytes, measure_costs
+    from flexinfer.model import default_context, fixed_memory
+    from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
+    from flexinfer.prefetch import FileReader
+    from flexinfer.skeleton import build_skeleton, resolve
+
+    skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
+    fixed = fixed_memory(skeleton, arguments.context or default_context(skeleton.model.config))
+    smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
+    everything_bytes = fixed.nbytes + sum(weight.memory_bytes for weight in skeleton.weights)
+    memory = arguments.memory
+    budget_bytes = min(available_bytes(), everything_bytes) if memory == "auto" else parse_size(memory)
+    with _status("measuring disk and kernels"):
+        reader = FileReader(skeleton.checkpoint.files, direct=not arguments.buffered)
+        try:
+            costs = measure_costs(
+                skeleton.weights, skeleton.kernels, reader, skeleton.dtype, max(1, arguments.io_threads)
+            )
+        finally:
+            reader.close()
+
+    def plan_for(nbytes: int) -> "Plan":
+        return make_plan(
+            skeleton.weights, fixed, nbytes, costs, policy=arguments.policy, window=arguments.window
+        )
+
+    plan = plan_for(budget_bytes)
+    between = [int(smallest_bytes + share * (everything_bytes - smallest_bytes)) for share in BUDGET_SHARES]
+    budgets = sorted({smallest_bytes, *between, everything_bytes, budget_bytes})
+    plans = [plan_for(nbytes) for nbytes in budgets if nbytes >= smallest_bytes]
+    if arguments.json:
+        print(json.dumps(plan_facts(skeleton, plan, plans)))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        for title, table in plan_tables(skeleton, plan, plans).items():
+            console.print(title, highlight=False)
+            console.print(table)
+    return 0
+
+
+def budget_parts(plan: "Plan") -> dict[str, int]:
+    """Where the budget goes, in bytes; the parts add up to it."""
+    fixed = plan.fixed
+    parts = {
+        "process": fixed.process_bytes,
+        "parameters that stay": fixed.resident_bytes,
+        "KV cache": fixed.kv_bytes,
+        "activations": fixed.activation_bytes,
+        "margin": fixed.margin_bytes,
+        "window": plan.window_bytes,
+        "unused": plan.unused_bytes,
+    }
+    return parts | {"locked weights": plan.budget_bytes - sum(parts.values())}
+
+
+def locked_by_role(weights: "list[Weight]", plan: "Plan") -> list[dict[str, Any]]:
+    """Bytes of each role of weight over all layers, and how many of them are locked."""
+    rows: dict[str, dict[str, Any]] = {}
+    for weight in weights:
+        row = rows.setdefault(
+            weight.role, {"role": weight.role, "kind": weight.kind, "nbytes": 0, "locked_bytes": 0}
+        )
+        row["nbytes"] += weight.nbytes
+        locked = weight.pieces[: plan.locked_pieces.get(weight.name, 0)]
+        row["locked_bytes"] += sum(piece.nbytes for piece in locked)
+    return list(rows.values())
+
+
+def plan_facts(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> dict[str, Any]:
+    """`flexinfer plan --json`."""
+    return {
+        "model": str(skeleton.checkpoint.path),
+        "policy": plan.policy,
+        "costs": asdict(plan.costs),
+        "budget_bytes": plan.budget_bytes,
+        "parts_bytes": budget_parts(plan),
+        "total_bytes": plan.total_bytes,
+        "streamed_bytes": plan.streamed_bytes,
+        "predicted_tokens_per_s": plan.predicted_tokens_per_s,
+        "bound_tokens_per_s": plan.bound_tokens_per_s,
+        "roles": locked_by_role(skeleton.weights, plan),
+        "budgets": [
+            {
+                "budget_bytes": other.budget_bytes,
+                "streamed_bytes": other.streamed_bytes,
+                "predicted_tokens_per_s": other.predicted_tokens_per_s,
+                "bound_tokens_per_s": other.bound_tokens_per_s,
+            }
+            for other in plans
+        ],
+    }
+
+
+def plan_tables(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> "dict[str, Table]":
+    """`flexinfer plan` for people: tables by their titles."""
+    from rich.table import Table
+
+    from flexinfer.plan import format_size
+
+    budget = Table()
+    budget.add_column("part")
+    budget.add_column("memory", justify="right")
+    for part, nbytes in budget_parts(plan).items():
+        budget.add_row(part, format_size(nbytes))
+
+    kept = Table()
+    for column in ("weight", "kind"):
+        kept.add_column(column)
+    for column in ("all layers", "locked", "share"):
+        kept.add_column(column, justify="right")
+    for row in locked_by_role(skeleton.weights, plan):
+        share = row["locked_bytes"] / row["nbytes"]
+        sizes = format_size(row["nbytes"]), format_size(row["locked_bytes"])
+        kept.add_row(row["role"], row["kind"], *sizes, f"{share:.0%}")
+
+    speeds = Table()
+    for column in ("budget", "read per token", "tokens/s predicted", "bound"):
+        speeds.add_column(column, justify="right")
+    for other in plans:
+        speeds.add_row(
+            format_size(other.budget_bytes) + (" *" if other.budget_bytes == plan.budget_bytes else ""),
+            format_size(other.streamed_bytes),
+            f"{other.predicted_tokens_per_s:.3g}",
+            f"{other.bound_tokens_per_s:.3g}",
+            style="bold" if other.budget_bytes == plan.budget_bytes else "",
+        )
+    bandwidth = f"{plan.costs.bandwidth_bytes_per_s / 1e6:.0f} MB/s"
+    compute = f"{plan.costs.compute_s * 1e3:.0f} ms"
+    return {
+        f"{skeleton.checkpoint.path.name}: where {format_size(plan.budget_bytes)} go": budget,
+        f"What is locked (policy {plan.policy})": kept,
+        f"Speed, reads at {bandwidth}, {compute} of compute a token (* this budget)": speeds,
+    }
+
+
+# ---- quantize and doctor
+
+
+def quantize_copy(arguments: argparse.Namespace) -> int:
+    """Make the copy, then say what it saves and what it costs."""
+    from flexinfer.plan import format_size
+    from flexinfer.quantize import quantize
+    from flexinfer.skeleton import resolve
+
+    try:
+        report = quantize(
+            resolve(arguments.source),
+            Path(arguments.destination),
+            arguments.bits,
+            arguments.group_size,
+            progress=sys.stderr.isatty() and not arguments.json,
+        )
+    except KeyboardInterrupt:
+        _note("stopped; the same command goes on where this one was")
+        return INTERRUPTED
+    if arguments.json:
+        print(json.dumps(asdict(report), default=str))
+        return 0
+    print(
+        f"{report.path}: {format_size(report.source_bytes)} -> {format_size(report.nbytes)} in {report.seconds:.0f} s; "
+        f"{len(report.packed)} linears in {arguments.bits} bit"
+    )
+    worst = report.worst
+    print(f"largest relative error of a weight: {worst.relative_error:.4f} ({worst.name})")
+    for name, reason in report.kept.items():
+        print(f"left as it is: {name}: {reason}")
+    return 0
+
+
+def examine(arguments: argparse.Namespace) -> int:
+    """Measure this machine and say what to expect of it."""
+    from flexinfer.doctor import advice, facts_table, measure_machine
+    from flexinfer.plan import parse_size
+
+    with _status("measuring disk and kernels"):
+        facts = measure_machine(Path(arguments.path), parse_size(arguments.size, "size"))
+    if arguments.json:
+        print(json.dumps(asdict(facts) | {"advice": advice(facts)}))
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    console.print(facts_table(facts))
+    for line in advice(facts):
+        console.print(f"- {line}", highlight=False, markup=False)
+    return 0
+
+
+def _status(text: str) -> contextlib.AbstractContextManager[object]:
+    """A line on stderr while something takes its time; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _note_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if issubclass(category, RuntimeWarning | UserWarning):
+        _note(f"note: {message}")

@@ -1,0 +1,348 @@
+"""What this machine will do: its disk, its kernels and its rights, measured in some seconds.
+
+Mechanism: a scratch file of random bytes is written on the disk in question and read the ways the engine can read it (direct
+and through the page cache, with one reader thread and more); the kernels of the engine run on one weight of a 7B
+model, at one activation row and at many, its bytes coming from memory rather than from the CPU's cache. `advice`
+turns the numbers into sentences; it is pure, so that it can be tested without this machine.
+It measures peaks of a quiet machine: what else runs at the time takes its share.
+"""
+
+import contextlib
+import os
+import platform
+import resource
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from rich.table import Table
+
+from flexinfer.linear import DenseKernel, Kernel, PackedKernel
+from flexinfer.machine import available_bytes
+from flexinfer.memory import Buffer
+from flexinfer.packed import PackedError, PackedFormat, cpu_layout, packed_nbytes
+from flexinfer.plan import format_size
+from flexinfer.prefetch import FileReader
+
+if TYPE_CHECKING:
+    from flexinfer.bench.limits import Place
+
+REQUEST_BYTES = 4 << 20
+THREADS = (1, 2, 4)
+KERNEL_SHAPE = (4096, 4096)  # (out_features, in_features): an attention weight of a 7B model
+REPEATS = {1: 7, 64: 3}  # by activation rows
+LOCK_TEST_BYTES = 64 << 20
+EXAMPLE_BYTES = 3.8e9  # weights of a 7B model in 4 bit
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was measured. Speeds in bytes per second, sizes in bytes."""
+
+    cpu: str
+    cores: int
+    load: float  # processes that wanted a core in the last minute
+    torch_threads: int
+    vector_width: str  # as torch names the CPU's capability
+    int4_layout: str  # of packed 4-bit weights
+    memory_bytes: int  # for one process: free, or its cgroup's limit
+    path: str
+    file_system: str
+    free_disk_bytes: int
+    direct_works: bool
+    direct_note: str
+    write_bytes_per_s: float
+    direct_bytes_per_s: dict[int, float]  # by reader threads; empty where direct reads do not work
+    buffered_bytes_per_s: dict[int, float]
+    kernel_bytes_per_s: dict[str, float]  # weight bytes at one row, by the kind of weight
+    kernel_s: dict[str, dict[int, float]]  # by kind, then activation rows
+    lock_limit_bytes: int | None  # None: unlimited
+    lock_works: bool  # for LOCK_TEST_BYTES
+    cgroup_method: str  # v1, v2 or unlimited
+    cgroup_memory: bool  # whether experiments can limit memory
+    cgroup_reads: bool  # and read bandwidth
+    cgroup_note: str
+
+
+def measure_machine(path: Path, size_bytes: int) -> Facts:
+    """Measure the machine, its disk in directory `path` with a scratch file of at most `size_bytes`.
+
+    Raises ValueError when `path` is no directory or its disk is too full for the file.
+    """
+    if not path.is_dir():
+        raise ValueError(f"path={str(path)!r} is no directory; name one on the disk the models lie on")
+    size_bytes = max(size_bytes // REQUEST_BYTES, 2 * max(THREADS)) * REQUEST_BYTES
+    free_bytes = psutil.disk_usage(str(path)).free
+    if free_bytes < size_bytes + (64 << 20):
+        raise ValueError(
+            f"size={format_size(size_bytes)} does not fit: {format_size(free_bytes)} are free at {path}; give a smaller --size"
+        )
+    place, load = _cgroup_place(), os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=path, prefix=".flexinfer-doctor-") as scratch:
+        file = Path(scratch) / "blob"
+        write_speed = _write(file, size_bytes)
+        direct, note = {}, ""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            works = _read_works(file)
+            note = str(caught[0].message) if caught else ""
+        if works:
+            direct = {threads: _read_speed(file, size_bytes, threads, direct=True) for threads in THREADS}
+        buffered = {threads: _read_speed(file, size_bytes, threads, direct=False) for threads in THREADS}
+    kernel_s = _kernels()
+    soft_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lock_works = Buffer(LOCK_TEST_BYTES, lock=True).locked
+    return Facts(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        load=load,
+        torch_threads=torch.get_num_threads(),
+        vector_width=torch.backends.cpu.get_cpu_capability(),
+        int4_layout=_layout(),
+        memory_bytes=available_bytes(),
+        path=str(path.resolve()),
+        file_system=_file_system(path),
+        free_disk_bytes=free_bytes,
+        direct_works=works,
+        direct_note=note,
+        write_bytes_per_s=write_speed,
+        direct_bytes_per_s=direct,
+        buffered_bytes_per_s=buffered,
+        kernel_bytes_per_s={name: _weight_bytes(name) / by_rows[1] for name, by_rows in kernel_s.items()},
+        kernel_s=kernel_s,
+        lock_limit_bytes=None if soft_limit == resource.RLIM_INFINITY else soft_limit,
+        lock_works=lock_works,
+        cgroup_method=place.method,
+        cgroup_memory=place.memory is not None,
+        cgroup_reads=place.io is not None,
+        cgroup_note=place.why_not,
+    )
+
+
+def advice(facts: Facts) -> list[str]:
+    """What the numbers mean for someone who wants to run a model here."""
+    lines = []
+    if facts.load > 0.5 * facts.cores:
+        lines.append(
+            f"The machine is busy (load {facts.load:.1f} on {facts.cores} cores): what it does alone is more than this; measure again "
+            "when it is quiet."
+        )
+    best = max((*facts.direct_bytes_per_s.values(), *facts.buffered_bytes_per_s.values()))
+    lines.append(f"Every GB of weights that is not in memory costs {1e9 / best:.2f} s a token.")
+    if "int4" in facts.kernel_bytes_per_s:
+        half_s = max(EXAMPLE_BYTES / 2 / best, EXAMPLE_BYTES / facts.kernel_bytes_per_s["int4"])
+        lines.append(
+            f"A 7B model in 4 bit (3.8 GB), half of it in memory: at most {1 / half_s:.2g} tokens/s; in memory as a whole "
+            f"{facts.kernel_bytes_per_s['int4'] / EXAMPLE_BYTES:.2g}."
+        )
+    if not facts.direct_works:
+        lines.append(
+            f"Direct reads do not work at {facts.path} ({facts.direct_note}); the engine reads through the page cache there. "
+            "A directory on an ordinary disk (ext4, xfs, btrfs) is faster."
+        )
+    else:
+        direct, buffered = max(facts.direct_bytes_per_s.values()), max(facts.buffered_bytes_per_s.values())
+        if buffered > 1.15 * direct:
+            lines.append(
+                f"Buffered reads are faster here ({_speed(buffered)} against {_speed(direct)}): try --buffered."
+            )
+        threads = better_threads(facts.direct_bytes_per_s)
+        if threads is not None:
+            lines.append(
+                f"This disk reads faster with {threads} reader threads than with 2: try --io-threads {threads}."
+            )
+    slowest = min(facts.kernel_bytes_per_s, key=lambda name: facts.kernel_bytes_per_s[name])
+    if facts.kernel_bytes_per_s[slowest] < best:
+        lines.append(
+            f"The {slowest} kernel takes {_speed(facts.kernel_bytes_per_s[slowest])} of weights, less than the disk gives: for such "
+            "weights the CPU is the limit, and a larger budget will not help."
+        )
+    if facts.memory_bytes < 2 << 30:
+        lines.append(
+            f"Only {format_size(facts.memory_bytes)} of memory are to be had; the process itself takes about 400 MiB of them."
+        )
+    if not facts.lock_works:
+        limit = "unknown" if facts.lock_limit_bytes is None else format_size(facts.lock_limit_bytes)
+        lines.append(
+            f"Memory cannot be locked (limit {limit}), so the system may page weights out: `ulimit -l unlimited`, or raise memlock "
+            "in /etc/security/limits.conf."
+        )
+    if not (facts.cgroup_memory and facts.cgroup_reads):
+        lines.append(
+            "Experiments cannot limit memory and read bandwidth here"
+            + (f" ({facts.cgroup_note})" if facts.cgroup_note else "")
+            + "; run them as root, or where systemd-run --user works, or read their records as unlimited."
+        )
+    if facts.free_disk_bytes < 10e9:
+        lines.append(
+            f"{format_size(facts.free_disk_bytes)} of disk are free: a model of 7B in bf16 needs 13 GB, in 4 bit 4 GB."
+        )
+    return lines
+
+
+def better_threads(speeds: dict[int, float]) -> int | None:
+    """The number of reader threads to take instead of the default of 2, or None if that is good enough."""
+    best = max(speeds, key=lambda threads: speeds[threads])
+    return best if best != 2 and speeds[best] > 1.2 * speeds[2] else None
+
+
+def facts_table(facts: Facts) -> Table:
+    """The facts for people."""
+    table = Table(show_header=False)
+    table.add_row(
+        "processor", f"{facts.cpu}, {facts.cores} cores, {facts.vector_width}, load {facts.load:.1f}"
+    )
+    table.add_row("threads of torch", str(facts.torch_threads))
+    table.add_row("memory to be had", format_size(facts.memory_bytes))
+    limit = "unlimited" if facts.lock_limit_bytes is None else format_size(facts.lock_limit_bytes)
+    worked = "works" if facts.lock_works else "refused"
+    table.add_row("locking memory", f"limit {limit}; {format_size(LOCK_TEST_BYTES)}: {worked}")
+    table.add_row("disk", f"{facts.path} ({facts.file_system}), {format_size(facts.free_disk_bytes)} free")
+    table.add_row("writing", _speed(facts.write_bytes_per_s))
+    table.add_row("direct reads", _by_threads(facts.direct_bytes_per_s) or f"no: {facts.direct_note}")
+    table.add_row("buffered reads", _by_threads(facts.buffered_bytes_per_s))
+    for name, by_rows in facts.kernel_s.items():
+        many = max(by_rows)
+        table.add_row(
+            f"{name} kernel",
+            f"{facts.kernel_bytes_per_s[name] / 1e9:.1f} GB/s of weights at 1 row; {by_rows[1] * 1e3:.2f} ms at 1 row, "
+            f"{by_rows[many] * 1e3:.1f} ms at {many}",
+        )
+    table.add_row("4-bit layout", facts.int4_layout)
+    rights = [name for name, has in (("memory", facts.cgroup_memory), ("reads", facts.cgroup_reads)) if has]
+    table.add_row("control groups", f"{facts.cgroup_method}: can limit {' and '.join(rights) or 'nothing'}")
+    return table
+
+
+def _speed(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e6:.0f} MB/s"
+
+
+def _by_threads(speeds: dict[int, float]) -> str:
+    return ", ".join(f"{_speed(speed)} with {threads}" for threads, speed in speeds.items()) + (
+        " threads" if speeds else ""
+    )
+
+
+def _write(file: Path, size_bytes: int) -> float:
+    """Write the scratch file, wait until it is on disk; bytes per second."""
+    block = os.urandom(REQUEST_BYTES)
+    start_s = perf_counter()
+    with file.open("wb", buffering=0) as stream:
+        for _ in range(size_bytes // REQUEST_BYTES):
+            stream.write(block)
+        os.fsync(stream.fileno())
+    return size_bytes / (perf_counter() - start_s)
+
+
+def _read_works(file: Path) -> bool:
+    reader = FileReader([file], direct=True)
+    reader.close()
+    return reader.direct
+
+
+def _read_speed(file: Path, size_bytes: int, threads: int, *, direct: bool) -> float:
+    """Bytes per second of reading the whole file once, none of it in the page cache."""
+    with file.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    reader = FileReader([file], direct=direct)
+    buffers = [Buffer(REQUEST_BYTES, lock=False) for _ in range(threads)]
+
+    def read_every(worker: int) -> None:
+        memory = buffers[worker].memory(0, REQUEST_BYTES)
+        for offset in range(worker * REQUEST_BYTES, size_bytes, threads * REQUEST_BYTES):
+            reader.read(file, offset, REQUEST_BYTES, memory)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            start_s = perf_counter()
+            list(pool.map(read_every, range(threads)))
+            return size_bytes / (perf_counter() - start_s)
+    finally:
+        reader.close()
+
+
+def _kernel(name: str) -> tuple[Kernel, torch.dtype, int]:
+    """The kernel of a kind of weight, what it computes in, and the bytes of a weight of KERNEL_SHAPE."""
+    out_features, in_features = KERNEL_SHAPE
+    if name in {"int4", "int8"}:
+        fmt = PackedFormat.for_this_cpu(4 if name == "int4" else 8)
+        return PackedKernel(in_features, fmt), torch.bfloat16, packed_nbytes(fmt, out_features, in_features)
+    dtype: torch.dtype = getattr(torch, name)
+    return DenseKernel(in_features, dtype, dtype), dtype, out_features * in_features * dtype.itemsize
+
+
+def _weight_bytes(name: str) -> int:
+    return _kernel(name)[2]
+
+
+def _kernels() -> dict[str, dict[int, float]]:
+    """Seconds of each kernel for a weight of KERNEL_SHAPE, by activation rows: medians."""
+    seconds: dict[str, dict[int, float]] = {}
+    for name in ("bfloat16", "float32", "int4", "int8"):
+        try:
+            kernel, dtype, nbytes = _kernel(name)
+        except PackedError:
+            continue
+        buffer = Buffer(4 * nbytes, lock=False)  # several weights, so that none stays in the CPU's cache
+        buffer.bytes.zero_()
+        seconds[name] = {rows: _kernel_s(kernel, dtype, buffer, nbytes, rows) for rows in REPEATS}
+    return seconds
+
+
+def _kernel_s(kernel: Kernel, dtype: torch.dtype, buffer: Buffer, nbytes: int, rows: int) -> float:
+    from flexinfer.packed import blocks
+
+    out_features, in_features = KERNEL_SHAPE
+    x = torch.ones(rows, in_features, dtype=dtype)
+    if isinstance(kernel, PackedKernel):
+        parts = [
+            (b.offset_bytes, b.row_stop - b.row_start)
+            for b in blocks(kernel.format, out_features, in_features)
+        ]
+    else:
+        parts = [(0, out_features)]
+    samples = []
+    for i in range(REPEATS[rows]):
+        start_s = perf_counter()
+        for offset, count in parts:
+            kernel.multiply(x, kernel.view(buffer, i % 4 * nbytes + offset, count), count, None)
+        samples.append(perf_counter() - start_s)
+    return sorted(samples)[len(samples) // 2]
+
+
+def _layout() -> str:
+    try:
+        return cpu_layout()
+    except PackedError as error:
+        return str(error)
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that `path` is on."""
+    where = path.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if where.is_relative_to(m.mountpoint)]
+    return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
+
+
+def _cgroup_place() -> "Place":
+    """Where experiments could make control groups. The harness is imported here alone: the engine does not know it."""
+    from flexinfer.bench.limits import find_place
+
+    return find_place()
