@@ -33,6 +33,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -191,14 +192,20 @@ class OLLM(TorchSystem):
         try:
             holder.load_model(self.job["model"])
         except (RuntimeError, AttributeError, TypeError, ImportError) as error:
-            raise UnsupportedError(f"oLLM on a CPU: {type(error).__name__}: {error}") from error
+            raise _unsupported("ollm", error) from error
         self.model = holder.model
 
     def step(self) -> int | None:
         try:
             return super().step()
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise UnsupportedError(f"oLLM on a CPU: {type(error).__name__}: {error}") from error
+            raise _unsupported("ollm", error) from error
+
+
+def _unsupported(package: str, error: Exception) -> UnsupportedError:
+    """The refusal of `package` in its own words, with the versions that it met."""
+    found = ", ".join(f"{name} {version(name)}" for name in (package, "transformers"))
+    return UnsupportedError(f"{found}, on a CPU: {type(error).__name__}: {error}")
 
 
 class LlamaCpp:
