@@ -4,8 +4,8 @@ Mechanism: records become a table (`frame`), a table becomes one row for each mo
 the median of the rounds, their least and greatest, and how many). Every drawing function takes records and returns a
 matplotlib figure with units on its axes, y from 0, the bound as a line, and a caption that says machine,
 limits, rounds and commit. Records that must not meet in one figure are refused (`check_comparable`).
-The bound that is drawn is the highest of those of the systems shown (they differ by the memory of the process and the speed
-of the kernels): none of them can be above it. Ratios are to each system's own bound.
+Bounds of systems differ by the memory of the process and the speed of the kernels. Drawn are FlexInfer's own and the highest
+of the systems shown, which none of them can pass. Ratios are to each system's own bound.
 """
 
 import json
@@ -233,7 +233,7 @@ def caption(records: Sequence[Record], extra: str = "") -> str:
     )
     days = sorted({one.provenance.started.date().isoformat() for one in records})
     counted = [one.tokens for one in records if one.status == "ok"]
-    tokens = f"{min(counted)} to {max(counted)} tokens counted a cell" if counted else ""
+    tokens = f"{_span(counted)} tokens counted a cell" if counted else ""
     parts = [
         f"{first.provenance.machine}; Linux {first.provenance.kernel}, {first.provenance.file_system}.",
         f"Memory and read limits: {methods}; device {', '.join(rates)}.",
@@ -251,7 +251,11 @@ def _rate(record: Record) -> str:
 
 def _rounds(records: Sequence[Record]) -> str:
     counts = [count for count in summary(frame(records))["n"] if count] or [1]
-    low, high = min(counts), max(counts)
+    return _span(counts)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
 
 
@@ -277,6 +281,15 @@ def save(figure: Figure | None, results_dir: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", bbox_inches="tight")
     figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def shared_legend(figure: Figure, title: str) -> None:
+    """One legend above all panels, each system once."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(found.values(), found, loc="outside upper center", ncols=5, title=title)
 
 
 def draw_lines(axes: Axes, table: pd.DataFrame, column: str = "tokens_per_s") -> None:
@@ -309,6 +322,16 @@ def draw_lines(axes: Axes, table: pd.DataFrame, column: str = "tokens_per_s") ->
     axes.set_xlabel("memory budget of the process [GiB]")
 
 
+def draw_bounds(axes: Axes, table: pd.DataFrame) -> None:
+    """Two bounds against the budget: FlexInfer's own, and the highest of all systems shown (the smallest process)."""
+    own = table[table["system"] == "flexinfer"].set_index("budget_gib")["bound"].dropna()
+    highest = table.groupby("budget_gib")["bound"].max().dropna()
+    if len(own):
+        axes.plot(own.index, own, label="bound of FlexInfer", **BOUND)
+    if not own.equals(highest):
+        axes.plot(highest.index, highest, label="highest bound of any", **BOUND | {"linestyle": ":"})
+
+
 def throughput(records: Sequence[Record], title: str) -> Figure | None:
     """Throughput against memory: for each model and device a row of while-streaming, all budgets, and share of the bound."""
     table = summary(frame(records))
@@ -323,58 +346,53 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
             line, (part[~part["resident"]], part), ("does not fit", "all budgets"), strict=False
         ):
             draw_lines(axes, shown)
-            bound = shown.groupby("budget_gib")["bound"].max().dropna()
-            axes.plot(bound.index, bound, label="bound", **BOUND)
+            draw_bounds(axes, shown)
             axes.set(title=f"{name[0]}, {name[1]}: {what}", ylabel="throughput [tokens/s]")
             axes.set_ylim(bottom=0)
         draw_lines(line[2], part, "ratio")
         line[2].axhline(1, **BOUND)
         line[2].set(title="achieved / own bound", ylabel="share of the bound", ylim=(0, None))
-    handles, labels = grid[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, title=title)
+    shared_legend(figure, title)
     return finish(figure, records)
 
 
 def bars(records: Sequence[Record], title: str) -> Figure | None:
-    """Throughput of many systems at few budgets, as bars; the bound is a line across each budget's bars."""
+    """Throughput of many systems at few budgets, as bars: a panel for each budget; the bounds are lines across it."""
     table = summary(frame(records))
     if table.empty:
         return None
+    order = [name for name in LOOKS if name in set(table["system"])]
     rows = list(table.groupby(["model", "device"], sort=False))
-    figure, grid = plt.subplots(
-        len(rows), 1, figsize=(9, 3.2 * len(rows)), squeeze=False, layout="constrained"
-    )
-    for (name, part), axes in zip(rows, grid[:, 0], strict=True):
-        systems = list(
-            dict.fromkeys(part.sort_values("system", key=lambda s: s.map(list(LOOKS).index))["system"])
-        )
-        budgets = sorted(part["budget_gib"].unique())
-        width = 0.84 / len(systems)
-        for place, system in enumerate(systems):
-            mine = part[part["system"] == system].set_index("budget_gib").reindex(budgets)
-            x = [number + (place - (len(systems) - 1) / 2) * width for number in range(len(budgets))]
-            spread = [mine["tokens_per_s"] - mine["low"], mine["high"] - mine["tokens_per_s"]]
-            look = LOOKS[system]
-            axes.bar(x, mine["tokens_per_s"], width, yerr=spread, capsize=2, color=look.colour, hatch=look.hatch,
-                     edgecolor="black", linewidth=0.5, label=mine["label"].dropna().iloc[0])  # fmt: skip
-        for number, budget in enumerate(budgets):
-            bound = part[part["budget_gib"] == budget]["bound"].max()
-            axes.plot(
-                [number - 0.45, number + 0.45],
-                [bound, bound],
-                label="bound" if number == 0 else None,
-                **BOUND,
+    columns = max(part["budget_gib"].nunique() for _, part in rows)
+    size = (3.4 * max(columns, 2), 2.9 * len(rows) + 0.6)
+    figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    for (name, part), line in zip(rows, grid, strict=True):
+        for axes, (budget, mine) in zip(line, part.groupby("budget_gib"), strict=False):
+            for system, row in mine.set_index("system").iterrows():
+                look, speed = LOOKS[str(system)], row["tokens_per_s"]
+                spread = [[speed - row["low"]], [row["high"] - speed]]
+                axes.bar(
+                    order.index(str(system)),
+                    speed,
+                    0.9,
+                    yerr=spread,
+                    capsize=3,
+                    color=look.colour,
+                    hatch=look.hatch,
+                    edgecolor="black",
+                    linewidth=0.5,
+                    label=row["label"],
+                )
+            axes.axhline(mine["bound"].max(), label="highest bound", **BOUND)
+            axes.set(
+                title=f"{name[0]}, {name[1]}, {budget:.2f} GiB",
+                ylabel="throughput [tokens/s]",
+                ylim=(0, None),
             )
-        axes.set_xticks(range(len(budgets)), [f"{budget:.2f} GiB" for budget in budgets])
-        axes.set(
-            title=f"{name[0]}, {name[1]}",
-            xlabel="memory budget of the process",
-            ylabel="throughput [tokens/s]",
-            ylim=(0, None),
-        )
-        axes.grid(axis="x", visible=False)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, title=title)
+            axes.set_xticks([])
+        for axes in line[part["budget_gib"].nunique() :]:
+            axes.axis("off")
+    shared_legend(figure, title)
     return finish(figure, records)
 
 
@@ -459,5 +477,5 @@ def against_bound(records: Sequence[Record], title: str) -> Figure | None:
     axes.plot(ends, ends, label="bound", **BOUND)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal", title=title)
     axes.set(xlabel="bound 1 / max(c, (S - R) / B) [tokens/s]", ylabel="achieved [tokens/s]")
-    figure.legend(loc="outside right upper")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     return finish(figure, records)
