@@ -1,0 +1,153 @@
+"""Small random models of every family, saved as stock checkpoints, and the few helpers that all tests of the engine use.
+
+Every parameter is random, biases and norms too, so that a tensor read from the wrong place cannot go unnoticed. Pieces are
+made small, so that a weight of these models has several and each test goes through all of the machinery.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+
+import flexinfer
+import flexinfer.skeleton
+
+VOCAB = 160
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+}
+HEAD = {"head_dim": 16, "sliding_window": 8}
+TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+OPT_SHAPE = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 4}
+GPT2_SHAPE = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128, "vocab_size": VOCAB}
+FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama": lambda **over: transformers.LlamaConfig(**{**SHAPE, **TOKENS, **over}),
+    "mistral": lambda **over: transformers.MistralConfig(**{**SHAPE, **TOKENS, **over}),
+    "qwen2": lambda **over: transformers.Qwen2Config(**{**SHAPE, **TOKENS, **over}),
+    "qwen3": lambda **over: transformers.Qwen3Config(**{**SHAPE, **TOKENS, "head_dim": 16, **over}),
+    "gemma2": lambda **over: transformers.Gemma2Config(**{**SHAPE, **HEAD, **TOKENS, **over}),
+    "gemma3": lambda **over: transformers.Gemma3TextConfig(**{**SHAPE, **HEAD, **TOKENS, **over}),
+    "phi3": lambda **over: transformers.Phi3Config(**{**SHAPE, **TOKENS, **over}),
+    "gpt_neox": lambda **over: transformers.GPTNeoXConfig(
+        **{**SHAPE, **TOKENS, "intermediate_size": 128, **over}
+    ),
+    "opt": lambda **over: transformers.OPTConfig(
+        **{**SHAPE, **OPT_SHAPE, **TOKENS, "pad_token_id": 1, **over}
+    ),
+    "gpt2": lambda **over: transformers.GPT2Config(**{**GPT2_SHAPE, **TOKENS, **over}),
+}
+
+MakeCheckpoint = Callable[..., Path]
+Load = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_and_single_threaded() -> None:
+    """Small products are slower on two threads than on one; tests that need both say so."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """checkpoint(family, dtype=torch.float32, sharded=False, **config) -> directory; made once a session, do not change it."""
+    made: dict[str, Path] = {}
+
+    def make(
+        family: str = "llama", dtype: torch.dtype = torch.float32, sharded: bool = False, **config: Any
+    ) -> Path:
+        key = repr((family, dtype, sharded, sorted(config.items())))
+        if key not in made:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(FAMILIES[family](**config), dtype=dtype)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
+            made[key] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(made[key], max_shard_size="150KB" if sharded else "5GB")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a few tens of KiB in several pieces."""
+    monkeypatch.setattr(flexinfer.skeleton, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(flexinfer.skeleton, "ROW_MULTIPLE", 16)
+
+
+@pytest.fixture
+def load(small_pieces: None) -> Iterator[Load]:
+    """flexinfer.from_pretrained with a small context and plenty of memory; what it loads is closed after the test."""
+    loaded: list[PreTrainedModel] = []
+
+    def load_model(
+        path: Path, memory: str | int = "8GiB", context: int = 64, **options: Any
+    ) -> PreTrainedModel:
+        model = flexinfer.from_pretrained(path, memory, context=context, **options)
+        loaded.append(model)
+        return model
+
+    yield load_model
+    for model in loaded:
+        model.flexinfer.close()
+
+
+def stock(path: Path, **options: Any) -> PreTrainedModel:
+    """The same checkpoint by transformers alone, resident."""
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+
+
+def smallest_budget(model: PreTrainedModel) -> int:
+    """The smallest budget in bytes, as the refusal of one byte names it."""
+    with pytest.raises(flexinfer.BudgetError, match="at least") as refused:
+        model.flexinfer.resize(1)
+    found = re.search(r"at least (\d+) bytes", str(refused.value))
+    assert found is not None
+    return int(found[1])
+
+
+def resize_to_share(model: PreTrainedModel, share: float) -> None:
+    """A budget that is the smallest one and `share` of the weights."""
+    model.flexinfer.resize(smallest_budget(model) + int(share * model.flexinfer.plan.total_bytes))
+
+
+def prompt(batch: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:
+    """[batch, tokens] random ids that are no special tokens."""
+    return torch.randint(3, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(
+    model: PreTrainedModel, ids: torch.Tensor, steps: int = 2, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Prefill `ids` [batch, tokens], then `steps` greedy tokens with a KV cache: [batch, tokens + steps, vocab]."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    cache = DynamicCache(config=model.config.get_text_config())
+    outputs = []
+    for _ in range(steps + 1):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        outputs.append(
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **({} if model.config.model_type == "opt" else {"position_ids": positions}),
+            ).logits
+        )
+        ids = outputs[-1][:, -1:].argmax(-1)
+        mask = torch.cat((mask, torch.ones_like(ids)), dim=-1)
+    return torch.cat(outputs, dim=1)
