@@ -126,8 +126,9 @@ def find_place(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> P
                 given.exists() and os.access(parent, os.W_OK) and os.access(parent / "cgroup.procs", os.W_OK)
             ):
                 continue
-            with contextlib.suppress(OSError):  # busy where processes live in it: then an ancestor serves
-                given.write_text("+memory +io")
+            for controller in {"memory", "io"} - set(given.read_text().split()):
+                with contextlib.suppress(OSError):  # busy where processes live in it: then an ancestor serves
+                    given.write_text(f"+{controller}")
             passed = given.read_text().split()
             if "memory" in passed:
                 return Place("v2", parent, parent if "io" in passed else None)

@@ -1,0 +1,154 @@
+"""The systems decode what their checkpoints say, through one interface."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from flexinfer.bench import systems
+from flexinfer.bench.config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
+from flexinfer.bench.gguf import file_bytes, touched_bytes, write_synthetic
+
+SHAPE = ShapeConfig(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
+
+
+def make_job(kind: str, model: Path, scratch: Path, **changes: Any) -> dict[str, Any]:
+    told = {
+        "kind": kind,
+        "model": str(model),
+        "copy": str(scratch / "copy"),
+        "options": {},
+        "scratch": str(scratch),
+    }
+    told |= {
+        "cores": 1,
+        "core_set": [0],
+        "context": 64,
+        "vocab": SHAPE.vocab,
+        "prompt_tokens": 6,
+        "warmup_tokens": 1,
+    }
+    told |= {"tokens": 6, "min_tokens": 4, "min_seconds": 0.0, "max_seconds": 600.0, "trace": False}
+    told |= {"budget_bytes": 4 << 30, "kv_bytes": 1 << 20, "layer_bytes": 1 << 20, "other_bytes": 1 << 20}
+    return told | changes
+
+
+def measured(job: dict[str, Any]) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    systems.measure(job, lambda event, **fields: events.append({"event": event, **fields}))
+    json.dumps(events)
+    return events
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from flexinfer.bench.synth import make_checkpoint
+
+    return make_checkpoint(
+        ModelConfig("tiny", shape=SHAPE), "bf16", tmp_path_factory.mktemp("cache"), progress=False
+    )
+
+
+@pytest.mark.parametrize("kind", ["flexinfer", "accelerate", "airllm"])
+def test_every_system_on_the_same_weights_decodes_the_same_tokens(
+    kind: str, bf16: Path, tmp_path: Path
+) -> None:
+    if kind == "airllm" and importlib.util.find_spec("airllm") is None:
+        pytest.skip("airllm is not installed: make baselines")
+    job = make_job(kind, bf16, tmp_path)
+    if kind == "airllm":
+        systems.AirLLM(job).split()
+    if kind == "accelerate":
+        job["options"] = {"cpu_bytes": touched_by_half(bf16)}
+    ours, stock = measured(job), measured(make_job("transformers", bf16, tmp_path))
+    told = [[event["id"] for event in events if event["event"] == "token"] for events in (ours, stock)]
+    assert told[0] == told[1]
+    assert len(told[0]) == 6
+    if kind == "accelerate":
+        assert next(event for event in ours if event["event"] == "engine")["told"]["modules_on_disk"] > 0
+
+
+def touched_by_half(checkpoint: Path) -> int:
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) // 2
+
+
+def test_warm_up_is_not_counted_and_the_minimum_is_kept(bf16: Path, tmp_path: Path) -> None:
+    events = measured(make_job("transformers", bf16, tmp_path, tokens=30))
+    counted = [event["counted"] for event in events if event["event"] == "token"]
+    assert counted == [False, False, True, True, True, True]
+    assert [event["event"] for event in events][:2] == ["ready", "loaded"]
+    assert events[-1]["event"] == "done"
+
+
+def test_a_slow_system_stops_with_the_tokens_it_has(bf16: Path, tmp_path: Path) -> None:
+    events = measured(make_job("transformers", bf16, tmp_path, tokens=30, max_seconds=0.0))
+    assert sum(event.get("counted", False) for event in events) == 1
+
+
+@pytest.mark.parametrize("options", [{"use_extra_bufts": False}, {}])
+def test_llama_cpp_decodes_a_synthetic_checkpoint(options: dict[str, bool], tmp_path: Path) -> None:
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("xllamacpp is not installed: make baselines")
+    model = write_synthetic(tmp_path / "model.gguf", SHAPE, "tiny")
+    events = measured(make_job("llama_cpp", model, tmp_path, options=options))
+    assert sum(event.get("counted", False) for event in events) == 4
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_gguf_holds_the_shape_at_its_bits_and_finite_weights(tie: bool, tmp_path: Path) -> None:
+    shape = ShapeConfig(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512, tie=tie)
+    sizes: list[int] = []
+    path = write_synthetic(tmp_path / "model.gguf", shape, "tiny", progress=sizes.append)
+    reader = gguf.GGUFReader(path)
+    assert sum(sizes) == file_bytes(shape) == sum(int(each.n_bytes) for each in reader.tensors)
+    norms = (2 * shape.layers + 1) * shape.hidden * 4
+    assert touched_bytes(path) == weight_bytes(shape, "gguf") + norms
+    assert BITS_PER_WEIGHT["gguf"] == 8 * gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0][1] / 32
+    weights = {each.name: gguf.dequantize(each.data, each.tensor_type) for each in reader.tensors}
+    assert weights["blk.1.ffn_down.weight"].shape == (128, 256)
+    assert weights["blk.0.attn_k.weight"].shape == (64, 128)
+    assert ("output.weight" in weights) is not tie
+    deviation = float(np.std(weights["blk.0.ffn_up.weight"]))
+    assert 0.8 < deviation * shape.hidden**0.5 < 1.2
+    assert not np.array_equal(weights["blk.0.attn_q.weight"], weights["blk.1.attn_q.weight"])
+
+
+def test_an_interrupted_gguf_leaves_nothing_that_loads(tmp_path: Path) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_synthetic(tmp_path / "model.gguf", SHAPE, "tiny", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gguf_refuses_shapes_it_cannot_hold_and_disks_too_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = ShapeConfig(hidden=48, intermediate=128, layers=1, heads=4, kv_heads=4, vocab=512)
+    with pytest.raises(ConfigError, match=r"model\.shape\.hidden=48"):
+        write_synthetic(tmp_path / "model.gguf", odd, "odd")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20})())
+    with pytest.raises(OSError, match=r"needs 0\.0 GiB and 1 GiB to spare"):
+        write_synthetic(tmp_path / "model.gguf", SHAPE, "tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bandwidth_is_measured_over_every_file(tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_bytes(bytes(2 * systems.REQUEST_BYTES))
+    assert systems.measure_bandwidth([str(file) for file in files], seconds=0.5) > 0
+    (tmp_path / "c").write_bytes(b"1")
+    with pytest.raises(ValueError, match="too small to measure"):
+        systems.measure_bandwidth([str(tmp_path / "c")], seconds=0.5)
+
+
+def test_the_prompt_is_fixed_and_inside_the_vocabulary() -> None:
+    assert systems.prompt_ids(64, 512) == systems.prompt_ids(64, 512)
+    assert all(256 <= token < 512 for token in systems.prompt_ids(64, 512))
+    assert len(set(systems.prompt_ids(64, 32000))) == 64
