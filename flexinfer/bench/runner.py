@@ -1,7 +1,8 @@
 """Runs comparisons: cells in turns, one record each, what is finished skipped, what is left shown.
 
 Mechanism: a comparison (`RunConfig`) is a list of cells in the order round, budget, system: the systems take turns at every
-budget, so that a slow drift of the machine meets all of them. A cell is measured by `run_cell` (flexinfer.bench.cell), which
+budget, so that a slow drift of the machine meets all of them. Several comparisons on one model and device are
+merged in that order, so that a run that is stopped early has whole rounds. A cell is measured by `run_cell` (flexinfer.bench.cell), which
 is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
 loses the cell in hand and no more. A cell is finished when a record of the same key (flexinfer.bench.config) and the
 same machine is anywhere below results/, whichever experiment asked for it: experiments share cells.
@@ -168,6 +169,11 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
         summary.planned += len(cells.keys() - seen)
         todo += [(config, cell) for key, cell in cells.items() if key not in done | seen]
         seen |= cells.keys()
+    if len(configs) > 1:  # the systems of all experiments on a model and device take turns
+        places = {
+            place: number for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))
+        }
+        todo.sort(key=lambda one: (places[_place(one[1])], one[1].round, one[1].budget_bytes))
     summary.skipped = summary.planned - len(todo)
     if summary.skipped:
         console.print(
@@ -251,6 +257,11 @@ def results_table(records: Iterable[Record]) -> Table:
             str(len(speeds)),
         )
     return table
+
+
+def _place(cell: CellConfig) -> tuple[str, str, bool]:
+    """Cells of one place are compared with one another; traced ones are apart."""
+    return cell.model.name, cell.device.name, cell.trace
 
 
 def _left_s(seconds: dict[str, list[float]], systems: Sequence[str]) -> float | None:

@@ -137,6 +137,14 @@ def test_experiments_share_their_cells(tmp_path: Path) -> None:
     assert go(Imitation(), *both)[0].measured == 0
 
 
+def test_systems_of_several_experiments_take_turns_in_whole_rounds(tmp_path: Path) -> None:
+    imitation = Imitation()
+    other = config(tmp_path, experiment="other", systems={"prefetch": SystemConfig("prefetch", "P")})
+    go(imitation, config(tmp_path), other)
+    turns = [(cell.round, cell.budget_bytes // 2**30, cell.system.name) for cell in imitation.cells]
+    assert turns == [(r, b, s) for r in (0, 1) for b in (1, 2) for s in ("sync", "flexinfer", "prefetch")]
+
+
 def test_events_of_a_traced_cell_go_beside_the_records(tmp_path: Path) -> None:
     events = [{"kind": "read", "tensor": "t", "layer": 0, "start_s": 0.0, "stop_s": 1.0, "bytes": 5}]
     go(Imitation({1: lambda cell: make_record(cell, events=events)}), config(tmp_path, rounds=1, trace=True))
