@@ -6,6 +6,7 @@ launcher plugin; the systems of one comparison stay on one machine.
 """
 
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from flexinfer.bench.cell import run_cell
 from flexinfer.bench.config import ConfigError, RunConfig, require
+from flexinfer.bench.provenance import provenance
+from flexinfer.bench.records import load_records
+from flexinfer.bench.runner import cells_of, results_table, run
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
@@ -34,24 +39,17 @@ def comparisons(config: DictConfig, overrides: list[str]) -> list[RunConfig]:
 def main(config: DictConfig) -> None:
     """Measures what is missing, then prints a table of the experiment's records."""
     console = Console()
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell leaves SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         configs = comparisons(config, list(HydraConfig.get().overrides.task))
-        from flexinfer.bench.cell import run_cell
-
-        from flexinfer.bench.provenance import provenance
-        from flexinfer.bench.records import load_records
-        from flexinfer.bench.runner import cells_of, results_table, run
-
         machine = provenance(Path(config.cache_dir)).machine
         summary = run(configs, run_cell, machine, console)
         wanted = {cell.key for one in configs for cell in cells_of(one)}
-        found = [
-            one
-            for one in load_records(config.results_dir)
-            if one.cell_key in wanted and one.provenance.machine == machine
-        ]
-    except ConfigError as error:
+        records = load_records(config.results_dir) if Path(config.results_dir).exists() else []
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    found = [one for one in records if one.cell_key in wanted and one.provenance.machine == machine]
     console.print(results_table(found))
     if summary.interrupted:
         console.print("stopped: every finished cell is kept; the same command goes on from here")

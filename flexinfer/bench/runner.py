@@ -207,6 +207,7 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
                     f"[{number + 1}/{len(todo)}] {describe(cell)}: {outcome(record)}",
                     highlight=False,
                     markup=False,
+                    soft_wrap=True,
                 )
                 last = all(other.model.name != config.model.name for _, other in todo[number + 1 :])
                 if config.delete_checkpoints and last:
