@@ -421,12 +421,15 @@ def one_pass(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
-    """Figure 3: reads, waits and kernels of one pass, a panel for each traced record, unbalanced locking on top."""
+    """Figure 3: reads, waits and kernels of one pass, unbalanced locking above balanced, at the first budget with both."""
     order = {"unbalanced": 0, "flexinfer": 1}
-    newest = {
-        one.cell.system.name: one for one in records if one.events_file and one.cell.system.name in order
-    }
-    traced = sorted(newest.values(), key=lambda one: order[one.cell.system.name])
+    groups: dict[tuple[str, str, int], dict[str, Record]] = {}
+    for one in records:
+        if one.events_file and one.status == "ok" and one.cell.system.name in order:
+            place = (one.cell.model.name, one.cell.device.name, one.cell.budget_bytes)
+            groups.setdefault(place, {}).setdefault(one.cell.system.name, one)
+    complete: dict[str, Record] = max(groups.values(), key=len, default={})
+    traced = sorted(complete.values(), key=lambda one: order[one.cell.system.name])
     if not traced:
         return None
     figure, grid = plt.subplots(
