@@ -153,7 +153,7 @@ def read_header(file: Path) -> list[TensorSpec]:
     try:
         header = json.loads(raw)
         assert isinstance(header, dict)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: header is not a JSON object: damaged, or not safetensors; download it again"
         ) from error
@@ -182,7 +182,8 @@ def read_header(file: Path) -> list[TensorSpec]:
 def _tensor_spec(file: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        valid = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) and start <= stop
+        sizes = (*shape, start, stop)
+        valid = isinstance(dtype, str) and all(isinstance(n, int) and n >= 0 for n in sizes) and start <= stop
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:

@@ -147,8 +147,8 @@ def parse_size(value: str | int, what: str = "memory") -> int:
                 f"{what}={value!r} is not a size; write bytes or a number with a unit, such as '4GiB', '1.5GB', '700MiB'"
             )
         number *= units[unit.lower()]
-    if number <= 0:
-        raise BudgetError(f"{what}={value!r} must be more than 0 bytes")
+    if number < 1:
+        raise BudgetError(f"{what}={value!r} must be at least 1 byte")
     return int(number)
 
 
