@@ -36,7 +36,11 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    arguments = parser().parse_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
+    if rest and getattr(arguments, "prompt", "") is None and not rest[0].startswith("-"):
+        arguments.prompt = rest.pop(0)  # options before the prompt, which argparse cannot sort out
+    if rest:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         with warnings.catch_warnings():

@@ -1,0 +1,371 @@
+"""The command line says what a resident model says, and what it could not do in one line."""
+
+import dataclasses
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import flexinfer.cli
+from flexinfer.cli import Conversation, Interrupt, engine_of, main, parser
+from flexinfer.doctor import Facts, advice, better_threads
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant>"
+MEMORY = "2GiB"
+
+
+@pytest.fixture(scope="module")
+def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama that never ends by itself, with a tokenizer of bytes and a chat template."""
+    source = checkpoint(
+        "llama", vocab_size=259, intermediate_size=192, max_position_embeddings=4096, eos_token_id=None
+    )
+    path = shutil.copytree(source, tmp_path_factory.mktemp("cli") / "model")
+    alphabet = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE,
+    ).save_pretrained(path)
+    return path
+
+
+def resident_ids(path: Path, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+    """What stock transformers says, greedily."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = torch.tensor([prompt_ids])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+    )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, flexinfer.cli; flexinfer.cli.parser().format_help(); "
+        "print({'torch', 'transformers', 'rich'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_generate_says_what_the_resident_model_says(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_json(capsys, "generate", str(model_dir), "abc", "--memory", MEMORY, "--max-new-tokens", "12")
+    prompt_ids = AutoTokenizer.from_pretrained(model_dir)("abc")["input_ids"]
+    assert result["token_ids"] == resident_ids(model_dir, prompt_ids, 12)
+    assert (result["prompt_tokens"], result["tokens"], result["passes"]) == (3, 12, 12)
+    assert result["peak_bytes"] <= result["budget_bytes"] == 2 << 30
+    assert result["ratio"] == pytest.approx(result["tokens_per_s"] / result["bound_tokens_per_s"])
+
+
+def test_generate_streams_the_text_to_stdout_and_the_speed_to_stderr(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (str(model_dir), "--max-new-tokens", "8", "--policy", "none", "--io-threads", "0", "--buffered")
+    text = run_json(capsys, "generate", *options, "from the argument")["text"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("from the argument"))
+    assert main(["generate", *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == text + "\n"
+    for part in ("8 tokens", "tokens/s", "of the bound", "read per token", "peak"):
+        assert part in shown.err
+
+
+def test_streamed_bytes_are_reported(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_json(
+        capsys,
+        "generate",
+        str(model_dir),
+        "abc",
+        "--policy",
+        "none",
+        "--io-threads",
+        "0",
+        "--max-new-tokens",
+        "5",
+    )
+    assert result["streamed_bytes_per_pass"] == result["total_bytes_per_pass"]
+    assert result["bytes_read"] >= 5 * result["streamed_bytes_per_pass"]
+
+
+def test_prompt_lookup_changes_passes_and_not_the_text(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("generate", str(model_dir), "abc" * 8, "--max-new-tokens", "60")
+    plain, guessed = run_json(capsys, *command), run_json(capsys, *command, "--prompt-lookup", "4")
+    assert guessed["token_ids"] == plain["token_ids"]
+    assert guessed["passes"] < plain["passes"] == 60
+
+
+def test_sampling_is_repeatable(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (
+        "generate",
+        str(model_dir),
+        "abc",
+        "--max-new-tokens",
+        "16",
+        "--temperature",
+        "5",
+        "--top-p",
+        "0.99",
+    )
+    first, again, other = (run_json(capsys, *command, "--seed", seed) for seed in ("1", "1", "2"))
+    assert first["token_ids"] == again["token_ids"] != other["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["generate", "{model}", ""], "prompt="),
+        (["generate", "{model}", "x", "--memory", "4 bananas"], "'4 bananas' is not a size"),
+        (["generate", "{model}", "x", "--memory", "10MiB"], "needs at least"),
+        (["generate", "{model}", "x", "--policy", "best"], "policy='best' does not exist"),
+        (["generate", "{model}", "x", "--window", "none"], "window='none'"),
+        (["generate", "{model}", "x", "--io-threads", "-1"], "io_threads=-1"),
+        (["generate", "{model}", "abc", "--context", "4", "--max-new-tokens", "2"], "--context 5"),
+        (["generate", "{model}", "x", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["generate", "{model}/nothing", "x"], "no such directory"),
+        (["generate", "{empty}", "x"], "config.json is missing"),
+        (["generate", "{bare}", "x"], "no tokenizer"),
+        (["chat", "{untold}"], "no chat template"),
+        (["plan", "{model}", "--memory", "10MiB"], "needs at least"),
+        (["plan", "{empty}"], "config.json is missing"),
+        (["quantize", "{model}", "{empty}"], "exists already"),
+        (["quantize", "{empty}", "{empty}/copy"], "config.json is missing"),
+        (["doctor", "{model}/nothing"], "is no directory"),
+        (["doctor", "{empty}", "--size", "1000TiB"], "does not fit"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    argv: list[str],
+    said: str,
+    model_dir: Path,
+    checkpoint: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    untold = shutil.copytree(model_dir, tmp_path / "untold")
+    (untold / "chat_template.jinja").unlink()
+    (tmp_path / "empty").mkdir()
+    places = {"model": model_dir, "empty": tmp_path / "empty", "bare": checkpoint("llama"), "untold": untold}
+    assert main([one.format(**places) for one in argv]) == 2
+    shown = capsys.readouterr()
+    lines = shown.err.strip().splitlines()
+    assert shown.out == ""
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert said in lines[0]
+
+
+def conversation(model_dir: Path, model: Any, *options: str) -> Conversation:
+    arguments = parser().parse_args(["chat", str(model_dir), *options])
+    return Conversation(model, AutoTokenizer.from_pretrained(model_dir), arguments)
+
+
+def test_chat_keeps_history_and_computes_only_what_is_new(
+    model_dir: Path, load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load(model_dir, context=600)
+    talk = conversation(model_dir, model, "--max-new-tokens", "10", "--context", "600")
+    questions = ["how are you? " * 8, "and now?", "why"]
+    for number, question in enumerate(questions):
+        before = engine_of(model).stats()["tokens"]
+        answer = talk.ask(question)
+        computed = engine_of(model).stats()["tokens"] - before
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+        prompt = tokenizer.apply_chat_template(talk.turns[:-1], add_generation_prompt=True, return_dict=True)
+        expected = resident_ids(model_dir, list(prompt["input_ids"]), 10)
+        assert answer == tokenizer.decode(expected, skip_special_tokens=True)
+        if number:
+            assert computed < len(prompt["input_ids"])
+
+
+def test_chat_forgets_the_oldest_turns_when_the_context_is_full(
+    model_dir: Path, load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = conversation(model_dir, load(model_dir, context=150), "--max-new-tokens", "16", "--context", "150")
+    talk.ask("a" * 60)
+    talk.ask("b" * 60)
+    assert [turn["content"] for turn in talk.turns if turn["role"] == "user"] == ["b" * 60]
+    assert "the oldest 2 turns" in capsys.readouterr().err
+    assert talk.ask("c" * 200) == ""
+    assert "does not fit" in capsys.readouterr().err
+    assert talk.ask("d")
+
+
+def test_chat_leaves_at_exit_and_at_the_end_of_input(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for script, answers in (("hello\n/exit\nnever asked\n", 1), ("hello\n\nagain", 2), ("", 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(script))
+        assert main(["chat", str(model_dir), "--max-new-tokens", "4"]) == 0
+        assert capsys.readouterr().err.count("tokens, first after") == answers
+
+
+def test_interrupt_stops_softly_first_and_at_once_the_second_time() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with Interrupt() as interrupt:
+        assert not interrupt(ids, None).any()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt(ids, None).tolist() == [True, True]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+class Presses:
+    """A streamer during which Ctrl-C is pressed some times, at the third piece of text."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.pieces = times, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces += 1
+        for _ in range(self.times if self.pieces == 3 else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize(("times", "said"), [(1, "stopped; "), (2, "stopped at once")])
+def test_ctrl_c_stops_the_answer_and_not_the_chat(
+    times: int,
+    said: str,
+    model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streamers = [Presses(times), Presses(0)]
+    monkeypatch.setattr(flexinfer.cli, "_text_streamer", lambda *args, **options: streamers.pop(0))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n/exit\n"))
+    assert main(["chat", str(model_dir), "--max-new-tokens", "20"]) == 0
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("20 tokens, first after") == 1  # the first answer was cut, the second was not
+
+
+def test_plan_accounts_for_every_byte_of_the_budget(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = run_json(capsys, "plan", str(model_dir), "--memory", MEMORY)
+    assert sum(facts["parts_bytes"].values()) == facts["budget_bytes"] == 2 << 30
+    assert min(facts["parts_bytes"].values()) >= 0
+    roles = {row["role"]: row for row in facts["roles"]}
+    assert roles["mlp.down_proj"]["nbytes"] == 4 * 64 * 192 * 4  # layers x hidden x intermediate x float32
+    assert sum(row["nbytes"] for row in facts["roles"]) == facts["total_bytes"]
+    budgets = facts["budgets"]
+    assert [one["budget_bytes"] for one in budgets] == sorted(one["budget_bytes"] for one in budgets)
+    assert budgets[0]["streamed_bytes"] == facts["total_bytes"]
+    assert budgets[-1]["streamed_bytes"] == 0
+    assert all(one["predicted_tokens_per_s"] <= one["bound_tokens_per_s"] * 1.001 for one in budgets)
+
+
+def test_plan_shows_tables(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model_dir), "--policy", "none"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("KV cache", "mlp.gate_proj", "tokens/s predicted", "policy none"):
+        assert text in shown
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_quantize_makes_a_copy_that_generates(
+    bits: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    report = run_json(capsys, "quantize", str(model_dir), str(copy), "--bits", bits)
+    assert report["nbytes"] < report["source_bytes"]
+    assert len(report["packed"]) == 4 * 7 + 1
+    result = run_json(capsys, "generate", str(copy), "abc", "--max-new-tokens", "4")
+    assert result["tokens"] == 4
+
+
+def test_doctor_measures_and_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = run_json(capsys, "doctor", str(tmp_path), "--size", "32MiB")
+    assert list(tmp_path.iterdir()) == []
+    assert facts["path"] == str(tmp_path)
+    assert all(speed > 0 for speed in facts["buffered_bytes_per_s"].values())
+    assert facts["kernel_s"]["bfloat16"]["1"] > 0
+    assert facts["advice"]
+
+
+FACTS = Facts(
+    cpu="A CPU",
+    cores=4,
+    load=0.0,
+    torch_threads=4,
+    vector_width="AVX2",
+    int4_layout="avx2",
+    memory_bytes=8 << 30,
+    path="/models",
+    file_system="ext4",
+    free_disk_bytes=100 << 30,
+    direct_works=True,
+    direct_note="",
+    write_bytes_per_s=1e9,
+    direct_bytes_per_s={1: 0.9e9, 2: 1e9, 4: 1e9},
+    buffered_bytes_per_s={1: 0.8e9, 2: 0.8e9, 4: 0.8e9},
+    kernel_bytes_per_s={"bfloat16": 10e9, "int4": 5e9},
+    kernel_s={"bfloat16": {1: 1e-3, 64: 1e-2}, "int4": {1: 1e-3, 64: 1e-1}},
+    lock_limit_bytes=None,
+    lock_works=True,
+    cgroup_method="v2",
+    cgroup_memory=True,
+    cgroup_reads=True,
+    cgroup_note="",
+)
+
+
+def test_advice_of_a_good_machine_is_what_to_expect_and_no_more() -> None:
+    assert advice(FACTS) == [
+        "Every GB of weights that is not in memory costs 1.00 s a token.",
+        "A 7B model in 4 bit (3.8 GB), half of it in memory: at most 0.53 tokens/s; in memory as a whole 1.3.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"load": 6.0}, "busy"),
+        ({"direct_works": False, "direct_note": "refused", "direct_bytes_per_s": {}}, "page cache"),
+        ({"buffered_bytes_per_s": {1: 3e9, 2: 3e9, 4: 3e9}}, "--buffered"),
+        ({"direct_bytes_per_s": {1: 1e9, 2: 1e9, 4: 2e9}}, "--io-threads 4"),
+        ({"kernel_bytes_per_s": {"bfloat16": 10e9, "int4": 0.5e9}}, "The int4 kernel"),
+        ({"memory_bytes": 1 << 30}, "Only 1.00 GiB"),
+        ({"lock_works": False, "lock_limit_bytes": 8 << 20}, "ulimit -l"),
+        ({"cgroup_reads": False}, "unlimited"),
+        ({"free_disk_bytes": 3 << 30}, "of disk are free"),
+    ],
+)
+def test_advice_names_what_holds_a_machine_back(change: dict[str, Any], said: str) -> None:
+    lines = advice(dataclasses.replace(FACTS, **change))
+    assert any(said in line for line in lines)
+    assert not any(said in line for line in advice(FACTS))
+
+
+def test_more_threads_are_advised_only_where_they_matter() -> None:
+    assert better_threads({1: 1.0, 2: 1.0, 4: 1.1}) is None
+    assert better_threads({1: 2.0, 2: 1.0, 4: 1.1}) == 1
