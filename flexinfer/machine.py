@@ -20,6 +20,7 @@ from flexinfer.memory import PAGE_BYTES, Buffer, round_up
 from flexinfer.plan import Costs, Piece, Weight
 from flexinfer.prefetch import FileReader
 
+CACHE_BYTES = 32 << 20  # kernels are timed on as much, so that their bytes come from memory
 SAMPLE_BYTES = 192 << 20  # long enough that a bandwidth limit has no burst left
 
 
@@ -72,7 +73,7 @@ def measure_costs(
 
         list(pool.map(read_every, range(io_threads)))
     bandwidth = sum(piece.nbytes for piece in sample) / (perf_counter() - start_s)
-    buffer = Buffer(max(SAMPLE_BYTES, 2 * max(piece.nbytes for piece in pieces)), lock=True)
+    buffer = Buffer(max(CACHE_BYTES, 2 * max(piece.nbytes for piece in pieces)), lock=True)
     seconds_per_byte: dict[str, float] = {}
     for weight in weights:
         if weight.role not in seconds_per_byte:

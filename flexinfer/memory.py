@@ -2,7 +2,7 @@
 
 Each buffer is a private anonymous mapping, in huge pages where the kernel has them (fewer pages to pin for a direct
 read, fewer TLB misses for a kernel that streams through it), locked with mlock so that the kernel cannot take back
-what the plan counted on. This is the only caller of mmap, mlock and madvise. A buffer lives as long as something refers
+what the plan counted on. This is the only caller of mlock, madvise and mallopt. A buffer lives as long as something refers
 to it or to a tensor made from it; there is nothing to free by hand.
 """
 
@@ -15,7 +15,20 @@ import warnings
 import torch
 
 PAGE_BYTES = mmap.PAGESIZE
+M_MMAP_THRESHOLD = -3  # malloc.h
+MMAP_THRESHOLD_BYTES = 128 << 10  # glibc's own first value; naming it keeps it there
 _LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give large blocks back to the system when they are freed, instead of keeping them in its heap.
+
+    By default it learns to keep them, and the activations of a long prompt leave a heap several times their size behind
+    (measured: 100 MB for 1,000 tokens of a 135M model, 10 MB so). Without glibc this does nothing.
+    """
+    mallopt = getattr(_LIBC, "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
 
 def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:

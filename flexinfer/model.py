@@ -24,13 +24,13 @@ from flexinfer.cache import KVReserve
 from flexinfer.checkpoint import Checkpoint, TensorSpec
 from flexinfer.linear import LockedRows, StreamedEmbedding, StreamedLinear, lock_rows
 from flexinfer.machine import available_bytes, measure_costs, peak_bytes
-from flexinfer.memory import Buffer
+from flexinfer.memory import Buffer, return_freed_memory
 from flexinfer.plan import BudgetError, Costs, Fixed, Plan, Weight, make_plan, parse_size
 from flexinfer.prefetch import FileReader, Prefetcher, padded_bytes
 from flexinfer.skeleton import Skeleton, build_skeleton, resolve
 from flexinfer.trace import Trace
 
-MARGIN_BYTES = 48 << 20  # threads' stacks, allocator, page tables
+MARGIN_BYTES = 24 << 20  # threads' stacks, allocator, what a first pass imports
 LARGE_PARAMETER_BYTES = 16 << 20
 
 
@@ -133,6 +133,7 @@ class Engine:
         skeleton, self._skeleton = self._skeleton, None
         assert skeleton is not None
         gc.collect()  # the dry run's model
+        return_freed_memory()
         self._fixed = fixed_memory(skeleton, self._context)
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         self._make_plan(budget_bytes, skeleton)
