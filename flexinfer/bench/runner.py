@@ -117,7 +117,14 @@ def save(results_dir: Path, record: Record) -> Path:
         target = file.parent / name
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(record.events, separators=(",", ":")))
+        began = min(one["start_s"] for one in record.events)
+        times = (
+            {name: round(one[name] - began, 6) for name in ("start_s", "stop_s")} for one in record.events
+        )
+        events = [
+            one | time for one, time in zip(record.events, times, strict=True)
+        ]  # s from the first, to 1 us
+        partial.write_text(json.dumps(events, separators=(",", ":")))
         partial.rename(target)
         record = record.model_copy(update={"events": [], "events_file": name})
     record = record.model_copy(update={"cell": replace(record.cell, cache_dir="")})  # means nothing elsewhere

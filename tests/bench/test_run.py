@@ -146,11 +146,13 @@ def test_systems_of_several_experiments_take_turns_in_whole_rounds(tmp_path: Pat
 
 
 def test_events_of_a_traced_cell_go_beside_the_records(tmp_path: Path) -> None:
-    events = [{"kind": "read", "tensor": "t", "layer": 0, "start_s": 0.0, "stop_s": 1.0, "bytes": 5}]
+    events = [{"kind": "read", "tensor": "t", "layer": 0, "start_s": 7.0, "stop_s": 8.0, "bytes": 5}]
     go(Imitation({1: lambda cell: make_record(cell, events=events)}), config(tmp_path, rounds=1, trace=True))
     [file] = (tmp_path / "results").rglob("*.jsonl")
     traced = [record for record in load_records(file) if record.events_file]
-    assert [json.loads((file.parent / str(one.events_file)).read_text()) for one in traced] == [events]
+    assert [json.loads((file.parent / str(one.events_file)).read_text()) for one in traced] == [
+        [events[0] | {"start_s": 0.0, "stop_s": 1.0}]
+    ]
     assert not traced[0].events
 
 
