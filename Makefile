@@ -1,0 +1,63 @@
+# Each target makes the virtual environment and installs what it needs; a stamp file remembers that it did.
+# Another environment: make test VENV=/path. Another interpreter: make test PYTHON=python3.12.
+
+VENV ?= .venv
+PYTHON ?= python3
+RESULTS ?= results
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BASELINES := $(VENV)/.baselines
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SMOKE := outputs/smoke
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types notebooks smoke baselines clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## the virtual environment, with everything the other targets need (some minutes, once)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "installing into $(VENV): some minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --upgrade pip
+	@$(PIP) install --quiet --editable '.[bench,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## a real model in less memory than it needs, then FlexInfer against stock transformers (5 min)
+	$(BIN)/python scripts/demo.py
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## format and lint, notebooks too
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(INSTALLED) ## mend what lint finds, where a machine can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(INSTALLED) ## static types
+	$(BIN)/mypy flexinfer
+
+notebooks: $(INSTALLED) ## draw the figures again from the records in RESULTS (results)
+	FLEXINFER_RESULTS=$(abspath $(RESULTS)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb
+
+smoke: $(INSTALLED) $(BASELINES) ## a small experiment, and the notebooks on its records (3 min)
+	rm -rf $(SMOKE)
+	$(BIN)/python scripts/run.py +exp=smoke results_dir=$(SMOKE)
+	FLEXINFER_RESULTS=$(abspath $(SMOKE)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --output-dir $(SMOKE)/notebooks notebooks/*.ipynb
+
+baselines: $(BASELINES) ## the systems compared with: llama.cpp, AirLLM, oLLM (wheels)
+
+$(BASELINES): $(INSTALLED)
+	@$(PIP) install --quiet --editable '.[baselines]'
+	@$(PIP) install --quiet --no-deps ollm
+	@touch $@
+
+clean: ## delete the environment, caches and outputs; checkpoints: scripts/clean.py
+	rm -rf .venv build dist outputs multirun *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
