@@ -1,0 +1,143 @@
+"""A cell is one fresh process, and whatever happens to it is a record."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_samples import make_cell
+
+from flexinfer.bench import cell as cells
+from flexinfer.bench import systems
+from flexinfer.bench.config import (
+    CellConfig,
+    DeviceConfig,
+    ModelConfig,
+    ShapeConfig,
+    SystemConfig,
+    WorkloadConfig,
+)
+from flexinfer.bench.limits import find_place
+from flexinfer.bench.records import append_record, load_records
+
+PLACE = find_place()
+SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
+
+
+def tiny_cell(tmp_path: Path, kind: str, format: str, budget_bytes: int, **options: Any) -> CellConfig:
+    return make_cell(
+        model=ModelConfig("tiny", formats=["int4", "gguf", "bf16"], shape=SHAPE),
+        system=SystemConfig(kind, kind, kind, format, options),
+        device=DeviceConfig("native", "this machine", cores=1),
+        budget_bytes=budget_bytes,
+        workload=WorkloadConfig("test", 6, 1, 3, 0.0, 300.0, 4, 64, 300.0),
+        cache_dir=str(tmp_path),
+    )
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, Any]:
+    data = tmp_path / "data"
+    data.write_bytes(bytes(systems.REQUEST_BYTES))
+    told = {"kind": "bandwidth", "files": [str(data)], "seconds": 0.4}
+    return told | {"scratch": str(tmp_path), "cores": 1, "core_set": [0], "options": {}}
+
+
+def test_a_cell_of_ours_is_a_valid_record_with_its_bound(tmp_path: Path) -> None:
+    record = cells.run_cell(tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30))
+    append_record(tmp_path / "records.jsonl", record)
+    assert record.message == ""
+    assert load_records(tmp_path / "records.jsonl") == [record]
+    assert (record.status, record.passes, len(record.output_tokens)) == ("ok", 3, 5)
+    layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512 + 2 * 256
+    assert record.total_weight_bytes == 2 * (4 * layer + 8192 * 256 + 256)
+    assert record.kv_bytes == 4 * 4 * 2 * 64 * 64
+    assert record.ratio is not None
+    assert 0 < record.ratio <= 1
+    assert record.engine["stats"]["passes"] >= 5
+    assert record.limits.method == ("unlimited" if PLACE.memory is None else PLACE.method)
+    assert record.limits.memory_bytes == (None if PLACE.memory is None else 1 << 30)
+
+
+@pytest.mark.skipif(PLACE.memory is None, reason=f"no memory groups here: {PLACE.why_not}")
+def test_a_cell_over_its_budget_is_a_record_of_a_kill(tmp_path: Path) -> None:
+    record = cells.run_cell(tiny_cell(tmp_path, "transformers", "bf16", 40 << 20))
+    assert record.status == "killed"
+    assert "memory limit of 41943040 bytes" in record.message
+    assert record.peak_memory_bytes is not None
+    assert record.peak_memory_bytes <= 40 << 20
+    assert PLACE.memory is not None
+    assert list(PLACE.memory.glob("flexinfer-*")) == []
+
+
+def test_a_budget_the_engine_refuses_is_its_own_words(tmp_path: Path) -> None:
+    record = cells.run_cell(tiny_cell(tmp_path, "flexinfer", "bf16", 300 << 20, memory="1MiB"))
+    assert record.status == "error"
+    assert "BudgetError" in record.message
+
+
+def test_a_checkpoint_that_is_not_there_is_a_record(tmp_path: Path) -> None:
+    one = tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30)
+    one.model = ModelConfig("gone", "path", ["bf16"], None, str(tmp_path / "gone"))
+    record = cells.run_cell(one)
+    assert record.status == "error"
+    assert "gone" in record.message
+
+
+def test_a_hang_ends_at_the_timeout_with_nothing_left(job: dict[str, Any]) -> None:
+    child = cells.run_child(job | {"seconds": 600.0}, timeout_s=1.0)
+    assert child.status == "timeout"
+    assert "no end after 1 s" in child.message
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(systems.__file__) not in running or job["scratch"] not in running
+
+
+def test_a_missing_package_names_the_command_that_brings_it(job: dict[str, Any], tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    child = cells.run_child(job | {"kind": "llama_cpp", "python": str(bare)}, timeout_s=60.0)
+    assert child.status == "missing"
+    assert child.message == "xllamacpp is not installed; make baselines installs it"
+
+
+def test_a_crash_keeps_the_events_before_it(job: dict[str, Any], tmp_path: Path) -> None:
+    crashing = tmp_path / "python"
+    crashing.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, sys\n"
+        "told = json.load(sys.stdin)\n"
+        "print('on its way', flush=True)\n"
+        "with open(told['events'], 'w') as file:\n"
+        "    file.write(json.dumps({'event': 'token', 'counted': True, 's': 1.0, 'bytes': 2, 'id': 3}))\n"
+        '    file.write(\'\\n{"event": "tok\')\n'
+        "os.abort()\n"
+    )
+    crashing.chmod(0o755)
+    child = cells.run_child(job | {"python": str(crashing)}, timeout_s=60.0)
+    assert (child.status, child.message) == ("error", "SIGABRT: on its way")
+    assert [token["id"] for token in child.counted] == [3]
+
+
+def test_the_measuring_process_maps_no_torch() -> None:
+    program = "import sys, flexinfer.bench.cell; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_resident_pass_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = tiny_cell(tmp_path, "transformers", "bf16", 1 << 30)
+    facts = cells.describe_checkpoint(one)
+    seconds, source = cells._resident_pass(one, facts, tmp_path)
+    assert seconds is not None
+    assert seconds > 0
+    assert "extrapolated from 1 and 3 layers" in source
+    assert not (tmp_path / "shallow").exists()
+    monkeypatch.setattr(cells, "run_child", lambda *_: pytest.fail("measured again"))
+    offloaded = tiny_cell(tmp_path, "accelerate", "bf16", 1 << 29)
+    assert cells._resident_pass(offloaded, facts, tmp_path) == (seconds, source)
+    assert [json.loads(file.read_text())["seconds"] for file in (tmp_path / "resident").iterdir()] == [
+        seconds
+    ]
