@@ -66,11 +66,15 @@ class ReservedLayer(DynamicLayer):
         self._key_memory[:, :, start:stop] = key_states
         self._value_memory[:, :, start:stop] = value_states
         self._show(stop)
-        return self.keys, self.values
+        return self._kept()
+
+    def _kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        length = self._length
+        return self._key_memory[:, :, :length], self._value_memory[:, :, :length]
 
     def _show(self, length: int) -> None:
         self._length = length
-        self.keys, self.values = self._key_memory[:, :, :length], self._value_memory[:, :, :length]
+        self.keys, self.values = self._kept()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
@@ -89,18 +93,18 @@ class ReservedLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: sequence i goes on from what sequence beam_idx[i] was."""
         if self._length:
-            self._key_memory[:, :, : self._length] = self.keys.index_select(0, beam_idx)
-            self._value_memory[:, :, : self._length] = self.values.index_select(0, beam_idx)
+            for kept in self._kept():
+                kept.copy_(kept.index_select(0, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times: another batch size, so the reserved memory is laid out anew."""
-        self._relayout(
-            self.keys.repeat_interleave(repeats, dim=0), self.values.repeat_interleave(repeats, dim=0)
-        )
+        keys, values = self._kept()
+        self._relayout(keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences at `indices`."""
-        self._relayout(self.keys[indices, ...], self.values[indices, ...])
+        keys, values = self._kept()
+        self._relayout(keys[indices, ...], values[indices, ...])
 
     def _relayout(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.is_initialized, self._length = False, 0
@@ -127,7 +131,7 @@ class KVReserve:
             self._buffer is None
             or type(cache) is not DynamicCache
             or cache.get_seq_length()
-            or any(layer.is_initialized for layer in cache.layers)
+            or any(getattr(layer, "is_initialized", False) for layer in cache.layers)
         ):
             return
         if self._user is not None and self._user() is not None:

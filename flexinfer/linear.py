@@ -79,6 +79,7 @@ class Conv1DKernel:
     def multiply(
         self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        assert bias is not None
         y = torch.addmm(bias, x.view(-1, x.size(-1)), view.to(self.dtype))  # [batch x positions, rows]
         return y.view(*x.shape[:-1], rows)
 

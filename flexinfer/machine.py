@@ -5,6 +5,7 @@ time the kernels take for one piece of each kind of weight.
 """
 
 import contextlib
+import math
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,8 @@ def measure_costs(
 ) -> Costs:
     """Bandwidth of reading the first SAMPLE_BYTES of weights, and the compute time of a pass from one piece of each role."""
     pieces = [piece for weight in weights for piece in weight.pieces]
+    if not pieces:
+        return Costs(bandwidth_bytes_per_s=math.inf, compute_s=0.0)
     sample = pieces[: bisect(list(accumulate(piece.nbytes for piece in pieces)), SAMPLE_BYTES) + 1]
     start_s = perf_counter()
     with ThreadPoolExecutor(io_threads) as pool:

@@ -7,6 +7,7 @@ experts of a mixture, are not streamed: they stay in memory, or the budget is re
 """
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,9 @@ from flexinfer.checkpoint import Checkpoint, TensorSpec
 from flexinfer.linear import LockedRows, StreamedEmbedding, StreamedLinear, lock_rows
 from flexinfer.machine import available_bytes, measure_costs, peak_bytes
 from flexinfer.memory import Buffer, return_freed_memory
-from flexinfer.plan import BudgetError, Costs, Fixed, Plan, Weight, make_plan, parse_size
+from flexinfer.plan import BudgetError, Costs, Fixed, Plan, Weight, format_size, make_plan, parse_size
 from flexinfer.prefetch import FileReader, Prefetcher, padded_bytes
-from flexinfer.skeleton import Skeleton, build_skeleton, resolve
+from flexinfer.skeleton import NotStreamableError, Skeleton, build_skeleton, load_resident, resolve
 from flexinfer.trace import Trace
 
 MARGIN_BYTES = 24 << 20  # threads' stacks, allocator, what a first pass imports
@@ -74,10 +75,13 @@ def from_pretrained(
         raise ValueError(f"io_threads={io_threads} must be 0 (synchronous) or more")
     if context is not None and context < 1:
         raise ValueError(f"context={context} must be at least 1 token")
-    path = resolve(path_or_hub_id)
-    skeleton = build_skeleton(Checkpoint.open(path), dtype)
-    context = context or default_context(skeleton.model.config)
+    checkpoint = Checkpoint.open(resolve(path_or_hub_id))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
+    try:
+        skeleton = build_skeleton(checkpoint, dtype)
+    except NotStreamableError as error:
+        skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, error)
+    context = context or default_context(skeleton.model.config)
     engine = Engine(
         skeleton,
         policy=policy,
@@ -177,24 +181,26 @@ class Engine:
         model, dtype = skeleton.model, skeleton.dtype
         for name, spec in skeleton.resident.items():
             owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            stock = getattr(module, leaf)
+            holder = model.get_submodule(owner)
+            stock = getattr(holder, leaf)
             tensor = _read_tensor(self._reader, spec, stock.dtype)
             if isinstance(stock, nn.Parameter):
-                module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+                holder.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
             else:
-                module.register_buffer(leaf, tensor)
+                holder.register_buffer(leaf, tensor)
         for weight in self._weights:
             path = weight.name.removesuffix(".weight")
-            module = model.get_submodule(path)
+            module: Any = model.get_submodule(path)
             linear = StreamedLinear(
                 weight, self._kernels[weight.name], module.weight.shape, dtype, module.bias, self._trace
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
-        embedding, name = model.get_input_embeddings(), skeleton.embedding_name
-        spec = skeleton.specs[name + ".weight"]
-        model.set_submodule(name, StreamedEmbedding(embedding, self._row_reader(spec), spec, dtype))
+        if self._weights:
+            embedding: Any = model.get_input_embeddings()
+            name = skeleton.embedding_name
+            spec = skeleton.specs[name + ".weight"]
+            model.set_submodule(name, StreamedEmbedding(embedding, self._row_reader(spec), spec, dtype))
 
     def _row_reader(self, spec: TensorSpec) -> Callable[[int, memoryview], int]:
         row_bytes = spec.shape[1] * spec.torch_dtype.itemsize
@@ -266,6 +272,8 @@ class Engine:
         return args, kwargs
 
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._closed:
+            return
         self._trace.passes += 1
         self._trace.pass_s += perf_counter() - self._pass_start_s
 
@@ -341,13 +349,30 @@ def default_context(config: PretrainedConfig) -> int:
     return min(2048, getattr(config.get_text_config(), "max_position_embeddings", 2048))
 
 
+def _resident_or_refused(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, budget_bytes: int, why: Exception
+) -> Skeleton:
+    """The whole model in memory when the budget holds it; BudgetError, with the reason it cannot be streamed, when not."""
+    files_bytes = sum(spec.nbytes for spec in checkpoint.tensors.values())
+    smallest_bytes = psutil.Process().memory_info().rss + files_bytes + MARGIN_BYTES
+    if budget_bytes < smallest_bytes:
+        raise BudgetError(
+            f"{why}; resident it needs at least memory={smallest_bytes} bytes ({format_size(smallest_bytes)})"
+        ) from None
+    warnings.warn(f"{why}; it is kept in memory whole", RuntimeWarning, stacklevel=3)
+    return load_resident(checkpoint, dtype)
+
+
 def fixed_memory(skeleton: Skeleton, context: int) -> Fixed:
     """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
     config = skeleton.model.config.get_text_config()
     state = skeleton.model.state_dict()
     itemsize = skeleton.dtype.itemsize
     widest = max(
-        (max(w.pieces[-1].row_stop for w in skeleton.weights if w.kind != "head"), config.hidden_size)
+        (
+            max((w.pieces[-1].row_stop for w in skeleton.weights if w.kind != "head"), default=0),
+            config.hidden_size,
+        )
     )
     per_row_bytes = itemsize * (6 * config.hidden_size + 3 * widest) + 4 * 3 * config.hidden_size
     head_bytes = config.vocab_size * (itemsize + 4) * 4

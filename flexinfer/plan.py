@@ -12,6 +12,7 @@ lock whole weights; they keep what is not in a decoder layer (lm_head) resident 
 Cost model, the paper's equation 4: seconds per pass = max(compute, streamed bytes / bandwidth).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,9 +238,13 @@ def make_plan(
         total_bytes=total_bytes,
         unused_bytes=spare_bytes - locked_memory - (slots * slot_bytes if streamed else 0),
         costs=costs,
-        bound_tokens_per_s=1 / max(costs.compute_s, at_best_bytes / costs.bandwidth_bytes_per_s),
-        predicted_tokens_per_s=1 / max(costs.compute_s, read_s),
+        bound_tokens_per_s=_per_s(max(costs.compute_s, at_best_bytes / costs.bandwidth_bytes_per_s)),
+        predicted_tokens_per_s=_per_s(max(costs.compute_s, read_s)),
     )
+
+
+def _per_s(seconds: float) -> float:
+    return 1 / seconds if seconds else math.inf
 
 
 def _window_slots(

@@ -52,6 +52,10 @@ def resolve(path_or_hub_id: str | Path) -> Path:
             ) from error
 
 
+class NotStreamableError(CheckpointError):
+    """A checkpoint whose weights transformers has to convert before use. Names the first of them."""
+
+
 @dataclass(slots=True)
 class Skeleton:
     """A model with no weights yet, and where each of them is."""
@@ -172,6 +176,17 @@ class Linear:
         return self.module.out_features, self.module.in_features
 
 
+def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
+    """A checkpoint that cannot be streamed, loaded whole by transformers: a model with no weights left to place."""
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=_compute_dtype(dtype, config, checkpoint)
+    )
+    return Skeleton(
+        model.eval().requires_grad_(False), checkpoint, specs={}, weights=[], kernels={}, cache_layers=[]
+    )
+
+
 def find_linears(model: PreTrainedModel) -> list[Linear]:
     """The linears that can be streamed: those of the decoder stack, and the output head.
 
@@ -216,7 +231,7 @@ def _match(
         elif target in state:
             specs[target] = spec
     if converted:
-        raise CheckpointError(
+        raise NotStreamableError(
             f"{checkpoint.path}: {converted[0]} and {len(converted) - 1} more tensors are stored apart and joined when "
             f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they cannot be streamed yet"
         )
@@ -255,14 +270,20 @@ def _dry_run(
         cache = DynamicCache(config=config.get_text_config(decoder=True))
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
-    layers = [
-        LayerShape(
-            key=(layer.keys.shape[1], layer.keys.shape[3]),
-            value=(layer.values.shape[1], layer.values.shape[3]),
-            window=getattr(layer, "sliding_window", None),
+    layers = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise CheckpointError(
+                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only attention caches are supported"
+            )
+        layers.append(
+            LayerShape(
+                (keys.shape[1], keys.shape[3]),
+                (values.shape[1], values.shape[3]),
+                getattr(layer, "sliding_window", None),
+            )
         )
-        for layer in cache.layers
-    ]
     once = list(dict.fromkeys(order))
     return once + [name for name in linears if name not in once], layers
 
