@@ -77,21 +77,15 @@ def use_style() -> None:
     )
 
 
-def find_records(
-    results_dir: Path, command: str, *, machine: str | None = None, experiments: Sequence[str] | None = None
-) -> list[Record]:
-    """The records below `results_dir` that may stand in one figure, the smoke model's only if asked for by experiment.
+def find_records(results_dir: Path, command: str, machine: str | None = None) -> list[Record]:
+    """The records below `results_dir` that may stand in one figure; the smoke model's only where there are no others.
 
     Says which command makes them, and returns none, where there are none. Of several machines, the one with most
     records is taken unless `machine` names another, and the rest are counted aloud. Cells that have a limited
     record are shown without their unlimited ones.
     """
     records = load_records(results_dir) if results_dir.exists() else []
-    records = [
-        one
-        for one in records
-        if (one.cell.experiment in experiments if experiments else one.cell.model.name != "smoke")
-    ]
+    records = [one for one in records if one.cell.model.name != "smoke"] or records
     machines = sorted({one.provenance.machine for one in records}, key=lambda name: -_count(records, name))
     if len(machines) > 1 or machine:
         chosen = machine or machines[0]

@@ -228,6 +228,14 @@ def test_of_two_machines_one_is_shown_and_the_choice_is_said(
     ]
 
 
+def test_the_smoke_model_is_shown_only_where_there_is_no_other(tmp_path: Path) -> None:
+    smoke = simulated("flexinfer", 0.6, model=ModelConfig("smoke", shape=SHAPE))
+    save(tmp_path, smoke)
+    assert [one.cell.model.name for one in figures.find_records(tmp_path, "x")] == ["smoke"]
+    save(tmp_path, simulated("flexinfer", 0.6))
+    assert [one.cell.model.name for one in figures.find_records(tmp_path, "x")] == ["llama2-7b"]
+
+
 def test_the_last_whole_pass_is_cut_out_of_a_trace() -> None:
     events = figures.one_pass(simulated_events(unbalanced=True))
     assert min(one["start_s"] for one in events) == pytest.approx(0)
