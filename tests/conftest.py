@@ -18,6 +18,7 @@ import flexinfer
 import flexinfer.skeleton
 
 VOCAB = 160
+WINDOW_BYTES = 3 * 16_384  # a few pieces: the default would hold the whole of a small model
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 176,
@@ -90,12 +91,13 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def load(small_pieces: None) -> Iterator[Load]:
-    """flexinfer.from_pretrained with a small context and plenty of memory; what it loads is closed after the test."""
+    """flexinfer.from_pretrained with a small context and window, and plenty of memory; closes what it loaded after the test."""
     loaded: list[PreTrainedModel] = []
 
     def load_model(
         path: Path, memory: str | int = "8GiB", context: int = 64, **options: Any
     ) -> PreTrainedModel:
+        options = {"window": WINDOW_BYTES} | options
         model = flexinfer.from_pretrained(path, memory, context=context, **options)
         loaded.append(model)
         return model

@@ -24,6 +24,7 @@ def test_every_family_under_every_policy(
     for share in (0.0, 0.35, 0.8) if policy == "balanced" else (0.0, 0.6):
         resize_to_share(model, share)
         assert model.flexinfer.plan.streamed_bytes > 0
+        assert (model.flexinfer.plan.locked_bytes > 0) == (share > 0 and policy != "none")
         for batch in (1, 3) if policy == "balanced" else (3,):
             assert torch.equal(logits(model, prompt(batch)), logits(reference, prompt(batch))), share
 
@@ -140,7 +141,7 @@ def test_pieces_of_true_size(checkpoint: MakeCheckpoint, dtype: torch.dtype, thr
     )
     torch.set_num_threads(threads)
     try:
-        model, reference = flexinfer.from_pretrained(path, "8GiB", context=256), stock(path)
+        model, reference = flexinfer.from_pretrained(path, "8GiB", context=256, window="8MiB"), stock(path)
         assert max(len(weight.pieces) for weight in model.flexinfer._weights) > 1
         resize_to_share(model, 0.5)
         for tokens in (1, 2, 5, 65):
