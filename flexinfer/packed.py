@@ -19,6 +19,8 @@ Not here: files (quantize.py writes them, checkpoint.py reads them) and memory (
 Activations are bf16: in other dtypes the int4 kernel is many times slower, so they are cast and cast back.
 """
 
+import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,6 +41,7 @@ TILE_ROWS = {"avx512": 64, "avx2": 32, "pairs": 0}
 PAIR_TILE_ROWS = 32
 KERNEL_ROWS = 16  # the int4 kernel takes output rows in multiples of this
 INT8_COLUMNS = 32  # the int8 kernel reads past the end of a row of any other length
+CLIP_RATIOS = (1.0, 0.92, 0.84)  # of a group's least and greatest weight
 PACK_WEIGHTS = 2**18  # quantised at a time
 SCRATCH_WEIGHTS = 2**20  # unpacked at a time on the many-row path: 4 MiB of float32
 
@@ -155,7 +158,7 @@ def packed_nbytes(fmt: PackedFormat, out_features: int, in_features: int) -> int
 
 
 def pack_rows(fmt: PackedFormat, weight: torch.Tensor) -> torch.Tensor:
-    """Quantise and pack the rows of one block.
+    """Quantise and pack the rows of one block: round to nearest, in the range of each group that fits best.
 
     weight: [rows, in_features], any float dtype. Returns uint8 [nbytes of the block], padded with zeros.
     Scale and zero are rounded to bf16 before the integers are chosen, so these fit what is stored.
@@ -254,16 +257,34 @@ def _row_bytes(fmt: PackedFormat, in_features: int) -> int:
 
 
 def _quantize4(fmt: PackedFormat, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed nibbles [rows, in / 2], and (scale, zero) bf16 [groups, rows, 2]."""
+    """Packed nibbles [rows, in / 2], and (scale, zero) bf16 [groups, rows, 2].
+
+    Tries narrower ranges for each group and takes the one of least error.
+    """
     rows, in_features = weight.shape
     groups = weight.float().view(rows, -1, fmt.group_size)
     low, high = (bound.unsqueeze(-1) for bound in groups.aminmax(dim=-1))
+    best_scale, best_zero = _range(low, high)
+    least = torch.full_like(low, math.inf)
+    for low_ratio, high_ratio in itertools.product(CLIP_RATIOS, repeat=2):
+        scale, zero = _range(low * low_ratio, high * high_ratio)
+        steps = groups.sub(zero).div_(scale)
+        steps.sub_(steps.round().clamp_(-8, 7)).abs_()
+        error = steps.sqrt().mul_(steps.square_()).sum(-1, keepdim=True).mul_(scale**2.5)
+        better = error < least  # never with NaN or infinity, which pack_rows refuses
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    q = groups.sub(best_zero).div_(best_scale).round_().add_(8).clamp_(0, 15).to(torch.uint8)
+    scales = torch.cat((best_scale, best_zero), -1).bfloat16().transpose(0, 1)
+    return _pack_nibbles(q.view(rows, in_features), TILE_ROWS[fmt.layout]), scales
+
+
+def _range(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero), as bf16 will keep them, whose 16 values run from `low` to `high`."""
     scale = (
-        ((high - low) / 15).bfloat16().float().clamp_min(2.0**-100)
+        ((high - low) / 15).bfloat16().float().clamp_min_(2.0**-100)
     )  # a constant group keeps its value as zero
-    zero = (low + 8 * scale).bfloat16().float()
-    q = groups.sub(zero).div_(scale).round_().add_(8).clamp_(0, 15).to(torch.uint8).view(rows, in_features)
-    return _pack_nibbles(q, TILE_ROWS[fmt.layout]), torch.cat((scale, zero), -1).bfloat16().transpose(0, 1)
+    return scale, (low + 8 * scale).bfloat16().float()
 
 
 def _quantize8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

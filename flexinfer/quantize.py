@@ -7,7 +7,8 @@ in each shard and aligned to pages, so that a block is one direct read.
 The source is read one block of rows at a time; memory holds that block and its float32 copy, whatever the size
 of the model. Work is written to DST.partial and renamed to DST when complete; a run that was killed goes on
 after its last finished shard when the same command is given again. Cost: reading the source once, writing the
-copy once, and quantising (round to nearest, asymmetric groups) at some 100 MB of bf16 a second on two cores.
+copy once, and quantising (round to nearest, in the range that fits each group best) at some 100 MB of bf16 a second
+on two cores.
 
 Not here: calibrated methods such as GPTQ and AWQ. What the copy costs in quality is reported per tensor, and as
 perplexity by flexinfer/bench/perplexity.py.
