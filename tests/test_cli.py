@@ -12,36 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from small_model import CONFIG, add_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flexinfer.cli
 from flexinfer.cli import Conversation, Interrupt, engine_of, main, parser
 from flexinfer.doctor import Facts, advice, better_threads
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant>"
 MEMORY = "2GiB"
 
 
 @pytest.fixture(scope="module")
 def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama that never ends by itself, with a tokenizer of bytes and a chat template."""
-    source = checkpoint(
-        "llama", vocab_size=259, intermediate_size=192, max_position_embeddings=4096, eos_token_id=None
-    )
-    path = shutil.copytree(source, tmp_path_factory.mktemp("cli") / "model")
-    alphabet = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=TEMPLATE,
-    ).save_pretrained(path)
-    return path
+    return add_tokenizer(checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("cli") / "model")
 
 
 def resident_ids(path: Path, prompt_ids: list[int], max_new_tokens: int) -> list[int]:

@@ -1,0 +1,102 @@
+"""Every block of the README does what it says: Python runs, commands run on a small model, experiments compose.
+
+`path/to/model` stands for a checkpoint in the README and is replaced by a small random one here.
+"""
+
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_model import CONFIG, add_tokenizer
+
+from flexinfer.cli import main
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line.strip()
+    for language, code in BLOCKS
+    if language == "sh"
+    for line in code.splitlines()
+    if line.strip() and not line.strip().startswith("#")
+]
+NOT_RUN = ("export ", "pip install ")  # environment and network
+
+
+@pytest.fixture(scope="module")
+def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_tokenizer(checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("readme") / "model")
+
+
+def test_there_are_blocks_of_known_languages_alone() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "sh"}
+    assert TEXT.count("```") == 2 * len(BLOCKS)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks_run(code: str, model_dir: Path) -> None:
+    assert "path/to/model" in code
+    exec(code.replace("path/to/model", str(model_dir)), {})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_work(
+    command: str,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if command.startswith(NOT_RUN):
+        return
+    program, *argv = shlex.split(command, comments=True)
+    if program == "make":
+        subprocess.run(["make", "--dry-run", *argv], cwd=ROOT, check=True, capture_output=True)
+    elif program == "flexinfer":
+        places = {"path/to/model": str(model_dir), "path/to/copy": str(tmp_path / "copy")}
+        argv = [places.get(one, one) for one in argv]
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
+        quick = {"chat": ["--max-new-tokens", "4"], "doctor": [str(tmp_path), "--size", "32MiB"]}
+        assert main(argv + quick.get(argv[0], [])) == 0, capsys.readouterr().err
+    elif (program, argv[0]) == ("python", "scripts/run.py"):
+        run_script(*argv, "--cfg", "job")
+    else:
+        assert (program, argv[:2]) == ("python", ["scripts/clean.py", "--list"])
+        run_script(*argv, cache=tmp_path)
+
+
+def run_script(*argv: str, cache: Path | None = None) -> None:
+    environment = os.environ | ({"FLEXINFER_CACHE": str(cache)} if cache else {})
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere() -> None:
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "results" / "README.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text(encoding="utf-8")):
+            if not target.startswith(("http://", "https://")):
+                assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_the_tree_names_what_there_is() -> None:
+    tree = TEXT[TEXT.index("## What is where") :]
+    listed = set(re.findall(r"\w+\.py", tree))
+    modules = {file.name for file in (ROOT / "flexinfer").glob("*.py") if not file.name.startswith("__")}
+    assert modules <= listed
+    assert listed <= modules | {file.name for file in (ROOT / "scripts").glob("*.py")}
+
+
+def test_docs_name_tests_and_options_that_exist() -> None:
+    reliability = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"test_\w+\.py", reliability)):
+        assert (ROOT / "tests" / name).exists(), name
