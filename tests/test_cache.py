@@ -1,0 +1,149 @@
+"""The reserved KV layer is transformers' DynamicLayer in other memory: the same values after any sequence of operations."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from flexinfer.cache import ContextError, KVReserve, LayerShape, ReservedLayer
+
+HEADS, KEY_DIM, VALUE_DIM, CONTEXT = 2, 8, 4, 48
+SHAPES = [LayerShape((HEADS, KEY_DIM), (HEADS, VALUE_DIM), None) for _ in range(3)]
+
+
+def states(batch: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(  # type: ignore[return-value]
+        torch.randn(batch, HEADS, tokens, dim, generator=generator) for dim in (KEY_DIM, VALUE_DIM)
+    )
+
+
+def reserved() -> tuple[KVReserve, DynamicCache]:
+    reserve, cache = KVReserve(SHAPES, CONTEXT, torch.float32), DynamicCache()
+    reserve.adopt(cache)
+    return reserve, cache
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 5)),
+        st.tuples(st.just("crop"), st.integers(-4, -1)),
+        st.tuples(st.just("reorder"), st.integers(0, 99)),
+        st.tuples(st.just("repeat"), st.just(2)),
+        st.tuples(st.just("select"), st.integers(0, 99)),
+        st.tuples(st.just("reset"), st.just(0)),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(deadline=None)
+@given(OPERATIONS, st.integers(1, 3))
+def test_any_operations_give_what_a_stock_layer_gives(operations: list[tuple[str, int]], batch: int) -> None:
+    _, cache = reserved()
+    ours: Any = cache.layers[0]
+    theirs: Any = DynamicLayer()
+    assert isinstance(ours, ReservedLayer)
+    for step, (name, argument) in enumerate([("update", 2), *operations]):
+        length = theirs.get_seq_length()
+        if name == "update":
+            if batch * (length + argument) > CONTEXT // batch * batch:
+                continue
+            a, b = (layer.update(*states(batch, argument, step)) for layer in (ours, theirs))
+            assert torch.equal(a[0], b[0])
+            assert torch.equal(a[1], b[1])
+        elif name == "crop":
+            if length < -argument:
+                continue
+            for layer in (ours, theirs):
+                layer.crop(argument)
+        elif name == "reorder" and length:
+            index = torch.randint(0, batch, (batch,), generator=torch.Generator().manual_seed(argument))
+            for layer in (ours, theirs):
+                layer.reorder_cache(index)
+        elif name == "repeat" and length and 2 * batch * length <= CONTEXT and batch < 5:
+            batch *= 2
+            for layer in (ours, theirs):
+                layer.batch_repeat_interleave(2)
+        elif name == "select" and length:
+            index = torch.tensor(sorted({argument % batch, 0}))
+            batch = len(index)
+            for layer in (ours, theirs):
+                layer.batch_select_indices(index)
+        elif name == "reset":
+            ours.crop(-ours.get_seq_length()) if argument else ours.reset()
+            theirs = DynamicLayer()
+            theirs.update(*states(batch, 1, 0))
+            theirs.crop(-1)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        if theirs.get_seq_length():
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
+
+
+def test_layers_and_keys_and_values_do_not_overlap() -> None:
+    _, cache = reserved()
+    full = [states(1, CONTEXT, seed) for seed in range(3)]
+    for layer, (keys, values) in enumerate(full):
+        cache.update(keys, values, layer)
+    for layer, (keys, values) in enumerate(full):
+        assert torch.equal(cache.layers[layer].keys, keys)
+        assert torch.equal(cache.layers[layer].values, values)
+
+
+def test_appending_takes_no_new_memory() -> None:
+    _, cache = reserved()
+    places = set()
+    for step in range(10):
+        cache.update(*states(1, 1, step), 0)
+        places.add(cache.layers[0].keys.data_ptr())
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_reserved_bytes_are_those_of_the_context_over_all_sequences(batch: int) -> None:
+    reserve, cache = reserved()
+    assert reserve.nbytes == sum(shape.nbytes(CONTEXT, 4) for shape in SHAPES)
+    cache.update(*states(batch, CONTEXT // batch, 0), 0)
+    with pytest.raises(
+        ContextError, match=rf"context={CONTEXT} tokens in all \({batch} x {CONTEXT // batch}\)"
+    ):
+        cache.update(*states(batch, 1, 1), 0)
+    assert cache.get_seq_length() == CONTEXT // batch
+
+
+def test_one_cache_at_a_time_has_the_memory_and_the_next_one_gets_it() -> None:
+    reserve, first = reserved()
+    second = DynamicCache()
+    reserve.adopt(second)
+    assert isinstance(first.layers[0], ReservedLayer)
+    assert not any(isinstance(layer, ReservedLayer) for layer in second.layers)
+    del first
+    third = DynamicCache()
+    reserve.adopt(third)
+    assert isinstance(third.layers[0], ReservedLayer)
+
+
+def test_a_cache_in_use_or_of_another_kind_is_left_alone() -> None:
+    class OtherCache(DynamicCache):
+        pass
+
+    reserve = KVReserve(SHAPES, CONTEXT, torch.float32)
+    filled, other = DynamicCache(), OtherCache()
+    filled.update(*states(1, 3, 0), 0)
+    for cache in (filled, other):
+        reserve.adopt(cache)
+        assert not any(isinstance(layer, ReservedLayer) for layer in cache.layers)
+
+
+def test_sliding_layers_stay_those_of_transformers_and_are_counted_by_their_window() -> None:
+    sliding = LayerShape((HEADS, KEY_DIM), (HEADS, VALUE_DIM), window=8)
+    per_token = HEADS * (KEY_DIM + VALUE_DIM) * 4
+    assert sliding.nbytes(CONTEXT, 4) == 2 * 8 * per_token
+    assert sliding.nbytes(4, 4) == 2 * 4 * per_token
+    assert KVReserve([sliding, SHAPES[0]], CONTEXT, torch.float32).nbytes == CONTEXT * per_token

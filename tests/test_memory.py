@@ -1,0 +1,80 @@
+"""Buffers of weights: page-aligned, seen at any offset without a copy, locked where the system lets us."""
+
+import gc
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flexinfer.memory
+from flexinfer.memory import PAGE_BYTES, Buffer, round_up
+
+
+def locked_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmLck:")[1].split()[0]) << 10
+
+
+@given(st.integers(0, 10**12), st.integers(1, 10**6))
+def test_rounding_up(nbytes: int, multiple: int) -> None:
+    rounded = round_up(nbytes, multiple)
+    assert rounded % multiple == 0
+    assert nbytes <= rounded < nbytes + multiple
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, PAGE_BYTES, PAGE_BYTES + 1, 3 << 20])
+def test_buffers_are_whole_pages(nbytes: int) -> None:
+    buffer = Buffer(nbytes, lock=False)
+    assert nbytes <= buffer.nbytes < nbytes + PAGE_BYTES + (nbytes == 0)
+    assert buffer.nbytes % PAGE_BYTES == buffer.bytes.data_ptr() % PAGE_BYTES == 0
+    assert len(buffer.memory(0, buffer.nbytes)) == len(buffer.bytes) == buffer.nbytes
+
+
+@given(st.integers(0, 4000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.uint8]))
+def test_tensors_at_any_offset_share_the_bytes(start: int, dtype: torch.dtype) -> None:
+    buffer = Buffer(PAGE_BYTES, lock=False)
+    tensor = buffer.tensor(start, dtype, (2, 3))
+    expected = torch.arange(6).view(2, 3).to(dtype)
+    nbytes = 6 * dtype.itemsize
+    buffer.memory(start, nbytes)[:] = expected.view(torch.uint8).numpy().tobytes()
+    assert torch.equal(tensor, expected)
+    assert tensor.data_ptr() == buffer.bytes.data_ptr() + start
+
+
+def test_views_end_with_their_buffer() -> None:
+    buffer = Buffer(PAGE_BYTES, lock=False)
+    with pytest.raises(ValueError, match="buffer"):
+        buffer.tensor(PAGE_BYTES - 8, torch.float32, (3,))
+
+
+def test_memory_lives_as_long_as_a_tensor_of_it_and_no_longer() -> None:
+    before = locked_bytes()
+    tensor = Buffer(1 << 20, lock=True).tensor(0, torch.uint8, (8,))
+    if locked_bytes() == before:
+        pytest.skip("mlock is limited here (ulimit -l)")
+    assert locked_bytes() - before == 1 << 20
+    tensor.fill_(7)
+    gc.collect()
+    assert tensor.tolist() == [7] * 8
+    del tensor
+    gc.collect()
+    assert locked_bytes() == before
+
+
+def test_where_locking_is_refused_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def mlock(self, address: object, nbytes: object) -> int:
+            return -1
+
+    monkeypatch.setattr(flexinfer.memory, "_LIBC", Refusing())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        buffers = [Buffer(PAGE_BYTES, lock=True) for _ in range(3)]
+    assert not any(buffer.locked for buffer in buffers)
+    assert ["could not be locked" in str(warning.message) for warning in said] == [True]
+    assert "ulimit -l" in str(said[0].message)
+    assert buffers[0].tensor(0, torch.uint8, (4,)).tolist() == [0] * 4
+    assert not Buffer(1, lock=False).locked
