@@ -218,12 +218,10 @@ class Conversation:
     def __init__(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace
     ) -> None:
-        from flexinfer.model import default_context
-
         self._model: Any = model  # transformers' own types promise too little of both
         self._tokenizer: Any = tokenizer
         self._arguments = arguments
-        self._context = arguments.context or default_context(model.config)
+        self._context = engine_of(model).context
         self._system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         self.turns: list[dict[str, str]] = []
         self._cached: list[int] = []  # the tokens that the cache holds keys and values of
@@ -484,11 +482,13 @@ def show_plan(arguments: argparse.Namespace) -> int:
     from flexinfer.skeleton import build_skeleton, resolve
 
     skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
-    fixed = fixed_memory(skeleton, arguments.context or default_context(skeleton.model.config))
+    memory = arguments.memory
+    given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
+    context = arguments.context or default_context(skeleton, given_bytes)
+    fixed = fixed_memory(skeleton, context)
     smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
     everything_bytes = fixed.nbytes + sum(weight.memory_bytes for weight in skeleton.weights)
-    memory = arguments.memory
-    budget_bytes = min(available_bytes(), everything_bytes) if memory == "auto" else parse_size(memory)
+    budget_bytes = min(given_bytes, everything_bytes) if memory == "auto" else given_bytes
     with _status("measuring disk and kernels"):
         reader = FileReader(skeleton.checkpoint.files, direct=not arguments.buffered)
         try:
@@ -552,6 +552,7 @@ def plan_facts(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> dict[
     return {
         "model": str(skeleton.checkpoint.path),
         "policy": plan.policy,
+        "context_tokens": plan.fixed.context_tokens,
         "costs": asdict(plan.costs),
         "budget_bytes": plan.budget_bytes,
         "parts_bytes": budget_parts(plan),
@@ -608,7 +609,7 @@ def plan_tables(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> "dic
     bandwidth = f"{plan.costs.bandwidth_bytes_per_s / 1e6:.0f} MB/s"
     compute = f"{plan.costs.compute_s * 1e3:.0f} ms"
     return {
-        f"{skeleton.checkpoint.path.name}: where {format_size(plan.budget_bytes)} go": budget,
+        f"{skeleton.checkpoint.path.name}: where {format_size(plan.budget_bytes)} go, for a context of {plan.fixed.context_tokens} tokens": budget,
         f"What is locked (policy {plan.policy})": kept,
         f"Speed, reads at {bandwidth}, {compute} of compute a token (* this budget)": speeds,
     }

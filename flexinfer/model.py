@@ -19,20 +19,31 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from flexinfer.cache import KVReserve
 from flexinfer.checkpoint import Checkpoint, TensorSpec
 from flexinfer.linear import LockedRows, StreamedEmbedding, StreamedLinear, lock_rows
 from flexinfer.machine import available_bytes, measure_costs, peak_bytes
 from flexinfer.memory import Buffer, return_freed_memory
-from flexinfer.plan import BudgetError, Costs, Fixed, Plan, Weight, format_size, make_plan, parse_size
+from flexinfer.plan import (
+    BudgetError,
+    Costs,
+    Fixed,
+    Plan,
+    Weight,
+    format_size,
+    make_plan,
+    parse_size,
+    smallest_budget_bytes,
+)
 from flexinfer.prefetch import FileReader, Prefetcher, padded_bytes
 from flexinfer.skeleton import NotStreamableError, Skeleton, build_skeleton, load_resident, resolve
 from flexinfer.trace import Trace
 
 MARGIN_BYTES = 24 << 20  # threads' stacks, allocator, what a first pass imports
 LARGE_PARAMETER_BYTES = 16 << 20
+SMALLEST_DEFAULT_CONTEXT = 128
 
 
 def from_pretrained(
@@ -58,8 +69,8 @@ def from_pretrained(
         window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
         io_threads: reader threads; 0 reads synchronously, when a weight is needed.
         direct: read past the page cache (O_DIRECT); otherwise through it, dropping pages behind.
-        context: tokens the KV cache and the activations are sized for, over all sequences of a batch; None: 2048, or
-            the model's own limit if that is less.
+        context: tokens the KV cache and the activations are sized for, over all sequences of a batch; None: 2048,
+            or the model's own limit, or fewer if they would take more than a quarter of the budget.
         dtype: "auto" (the checkpoint's), or what to compute in.
         trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`).
 
@@ -81,7 +92,7 @@ def from_pretrained(
         skeleton = build_skeleton(checkpoint, dtype)
     except NotStreamableError as error:
         skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, error)
-    context = context or default_context(skeleton.model.config)
+    context = context or default_context(skeleton, budget_bytes)
     engine = Engine(
         skeleton,
         policy=policy,
@@ -105,6 +116,7 @@ class Engine:
     """The streaming side of a loaded model, reached as `model.flexinfer`. `close()` or a `with` block ends it."""
 
     plan: Plan
+    context: int  # tokens the KV cache holds, over all sequences of a batch
 
     def __init__(
         self,
@@ -118,7 +130,7 @@ class Engine:
         trace: bool = False,
     ) -> None:
         self._policy, self._window, self._io_threads = policy, window, io_threads
-        self._direct, self._context = direct, context
+        self._direct, self.context = direct, context
         self._trace = Trace(max_events=200_000 if trace else 0)
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
@@ -138,7 +150,7 @@ class Engine:
         assert skeleton is not None
         gc.collect()  # the dry run's model
         return_freed_memory()
-        self._fixed = fixed_memory(skeleton, self._context)
+        self._fixed = fixed_memory(skeleton, self.context)
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         self._make_plan(budget_bytes, skeleton)
         self._reader = FileReader(skeleton.checkpoint.files, direct=self._direct)
@@ -146,7 +158,7 @@ class Engine:
             self._weights, self._kernels, self._reader, skeleton.dtype, max(1, self._io_threads)
         )
         plan = self._make_plan(budget_bytes, skeleton)
-        self._kv = KVReserve(skeleton.cache_layers, self._context, skeleton.dtype)
+        self._kv = KVReserve(skeleton.cache_layers, self.context, skeleton.dtype)
         self._place_modules(skeleton)
         self._apply(plan)
         skeleton.model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
@@ -344,9 +356,18 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
     return buffer.tensor(position, spec.torch_dtype, spec.shape).to(dtype, copy=True)
 
 
-def default_context(config: PretrainedConfig) -> int:
-    """Tokens a model is loaded for when nothing is said: 2048, or its own limit if that is less."""
-    return min(2048, getattr(config.get_text_config(), "max_position_embeddings", 2048))
+def default_context(skeleton: Skeleton, budget_bytes: int) -> int:
+    """Tokens a model is loaded for when nothing is said: 2048, or the model's own limit if that is less; halved, down to
+    128, while the KV cache and activations would take more than a quarter of the budget, or the rest not fit beside them.
+    """
+    context = min(2048, getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", 2048))
+    while context >= 2 * SMALLEST_DEFAULT_CONTEXT:
+        fixed = fixed_memory(skeleton, context)
+        fits = smallest_budget_bytes(skeleton.weights, fixed) <= budget_bytes
+        if fits and fixed.kv_bytes + fixed.activation_bytes <= budget_bytes // 4:
+            break
+        context //= 2
+    return context
 
 
 def _resident_or_refused(
@@ -382,4 +403,5 @@ def fixed_memory(skeleton: Skeleton, context: int) -> Fixed:
         kv_bytes=sum(layer.nbytes(context, itemsize) for layer in skeleton.cache_layers),
         activation_bytes=context * per_row_bytes + head_bytes,
         margin_bytes=MARGIN_BYTES,
+        context_tokens=context,
     )

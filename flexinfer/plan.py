@@ -82,6 +82,7 @@ class Fixed:
     kv_bytes: int
     activation_bytes: int
     margin_bytes: int  # allocator, threads, page tables
+    context_tokens: int = 0  # what the KV cache and the activations are sized for
 
     @property
     def nbytes(self) -> int:
