@@ -1,9 +1,9 @@
 """One measured cell: a fresh process in groups of its own, and the record of what came of it (DESIGN: Measuring).
 
-Mechanism: the checkpoint is made and described by a helper process, the cost of a resident pass is measured or taken
-from an earlier measurement, the page cache is dropped, and then, inside one `Limits`: the bandwidth of direct reads,
-the system itself (flexinfer.bench.systems, run as a script), and the bandwidth again. This process sleeps in between, and
-imports no torch: libraries it maps would be charged to it and make the cell's memory look larger than it is.
+Mechanism: a helper process makes and describes the checkpoint. Then, inside one `Limits`: the bandwidth of direct reads,
+with the page cache dropped the system itself (flexinfer.bench.systems, run as a script), and the bandwidth again. Where
+tokens came out, the cost of a resident pass is measured, or taken from an earlier measurement. This process sleeps
+meanwhile and imports no torch: libraries it maps would be charged to it and make the cell's memory larger than it is.
 Whatever happens to the child is a record: killed (by the memory limit), timeout, missing, unsupported or error, with
 the tokens counted until then.
 
@@ -11,9 +11,10 @@ The bound of a record (our choice, after the paper's equation 4) is 1 / max(c, (
 - S: bytes of all tensors but the embedding rows; R: the budget less process and KV cache;
 - process: what the child holds when it has imported the system's libraries and not yet opened the model;
 - B: the better of the two bandwidths, so that a noisy disk does not flatter anyone;
-- c: seconds of the fastest resident pass of the same system's kernels without limits: of the model itself if it is small, else
-  of checkpoints of the same shape with 1 and 3 layers, extrapolated to all (a line fits: every layer does the same
-  work); no more than the fastest pass of the run itself, which is compute too. Kept in the cache directory, for one CPU, number of cores, and versions.
+- c: seconds of the fastest resident pass of the same system's kernels without limits: of the model itself if it is
+  small, else of checkpoints of the same shape with 1 and 3 layers, extrapolated to all (every layer does the same
+  work); and no more than the fastest pass of the run itself, which computed too. Kept in the cache directory, for one
+  CPU, number of cores, and versions.
 
 What it does not do: choose cells, order them, or write records to a file; that is flexinfer.bench.runner.
 """
@@ -77,7 +78,6 @@ def run_cell(cell: CellConfig) -> Record:
             if split.status != "ok":
                 return _failed(cell, split.status, split.message, origin)
             facts.files = [str(file) for file in Path(job["copy"]).rglob("*") if file.is_file()]
-        compute_s, compute_source = _resident_pass(cell, facts, Path(scratch))
         with limiting.Limits(cell.budget_bytes, cell.device.read_bytes_per_s, Path(facts.path)) as limits:
             rates = [_bandwidth(facts.files, limits, job)]
             dropped = limiting.drop_page_cache(map(Path, facts.files))
@@ -85,6 +85,9 @@ def run_cell(cell: CellConfig) -> Record:
             usage = limits.usage()
             rates.append(_bandwidth(facts.files, limits, job))
             applied = limits.applied
+        compute_s, compute_source = (
+            _resident_pass(cell, facts, Path(scratch)) if child.counted else (None, "")
+        )
     if usage.oom_kills and child.status == "error":
         child.status = "killed"
         child.message = (
