@@ -192,10 +192,24 @@ def draw(records: "list[Record]") -> "Figure":
         for place, one in enumerate(records):
             look = LOOKS[one.cell.system.name]
             bar = axes.bar(place, value(one), 0.7, color=look.colour, hatch=look.hatch, edgecolor="black")
-            axes.bar_label(bar, fmt="%.2f")
+            axes.bar_label(
+                bar,
+                fmt="%.2f",
+                label_type="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+            )
         if line is not None:
             axes.axhline(line, **BOUND)
-            axes.text(0.5, line, label, ha="center", va="bottom", fontsize=8)
+            axes.text(
+                0.5,
+                line,
+                label,
+                ha="center",
+                va="bottom",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                fontsize=8,
+                zorder=3,
+            )
         axes.set(title=title, ylim=(0, 1.2 * max([line or 0, *map(value, records)])))
         axes.set_xticks(range(len(records)), [one.cell.system.label for one in records])
     return finish(figure, records)

@@ -1,0 +1,66 @@
+"""The demo's picture and its refusals, from records made here; the demo itself is run by hand (make demo)."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests" / "bench"))
+
+from bench_samples import make_cell, make_record  # noqa: E402
+
+from flexinfer.bench.config import SystemConfig  # noqa: E402
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_shows_speed_bytes_memory_and_the_share_of_the_bound(demo: ModuleType) -> None:
+    records = [
+        make_record(
+            make_cell(system=SystemConfig(name, label, format="bf16"), budget_bytes=demo.LARGE_LIMIT_BYTES),
+            token_s=[seconds] * 3,
+            token_bytes=[nbytes] * 3,
+            peak_memory_bytes=1400 << 20,
+        )
+        for name, label, seconds, nbytes in (
+            ("transformers", "transformers", 8.0, 2_600_000_000),
+            ("flexinfer", "FlexInfer", 4.0, 1_900_000_000),
+        )
+    ]
+    panels = demo.draw(records).axes
+    shown = [[text.get_text() for text in axes.texts] for axes in panels]
+    heights = [[bar.get_height() for bar in axes.patches] for axes in panels]
+    assert heights[0] == [pytest.approx(1 / 8), pytest.approx(1 / 4)]
+    assert heights[1] == [pytest.approx(2.6), pytest.approx(1.9)]
+    assert "limit" in shown[2]
+    assert "bound" in shown[3]
+    assert all(axes.get_ylim()[0] == 0 for axes in panels)
+
+
+def test_a_disk_that_is_too_full_is_refused_first(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(demo, "NEEDED_BYTES", {"nothing-*": 1 << 60})
+    monkeypatch.chdir(tmp_path)
+    assert demo.main() == 2
+    assert "FLEXINFER_CACHE" in capsys.readouterr().out
+
+
+def test_the_limit_in_the_picture_is_that_of_the_experiment(demo: ModuleType) -> None:
+    text = (ROOT / "conf" / "exp" / "demo.yaml").read_text()
+    assert f"grid: [{demo.LARGE_LIMIT_BYTES >> 20}MiB]" in text
