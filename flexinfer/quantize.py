@@ -4,8 +4,8 @@ Every linear of the decoder, and lm_head, becomes one packed tensor (packed.py);
 are copied byte for byte. The copy is again a safetensors directory: tensors in order of use, packed ones first
 in each shard and aligned to pages, so that a block is one direct read.
 
-The source is read one block of rows at a time; memory holds that block and its float32 copy, whatever the size
-of the model. Work is written to DST.partial and renamed to DST when complete; a run that was killed goes on
+The source is read one block of rows a core at a time; memory holds these blocks and their float32 copies, whatever
+the size of the model. Work is written to DST.partial and renamed to DST when complete; a run that was killed goes on
 after its last finished shard when the same command is given again. Cost: reading the source once, writing the
 copy once, and quantising (round to nearest, in the range that fits each group best) at some 100 MB of bf16 a second
 on two cores.
@@ -16,13 +16,17 @@ perplexity by flexinfer/bench/perplexity.py.
 
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
 import shutil
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,7 @@ from flexinfer.checkpoint import INDEX_FILE, Checkpoint, TensorSpec, read_json
 from flexinfer.linear import Conv1DKernel
 from flexinfer.packed import (
     ALIGNMENT_BYTES,
+    Block,
     PackedFormat,
     blocks,
     can_pack,
@@ -146,11 +151,11 @@ def quantize(
         nbytes = sum(entry.nbytes for shard in job.shards for entry in shard)
         check_free_disk(partial, missing_bytes)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not progress) as bar:
+        with Progress(*columns, disable=not progress) as bar, _one_thread_each() as pool:
             task = bar.add_task(f"{bits} bit", total=nbytes, completed=nbytes - missing_bytes)
             for name, shard in zip(names, job.shards, strict=True):
                 if notes[name] is None:
-                    notes[name] = job.write(partial / name, shard, functools.partial(bar.advance, task))
+                    notes[name] = job.write(partial / name, shard, pool, functools.partial(bar.advance, task))
         report_of = {report.name: report for reports in notes.values() for report in reports or []}
         report = Report(
             path=dst,
@@ -205,12 +210,14 @@ class _Job:
         )
         self.shards = plan_shards(entries, SHARD_BYTES)
 
-    def write(self, path: Path, shard: Sequence[Entry], advance: Callable[[int], None]) -> list[TensorReport]:
+    def write(
+        self, path: Path, shard: Sequence[Entry], pool: ThreadPoolExecutor, advance: Callable[[int], None]
+    ) -> list[TensorReport]:
         """Write a shard, and beside it what packing did to its tensors; `path` appears when both are complete."""
         reports: list[TensorReport] = []
 
         def chunks(entry: Entry) -> Iterator[memoryview]:
-            for chunk in self._chunks(entry, reports):
+            for chunk in self._chunks(entry, reports, pool):
                 yield chunk
                 advance(len(chunk))
 
@@ -220,7 +227,9 @@ class _Job:
         unfinished.rename(path)
         return reports
 
-    def _chunks(self, entry: Entry, reports: list[TensorReport]) -> Iterator[memoryview]:
+    def _chunks(
+        self, entry: Entry, reports: list[TensorReport], pool: ThreadPoolExecutor
+    ) -> Iterator[memoryview]:
         """The bytes of one entry; adds to `reports` what packing did to it."""
         spec = self._sources[entry.name]
         if entry.name not in self.linears:
@@ -229,19 +238,27 @@ class _Job:
             return
         out_features, in_features = self.linears[entry.name]
         squared_error = squared_norm = max_error = 0.0
-        for block in blocks(self._fmt, out_features, in_features):
-            weight = self._rows(entry.name, block.row_start, block.row_stop).float()
-            data = pack_rows(self._fmt, weight)
-            norm = float(weight.norm())
-            difference = weight.sub_(dequantize(self._fmt, data, len(weight), in_features))
-            squared_error += float(difference.norm()) ** 2
-            squared_norm += norm**2
-            max_error = max(max_error, float(difference.abs_().max()))
+        todo = iter(blocks(self._fmt, out_features, in_features))
+        running = deque(
+            pool.submit(self._pack, entry.name, block) for block in itertools.islice(todo, _cores())
+        )
+        while running:
+            data, block_error, block_norm, block_max = running.popleft().result()
+            running.extend(pool.submit(self._pack, entry.name, block) for block in itertools.islice(todo, 1))
+            squared_error, squared_norm = squared_error + block_error**2, squared_norm + block_norm**2
+            max_error = max(max_error, block_max)
             yield data.numpy().data
         relative_error = math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
         reports.append(
             TensorReport(entry.name, (out_features, in_features), entry.nbytes, relative_error, max_error)
         )
+
+    def _pack(self, name: str, block: Block) -> tuple[torch.Tensor, float, float, float]:
+        """A packed block; the norms of its error and of its weights, and the largest error."""
+        weight = self._rows(name, block.row_start, block.row_stop).float()
+        data, norm = pack_rows(self._fmt, weight), float(weight.norm())
+        error = weight.sub_(dequantize(self._fmt, data, *weight.shape))
+        return data, float(error.norm()), norm, float(error.abs_().max())
 
     def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Output rows [start, stop) of a weight: [stop - start, in_features]."""
@@ -254,6 +271,24 @@ class _Job:
             _read(spec, start * row_bytes, (stop - start) * row_bytes), dtype=spec.torch_dtype
         )
         return data.view(stop - start, -1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """One worker a core, each computing on its own: small operations shared by all cores mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(
+            initializer=torch.set_num_threads, initargs=(1,), max_workers=_cores()
+        ) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _resume(partial: Path, state_file: Any, src: Path, fmt: PackedFormat) -> PackedFormat:
