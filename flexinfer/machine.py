@@ -55,15 +55,21 @@ def measure_costs(
     reader: FileReader,
     dtype: torch.dtype,
     io_threads: int,
+    memory_bytes: int = CACHE_BYTES,
 ) -> Costs:
-    """Bandwidth of reading the first SAMPLE_BYTES of weights, and the compute time of a pass from one piece of each role."""
+    """Bandwidth of reading the first SAMPLE_BYTES of weights, and the compute time of a pass from one piece of each role.
+
+    Takes at most `memory_bytes`, or two pieces if that is more: the peak of a process must not be its measuring.
+    """
     pieces = [piece for weight in weights for piece in weight.pieces]
     if not pieces:
         return Costs(bandwidth_bytes_per_s=math.inf, compute_s=0.0)
     sample = pieces[: bisect(list(accumulate(piece.nbytes for piece in pieces)), SAMPLE_BYTES) + 1]
+    slot_bytes = max(piece.memory_bytes for piece in sample)
+    io_threads = min(io_threads, max(1, memory_bytes // slot_bytes))
     start_s = perf_counter()
     with ThreadPoolExecutor(io_threads) as pool:
-        buffers = [Buffer(max(p.memory_bytes for p in sample), lock=False) for _ in range(io_threads)]
+        buffers = [Buffer(slot_bytes, lock=False) for _ in range(io_threads)]
 
         def read_every(worker: int) -> None:
             for piece in sample[worker::io_threads]:
@@ -76,7 +82,8 @@ def measure_costs(
 
         list(pool.map(read_every, range(io_threads)))
     bandwidth = sum(piece.nbytes for piece in sample) / (perf_counter() - start_s)
-    buffer = Buffer(max(CACHE_BYTES, 2 * max(piece.nbytes for piece in pieces)), lock=True)
+    buffers.clear()
+    buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * max(p.nbytes for p in pieces)), lock=True)
     seconds_per_byte: dict[str, float] = {}
     for weight in weights:
         if weight.role not in seconds_per_byte:

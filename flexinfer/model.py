@@ -155,7 +155,12 @@ class Engine:
         self._make_plan(budget_bytes, skeleton)
         self._reader = FileReader(skeleton.checkpoint.files, direct=self._direct)
         self._costs = measure_costs(
-            self._weights, self._kernels, self._reader, skeleton.dtype, max(1, self._io_threads)
+            self._weights,
+            self._kernels,
+            self._reader,
+            skeleton.dtype,
+            max(1, self._io_threads),
+            budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2,
         )
         plan = self._make_plan(budget_bytes, skeleton)
         self._kv = KVReserve(skeleton.cache_layers, self.context, skeleton.dtype)
