@@ -1,0 +1,114 @@
+"""The budget is the truth: in a cgroup of exactly `memory`, the smallest budget that is accepted is enough to the last token.
+
+Runs are fresh processes, as users have them: what a process takes before it loads a model is part of the budget.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexinfer.bench.config import ModelConfig, ShapeConfig
+from flexinfer.bench.limits import Limits, find_place
+from flexinfer.bench.synth import make_checkpoint
+
+SHAPE = ShapeConfig(hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=4, vocab=16_384, tie=False)
+RUN = """
+import json, sys
+path, memory, context, prompt_tokens, new_tokens, repeats, system = json.loads(sys.argv[1])
+if system == "stock":
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+else:
+    import flexinfer
+    try:
+        model = flexinfer.from_pretrained(path, memory, context=context)
+    except flexinfer.BudgetError as error:
+        print(json.dumps({"refused": int(str(error).split("at least ")[1].split()[0])}))
+        raise SystemExit
+import psutil, torch
+ids = torch.randint(3, 16_000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+resident = []
+for _ in range(repeats):
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                          eos_token_id=None, pad_token_id=0)
+    resident.append(psutil.Process().memory_info().rss)
+report = {"tokens": text[0, prompt_tokens:].tolist(), "resident_bytes": resident}
+if system == "flexinfer":
+    plan = model.flexinfer.plan
+    report |= {"peak_bytes": model.flexinfer.stats()["peak_bytes"], "streamed_bytes": plan.streamed_bytes,
+               "total_bytes": plan.total_bytes, "fixed": repr(plan.fixed), "window_bytes": plan.window_bytes}
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def big() -> Path:
+    """A Llama of 240 MB in bf16, random weights; kept in FlexInfer's cache directory."""
+    return make_checkpoint(
+        ModelConfig(name="test-budget", kind="synthetic", formats=["bf16"], shape=SHAPE),
+        "bf16",
+        progress=False,
+    )
+
+
+def run(
+    path: Path,
+    memory: int,
+    context: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int = 1,
+    system: str = "flexinfer",
+    limits: Limits | None = None,
+) -> dict[str, Any]:
+    """One process that loads and generates; what it reports. Its death fails the test."""
+    arguments = [str(path), memory, context, prompt_tokens, new_tokens, repeats, system]
+    command = [sys.executable, "-c", RUN, json.dumps(arguments)]
+    done = subprocess.run(
+        limits.command(command) if limits else command, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+# A long prompt, so that activations and KV cache are used to the full, and a short one, where loading itself is the peak.
+@pytest.mark.parametrize(("context", "prompt_tokens"), [(512, 480), (32, 8)])
+def test_smallest_budget_is_enough_in_a_cgroup_of_that_size(
+    big: Path, context: int, prompt_tokens: int
+) -> None:
+    place = find_place()
+    if place.memory is None:
+        pytest.skip(f"no right to limit memory here: {place.why_not}")
+    new_tokens = context - prompt_tokens
+    expected = run(big, 0, context, prompt_tokens, new_tokens, system="stock")
+    memory = run(big, 1 << 20, context, prompt_tokens, new_tokens)["refused"]
+    for _ in range(
+        5
+    ):  # a process is not always of the same size before it loads; the refusal names the new size
+        with Limits(memory_bytes=memory) as limits:
+            assert limits.applied.memory_bytes is not None
+            memory = limits.applied.memory_bytes  # whole pages
+            report = run(big, memory, context, prompt_tokens, new_tokens, limits=limits)
+            usage = limits.usage()
+        if "refused" not in report:
+            break
+        memory = report["refused"]
+    assert report["streamed_bytes"] == report["total_bytes"], "the smallest budget streams everything"
+    assert report["tokens"] == expected["tokens"]
+    assert usage.oom_kills == 0
+    assert usage.peak_memory_bytes is not None
+    assert usage.peak_memory_bytes <= memory
+    assert report["peak_bytes"] <= memory
+    assert report["peak_bytes"] >= 0.8 * memory, "the plan asks for much more than is used"
+    print({"memory_bytes": memory, "cgroup_peak_bytes": usage.peak_memory_bytes} | report)
+
+
+def test_generating_again_takes_no_more_memory(big: Path) -> None:
+    """The KV cache is set aside when the model is loaded."""
+    report = run(big, 2 << 30, 256, 16, 16, repeats=5)
+    assert max(report["resident_bytes"][1:]) <= report["resident_bytes"][0] + (4 << 20)
