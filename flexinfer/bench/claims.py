@@ -148,6 +148,10 @@ def _why(part: Part, gains: dict[int, float], system: str, base: str, paper: str
     rooms = [room for budget in gains if (room := part.overlap_room(budget)) is not None]
     if rooms and base in ("sync", "unbalanced"):
         words.append(f"overlap could gain {min(rooms):.0%} to {max(rooms):.0%} here")
+    if base in ("sync", "unbalanced") and part.records[0].cell.device.read_bytes_per_s:
+        words.append(
+            "the bandwidth limit lends a pause's reads to what follows, which spares this base: see device native"
+        )
     return "; ".join(words)
 
 
