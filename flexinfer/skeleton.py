@@ -28,7 +28,7 @@ from flexinfer.packed import QUANT_METHOD, PackedFormat, blocks, packed_nbytes
 from flexinfer.plan import Kind, Piece, Weight
 from flexinfer.prefetch import padded_bytes
 
-PIECE_BYTES = 4 << 20  # requests of this size read fastest (docs/performance.md)
+PIECE_BYTES = 4 << 20  # large enough for the disk, small enough that a window of several is little memory
 ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
 FLOAT_DTYPES = {"BF16", "F16", "F32"}
 
