@@ -21,7 +21,7 @@ def test_every_family_under_every_policy(
 ) -> None:
     path = checkpoint(family)
     model, reference = load(path, policy=policy), stock(path)
-    for share in (0.0, 0.35, 0.8) if policy == "balanced" else (0.0, 0.6):
+    for share in (0.0, 0.35, 0.8) if policy == "balanced" else (0.6,):
         resize_to_share(model, share)
         assert model.flexinfer.plan.streamed_bytes > 0
         assert (model.flexinfer.plan.locked_bytes > 0) == (share > 0 and policy != "none")
@@ -68,8 +68,16 @@ def test_direct_and_buffered_sharded_and_single_tied_and_untied(
     assert torch.equal(logits(model, prompt()), logits(stock(path), prompt()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma3"])
 def test_computing_in_another_dtype_than_the_file(
     checkpoint: MakeCheckpoint, load: Load, family: str, stored: torch.dtype, dtype: torch.dtype
@@ -103,14 +111,13 @@ def with_header_of(path: Path, target: Path, header_bytes: int) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("odd", [0, 1, 2, 4, 8, 4091])
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("odd", [0, 1, 2, 8, 4091])
 def test_tensors_at_odd_offsets(
-    checkpoint: MakeCheckpoint, load: Load, tmp_path: Path, dtype: torch.dtype, odd: int, direct: bool
+    checkpoint: MakeCheckpoint, load: Load, tmp_path: Path, dtype: torch.dtype, odd: int
 ) -> None:
     path = with_header_of(checkpoint("llama", dtype), tmp_path / "odd", 12_000 + odd)
     assert any(spec.offset_bytes % 2 for spec in Checkpoint.open(path).tensors.values()) == (odd % 2 == 1)
-    model = load(path, direct=direct)
+    model = load(path)
     reference = logits(stock(path), prompt())
     assert torch.equal(logits(model, prompt()), reference)
     resize_to_share(model, 0.3)

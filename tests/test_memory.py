@@ -51,6 +51,7 @@ def test_views_end_with_their_buffer() -> None:
 
 
 def test_memory_lives_as_long_as_a_tensor_of_it_and_no_longer() -> None:
+    gc.collect()
     before = locked_bytes()
     tensor = Buffer(1 << 20, lock=True).tensor(0, torch.uint8, (8,))
     if locked_bytes() == before:
