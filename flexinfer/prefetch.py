@@ -24,6 +24,8 @@ from flexinfer.memory import PAGE_BYTES, Buffer, round_up
 from flexinfer.plan import Piece
 from flexinfer.trace import Trace
 
+CACHE_BLOCK_BYTES = 2 << 20  # the largest block the page cache keeps as one
+
 
 class ReadError(OSError):
     """Weights could not be read: names the file, the offset and what the system said."""
@@ -98,7 +100,10 @@ class FileReader:
                     errno.EIO, f"{file}: ends before byte {offset_bytes + nbytes}: truncated while in use?"
                 )
         if not self.direct:
-            os.posix_fadvise(fd, start, span, os.POSIX_FADV_DONTNEED)
+            # From further back, so that a large block of the cache which the read before this one cut in two goes too.
+            begin, end = max(0, start - CACHE_BLOCK_BYTES), start + span
+            to_the_end = end >= os.fstat(fd).st_size  # said as 0: the file's last block may reach beyond it
+            os.posix_fadvise(fd, begin, 0 if to_the_end else end - begin, os.POSIX_FADV_DONTNEED)
         return skip
 
     def close(self) -> None:

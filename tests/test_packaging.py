@@ -74,7 +74,9 @@ def test_both_ways_to_start_it_show_the_commands(command: list[str]) -> None:
 def test_make_help_names_every_target() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = next(line for line in text.splitlines() if line.startswith(".PHONY:")).split()[1:]
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[1] for line in shown.splitlines()} == set(targets)
     for target in targets:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, check=True)

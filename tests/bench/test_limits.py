@@ -32,7 +32,8 @@ else:
 print(size / (time.perf_counter() - start_s))
 """
 OWNER = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from flexinfer.bench.limits import Limits
 with Limits(memory_bytes=64 << 20) as limits:
     child = subprocess.Popen(limits.command(["sleep", "600"]))
