@@ -22,9 +22,7 @@ tmpfs, network): then `applied.note` says so. The systemd path needs cgroup v2 a
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -379,12 +377,3 @@ def _remove_stale(parent: Path) -> None:
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             with contextlib.suppress(OSError):
                 group.rmdir()
-
-
-def raise_on_terminate() -> None:
-    """Let SIGTERM end this process through its `finally` blocks, as Ctrl-C does."""
-
-    def stop(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
