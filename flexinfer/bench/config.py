@@ -253,7 +253,7 @@ class RunConfig:
     rounds: int = 1
     trace: bool = False
     resume: bool = True  # skip cells this machine has finished; false: measure them again, and keep both
-    delete_checkpoints: bool = False  # delete the synthetic checkpoints of this model when its cells are done
+    delete_checkpoints: bool = False  # one format after the other, its synthetic checkpoint deleted when done
     include: list[str] = field(default_factory=list)  # run the missing cells of these experiments instead
     results_dir: str = "results"
     cache_dir: str = "~/.cache/flexinfer"

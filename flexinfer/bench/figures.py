@@ -2,7 +2,7 @@
 
 Mechanism: records become a table (`frame`), a table becomes one row for each model, device, budget and system (`summary`:
 the median of the rounds, their least and greatest, and how many). Every drawing function takes records and returns a
-matplotlib figure with units on its axes, y from 0, the bound as a line, and a caption that says machine,
+matplotlib figure with units on its axes, y from 0 or logarithmic, the bound as a line, and a caption that says machine,
 limits, rounds and commit. Records that must not meet in one figure are refused (`check_comparable`).
 Bounds of systems differ by the memory of the process and the speed of the kernels. Drawn are FlexInfer's own and the highest
 of the systems shown, which none of them can pass. Ratios are to each system's own bound.
@@ -16,8 +16,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from flexinfer.bench.records import Record, check_comparable, load_records
 
@@ -58,23 +60,19 @@ BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6
 
 
 def use_style() -> None:
-    """Sets matplotlib's defaults for the figures of this repository; notebooks call it once."""
-    plt.rcParams.update(
-        {
-            "figure.dpi": 110,
-            "savefig.dpi": 200,
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#dddddd",
-            "legend.frameon": False,
-            "hatch.linewidth": 0.6,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "flexinfer",
-        }
-    )
+    """Sets the style of the figures of this repository; notebooks call it once."""
+    own = {
+        "figure.dpi": 110,
+        "savefig.dpi": 200,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": "#dddddd",
+        "legend.frameon": False,
+        "hatch.linewidth": 0.6,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "flexinfer",
+    }
+    seaborn.set_theme(context="paper", style="whitegrid", font="DejaVu Sans", rc=own)
 
 
 def find_records(results_dir: Path, command: str, machine: str | None = None) -> list[Record]:
@@ -105,6 +103,11 @@ def _count(records: Iterable[Record], machine: str) -> int:
     return sum(one.provenance.machine == machine for one in records)
 
 
+def place(record: Record) -> tuple[str, str, int]:
+    """Model, device and budget in bytes: systems are compared where these are the same."""
+    return record.cell.model.name, record.cell.device.name, record.cell.budget_bytes
+
+
 def frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row for each record, with what figures need."""
     return pd.DataFrame(
@@ -126,7 +129,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
                 "bytes_per_token": sum(one.token_bytes) / one.tokens
                 if one.tokens and one.token_bytes
                 else None,
-                "total_weight_bytes": one.total_weight_bytes,
+                "weights_gib": one.total_weight_bytes / GIB if one.total_weight_bytes else None,
                 "resident": one.total_weight_bytes is not None
                 and one.cell.budget_bytes > one.total_weight_bytes,
                 "tokens": one.tokens,
@@ -152,7 +155,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
                 "ratio",
                 "peak_gib",
                 "bytes_per_token",
-                "total_weight_bytes",
+                "weights_gib",
                 "resident",
                 "tokens",
             ),
@@ -163,9 +166,8 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 def summary(data: pd.DataFrame) -> pd.DataFrame:
     """One row for each model, device, budget and system: median, least and greatest of the rounds, and their number."""
     keys = ["model", "device", "budget_bytes", "budget_gib", "system", "label", "format", "resident"]
-    grouped = data.astype({"tokens_per_s": float, "bound": float, "ratio": float, "peak_gib": float}).groupby(
-        keys, sort=True
-    )
+    numbers = ("tokens_per_s", "bound", "ratio", "peak_gib", "weights_gib")
+    grouped = data.astype(dict.fromkeys(numbers, float)).groupby(keys, sort=True)
     table = grouped.agg(
         tokens_per_s=("tokens_per_s", "median"),
         low=("tokens_per_s", "min"),
@@ -174,6 +176,7 @@ def summary(data: pd.DataFrame) -> pd.DataFrame:
         bound=("bound", "median"),
         ratio=("ratio", "median"),
         peak_gib=("peak_gib", "max"),
+        weights_gib=("weights_gib", "max"),
         status=("status", lambda found: "ok" if "ok" in set(found) else found.iloc[-1]),
     ).reset_index()
     order = {name: place for place, name in enumerate(LOOKS)}
@@ -308,7 +311,8 @@ def draw_lines(axes: Axes, table: pd.DataFrame, column: str = "tokens_per_s") ->
         for _, row in part[part[column].isna()].iterrows():
             axes.annotate(
                 f"{row['label']}: {row['status']}",
-                (row["budget_gib"], 0),
+                (row["budget_gib"], 0.01),
+                xycoords=("data", "axes fraction"),
                 rotation=90,
                 fontsize=6,
                 va="bottom",
@@ -327,27 +331,54 @@ def draw_bounds(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def throughput(records: Sequence[Record], title: str) -> Figure | None:
-    """Throughput against memory: for each model and device a row of while-streaming, all budgets, and share of the bound."""
+    """Throughput against memory, logarithmic, with the bounds: a panel for each model and device, small models first."""
     table = summary(frame(records))
     if table.empty:
         return None
-    rows = list(table.groupby(["model", "device"], sort=False))
-    figure, grid = plt.subplots(
-        len(rows), 3, figsize=(10.5, 3.1 * len(rows)), squeeze=False, layout="constrained"
-    )
-    for (name, part), line in zip(rows, grid, strict=True):
-        for axes, shown, what in zip(
-            line, (part[~part["resident"]], part), ("does not fit", "all budgets"), strict=False
-        ):
-            draw_lines(axes, shown)
-            draw_bounds(axes, shown)
-            axes.set(title=f"{name[0]}, {name[1]}: {what}", ylabel="throughput [tokens/s]")
-            axes.set_ylim(bottom=0)
-        draw_lines(line[2], part, "ratio")
-        line[2].axhline(1, **BOUND)
-        line[2].set(title="achieved / own bound", ylabel="share of the bound", ylim=(0, None))
+    figure, panels = _panels(table)
+    for axes, part in panels:
+        draw_lines(axes, part)
+        draw_bounds(axes, part)
+        axes.axvline(part["weights_gib"].max(), label="size of the weights", color="#777777", linewidth=0.8)
+        axes.set(ylabel="throughput [tokens/s]", yscale="log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 1.1, high * 1.1)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     shared_legend(figure, title)
     return finish(figure, records)
+
+
+def shares(records: Sequence[Record], title: str) -> Figure | None:
+    """Every system's throughput over its own bound, against memory, from 0: panels as in `throughput`."""
+    table = summary(frame(records))
+    if table.empty:
+        return None
+    figure, panels = _panels(table)
+    for axes, part in panels:
+        draw_lines(axes, part, "ratio")
+        axes.axhline(1, label="the bound", **BOUND)
+        axes.set(ylabel="achieved / own bound", ylim=(0, None))
+    shared_legend(figure, title)
+    return finish(figure, records)
+
+
+def _panels(table: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """Panels, at most three in a line, each with the rows of one model and device; small models first."""
+    parts = sorted(
+        table.groupby(["model", "device"], sort=False),
+        key=lambda one: (one[1]["weights_gib"].max(), one[0][1]),
+    )
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    size = (3.5 * max(columns, 2), 3.1 * lines + 0.5)
+    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, (name, _) in zip(grid.flat, parts, strict=False):
+        axes.set_title(", ".join(name))
+    for axes in grid.flat[len(parts) :]:
+        axes.axis("off")
+    return figure, [(axes, part) for axes, (_, part) in zip(grid.flat, parts, strict=False)]
 
 
 def bars(records: Sequence[Record], title: str) -> Figure | None:
@@ -355,12 +386,16 @@ def bars(records: Sequence[Record], title: str) -> Figure | None:
     table = summary(frame(records))
     if table.empty:
         return None
-    order = [name for name in LOOKS if name in set(table["system"])]
-    rows = list(table.groupby(["model", "device"], sort=False))
+    rows = sorted(
+        table.groupby(["model", "device"], sort=False),
+        key=lambda one: (one[1]["weights_gib"].max(), one[0][1]),
+    )
     columns = max(part["budget_gib"].nunique() for _, part in rows)
-    size = (3.4 * max(columns, 2), 2.9 * len(rows) + 0.6)
+    size = (3.4 * max(columns, 2), 2.7 * len(rows) + 0.6)
     figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
     for (name, part), line in zip(rows, grid, strict=True):
+        systems = [*(one for one in LOOKS if one != "flexinfer"), "flexinfer"]
+        order = [one for one in systems if one in set(part["system"])]
         for axes, (budget, mine) in zip(line, part.groupby("budget_gib"), strict=False):
             for system, row in mine.set_index("system").iterrows():
                 look, speed = LOOKS[str(system)], row["tokens_per_s"]
@@ -379,7 +414,7 @@ def bars(records: Sequence[Record], title: str) -> Figure | None:
                 )
             axes.axhline(mine["bound"].max(), label="highest bound", **BOUND)
             axes.set(
-                title=f"{name[0]}, {name[1]}, {budget:.2f} GiB",
+                title=f"{', '.join(name)}, {budget:.2f} GiB",
                 ylabel="throughput [tokens/s]",
                 ylim=(0, None),
             )
@@ -420,8 +455,7 @@ def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
     groups: dict[tuple[str, str, int], dict[str, Record]] = {}
     for one in records:
         if one.events_file and one.status == "ok" and one.cell.system.name in order:
-            place = (one.cell.model.name, one.cell.device.name, one.cell.budget_bytes)
-            groups.setdefault(place, {}).setdefault(one.cell.system.name, one)
+            groups.setdefault(place(one), {}).setdefault(one.cell.system.name, one)
     complete: dict[str, Record] = max(groups.values(), key=len, default={})
     traced = sorted(complete.values(), key=lambda one: order[one.cell.system.name])
     if not traced:

@@ -2,7 +2,8 @@
 
 Mechanism: a comparison (`RunConfig`) is a list of cells in the order round, budget, system: the systems take turns at every
 budget, so that a slow drift of the machine meets all of them. Several comparisons on one model and device are
-merged in that order, so that a run that is stopped early has whole rounds. A cell is measured by `run_cell` (flexinfer.bench.cell), which
+merged in that order, so that a run that is stopped early has whole rounds. Only where checkpoints are deleted (the models
+that fill a disk) do formats come one after the other, each deleted when its cells are done. A cell is measured by `run_cell` (flexinfer.bench.cell), which
 is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
 loses the cell in hand and no more. A cell is finished when a record of the same key (flexinfer.bench.config) and the
 same machine is anywhere below results/, whichever experiment asked for it: experiments share cells.
@@ -132,11 +133,18 @@ def save(results_dir: Path, record: Record) -> Path:
     return file
 
 
-def delete_checkpoints(cache_dir: Path, model_name: str | None = None) -> int:
-    """Deletes the synthetic checkpoints of a model (None: of all) below `cache_dir`; returns the bytes freed."""
+def delete_checkpoints(cache_dir: Path, model_name: str | None = None, format: str | None = None) -> int:
+    """Deletes the synthetic checkpoints of a model (None: of all) below `cache_dir`; returns the bytes freed.
+
+    Args:
+        cache_dir: the cache directory.
+        model_name: such as llama2-7b.
+        format: only those of this format, such as gguf; needs `model_name`.
+    """
     freed = 0
+    wanted = "" if model_name is None else f"{model_name}-" if format is None else f"{model_name}-{format}-"
     for path in checkpoints(cache_dir):
-        if model_name is None or path.name.startswith((f"{model_name}-", f"{model_name}.")):
+        if path.name.startswith(wanted):
             freed += size_bytes(path)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return freed
@@ -172,7 +180,10 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
     for config in configs:
         results_dir = Path(config.results_dir)
         done = finished_keys(results_dir, machine) if config.resume else set()
-        cells = {cell.key: cell for cell in cells_of(config)}
+        ordered = cells_of(config)
+        if config.delete_checkpoints:  # one checkpoint on the disk at a time
+            ordered.sort(key=lambda cell: cell.system.format)
+        cells = {cell.key: cell for cell in ordered}
         summary.planned += len(cells.keys() - seen)
         todo += [(config, cell) for key, cell in cells.items() if key not in done | seen]
         seen |= cells.keys()
@@ -180,7 +191,14 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
         places = {
             place: number for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))
         }
-        todo.sort(key=lambda one: (places[_place(one[1])], one[1].round, one[1].budget_bytes))
+        todo.sort(
+            key=lambda one: (
+                places[_place(one[1])],
+                one[1].system.format if one[0].delete_checkpoints else "",
+                one[1].round,
+                one[1].budget_bytes,
+            )
+        )
     summary.skipped = summary.planned - len(todo)
     if summary.skipped:
         console.print(
@@ -198,28 +216,25 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
         task = progress.add_task("", total=len(todo), left="")
         try:
             for number, (config, cell) in enumerate(todo):
-                left = _left_s(seconds, [one.system.name for _, one in todo[number:]])
-                progress.update(
-                    task,
-                    description=f"cell {number + 1} of {len(todo)}: {describe(cell)}",
-                    left="" if left is None else f"about {left / 60:.0f} min left",
-                )
+                progress.update(task, description=f"cell {number + 1} of {len(todo)}: {describe(cell)}")
                 began = time.monotonic()
                 record = run_cell(cell)
                 seconds[cell.system.name].append(time.monotonic() - began)
                 save(Path(config.results_dir), record)
                 summary.measured += 1
-                progress.advance(task)
+                left = f"about {_left_s(seconds, [one.system.name for _, one in todo[number + 1 :]]) / 60:.0f} min left"
+                progress.update(task, advance=1, left=left)
                 console.print(
-                    f"[{number + 1}/{len(todo)}] {describe(cell)}: {outcome(record)}",
+                    f"[{number + 1}/{len(todo)}, {left}] {describe(cell)}: {outcome(record)}",
                     highlight=False,
                     markup=False,
                     soft_wrap=True,
                 )
-                last = all(other.model.name != config.model.name for _, other in todo[number + 1 :])
-                if config.delete_checkpoints and last:
-                    freed = delete_checkpoints(Path(config.cache_dir), config.model.name)
-                    console.print(f"deleted the checkpoints of {config.model.name}: {format_size(freed)}")
+                checkpoint = (config.model.name, cell.system.format)
+                needed = {(one.model.name, one.system.format) for _, one in todo[number + 1 :]}
+                if config.delete_checkpoints and checkpoint not in needed:
+                    freed = delete_checkpoints(Path(config.cache_dir), *checkpoint)
+                    console.print(f"deleted the {' '.join(checkpoint)} checkpoint: {format_size(freed)}")
         except KeyboardInterrupt:
             summary.interrupted = True
     return summary
@@ -272,9 +287,7 @@ def _place(cell: CellConfig) -> tuple[str, str, bool]:
     return cell.model.name, cell.device.name, cell.trace
 
 
-def _left_s(seconds: dict[str, list[float]], systems: Sequence[str]) -> float | None:
-    """Seconds the cells of `systems` will take, or None before the first is done."""
+def _left_s(seconds: dict[str, list[float]], systems: Sequence[str]) -> float:
+    """Seconds the cells of `systems` will take; `seconds` holds those of at least one finished cell."""
     known = [one for found in seconds.values() for one in found]
-    if not known:
-        return None
     return sum(statistics.mean(seconds.get(system) or known) for system in systems)

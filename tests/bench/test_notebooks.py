@@ -161,17 +161,50 @@ def test_every_system_of_the_experiments_has_a_look_of_its_own() -> None:
     assert len({look.colour for look in figures.LOOKS.values()}) == len(looks)
 
 
-def test_throughput_has_axes_from_zero_units_the_bound_and_a_caption(results: Path) -> None:
+def test_throughput_has_units_the_bound_and_a_caption(results: Path) -> None:
     records = figures.find_records(results, "x")
     figure = figures.throughput(records, "title")
     assert figure is not None
     for axes in figure.axes:
-        assert axes.get_ylim()[0] == 0
+        assert axes.get_yscale() == "log"
         assert "[" in axes.get_ylabel() + axes.get_xlabel()
     assert "bound of FlexInfer" in figure.axes[0].get_legend_handles_labels()[1]
     caption = figure.texts[-1].get_text().replace("\n", "")
     for part in (MACHINE["cpu"], "cgroup v1", "500 MB/s", "00000000", "n = "):
         assert str(part) in caption
+
+
+def test_shares_of_the_bound_and_bars_begin_at_zero(results: Path) -> None:
+    records = [
+        one for one in figures.find_records(results, "x") if one.cell.system.name != "llama-cpp-default"
+    ]
+    for figure in (figures.shares(records, "title"), figures.bars(records, "title")):
+        assert figure is not None
+        assert all(axes.get_ylim()[0] == 0 for axes in figure.axes)
+        assert all("[" in axes.get_ylabel() or "bound" in axes.get_ylabel() for axes in figure.axes)
+
+
+def test_every_model_and_device_has_one_panel_small_models_first(results: Path) -> None:
+    large = ShapeConfig(8192, 28672, 80, 64, 8, 32000)
+    save(
+        results,
+        simulated(
+            "flexinfer", 4, model=ModelConfig("llama2-70b", shape=large), total_weight_bytes=10 * WEIGHTS
+        ),
+    )
+    save(
+        results,
+        simulated(
+            "flexinfer", 0.3, model=ModelConfig("a-small-one", shape=SHAPE), total_weight_bytes=WEIGHTS // 2
+        ),
+    )
+    figure = figures.throughput(load_records(results), "title")
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == [
+        "a-small-one, fixed",
+        "llama2-7b, fixed",
+        "llama2-70b, fixed",
+    ]
 
 
 def test_the_drawn_bounds_are_ours_and_the_highest(results: Path) -> None:

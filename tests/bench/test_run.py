@@ -74,7 +74,7 @@ def test_every_cell_is_measured_once_in_turns_and_recorded(tmp_path: Path) -> No
     assert summary == Summary(planned=8, skipped=0, measured=8)
     assert [cell.system.name for cell in imitation.cells] == ["sync", "flexinfer"] * 4
     assert len(load_records(tmp_path / "results")) == 8
-    assert "[8/8]" in shown
+    assert "[8/8, about 0 min left]" in shown
     assert "of the bound" in shown
 
 
@@ -169,6 +169,34 @@ def test_checkpoints_of_the_model_alone_are_deleted_when_its_cells_are_done(tmp_
     go(Imitation(), config(tmp_path, delete_checkpoints=True))
     assert checkpoints(tmp_path / "cache") == [kept]
     assert delete_checkpoints(tmp_path / "cache") == 1000
+
+
+def test_where_checkpoints_are_deleted_one_is_on_the_disk_at_a_time(tmp_path: Path) -> None:
+    on_disk = []
+
+    class Making(Imitation):
+        def __call__(self, cell: CellConfig) -> Record:
+            path = tmp_path / "cache" / "synthetic" / f"tiny-{cell.system.format}-abc"
+            path.mkdir(parents=True, exist_ok=True)
+            on_disk.append([path.name for path in checkpoints(tmp_path / "cache")])
+            return super().__call__(cell)
+
+    systems = {
+        "a": SystemConfig("a", "A"),
+        "b": SystemConfig("b", "B", kind="llama_cpp"),
+        "c": SystemConfig("c", "C"),
+    }
+    summary, _ = go(Making(), config(tmp_path, systems=systems, delete_checkpoints=True))
+    assert summary.measured == 12
+    assert sorted(map(tuple, on_disk)) == [("tiny-gguf-abc",)] * 4 + [("tiny-int4-abc",)] * 8
+    assert checkpoints(tmp_path / "cache") == []
+
+
+def test_every_line_says_how_long_it_will_be(tmp_path: Path) -> None:
+    _, said = go(Imitation(), config(tmp_path))
+    lines = [line for line in said.splitlines() if line.startswith("[")]
+    assert len(lines) == 8
+    assert all(" min left]" in line for line in lines)
 
 
 def test_fractions_refer_to_the_same_bytes_for_every_system(tmp_path: Path) -> None:
