@@ -74,7 +74,8 @@ def run_cell(cell: CellConfig) -> Record:
         message = _tail(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
         return _failed(cell, "error", f"checkpoint: {message}", provenance(Path(cell.cache_dir).expanduser()))
     origin = provenance(Path(facts.path))
-    with tempfile.TemporaryDirectory(prefix="flexinfer-cell-") as scratch:
+    remove_stale_scratch(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=f"flexinfer-cell-{os.getpid()}-") as scratch:
         job = _job(cell, facts, Path(scratch))
         if cell.system.kind == "airllm":
             split = run_child(job | {"kind": "split"}, cell.workload.timeout_s)
@@ -145,6 +146,14 @@ def run_cell(cell: CellConfig) -> Record:
         engine=engine,
         events=events,
     )
+
+
+def remove_stale_scratch(parent: Path) -> None:
+    """Remove scratch directories of cells whose process is gone: one killed outright leaves its own."""
+    for path in parent.glob("flexinfer-cell-*-*"):
+        owner = path.name.split("-")[2]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(slots=True)

@@ -270,7 +270,7 @@ class LlamaCpp:
     def close(self) -> None:
         self.stop.set()
         if self.worker is not None:
-            self.worker.join(timeout=5)
+            self.worker.join(timeout=1)  # it looks at `stop` once a token
         self.server = None
 
 

@@ -1,6 +1,7 @@
 """A cell is one fresh process, and whatever happens to it is a record."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,12 @@ def test_the_resident_pass_is_measured_once(tmp_path: Path, monkeypatch: pytest.
     assert [json.loads(file.read_text())["seconds"] for file in (tmp_path / "resident").iterdir()] == [
         seconds
     ]
+
+
+def test_scratch_of_a_killed_run_is_removed_by_the_next_and_that_of_a_live_one_kept(tmp_path: Path) -> None:
+    dead, live = (tmp_path / f"flexinfer-cell-{pid}-abc" for pid in (2**22 + 1, os.getpid()))
+    for path in (dead, live):
+        path.mkdir()
+        (path / "events.jsonl").write_text("{}")
+    cells.remove_stale_scratch(tmp_path)
+    assert list(tmp_path.iterdir()) == [live]
