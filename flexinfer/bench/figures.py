@@ -450,13 +450,14 @@ def one_pass(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
-    """Figure 3: reads, waits and kernels of one pass, unbalanced locking above balanced, at the first budget with both."""
+    """Figure 3: reads, waits and kernels of one pass, unbalanced locking above balanced, at the largest budget with both."""
     order = {"unbalanced": 0, "flexinfer": 1}
     groups: dict[tuple[str, str, int], dict[str, Record]] = {}
     for one in records:
         if one.events_file and one.status == "ok" and one.cell.system.name in order:
             groups.setdefault(place(one), {}).setdefault(one.cell.system.name, one)
-    complete: dict[str, Record] = max(groups.values(), key=len, default={})
+    best = max(groups, key=lambda one: (len(groups[one]), one[2]), default=None)
+    complete = {} if best is None else groups[best]
     traced = sorted(complete.values(), key=lambda one: order[one.cell.system.name])
     if not traced:
         return None

@@ -1,0 +1,70 @@
+"""The committed results: every record fits the schema, and the README's numbers are those of the records."""
+
+import re
+from pathlib import Path
+
+import pytest
+from bench_samples import ROOT
+
+from flexinfer.bench import figures
+from flexinfer.bench.records import Record, load_records
+
+RESULTS = ROOT / "results"
+
+
+def readme_rows(text: str) -> list[dict[str, str]]:
+    """The rows of the first table below '## Results'; an empty cell means the one above."""
+    lines = [
+        line for line in text.split("## Results")[1].split("\n## ")[0].splitlines() if line.startswith("|")
+    ]
+    heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    filled: list[dict[str, str]] = []
+    for row in rows:
+        above = filled[-1] if filled else {}
+        filled.append({head: cell or above[head] for head, cell in zip(heads, row, strict=True)})
+    return filled
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return load_records(RESULTS)
+
+
+def test_the_numbers_in_the_readme_are_medians_of_the_records(records: list[Record]) -> None:
+    data = figures.frame(records)
+    rows = readme_rows((ROOT / "README.md").read_text())
+    assert len(rows) >= 10
+    for row in rows:
+        match = re.search(r"`([\w-]+)`", row["model"])
+        assert match, f"{row}: the model's name in the records has to stand in backticks"
+        found = data[
+            (data["model"] == match[1])
+            & (data["device"] == row["device"])
+            & (data["budget_gib"].round(2) == float(row["budget"].split()[0]))
+            & (data["label"] == row["system"])
+        ]
+        shown = {
+            "tokens/s": f"{found['tokens_per_s'].median():.3f}",
+            "of the bound": f"{found['ratio'].median():.2f}",
+            "read per token": f"{found['bytes_per_token'].median() / 1e9:.2f} GB",
+            "rounds": str(found["tokens_per_s"].count()),
+        }
+        assert {head: row[head] for head in shown} == shown, f"of {row}"
+
+
+def test_the_engines_own_runs_stay_in_their_budget(records: list[Record]) -> None:
+    ours = [one for one in records if one.cell.system.kind == "flexinfer"]
+    assert ours
+    for one in ours:
+        assert one.status == "ok"
+        assert one.limits.memory_bytes == one.cell.budget_bytes // 4096 * 4096
+        assert one.peak_memory_bytes is not None
+        assert one.peak_memory_bytes <= one.limits.memory_bytes
+
+
+def test_every_figure_is_there_as_png_and_svg() -> None:
+    names = {file.stem for file in (RESULTS / "figures").iterdir()}
+    assert names == {"table1", "fig3", "fig4", "fig4-shares", "fig5", "limit"}
+    for name in names:
+        assert Path(RESULTS / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert "<svg" in (RESULTS / "figures" / f"{name}.svg").read_text()
