@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from flexinfer.bench.records import Record, check_comparable, load_records
+from flexinfer.bench.records import Record, check_comparable, load_records, with_common_bandwidth
 
 GIB = 2**30
 
@@ -80,7 +80,7 @@ def find_records(results_dir: Path, command: str, machine: str | None = None) ->
 
     Says which command makes them, and returns none, where there are none. Of several machines, the one with most
     records is taken unless `machine` names another, and the rest are counted aloud. Cells that have a limited
-    record are shown without their unlimited ones.
+    record are shown without their unlimited ones. Their bounds have a common B (`with_common_bandwidth`).
     """
     records = load_records(results_dir) if results_dir.exists() else []
     records = [one for one in records if one.cell.model.name != "smoke"] or records
@@ -96,16 +96,11 @@ def find_records(results_dir: Path, command: str, machine: str | None = None) ->
         records = [one for one in records if one.run_id not in unlimited]
     if not records:
         print(f"No records for this in {results_dir}. Make them with:  {command}")
-    return records
+    return with_common_bandwidth(records)
 
 
 def _count(records: Iterable[Record], machine: str) -> int:
     return sum(one.provenance.machine == machine for one in records)
-
-
-def place(record: Record) -> tuple[str, str, int]:
-    """Model, device and budget in bytes: systems are compared where these are the same."""
-    return record.cell.model.name, record.cell.device.name, record.cell.budget_bytes
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -455,7 +450,7 @@ def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
     groups: dict[tuple[str, str, int], dict[str, Record]] = {}
     for one in records:
         if one.events_file and one.status == "ok" and one.cell.system.name in order:
-            groups.setdefault(place(one), {}).setdefault(one.cell.system.name, one)
+            groups.setdefault(one.place, {}).setdefault(one.cell.system.name, one)
     best = max(groups, key=lambda one: (len(groups[one]), one[2]), default=None)
     complete = {} if best is None else groups[best]
     traced = sorted(complete.values(), key=lambda one: order[one.cell.system.name])

@@ -11,6 +11,7 @@ It does not measure, and it does not draw.
 """
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable
@@ -121,6 +122,11 @@ class Record(BaseModel):
     events: list[dict[str, Any]] = Field(default_factory=list)
     events_file: str | None = None  # its name, relative to the records file
 
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Model, device and budget in bytes: systems are compared where these are the same."""
+        return self.cell.model.name, self.cell.device.name, self.cell.budget_bytes
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def cell_key(self) -> str:
@@ -198,6 +204,25 @@ def bound_tokens_per_s(
     """1 / max(c, (S - R) / B), R clipped to 0..S."""
     resident_bytes = min(max(resident_bytes, 0), total_weight_bytes)
     return 1 / max(compute_s_per_pass, (total_weight_bytes - resident_bytes) / bandwidth_bytes_per_s)
+
+
+def with_common_bandwidth(records: Iterable[Record]) -> list[Record]:
+    """The same records, B of each the best that any system saw in the same model, device and budget, up to the limit.
+
+    The disk is one and the same for systems that take turns, but what a run sees of it depends on the run: a system that reads
+    and computes in turn reads slowly, and by its own B alone would look as if it were at its bound.
+    """
+    records = list(records)
+    best: dict[tuple[str, str, int], float] = {}
+    for one in records:
+        rate, limit = one.bandwidth_bytes_per_s or 0.0, one.limits.read_bytes_per_s or math.inf
+        best[one.place] = max(best.get(one.place, 0.0), min(rate, limit))
+    return [
+        one.model_copy(update={"bandwidth_bytes_per_s": best[one.place]})
+        if one.bandwidth_bytes_per_s
+        else one
+        for one in records
+    ]
 
 
 def append_record(path: Path, record: Record) -> None:

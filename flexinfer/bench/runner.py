@@ -34,7 +34,14 @@ from flexinfer.bench.config import (
     resolve_format,
     weight_bytes,
 )
-from flexinfer.bench.records import FINISHED, Record, append_record, drop_partial_line, load_records
+from flexinfer.bench.records import (
+    FINISHED,
+    Record,
+    append_record,
+    drop_partial_line,
+    load_records,
+    with_common_bandwidth,
+)
 from flexinfer.plan import format_size
 
 RunCell = Callable[[CellConfig], Record]
@@ -261,9 +268,9 @@ def outcome(record: Record) -> str:
 
 
 def results_table(records: Iterable[Record]) -> Table:
-    """Median tokens per second and ratio of every model, device, budget and system."""
+    """Median tokens per second and ratio of every model, device, budget and system; bounds with a common B."""
     groups: dict[tuple[str, str, int, str], list[Record]] = defaultdict(list)
-    for record in records:
+    for record in with_common_bandwidth(records):
         cell = record.cell
         groups[cell.model.name, cell.device.name, cell.budget_bytes, cell.system.label].append(record)
     table = Table("model", "device", "budget", "system", "tokens/s", "of the bound", "rounds")

@@ -20,6 +20,7 @@ from flexinfer.bench.records import (
     check_comparable,
     drop_partial_line,
     load_records,
+    with_common_bandwidth,
 )
 
 
@@ -185,3 +186,19 @@ def test_provenance_names_this_machine_and_makes_a_valid_record(tmp_path: Path) 
     assert found.versions["python"]
     assert found.file_system
     assert make_record(make_cell(), provenance=found).provenance.machine == found.machine
+
+
+def test_systems_that_take_turns_are_held_against_the_same_disk() -> None:
+    def seen(budget_bytes: int, rate: float, limit: int | None = None) -> Record:
+        record = make_record(make_cell(budget_bytes=budget_bytes), bandwidth_bytes_per_s=rate)
+        return record.model_copy(
+            update={"limits": record.limits.model_copy(update={"read_bytes_per_s": limit})}
+        )
+
+    slow, fast, elsewhere = with_common_bandwidth([seen(2**30, 6e8), seen(2**30, 9e8), seen(2**31, 7e8)])
+    assert (slow.bandwidth_bytes_per_s, fast.bandwidth_bytes_per_s) == (9e8, 9e8)
+    assert elsewhere.bandwidth_bytes_per_s == 7e8
+    assert slow.bound_tokens_per_s == fast.bound_tokens_per_s
+    assert [one.bandwidth_bytes_per_s for one in with_common_bandwidth([seen(2**30, 6e8, 500_000_000)])] == [
+        5e8
+    ]

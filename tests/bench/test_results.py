@@ -7,7 +7,7 @@ import pytest
 from bench_samples import ROOT
 
 from flexinfer.bench import figures
-from flexinfer.bench.records import Record, load_records
+from flexinfer.bench.records import Record
 
 RESULTS = ROOT / "results"
 
@@ -27,7 +27,7 @@ def readme_rows(text: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
-    return load_records(RESULTS)
+    return figures.find_records(RESULTS, "python scripts/run.py +exp=claims")
 
 
 def test_the_numbers_in_the_readme_are_medians_of_the_records(records: list[Record]) -> None:
