@@ -150,10 +150,8 @@ def run_cell(cell: CellConfig) -> Record:
 
 def remove_stale_scratch(parent: Path) -> None:
     """Remove scratch directories of cells whose process is gone: one killed outright leaves its own."""
-    for path in parent.glob("flexinfer-cell-*-*"):
-        owner = path.name.split("-")[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+    for path in limiting.abandoned(parent, "flexinfer-cell-"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ of the systems shown, which none of them can pass. Ratios are to each system's o
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -327,11 +327,8 @@ def draw_bounds(axes: Axes, table: pd.DataFrame) -> None:
 
 def throughput(records: Sequence[Record], title: str) -> Figure | None:
     """Throughput against memory, logarithmic, with the bounds: a panel for each model and device, small models first."""
-    table = summary(frame(records))
-    if table.empty:
-        return None
-    figure, panels = _panels(table)
-    for axes, part in panels:
+
+    def draw(axes: Axes, part: pd.DataFrame) -> None:
         draw_lines(axes, part)
         draw_bounds(axes, part)
         axes.axvline(part["weights_gib"].max(), label="size of the weights", color="#777777", linewidth=0.8)
@@ -341,56 +338,59 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    shared_legend(figure, title)
-    return finish(figure, records)
+
+    return _panels(records, title, draw)
 
 
 def shares(records: Sequence[Record], title: str) -> Figure | None:
     """Every system's throughput over its own bound, against memory, from 0: panels as in `throughput`."""
-    table = summary(frame(records))
-    if table.empty:
-        return None
-    figure, panels = _panels(table)
-    for axes, part in panels:
+
+    def draw(axes: Axes, part: pd.DataFrame) -> None:
         draw_lines(axes, part, "ratio")
         axes.axhline(1, label="the bound", **BOUND)
         axes.set(ylabel="achieved / own bound", ylim=(0, None))
-    shared_legend(figure, title)
-    return finish(figure, records)
+
+    return _panels(records, title, draw)
 
 
-def _panels(table: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """Panels, at most three in a line, each with the rows of one model and device; small models first."""
-    parts = sorted(
-        table.groupby(["model", "device"], sort=False),
-        key=lambda one: (one[1]["weights_gib"].max(), one[0][1]),
-    )
+def _parts(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each model and device, with their name; small models first."""
+    groups = table.groupby(["model", "device"], sort=False)
+    parts = [(", ".join(name), part) for name, part in groups]
+    return sorted(parts, key=lambda one: (one[1]["weights_gib"].max(), one[0]))
+
+
+def _panels(
+    records: Sequence[Record], title: str, draw: Callable[[Axes, pd.DataFrame], None]
+) -> Figure | None:
+    """A panel drawn by `draw` for each model and device, at most three in a line."""
+    parts = _parts(summary(frame(records)))
+    if not parts:
+        return None
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     size = (3.5 * max(columns, 2), 3.1 * lines + 0.5)
     figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axes, (name, _) in zip(grid.flat, parts, strict=False):
-        axes.set_title(", ".join(name))
+    for axes, (name, part) in zip(grid.flat, parts, strict=False):
+        draw(axes, part)
+        axes.set_title(name)
     for axes in grid.flat[len(parts) :]:
         axes.axis("off")
-    return figure, [(axes, part) for axes, (_, part) in zip(grid.flat, parts, strict=False)]
+    shared_legend(figure, title)
+    return finish(figure, records)
 
 
 def bars(records: Sequence[Record], title: str) -> Figure | None:
     """Throughput of many systems at few budgets, as bars: a panel for each budget; the bounds are lines across it."""
-    table = summary(frame(records))
-    if table.empty:
+    parts = _parts(summary(frame(records)))
+    if not parts:
         return None
-    rows = sorted(
-        table.groupby(["model", "device"], sort=False),
-        key=lambda one: (one[1]["weights_gib"].max(), one[0][1]),
-    )
-    columns = max(part["budget_gib"].nunique() for _, part in rows)
-    size = (3.4 * max(columns, 2), 2.7 * len(rows) + 0.6)
-    figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for (name, part), line in zip(rows, grid, strict=True):
-        systems = [*(one for one in LOOKS if one != "flexinfer"), "flexinfer"]
-        order = [one for one in systems if one in set(part["system"])]
+    columns = max(part["budget_gib"].nunique() for _, part in parts)
+    size = (3.4 * max(columns, 2), 2.7 * len(parts) + 0.6)
+    figure, grid = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
+    looks = list(LOOKS)
+    for (name, part), line in zip(parts, grid, strict=True):
+        order = sorted(set(part["system"]), key=lambda one: (one == "flexinfer", looks.index(one)))
         for axes, (budget, mine) in zip(line, part.groupby("budget_gib"), strict=False):
             for system, row in mine.set_index("system").iterrows():
                 look, speed = LOOKS[str(system)], row["tokens_per_s"]
@@ -408,11 +408,7 @@ def bars(records: Sequence[Record], title: str) -> Figure | None:
                     label=row["label"],
                 )
             axes.axhline(mine["bound"].max(), label="highest bound", **BOUND)
-            axes.set(
-                title=f"{', '.join(name)}, {budget:.2f} GiB",
-                ylabel="throughput [tokens/s]",
-                ylim=(0, None),
-            )
+            axes.set(title=f"{name}, {budget:.2f} GiB", ylabel="throughput [tokens/s]", ylim=(0, None))
             axes.set_xticks([])
         for axes in line[part["budget_gib"].nunique() :]:
             axes.axis("off")

@@ -370,10 +370,18 @@ def _rbps(text: str, device: str) -> int:
     raise LimitError(f"read_bytes_per_s: the kernel shows no read limit for {device}")
 
 
+def abandoned(parent: Path, prefix: str) -> list[Path]:
+    """What lies in `parent` under a name of `prefix`, a process id, '-' and more, whose process is gone."""
+    found = []
+    for path in parent.glob(f"{prefix}*-*"):
+        owner = path.name.removeprefix(prefix).split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            found.append(path)
+    return found
+
+
 def _remove_stale(parent: Path) -> None:
     """Remove empty groups whose maker is gone (a reaper killed with its maker leaves them)."""
-    for group in parent.glob("flexinfer-*-*"):
-        owner = group.name.split("-")[1]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            with contextlib.suppress(OSError):
-                group.rmdir()
+    for group in abandoned(parent, "flexinfer-"):
+        with contextlib.suppress(OSError):
+            group.rmdir()

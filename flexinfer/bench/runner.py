@@ -187,25 +187,23 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
     for config in configs:
         results_dir = Path(config.results_dir)
         done = finished_keys(results_dir, machine) if config.resume else set()
-        ordered = cells_of(config)
-        if config.delete_checkpoints:  # one checkpoint on the disk at a time
-            ordered.sort(key=lambda cell: cell.system.format)
-        cells = {cell.key: cell for cell in ordered}
+        cells = {cell.key: cell for cell in cells_of(config)}
         summary.planned += len(cells.keys() - seen)
         todo += [(config, cell) for key, cell in cells.items() if key not in done | seen]
         seen |= cells.keys()
-    if len(configs) > 1:  # the systems of all experiments on a model and device take turns
-        places = {
-            place: number for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))
-        }
-        todo.sort(
-            key=lambda one: (
-                places[_place(one[1])],
-                one[1].system.format if one[0].delete_checkpoints else "",
-                one[1].round,
-                one[1].budget_bytes,
-            )
-        )
+    places = {place: number for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))}
+
+    def turn(one: tuple[RunConfig, CellConfig]) -> tuple[int | str, ...]:
+        config, cell = one
+        format = (
+            cell.system.format if config.delete_checkpoints else ""
+        )  # one checkpoint on the disk at a time
+        merged = (
+            (cell.round, cell.budget_bytes) if len(configs) > 1 else ()
+        )  # all experiments' systems take turns
+        return (places[_place(cell)], format, *merged)
+
+    todo.sort(key=turn)
     summary.skipped = summary.planned - len(todo)
     if summary.skipped:
         console.print(
@@ -238,8 +236,8 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
                     soft_wrap=True,
                 )
                 checkpoint = (config.model.name, cell.system.format)
-                needed = {(one.model.name, one.system.format) for _, one in todo[number + 1 :]}
-                if config.delete_checkpoints and checkpoint not in needed:
+                later = ((one.model.name, one.system.format) for _, one in todo[number + 1 :])
+                if config.delete_checkpoints and checkpoint not in later:
                     freed = delete_checkpoints(Path(config.cache_dir), *checkpoint)
                     console.print(f"deleted the {' '.join(checkpoint)} checkpoint: {format_size(freed)}")
         except KeyboardInterrupt:
