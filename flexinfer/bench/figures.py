@@ -57,6 +57,7 @@ KINDS = {
     "compute": Look("#D55E00", "", "", "//"),
 }
 BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}
+AT_ONE_BUDGET: dict[str, Any] = {"marker": "_", "markersize": 9}  # a line through one point would not be seen
 
 
 def use_style() -> None:
@@ -320,9 +321,11 @@ def draw_bounds(axes: Axes, table: pd.DataFrame) -> None:
     own = table[table["system"] == "flexinfer"].set_index("budget_gib")["bound"].dropna()
     highest = table.groupby("budget_gib")["bound"].max().dropna()
     if len(own):
-        axes.plot(own.index, own, label="bound of FlexInfer", **BOUND)
+        axes.plot(own.index, own, label="bound of FlexInfer", **BOUND, **AT_ONE_BUDGET)
     if not own.equals(highest):
-        axes.plot(highest.index, highest, label="highest bound of any", **BOUND | {"linestyle": ":"})
+        axes.plot(
+            highest.index, highest, label="highest bound of any", **BOUND | AT_ONE_BUDGET | {"linestyle": ":"}
+        )
 
 
 def throughput(records: Sequence[Record], title: str) -> Figure | None:
@@ -335,7 +338,9 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
         axes.set(ylabel="throughput [tokens/s]", yscale="log")
         low, high = axes.get_ylim()
         axes.set_ylim(low / 1.1, high * 1.1)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7))
+        )
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
 
