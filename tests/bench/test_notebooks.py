@@ -287,6 +287,15 @@ def test_claims_without_records_are_not_measured_and_name_the_command() -> None:
     assert all("scripts/run.py" in one.why for one in found.values())
 
 
+def test_a_claim_of_few_rounds_says_so(results: Path) -> None:
+    records = load_records(results)
+    once = [one for one in records if one.cell.round == 0]
+    assert all("first look" not in one.why for one in verdicts(records).values())
+    found = verdicts(once)
+    assert "fewest rounds 1: a first look" in found["C1"].why
+    assert "first look" not in found["C9"].why
+
+
 def test_claims_follow_the_stated_criteria(results: Path) -> None:
     found = verdicts(load_records(results))
     assert found["C1"].verdict == "reproduced"  # 8.9 s against 1.7 s a token at 0.9 of the weights
