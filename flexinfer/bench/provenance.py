@@ -1,7 +1,8 @@
 """Where a record was measured: machine, versions of the packages that matter, commit.
 
 It reads /proc and asks git; it measures nothing. The machine is named by CPU, cores and memory, so that records of one
-machine (or of machines of one kind) can stand in one figure, and those of another cannot.
+machine (or of machines of one kind) can stand in one figure, and those of another cannot. A virtual machine's CPU says
+little by its name ("Intel Xeon Processor"), so its widest vectors, which decide the kernels, belong to it.
 """
 
 import os
@@ -31,6 +32,8 @@ CODE = (
     "pyproject.toml",
 )  # a change elsewhere does not change what is measured
 
+WIDE_VECTORS = {"avx512f": "AVX-512", "amx_tile": "AMX"}  # flag of /proc/cpuinfo -> name
+
 
 def provenance(checkpoint: Path, root: Path = Path(__file__).parents[2]) -> Provenance:
     """Of a measurement that starts now, here, on `checkpoint` (or its nearest existing parent)."""
@@ -39,13 +42,21 @@ def provenance(checkpoint: Path, root: Path = Path(__file__).parents[2]) -> Prov
         versions=_versions(),
         git_commit=_git(root, "rev-parse", "HEAD") or "unknown",
         git_dirty=bool(status),
-        cpu=_field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
+        cpu=cpu_name(Path("/proc/cpuinfo")),
         cores=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         kernel=platform.release(),
         file_system=_file_system(checkpoint),
         started=datetime.now(UTC).replace(microsecond=0),
     )
+
+
+def cpu_name(cpuinfo: Path) -> str:
+    """Name of the CPU, and AVX-512 and AMX where it has them."""
+    name = _field(cpuinfo, "model name").replace("(R)", "").replace("(TM)", "")
+    flags = _field(cpuinfo, "flags").split()
+    wide = [label for flag, label in WIDE_VECTORS.items() if flag in flags]
+    return ", ".join([name or platform.processor() or platform.machine(), *wide])
 
 
 def _versions() -> dict[str, str]:

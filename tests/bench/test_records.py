@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flexinfer.bench.provenance import provenance
+from flexinfer.bench.provenance import cpu_name, provenance
 from flexinfer.bench.records import (
     Limits,
     Record,
@@ -186,6 +186,21 @@ def test_provenance_names_this_machine_and_makes_a_valid_record(tmp_path: Path) 
     assert found.versions["python"]
     assert found.file_system
     assert make_record(make_cell(), provenance=found).provenance.machine == found.machine
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("fpu avx2 f16c", "Intel Xeon Processor"),
+        ("avx2 avx512f amx_tile", "Intel Xeon Processor, AVX-512, AMX"),
+    ],
+)
+def test_the_width_of_the_vectors_belongs_to_the_name_of_the_cpu(
+    tmp_path: Path, flags: str, name: str
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Processor\nflags\t\t: {flags}\n")
+    assert cpu_name(cpuinfo) == name
 
 
 def test_systems_that_take_turns_are_held_against_the_same_disk() -> None:
