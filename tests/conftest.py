@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 import flexinfer
 import flexinfer.skeleton
+
+settings.register_profile("flexinfer", deadline=None)  # a busy machine is no failure
+settings.load_profile("flexinfer")
 
 VOCAB = 160
 WINDOW_BYTES = 3 * 16_384  # a few pieces: the default would hold the whole of a small model

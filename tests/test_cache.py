@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -42,7 +42,6 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(OPERATIONS, st.integers(1, 3))
 def test_any_operations_give_what_a_stock_layer_gives(operations: list[tuple[str, int]], batch: int) -> None:
     _, cache = reserved()

@@ -144,7 +144,7 @@ def test_blocks_of_a_split_weight_give_the_bits_of_one_block(fmt: PackedFormat) 
     assert torch.equal(torch.cat(parts, -1), whole)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     bits=st.sampled_from([4, 8]),
     out_features=st.integers(1, 200_000),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexinfer.plan import (
@@ -107,7 +107,6 @@ def any_weights(draw: st.DrawFn) -> list[Weight]:
 WINDOWS = st.sampled_from([None, 1, "1 layers", "3 layers", 3 * PAGE, "1MiB"])
 
 
-@settings(deadline=None)
 @given(any_weights(), st.sampled_from(sorted(POLICIES)), WINDOWS, st.floats(0, 1.2))
 def test_every_byte_is_accounted_for(
     weights: list[Weight], policy: str, window: str | int | None, share: float
@@ -134,7 +133,6 @@ def test_every_byte_is_accounted_for(
     assert 0 < plan.predicted_tokens_per_s <= plan.bound_tokens_per_s * (1 + 1e-9)
 
 
-@settings(deadline=None)
 @given(any_weights(), st.floats(0, 1))
 def test_balanced_leaves_less_than_one_piece_unused(weights: list[Weight], share: float) -> None:
     plan = plan_for(weights, int(share * sum(w.memory_bytes for w in weights)))
@@ -146,7 +144,6 @@ def test_balanced_leaves_less_than_one_piece_unused(weights: list[Weight], share
     assert not open_pieces or plan.unused_bytes < min(open_pieces)
 
 
-@settings(deadline=None)
 @given(any_weights(), st.floats(0, 1))
 def test_balanced_spreads_what_is_streamed_over_the_whole_pass(weights: list[Weight], share: float) -> None:
     """At every point of a pass the share that was streamed is the share of the whole, to within three pieces."""
@@ -175,7 +172,6 @@ def test_balanced_layers_stream_alike(lock_pages: int) -> None:
     assert plan.unused_bytes == 0
 
 
-@settings(deadline=None)
 @given(any_weights(), st.floats(0, 1), st.floats(0, 0.2))
 def test_more_memory_never_streams_more(weights: list[Weight], share: float, more: float) -> None:
     """But for a piece, which rounding can put the other way."""
@@ -325,7 +321,6 @@ def test_window_of_layers_holds_that_many_whole_layers() -> None:
         assert plan.slots == layers * 80
 
 
-@settings(deadline=None)
 @given(any_weights(), st.sampled_from(sorted(POLICIES)))
 def test_refused_budget_names_the_smallest_that_works(weights: list[Weight], policy: str) -> None:
     with pytest.raises(BudgetError, match=r"memory=1 B is too little.* at least \d+ bytes") as refused:

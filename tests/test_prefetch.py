@@ -94,7 +94,7 @@ def use(prefetcher: Prefetcher, schedule: list[Piece], place: int) -> None:
     release()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 9000), min_size=1, max_size=12),
     pieces_per_layer=st.integers(1, 4),
@@ -120,7 +120,7 @@ def test_any_schedule_is_delivered_in_order_through_passes_cut_short(
                 use(prefetcher, schedule, place)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=30), st.integers(1, 3), st.sampled_from([None, 1, 2]))
 def test_any_order_of_use_is_served(places: list[int], io_threads: int, window_layers: int | None) -> None:
     schedule = schedule_of([500, 4096, 1, 9000, 70, 70, 4097, 8192])
@@ -131,7 +131,7 @@ def test_any_order_of_use_is_served(places: list[int], io_threads: int, window_l
             use(prefetcher, schedule, place)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sets(st.integers(0, 7), min_size=1), st.integers(0, 3), st.integers(2, 5))
 def test_a_failed_read_is_raised_in_the_caller_and_the_next_call_works(
     failing: set[int], io_threads: int, slots: int

@@ -4,12 +4,12 @@ A gain is a ratio of median speeds of two systems in the same model, device and 
 of gains (C1, C3 to C7): 'reproduced' when the best gain measured reaches the lower end of the paper's; where it gives
 one range for the least memory and one for more (C4, C5), the gain at the least memory must reach the first and the best the
 second; 'partly' when one of two is reached, or some gain is more than the noise (3 %, our choice); 'not' otherwise. C2, C8 and C9 have criteria of their own, in their functions. Claims
-are judged for each model and device; nothing is judged that was not measured.
+are judged for each machine, model and device; nothing is judged that was not measured.
 The bound says why a gain differs from the paper's: overlap can save no more than the smaller of computing and reading,
 so where the disk is slow against the kernels, or the other way round, there is little to gain for anyone.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,14 @@ NOISE = 0.03
 CLOSE = 0.10
 FLAT = 1.25
 QUOTED_ROUNDS = 3  # DESIGN: Measuring
-COMMANDS = {"C1": "fig4", "C2": "table1", "C3": "fig4", "C9": "fig5"}
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one claim on one model and device."""
+    """What became of one claim on one machine, model and device."""
 
     claim: str
+    machine: str
     model: str
     device: str
     paper: str
@@ -38,43 +38,30 @@ class Verdict:
     why: str
 
 
-def judge(records: Iterable[Record], paper: Mapping[str, Any]) -> list[Verdict]:
-    """A verdict for every claim of results/paper.json, on every model and device there are records of."""
-    records = [one for one in records if not one.cell.trace]
-    table = summary(frame(records))
-    judges: dict[str, Callable[[Part], tuple[str, str, str]]] = {
-        "C1": lambda part: _gain(part, "flexinfer", "llama-cpp-mmap", paper["C1"]),
-        "C2": _flat,
-        "C3": lambda part: _gain(part, "sync", "llama-cpp-mmap", paper["C3"], smallest=True),
-        "C4": lambda part: _gain(part, "flexinfer", "sync", paper["C4"]),
-        "C5": lambda part: _gain(part, "flexinfer", "unbalanced", paper["C5"]),
-        "C6": lambda part: _gain(part, "flexinfer", "attention-first", paper["C6"]),
-        "C7": lambda part: _gain(part, "flexinfer", "ffn-first", paper["C7"]),
-        "C8": _close,
-        "C9": _same_tokens,
-    }
+def judge(found: Mapping[str, Sequence[Record]], paper: Mapping[str, Any]) -> list[Verdict]:
+    """A verdict for every claim of results/paper.json, on every machine, model and device there are records of.
+
+    found: the records of each machine (figures.find_records).
+    """
+    parts = [part for machine, records in found.items() for part in _parts(machine, records)]
     verdicts = []
-    for claim, decide in judges.items():
+    for claim, decide in _judges(paper).items():
         said = paper[claim]["text"]
-        found = []
-        for (model, device), rows in table.groupby(["model", "device"], sort=False):
-            mine = [one for one in records if (one.cell.model.name, one.cell.device.name) == (model, device)]
-            measured, verdict, why = decide(Part(str(model), rows, mine))
-            rounds = int(rows.loc[rows["n"] > 0, "n"].min()) if verdict else 0
-            if verdict and rounds < QUOTED_ROUNDS and claim != "C9":  # C9 compares tokens, not speeds
-                why += f"; fewest rounds {rounds}: a first look, in which the disk's noise is as large as such gains"
-            if verdict:
-                found.append(Verdict(claim, str(model), str(device), said, measured, verdict, why))
+        answers = [_verdict(claim, said, part, decide) for part in parts]
         none = f"no records for it: python scripts/run.py +exp={paper[claim]['experiment']}"
-        verdicts += found or [Verdict(claim, "", "", said, "", "not measured", none)]
+        verdicts += [one for one in answers if one] or [
+            Verdict(claim, "", "", "", said, "", "not measured", none)
+        ]
     return verdicts
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The records of one model on one device, and their summary."""
+    """The records of one model on one device of one machine, and their summary."""
 
+    machine: str
     model: str
+    device: str
     rows: pd.DataFrame
     records: list[Record]
 
@@ -104,9 +91,50 @@ class Part:
         return max(rooms, default=None)
 
 
+def _parts(machine: str, records: Iterable[Record]) -> list[Part]:
+    untraced = [one for one in records if not one.cell.trace]
+    return [
+        Part(
+            machine,
+            str(model),
+            str(device),
+            rows,
+            [one for one in untraced if (one.cell.model.name, one.cell.device.name) == (model, device)],
+        )
+        for (model, device), rows in summary(frame(untraced)).groupby(["model", "device"], sort=False)
+    ]
+
+
+def _judges(paper: Mapping[str, Any]) -> dict[str, Callable[[Part], tuple[str, str, str]]]:
+    """For each claim, what gives (measured, verdict, why) of a part; empty words where the part lacks the records."""
+    return {
+        "C1": lambda part: _gain(part, "flexinfer", "llama-cpp-mmap", paper["C1"]),
+        "C2": _flat,
+        "C3": lambda part: _gain(part, "sync", "llama-cpp-mmap", paper["C3"], smallest=True),
+        "C4": lambda part: _gain(part, "flexinfer", "sync", paper["C4"]),
+        "C5": lambda part: _gain(part, "flexinfer", "unbalanced", paper["C5"]),
+        "C6": lambda part: _gain(part, "flexinfer", "attention-first", paper["C6"]),
+        "C7": lambda part: _gain(part, "flexinfer", "ffn-first", paper["C7"]),
+        "C8": _close,
+        "C9": _same_tokens,
+    }
+
+
+def _verdict(
+    claim: str, said: str, part: Part, decide: Callable[[Part], tuple[str, str, str]]
+) -> Verdict | None:
+    measured, verdict, why = decide(part)
+    if not verdict:
+        return None
+    rounds = int(part.rows.loc[part.rows["n"] > 0, "n"].min())
+    if rounds < QUOTED_ROUNDS and claim != "C9":  # C9 compares tokens, not speeds
+        why += f"; fewest rounds {rounds}: a first look, in which the disk's noise is as large as such gains"
+    return Verdict(claim, part.machine, part.model, part.device, said, measured, verdict, why)
+
+
 def claims_frame(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """The verdicts as a table."""
-    heads = ["claim", "model", "device", "paper", "measured", "verdict", "why"]
+    heads = ["claim", "machine", "model", "device", "paper", "measured", "verdict", "why"]
     return pd.DataFrame([[getattr(one, head) for head in heads] for one in verdicts], columns=heads)
 
 

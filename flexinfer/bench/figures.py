@@ -9,6 +9,8 @@ of the systems shown, which none of them can pass. Ratios are to each system's o
 """
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from flexinfer.bench.records import Record, check_comparable, load_records, with_common_bandwidth
+from flexinfer.bench.records import Record, check_comparable, load_records, with_common_costs
 
 GIB = 2**30
 
@@ -76,32 +78,33 @@ def use_style() -> None:
     seaborn.set_theme(context="paper", style="whitegrid", font="DejaVu Sans", rc=own)
 
 
-def find_records(results_dir: Path, command: str, machine: str | None = None) -> list[Record]:
-    """The records below `results_dir` that may stand in one figure; the smoke model's only where there are no others.
+def find_records(results_dir: Path, command: str) -> dict[str, list[Record]]:
+    """The records below `results_dir` that may stand in one figure, by machine: the one with most records first.
 
-    Says which command makes them, and returns none, where there are none. Of several machines, the one with most
-    records is taken unless `machine` names another, and the rest are counted aloud. Cells that have a limited
-    record are shown without their unlimited ones. Their bounds have a common B (`with_common_bandwidth`).
+    Those of the smoke model only where there are no others. Says which command makes records where there are none. Cells
+    that have a limited record are shown without their unlimited ones. B and c of the bounds are a machine's best (`with_common_costs`).
     """
     records = load_records(results_dir) if results_dir.exists() else []
     records = [one for one in records if one.cell.model.name != "smoke"] or records
-    machines = sorted({one.provenance.machine for one in records}, key=lambda name: -_count(records, name))
-    if len(machines) > 1 or machine:
-        chosen = machine or machines[0]
-        print(f"records of {len(machines)} machines: {'; '.join(machines)}. Shown: {chosen}")
-        records = [one for one in records if one.provenance.machine == chosen]
-    ran = [one for one in records if one.status in ("ok", "killed", "timeout")]
-    unlimited = {one.run_id for one in ran if one.limits.method == "unlimited"}
-    if 0 < len(unlimited) < len(ran):
-        print(f"{len(unlimited)} records without limits are left out beside {len(ran) - len(unlimited)} with")
-        records = [one for one in records if one.run_id not in unlimited]
     if not records:
         print(f"No records for this in {results_dir}. Make them with:  {command}")
-    return with_common_bandwidth(records)
+    machines: dict[str, list[Record]] = defaultdict(list)
+    for one in records:
+        machines[one.provenance.machine].append(one)
+    largest_first = sorted(machines.items(), key=lambda one: (-len(one[1]), one[0]))
+    return {machine: with_common_costs(_limited(machine, found)) for machine, found in largest_first}
 
 
-def _count(records: Iterable[Record], machine: str) -> int:
-    return sum(one.provenance.machine == machine for one in records)
+def _limited(machine: str, records: list[Record]) -> list[Record]:
+    """`records` without the unlimited ones, where there are others; those that never ran stay."""
+    ran = [one for one in records if one.status in ("ok", "killed", "timeout")]
+    unlimited = {one.run_id for one in ran if one.limits.method == "unlimited"}
+    if not 0 < len(unlimited) < len(ran):
+        return records
+    print(
+        f"{machine}: {len(unlimited)} records without limits are left out beside {len(ran) - len(unlimited)} with"
+    )
+    return [one for one in records if one.run_id not in unlimited]
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -266,14 +269,20 @@ def finish(figure: Figure, records: Sequence[Record], extra: str = "") -> Figure
     return figure
 
 
-def save(figure: Figure | None, results_dir: Path, name: str) -> None:
-    """Saves a figure as results/figures/name.png and .svg."""
+def save(figure: Figure | None, results_dir: Path, name: str, machine: str) -> None:
+    """Saves a figure in results/figures, as PNG and as SVG."""
     if figure is None:
         return
     folder = results_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", bbox_inches="tight")
-    figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    stem = file_name(name, machine)
+    figure.savefig(folder / f"{stem}.png", bbox_inches="tight")
+    figure.savefig(folder / f"{stem}.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def file_name(name: str, machine: str) -> str:
+    """The file name of a figure of one machine, without ending: letters, digits and hyphens."""
+    return f"{name}-{re.sub('[^a-z0-9]+', '-', machine.lower())}"
 
 
 def shared_legend(figure: Figure, title: str) -> None:
@@ -419,6 +428,12 @@ def bars(records: Sequence[Record], title: str) -> Figure | None:
             axes.axis("off")
     shared_legend(figure, title)
     return finish(figure, records)
+
+
+def describe(record: Record) -> str:
+    """Machine, model, budget and system of one record."""
+    cell = record.cell
+    return f"{record.provenance.machine}; {cell.model.name}, {cell.budget_bytes / GIB:.2f} GiB, {cell.system.label}"
 
 
 def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "safetensors",
-    "xllamacpp",
+    "llama_cpp_python",
     "gguf",
     "airllm",
     "ollm",

@@ -127,6 +127,13 @@ class Record(BaseModel):
         """Model, device and budget in bytes: systems are compared where these are the same."""
         return self.cell.model.name, self.cell.device.name, self.cell.budget_bytes
 
+    @property
+    def kernels(self) -> tuple[str, str, str, int | None]:
+        """What the time of a resident pass depends on: model, whose kernels, format, cores. Ours are one system's."""
+        system = self.cell.system
+        whose = system.kind if system.kind == "flexinfer" else system.name
+        return self.cell.model.name, whose, system.format, self.cell.device.cores
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def cell_key(self) -> str:
@@ -206,21 +213,29 @@ def bound_tokens_per_s(
     return 1 / max(compute_s_per_pass, (total_weight_bytes - resident_bytes) / bandwidth_bytes_per_s)
 
 
-def with_common_bandwidth(records: Iterable[Record]) -> list[Record]:
-    """The same records, B of each the best that any system saw in the same model, device and budget, up to the limit.
+def with_common_costs(records: Iterable[Record]) -> list[Record]:
+    """The same records of one machine, with B and c that are the machine's rather than the run's: the best that was seen.
 
-    The disk is one and the same for systems that take turns, but what a run sees of it depends on the run: a system that reads
-    and computes in turn reads slowly, and by its own B alone would look as if it were at its bound.
+    B: the best rate of any system in the same model, device and budget, up to the limit. The disk is one and the same for
+    systems that take turns, but a system that reads and computes in turn reads slowly, and by its own B would look as if it were at its
+    bound. c: the least of any run of the same model, kernels and cores, for it depends on neither disk nor budget: a run in
+    which everything fits knows it better than an extrapolation.
     """
     records = list(records)
-    best: dict[tuple[str, str, int], float] = {}
+    rates: dict[tuple[str, str, int], float] = {}
+    computes: dict[tuple[str, str, str, int | None], float] = {}
     for one in records:
         rate, limit = one.bandwidth_bytes_per_s or 0.0, one.limits.read_bytes_per_s or math.inf
-        best[one.place] = max(best.get(one.place, 0.0), min(rate, limit))
+        rates[one.place] = max(rates.get(one.place, 0.0), min(rate, limit))
+        if one.compute_s_per_pass:
+            computes[one.kernels] = min(computes.get(one.kernels, math.inf), one.compute_s_per_pass)
     return [
-        one.model_copy(update={"bandwidth_bytes_per_s": best[one.place]})
-        if one.bandwidth_bytes_per_s
-        else one
+        one.model_copy(
+            update={
+                "bandwidth_bytes_per_s": one.bandwidth_bytes_per_s and rates[one.place],
+                "compute_s_per_pass": computes.get(one.kernels),
+            }
+        )
         for one in records
     ]
 

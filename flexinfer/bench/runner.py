@@ -40,7 +40,7 @@ from flexinfer.bench.records import (
     append_record,
     drop_partial_line,
     load_records,
-    with_common_bandwidth,
+    with_common_costs,
 )
 from flexinfer.plan import format_size
 
@@ -266,9 +266,9 @@ def outcome(record: Record) -> str:
 
 
 def results_table(records: Iterable[Record]) -> Table:
-    """Median tokens per second and ratio of every model, device, budget and system; bounds with a common B."""
+    """Median tokens per second and ratio of every model, device, budget and system; bounds with the best B and c seen."""
     groups: dict[tuple[str, str, int, str], list[Record]] = defaultdict(list)
-    for record in with_common_bandwidth(records):
+    for record in with_common_costs(records):
         cell = record.cell
         groups[cell.model.name, cell.device.name, cell.budget_bytes, cell.system.label].append(record)
     table = Table("model", "device", "budget", "system", "tokens/s", "of the bound", "rounds")

@@ -7,11 +7,9 @@ flexinfer unless flexinfer is the system: its memory is the system's own.
 
 How each system is driven:
 - flexinfer: `flexinfer.from_pretrained` with the cell's budget; options are its keyword arguments.
-- llama_cpp: the package xllamacpp, which ships llama.cpp as a wheel (seconds to install; llama-cpp-python is built from
-  source in about 7 minutes). On one 2-core AVX2 machine the two were equally large (62 MB of process) and equally fast where
-  the disk decides; a resident token of 40 ms took xllamacpp 3 to 8 ms more, the share of its server loop and sampler,
-  which does not grow with the weights. Option use_extra_bufts=false stops repacking, as --no-repack does. Prompt
-  cache, warm-up and memory fitting are off, the context is the workload's.
+- llama_cpp: the package llama-cpp-python, compiled at installation (4 minutes on two cores) for the CPU it runs on. Wheels made
+  elsewhere hold no AVX-512: with one, a resident pass of Llama2-7B in Q4_0 took 0.70 s on a CPU that has it. Option use_extra_bufts=false stops
+  repacking, as --no-repack does. The context is the workload's.
 - transformers: `AutoModelForCausalLM.from_pretrained(dtype="auto")`, which maps the safetensors.
 - accelerate: the same with device_map="auto" and a CPU allowance of what the budget leaves after process, KV cache,
   one decoder layer and the largest other matrix, which its hooks load to compute; option cpu_bytes overrides.
@@ -26,7 +24,6 @@ import importlib
 import json
 import mmap
 import os
-import queue
 import resource
 import signal
 import sys
@@ -209,69 +206,46 @@ def _unsupported(package: str, error: Exception) -> UnsupportedError:
 
 
 class LlamaCpp:
-    """llama.cpp's server inside this process: it decodes in threads of its own, `step` takes the tokens it hands out."""
+    """llama.cpp by its C interface, which the package binds as it is; weights stay in the mapped file unless it repacks them."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.xllamacpp = importlib.import_module("xllamacpp")
+        self.api = importlib.import_module("llama_cpp")
         self.job = job
-        self.tokens: queue.Queue[Any] = queue.Queue()
-        self.stop = threading.Event()
-        self.worker: threading.Thread | None = None
-        self.server: Any = None
+        self.next: list[int] = []
 
     def load(self) -> None:
-        params = self.xllamacpp.CommonParams()
-        params.model.path = self.job["model"]
-        if not self.job["options"].get("use_extra_bufts", True):
-            params.no_extra_bufts = True
-            params.load_mode = self.xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
-        params.n_ctx, params.n_parallel = max(256, self.job["context"]), 1
-        params.warmup, params.fit_params, params.cache_ram_mib = False, False, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.job["cores"]
-        self.server = self.xllamacpp.Server(params)
+        self.api.llama_backend_init()
+        params = self.api.llama_model_default_params()
+        params.load_mode = self.api.LLAMA_LOAD_MODE_MMAP
+        params.use_extra_bufts = self.job["options"].get("use_extra_bufts", True)
+        self.model = self.api.llama_model_load_from_file(self.job["model"].encode(), params)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp does not load {self.job['model']}; its reason stands above")
+        params = self.api.llama_context_default_params()
+        params.n_ctx = max(256, self.job["context"])
+        params.n_threads = params.n_threads_batch = self.job["cores"]
+        self.context = self.api.llama_init_from_model(self.model, params)
+        self.sampler = self.api.llama_sampler_init_greedy()
 
     def start(self, prompt: list[int]) -> None:
-        request = {
-            "prompt": prompt,
-            "n_predict": self.job["tokens"],
-            "stream": True,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "temperature": 0,
-            "samplers": ["top_k"],
-            "top_k": 1,
-        }
-
-        def take(answer: Any) -> bool:
-            self.tokens.put(answer)
-            return self.stop.is_set()
-
-        def decode() -> None:
-            try:
-                self.server.handle_completions(request, take)
-                self.tokens.put(RuntimeError("llama.cpp stopped before the tokens asked for"))
-            except Exception as error:
-                self.tokens.put(error)
-
-        self.worker = threading.Thread(target=decode, daemon=True)
-        self.worker.start()
+        self.next = prompt
 
     def step(self) -> int | None:
-        answer = self.tokens.get()
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, dict) and "error" in answer:
-            raise RuntimeError(f"llama.cpp: {answer['error']}")
-        return None
+        ids = (self.api.llama_token * len(self.next))(*self.next)
+        failed = self.api.llama_decode(self.context, self.api.llama_batch_get_one(ids, len(ids)))
+        if failed:
+            raise RuntimeError(f"llama.cpp: llama_decode returns {failed}")
+        token = int(self.api.llama_sampler_sample(self.sampler, self.context, -1))
+        self.next = [token]
+        return token
 
     def engine(self) -> dict[str, Any]:
-        return {"system_info": str(self.xllamacpp.get_system_info())}
+        return {"system_info": self.api.llama_print_system_info().decode()}
 
     def close(self) -> None:
-        self.stop.set()
-        if self.worker is not None:
-            self.worker.join(timeout=1)  # it looks at `stop` once a token
-        self.server = None
+        self.api.llama_sampler_free(self.sampler)
+        self.api.llama_free(self.context)
+        self.api.llama_model_free(self.model)
 
 
 SYSTEMS: dict[str, Callable[[dict[str, Any]], System]] = {

@@ -101,7 +101,7 @@ def test_a_missing_package_names_the_command_that_brings_it(job: dict[str, Any],
     bare.chmod(0o755)
     child = cells.run_child(job | {"kind": "llama_cpp", "python": str(bare)}, timeout_s=60.0)
     assert child.status == "missing"
-    assert child.message == "xllamacpp is not installed; make baselines installs it"
+    assert child.message == "llama_cpp is not installed; make baselines installs it"
 
 
 def test_a_crash_keeps_the_events_before_it(job: dict[str, Any], tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_notebook_draws_from_records_and_saves_its_figure(
         book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}
     ).execute()
     assert before == {file: file.read_bytes() for file in results.rglob("*.jsonl")}
-    figure = results / "figures" / notebook.stem
+    figure = results / "figures" / f"{notebook.stem}-test-cpu-2-cores-16-gib"
     if notebook.stem not in ("start_here", "claims"):
         assert figure.with_suffix(".png").stat().st_size > 10_000
         assert "<svg" in figure.with_suffix(".svg").read_text()
@@ -162,7 +162,7 @@ def test_every_system_of_the_experiments_has_a_look_of_its_own() -> None:
 
 
 def test_throughput_has_units_the_bound_and_a_caption(results: Path) -> None:
-    records = figures.find_records(results, "x")
+    (records,) = figures.find_records(results, "x").values()
     figure = figures.throughput(records, "title")
     assert figure is not None
     for axes in figure.axes:
@@ -175,9 +175,8 @@ def test_throughput_has_units_the_bound_and_a_caption(results: Path) -> None:
 
 
 def test_shares_of_the_bound_and_bars_begin_at_zero(results: Path) -> None:
-    records = [
-        one for one in figures.find_records(results, "x") if one.cell.system.name != "llama-cpp-default"
-    ]
+    (found,) = figures.find_records(results, "x").values()
+    records = [one for one in found if one.cell.system.name != "llama-cpp-default"]
     for figure in (figures.shares(records, "title"), figures.bars(records, "title")):
         assert figure is not None
         assert all(axes.get_ylim()[0] == 0 for axes in figure.axes)
@@ -245,28 +244,47 @@ def test_a_figure_of_mixed_machines_is_refused(results: Path) -> None:
         figures.throughput([*load_records(results), other], "title")
 
 
-def test_of_two_machines_one_is_shown_and_the_choice_is_said(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_machines_are_kept_apart_the_one_of_most_records_first(results: Path) -> None:
     other = simulated("flexinfer", 0.6, 5)
     save(
         results,
         make_record(other.cell, provenance=other.provenance.model_copy(update={"cpu": "Another CPU"})),
     )
-    assert {one.provenance.cpu for one in figures.find_records(results, "x")} == {MACHINE["cpu"]}
-    assert "2 machines" in capsys.readouterr().out
-    machine = "Another CPU, 2 cores, 16 GiB"
-    assert [one.provenance.cpu for one in figures.find_records(results, "x", machine=machine)] == [
-        "Another CPU"
-    ]
+    found = figures.find_records(results, "x")
+    assert list(found) == ["Test CPU, 2 cores, 16 GiB", "Another CPU, 2 cores, 16 GiB"]
+    assert [one.provenance.cpu for one in found["Another CPU, 2 cores, 16 GiB"]] == ["Another CPU"]
+    assert len(found["Test CPU, 2 cores, 16 GiB"]) == len(load_records(results)) - 1
+
+
+def test_a_figure_is_named_after_what_it_shows_and_its_machine(results: Path, tmp_path: Path) -> None:
+    figures.save(figures.throughput(load_records(results), "title"), tmp_path, "fig4", "A CPU (B), 2 cores")
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {
+        "fig4-a-cpu-b-2-cores.png",
+        "fig4-a-cpu-b-2-cores.svg",
+    }
+
+
+def test_unlimited_records_are_left_out_beside_limited_ones(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = load_records(results)
+    other = simulated("flexinfer", 0.6, 5)
+    save(results, make_record(other.cell, limits=other.limits.model_copy(update={"method": "unlimited"})))
+    (records,) = figures.find_records(results, "x").values()
+    assert len(records) == len(limited)
+    assert "1 records without limits are left out" in capsys.readouterr().out
+
+
+def shown_models(results: Path) -> list[str]:
+    return [one.cell.model.name for found in figures.find_records(results, "x").values() for one in found]
 
 
 def test_the_smoke_model_is_shown_only_where_there_is_no_other(tmp_path: Path) -> None:
     smoke = simulated("flexinfer", 0.6, model=ModelConfig("smoke", shape=SHAPE))
     save(tmp_path, smoke)
-    assert [one.cell.model.name for one in figures.find_records(tmp_path, "x")] == ["smoke"]
+    assert shown_models(tmp_path) == ["smoke"]
     save(tmp_path, simulated("flexinfer", 0.6))
-    assert [one.cell.model.name for one in figures.find_records(tmp_path, "x")] == ["llama2-7b"]
+    assert shown_models(tmp_path) == ["llama2-7b"]
 
 
 def test_the_last_whole_pass_is_cut_out_of_a_trace() -> None:
@@ -277,7 +295,7 @@ def test_the_last_whole_pass_is_cut_out_of_a_trace() -> None:
 
 
 def verdicts(records: list[Record]) -> dict[str, claims.Verdict]:
-    return {one.claim: one for one in claims.judge(records, PAPER)}
+    return {one.claim: one for one in claims.judge({"a machine": records}, PAPER)}
 
 
 def test_claims_without_records_are_not_measured_and_name_the_command() -> None:
@@ -294,6 +312,14 @@ def test_a_claim_of_few_rounds_says_so(results: Path) -> None:
     found = verdicts(once)
     assert "fewest rounds 1: a first look" in found["C1"].why
     assert "first look" not in found["C9"].why
+
+
+def test_every_machine_is_judged_by_its_own_records(results: Path) -> None:
+    records = load_records(results)
+    slow = [one for one in records if one.cell.system.name != "flexinfer"]
+    slow += [simulated("flexinfer", budget, token_s=[9.0, 9.0, 9.0]) for budget in (0.3, 0.6, 0.9)]
+    found = [one for one in claims.judge({"fast": records, "slow": slow}, PAPER) if one.claim == "C1"]
+    assert [(one.machine, one.verdict) for one in found] == [("fast", "reproduced"), ("slow", "not")]
 
 
 def test_claims_follow_the_stated_criteria(results: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from flexinfer.bench.config import SystemConfig
 from flexinfer.bench.provenance import cpu_name, provenance
 from flexinfer.bench.records import (
     Limits,
@@ -20,7 +21,7 @@ from flexinfer.bench.records import (
     check_comparable,
     drop_partial_line,
     load_records,
-    with_common_bandwidth,
+    with_common_costs,
 )
 
 
@@ -210,10 +211,26 @@ def test_systems_that_take_turns_are_held_against_the_same_disk() -> None:
             update={"limits": record.limits.model_copy(update={"read_bytes_per_s": limit})}
         )
 
-    slow, fast, elsewhere = with_common_bandwidth([seen(2**30, 6e8), seen(2**30, 9e8), seen(2**31, 7e8)])
+    slow, fast, elsewhere = with_common_costs([seen(2**30, 6e8), seen(2**30, 9e8), seen(2**31, 7e8)])
     assert (slow.bandwidth_bytes_per_s, fast.bandwidth_bytes_per_s) == (9e8, 9e8)
     assert elsewhere.bandwidth_bytes_per_s == 7e8
     assert slow.bound_tokens_per_s == fast.bound_tokens_per_s
-    assert [one.bandwidth_bytes_per_s for one in with_common_bandwidth([seen(2**30, 6e8, 500_000_000)])] == [
-        5e8
+    assert [one.bandwidth_bytes_per_s for one in with_common_costs([seen(2**30, 6e8, 500_000_000)])] == [5e8]
+
+
+def test_the_cost_of_kernels_is_the_least_that_any_of_their_runs_saw() -> None:
+    def seen(system: str, compute_s: float, budget_bytes: int = 2**30) -> Record:
+        kind = "llama_cpp" if system.startswith("llama") else "flexinfer"
+        format = "gguf" if kind == "llama_cpp" else "int4"
+        config = SystemConfig(system, system, kind=kind, format=format)
+        cell = make_cell(system=config, budget_bytes=budget_bytes)
+        return make_record(cell, compute_s_per_pass=compute_s)
+
+    records = [
+        seen("flexinfer", 0.4),
+        seen("sync", 0.3),
+        seen("llama-cpp-mmap", 0.5),
+        seen("llama-cpp-mmap", 0.2, 2**33),
+        seen("llama-cpp-default", 0.1),
     ]
+    assert [one.compute_s_per_pass for one in with_common_costs(records)] == [0.3, 0.3, 0.2, 0.2, 0.1]
