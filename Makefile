@@ -10,7 +10,7 @@ BASELINES := $(VENV)/.baselines
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SMOKE := outputs/smoke
 # gcc 12 compiles llama.cpp's AMX kernels so that they crash; a mapped file does not use them (docs/log.md)
-LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile)
+LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format types notebooks smoke baselines clean

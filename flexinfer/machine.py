@@ -65,11 +65,11 @@ def measure_costs(
     if not pieces:
         return Costs(bandwidth_bytes_per_s=math.inf, compute_s=0.0)
     sample = pieces[: bisect(list(accumulate(piece.nbytes for piece in pieces)), SAMPLE_BYTES) + 1]
-    slot_bytes = max(piece.memory_bytes for piece in sample)
+    slot_bytes = round_up(max(piece.memory_bytes for piece in sample))
     io_threads = min(io_threads, max(1, memory_bytes // slot_bytes))
     start_s = perf_counter()
     with ThreadPoolExecutor(io_threads) as pool:
-        buffers = [Buffer(slot_bytes, lock=False) for _ in range(io_threads)]
+        buffer = Buffer(io_threads * slot_bytes, lock=False)  # one, as the window is: in huge pages
 
         def read_every(worker: int) -> None:
             for piece in sample[worker::io_threads]:
@@ -77,12 +77,12 @@ def measure_costs(
                     piece.file,
                     piece.offset_bytes,
                     piece.nbytes,
-                    buffers[worker].memory(0, buffers[worker].nbytes),
+                    buffer.memory(worker * slot_bytes, slot_bytes),
                 )
 
         list(pool.map(read_every, range(io_threads)))
     bandwidth = sum(piece.nbytes for piece in sample) / (perf_counter() - start_s)
-    buffers.clear()
+    del buffer
     buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * max(p.nbytes for p in pieces)), lock=True)
     seconds_per_byte: dict[str, float] = {}
     for weight in weights:

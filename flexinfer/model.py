@@ -86,6 +86,7 @@ def from_pretrained(
         raise ValueError(f"io_threads={io_threads} must be 0 (synchronous) or more")
     if context is not None and context < 1:
         raise ValueError(f"context={context} must be at least 1 token")
+    return_freed_memory()  # before the dry run: what it frees would stay in the heap
     checkpoint = Checkpoint.open(resolve(path_or_hub_id))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
     try:
@@ -149,7 +150,6 @@ class Engine:
         skeleton, self._skeleton = self._skeleton, None
         assert skeleton is not None
         gc.collect()  # the dry run's model
-        return_freed_memory()
         self._fixed = fixed_memory(skeleton, self.context)
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         self._make_plan(budget_bytes, skeleton)

@@ -10,12 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexinfer.memory
-from flexinfer.memory import PAGE_BYTES, Buffer, round_up
+from flexinfer.memory import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, round_up
 
 
 def locked_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmLck:")[1].split()[0]) << 10
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**6))
@@ -33,6 +37,16 @@ def test_buffers_are_whole_pages(nbytes: int) -> None:
     assert len(buffer.memory(0, buffer.nbytes)) == len(buffer.bytes) == buffer.nbytes
 
 
+@pytest.mark.parametrize("nbytes", [HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 5 * HUGE_PAGE_BYTES + 12_345])
+def test_large_buffers_begin_with_a_huge_page_and_take_no_more_than_asked(nbytes: int) -> None:
+    before = resident_bytes()
+    buffer = Buffer(nbytes, lock=False)
+    buffer.bytes.fill_(1)
+    if nbytes >= HUGE_PAGE_BYTES:
+        assert buffer.bytes.data_ptr() % HUGE_PAGE_BYTES == 0
+    assert resident_bytes() - before <= buffer.nbytes + 256 * PAGE_BYTES
+
+
 @given(st.integers(0, 4000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.uint8]))
 def test_tensors_at_any_offset_share_the_bytes(start: int, dtype: torch.dtype) -> None:
     buffer = Buffer(PAGE_BYTES, lock=False)
@@ -48,6 +62,9 @@ def test_views_end_with_their_buffer() -> None:
     buffer = Buffer(PAGE_BYTES, lock=False)
     with pytest.raises(ValueError, match="buffer"):
         buffer.tensor(PAGE_BYTES - 8, torch.float32, (3,))
+    large = Buffer(HUGE_PAGE_BYTES, lock=False)
+    with pytest.raises(ValueError, match="buffer"):
+        large.tensor(HUGE_PAGE_BYTES - 8, torch.float32, (3,))
 
 
 def test_memory_lives_as_long_as_a_tensor_of_it_and_no_longer() -> None:

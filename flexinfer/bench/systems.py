@@ -317,7 +317,9 @@ def measure_bandwidth(files: list[str], seconds: float, threads: int = 2) -> flo
     todo = iter(blocks * max(1, 1 + (64 << 30) // (len(blocks) * REQUEST_BYTES)))
 
     def read() -> None:
-        buffer = mmap.mmap(-1, REQUEST_BYTES)
+        buffer = mmap.mmap(-1, REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # ordinary pages cost a direct read up to a third of its speed
+            buffer.madvise(mmap.MADV_HUGEPAGE)
         opened: dict[str, int] = {}
         try:
             while time.perf_counter() - start_s < seconds:
