@@ -397,35 +397,36 @@ def _panels(
 def bars(records: Sequence[Record], title: str) -> Figure | None:
     """Throughput of many systems at few budgets, as bars: a panel for each budget; the bounds are lines across it."""
     parts = _parts(summary(frame(records)))
-    if not parts:
+    panels = [(name, budget, mine) for name, part in parts for budget, mine in part.groupby("budget_gib")]
+    if not panels:
         return None
-    columns = max(part["budget_gib"].nunique() for _, part in parts)
-    size = (3.4 * max(columns, 2), 2.7 * len(parts) + 0.6)
-    figure, grid = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (3.0 * max(columns, 2), 2.6 * lines + 0.6)
+    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     looks = list(LOOKS)
-    for (name, part), line in zip(parts, grid, strict=True):
-        order = sorted(set(part["system"]), key=lambda one: (one == "flexinfer", looks.index(one)))
-        for axes, (budget, mine) in zip(line, part.groupby("budget_gib"), strict=False):
-            for system, row in mine.set_index("system").iterrows():
-                look, speed = LOOKS[str(system)], row["tokens_per_s"]
-                spread = [[speed - row["low"]], [row["high"] - speed]]
-                axes.bar(
-                    order.index(str(system)),
-                    speed,
-                    0.9,
-                    yerr=spread,
-                    capsize=3,
-                    color=look.colour,
-                    hatch=look.hatch,
-                    edgecolor="black",
-                    linewidth=0.5,
-                    label=row["label"],
-                )
-            axes.axhline(mine["bound"].max(), label="highest bound", **BOUND)
-            axes.set(title=f"{name}, {budget:.2f} GiB", ylabel="throughput [tokens/s]", ylim=(0, None))
-            axes.set_xticks([])
-        for axes in line[part["budget_gib"].nunique() :]:
-            axes.axis("off")
+    for axes, (name, budget, mine) in zip(grid.flat, panels, strict=False):
+        order = sorted(set(mine["system"]), key=lambda one: (one == "flexinfer", looks.index(one)))
+        for system, row in mine.set_index("system").iterrows():
+            look, speed = LOOKS[str(system)], row["tokens_per_s"]
+            spread = [[speed - row["low"]], [row["high"] - speed]]
+            axes.bar(
+                order.index(str(system)),
+                speed,
+                0.9,
+                yerr=spread,
+                capsize=3,
+                color=look.colour,
+                hatch=look.hatch,
+                edgecolor="black",
+                linewidth=0.5,
+                label=row["label"],
+            )
+        axes.axhline(mine["bound"].max(), label="highest bound", **BOUND)
+        axes.set(title=f"{name}, {budget:.2f} GiB", ylabel="throughput [tokens/s]", ylim=(0, None))
+        axes.set_xticks([])
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
     shared_legend(figure, title)
     return finish(figure, records)
 
