@@ -43,7 +43,7 @@ format: $(INSTALLED) ## mend what lint finds, where a machine can
 	$(BIN)/ruff check --fix .
 
 types: $(INSTALLED) ## static types
-	$(BIN)/mypy flexinfer
+	$(BIN)/mypy flexinfer scripts
 
 notebooks: $(INSTALLED) ## draw the figures again from the records in RESULTS (results)
 	FLEXINFER_RESULTS=$(abspath $(RESULTS)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb

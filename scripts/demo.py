@@ -160,8 +160,9 @@ def large_model(console: Console) -> bool:
     measured = [one for one in records if one.tokens_per_s]
     if measured:
         figures.use_style()
-        figures.save(draw(measured), RESULTS, "demo")
-        console.print(f"picture: {RESULTS / 'figures' / 'demo.png'}")
+        machine = measured[0].provenance.machine
+        figures.save(draw(measured), RESULTS, "demo", machine)
+        console.print(f"picture: {RESULTS / 'figures' / figures.file_name('demo', machine)}.png")
     return len(measured) == len(records)
 
 
