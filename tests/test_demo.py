@@ -1,12 +1,14 @@
 """The demo's picture and its refusals, from records made here; the demo itself is run by hand (make demo)."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import matplotlib
 import pytest
+from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "bench"))
@@ -14,6 +16,8 @@ sys.path.append(str(ROOT / "tests" / "bench"))
 from bench_samples import make_cell, make_record  # noqa: E402
 
 from flexinfer.bench.config import SystemConfig  # noqa: E402
+from flexinfer.bench.records import Record  # noqa: E402
+from flexinfer.bench.runner import save  # noqa: E402
 
 matplotlib.use("Agg")
 
@@ -28,10 +32,14 @@ def demo() -> ModuleType:
     return module
 
 
-def test_the_picture_shows_speed_bytes_memory_and_the_share_of_the_bound(demo: ModuleType) -> None:
-    records = [
+def measured_records(demo: ModuleType) -> list[Record]:
+    return [
         make_record(
-            make_cell(system=SystemConfig(name, label, format="bf16"), budget_bytes=demo.LARGE_LIMIT_BYTES),
+            make_cell(
+                system=SystemConfig(name, label, format="bf16"),
+                budget_bytes=demo.LARGE_LIMIT_BYTES,
+                experiment="demo",
+            ),
             token_s=[seconds] * 3,
             token_bytes=[nbytes] * 3,
             peak_memory_bytes=1400 << 20,
@@ -41,6 +49,27 @@ def test_the_picture_shows_speed_bytes_memory_and_the_share_of_the_bound(demo: M
             ("flexinfer", "FlexInfer", 4.0, 1_900_000_000),
         )
     ]
+
+
+def test_the_large_half_ends_with_a_table_and_the_picture_it_names(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        for record in measured_records(demo):
+            save(tmp_path / "results", record)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(subprocess, "run", run)
+    console = Console(record=True, width=300)
+    assert demo.large_model(console)
+    said = console.export_text()
+    assert "0.25" in said
+    assert Path(said.split("picture: ")[1].split()[0]).stat().st_size > 10_000
+
+
+def test_the_picture_shows_speed_bytes_memory_and_the_share_of_the_bound(demo: ModuleType) -> None:
+    records = measured_records(demo)
     panels = demo.draw(records).axes
     shown = [[text.get_text() for text in axes.texts] for axes in panels]
     heights = [[bar.get_height() for bar in axes.patches] for axes in panels]
