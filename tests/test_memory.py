@@ -4,6 +4,7 @@ import gc
 import warnings
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -16,10 +17,6 @@ from flexinfer.memory import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, round_up
 def locked_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmLck:")[1].split()[0]) << 10
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**6))
@@ -39,12 +36,12 @@ def test_buffers_are_whole_pages(nbytes: int) -> None:
 
 @pytest.mark.parametrize("nbytes", [HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 5 * HUGE_PAGE_BYTES + 12_345])
 def test_large_buffers_begin_with_a_huge_page_and_take_no_more_than_asked(nbytes: int) -> None:
-    before = resident_bytes()
+    before = psutil.Process().memory_info().rss
     buffer = Buffer(nbytes, lock=False)
     buffer.bytes.fill_(1)
     if nbytes >= HUGE_PAGE_BYTES:
         assert buffer.bytes.data_ptr() % HUGE_PAGE_BYTES == 0
-    assert resident_bytes() - before <= buffer.nbytes + 256 * PAGE_BYTES
+    assert psutil.Process().memory_info().rss - before <= buffer.nbytes + 256 * PAGE_BYTES
 
 
 @given(st.integers(0, 4000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.uint8]))

@@ -48,7 +48,6 @@ ROOT = Path(__file__).parents[2]
 BANDWIDTH_S = 1.5
 SHALLOW_LAYERS = (1, 3)
 RESIDENT_TOKENS = 12
-KERNELS_OF = {"accelerate": "transformers", "airllm": "transformers", "ollm": "transformers"}
 
 
 @dataclass(slots=True)
@@ -282,13 +281,10 @@ def _bandwidth(files: list[str], limits: limiting.Limits, job: dict[str, Any]) -
 
 def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> tuple[float | None, str]:
     """Seconds of one pass with everything resident, and how they were got."""
-    kind = KERNELS_OF.get(cell.system.kind, cell.system.kind)
-    options = (
-        {"use_extra_bufts": cell.system.options.get("use_extra_bufts", True)} if kind == "llama_cpp" else {}
-    )
-    system = replace(cell.system, kind=kind, options=options)
+    system = cell.system.resident()
     origin = provenance(Path(facts.path))
-    what = [asdict(cell.model.shape) if cell.model.shape else facts.path, kind, options, cell.system.format]
+    model_id = asdict(cell.model.shape) if cell.model.shape else facts.path
+    what = [model_id, system.kind, system.options, system.format]
     told = [*what, cell.device.cores, origin.cpu, origin.versions]
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     store = Path(cell.cache_dir).expanduser() / "resident" / f"{key}.json"
@@ -326,11 +322,11 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
             return None, f"not measured: {child.message}"
         seconds.append(min(token["s"] for token in child.counted))
     if not shallow:
-        result, source = seconds[0], f"{kind}, whole model resident, no limits"
+        result, source = seconds[0], f"{system.kind}, whole model resident, no limits"
     else:
         layer_s = max(0.0, seconds[1] - seconds[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
         result = max(seconds[0] + (facts.layers - SHALLOW_LAYERS[0]) * layer_s, seconds[1])
-        source = f"{kind}, resident, no limits, extrapolated from 1 and 3 layers ({seconds[0]:.4f}, {seconds[1]:.4f} s)"
+        source = f"{system.kind}, resident, no limits, extrapolated from 1 and 3 layers ({seconds[0]:.4f}, {seconds[1]:.4f} s)"
         shutil.rmtree(Path(cell.cache_dir).expanduser() / "shallow", ignore_errors=True)
     store.parent.mkdir(parents=True, exist_ok=True)
     part = store.with_suffix(".part")

@@ -11,7 +11,7 @@ the shape. No I/O in here, and nothing of Hydra.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
 
@@ -19,6 +19,7 @@ from flexinfer.plan import parse_size
 
 MODEL_KINDS = ("synthetic", "real", "path")
 SYSTEM_KINDS = ("flexinfer", "llama_cpp", "transformers", "accelerate", "airllm", "ollm")
+KERNELS_OF = {"accelerate": "transformers", "airllm": "transformers", "ollm": "transformers"}
 FORMATS = ("int4", "bf16", "gguf")
 BITS_PER_WEIGHT = {"int4": 4.5, "gguf": 4.5, "bf16": 16.0}
 
@@ -120,6 +121,12 @@ class SystemConfig:
             self.format,
             f"auto or one of {', '.join(FORMATS)}",
         )
+
+    def resident(self) -> "SystemConfig":
+        """What computes this system's passes when everything is in memory: its kernels, without what it does about memory."""
+        kind = KERNELS_OF.get(self.kind, self.kind)
+        repacks = {"use_extra_bufts": self.options.get("use_extra_bufts", True)}
+        return replace(self, kind=kind, options=repacks if kind == "llama_cpp" else {})
 
 
 @dataclass(slots=True)

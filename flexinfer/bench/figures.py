@@ -11,7 +11,7 @@ of the systems shown, which none of them can pass. Ratios are to each system's o
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,16 @@ def find_records(results_dir: Path, command: str) -> dict[str, list[Record]]:
         machines[one.provenance.machine].append(one)
     largest_first = sorted(machines.items(), key=lambda one: (-len(one[1]), one[0]))
     return {machine: with_common_costs(_limited(machine, found)) for machine, found in largest_first}
+
+
+def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) -> dict[str, list[Record]]:
+    """Of every machine the records of `systems`, without those of the experiment `targets`, which has budgets of its own."""
+    return {
+        machine: [
+            one for one in records if one.cell.system.name in systems and one.cell.experiment != "targets"
+        ]
+        for machine, records in found.items()
+    }
 
 
 def _limited(machine: str, records: list[Record]) -> list[Record]:
@@ -353,7 +363,7 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
 
-    return _panels(records, title, draw)
+    return _panels(records, title, _parts(records), draw)
 
 
 def shares(records: Sequence[Record], title: str) -> Figure | None:
@@ -364,31 +374,35 @@ def shares(records: Sequence[Record], title: str) -> Figure | None:
         axes.axhline(1, label="the bound", **BOUND)
         axes.set(ylabel="achieved / own bound", ylim=(0, None))
 
-    return _panels(records, title, draw)
+    return _panels(records, title, _parts(records), draw)
 
 
-def _parts(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each model and device, with their name; small models first."""
-    groups = table.groupby(["model", "device"], sort=False)
+def _parts(records: Sequence[Record]) -> list[tuple[str, pd.DataFrame]]:
+    """The summary of each model and device, with their name; small models first."""
+    groups = summary(frame(records)).groupby(["model", "device"], sort=False)
     parts = [(", ".join(name), part) for name, part in groups]
     return sorted(parts, key=lambda one: (one[1]["weights_gib"].max(), one[0]))
 
 
 def _panels(
-    records: Sequence[Record], title: str, draw: Callable[[Axes, pd.DataFrame], None]
+    records: Sequence[Record],
+    title: str,
+    panels: Sequence[tuple[str, pd.DataFrame]],
+    draw: Callable[[Axes, pd.DataFrame], None],
+    columns: int = 3,
+    size: tuple[float, float] = (3.5, 3.1),
 ) -> Figure | None:
-    """A panel drawn by `draw` for each model and device, at most three in a line."""
-    parts = _parts(summary(frame(records)))
-    if not parts:
+    """Each of `panels`, a name and its rows, drawn by `draw`: at most `columns` in a line, each of `size` inches."""
+    if not panels:
         return None
-    columns = min(3, len(parts))
-    lines = -(-len(parts) // columns)
-    size = (3.5 * max(columns, 2), 3.1 * lines + 0.5)
-    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axes, (name, part) in zip(grid.flat, parts, strict=False):
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    figsize = (size[0] * max(columns, 2), size[1] * lines + 0.5)
+    figure, grid = plt.subplots(lines, columns, figsize=figsize, squeeze=False, layout="constrained")
+    for axes, (name, part) in zip(grid.flat, panels, strict=False):
         draw(axes, part)
         axes.set_title(name)
-    for axes in grid.flat[len(parts) :]:
+    for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     shared_legend(figure, title)
     return finish(figure, records)
@@ -396,25 +410,17 @@ def _panels(
 
 def bars(records: Sequence[Record], title: str) -> Figure | None:
     """Throughput of many systems at few budgets, as bars: a panel for each budget; the bounds are lines across it."""
-    parts = _parts(summary(frame(records)))
-    panels = [(name, budget, mine) for name, part in parts for budget, mine in part.groupby("budget_gib")]
-    if not panels:
-        return None
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (3.0 * max(columns, 2), 2.6 * lines + 0.6)
-    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     looks = list(LOOKS)
-    for axes, (name, budget, mine) in zip(grid.flat, panels, strict=False):
-        order = sorted(set(mine["system"]), key=lambda one: (one == "flexinfer", looks.index(one)))
-        for system, row in mine.set_index("system").iterrows():
+
+    def draw(axes: Axes, part: pd.DataFrame) -> None:
+        order = sorted(set(part["system"]), key=lambda one: (one == "flexinfer", looks.index(one)))
+        for system, row in part.set_index("system").iterrows():
             look, speed = LOOKS[str(system)], row["tokens_per_s"]
-            spread = [[speed - row["low"]], [row["high"] - speed]]
             axes.bar(
                 order.index(str(system)),
                 speed,
                 0.9,
-                yerr=spread,
+                yerr=[[speed - row["low"]], [row["high"] - speed]],
                 capsize=3,
                 color=look.colour,
                 hatch=look.hatch,
@@ -422,19 +428,16 @@ def bars(records: Sequence[Record], title: str) -> Figure | None:
                 linewidth=0.5,
                 label=row["label"],
             )
-        axes.axhline(mine["bound"].max(), label="highest bound", **BOUND)
-        axes.set(title=f"{name}, {budget:.2f} GiB", ylabel="throughput [tokens/s]", ylim=(0, None))
+        axes.axhline(part["bound"].max(), label="highest bound", **BOUND)
+        axes.set(ylabel="throughput [tokens/s]", ylim=(0, None))
         axes.set_xticks([])
-    for axes in grid.flat[len(panels) :]:
-        axes.axis("off")
-    shared_legend(figure, title)
-    return finish(figure, records)
 
-
-def describe(record: Record) -> str:
-    """Machine, model, budget and system of one record."""
-    cell = record.cell
-    return f"{record.provenance.machine}; {cell.model.name}, {cell.budget_bytes / GIB:.2f} GiB, {cell.system.label}"
+    panels = [
+        (f"{name}, {budget:.2f} GiB", mine)
+        for name, part in _parts(records)
+        for budget, mine in part.groupby("budget_gib")
+    ]
+    return _panels(records, title, panels, draw, columns=4, size=(3.0, 2.6))
 
 
 def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:

@@ -128,11 +128,16 @@ class Record(BaseModel):
         return self.cell.model.name, self.cell.device.name, self.cell.budget_bytes
 
     @property
-    def kernels(self) -> tuple[str, str, str, int | None]:
-        """What the time of a resident pass depends on: model, whose kernels, format, cores. Ours are one system's."""
-        system = self.cell.system
-        whose = system.kind if system.kind == "flexinfer" else system.name
-        return self.cell.model.name, whose, system.format, self.cell.device.cores
+    def kernels(self) -> tuple[str, str, str, str, int | None]:
+        """What the time of a resident pass depends on: model, whose kernels (and whether they repack), format, cores."""
+        system = self.cell.system.resident()
+        return (
+            self.cell.model.name,
+            system.kind,
+            str(system.options),
+            system.format,
+            self.cell.device.cores,
+        )
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -223,7 +228,7 @@ def with_common_costs(records: Iterable[Record]) -> list[Record]:
     """
     records = list(records)
     rates: dict[tuple[str, str, int], float] = {}
-    computes: dict[tuple[str, str, str, int | None], float] = {}
+    computes: dict[tuple[str, str, str, str, int | None], float] = {}
     for one in records:
         rate, limit = one.bandwidth_bytes_per_s or 0.0, one.limits.read_bytes_per_s or math.inf
         rates[one.place] = max(rates.get(one.place, 0.0), min(rate, limit))

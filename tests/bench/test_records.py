@@ -222,7 +222,8 @@ def test_the_cost_of_kernels_is_the_least_that_any_of_their_runs_saw() -> None:
     def seen(system: str, compute_s: float, budget_bytes: int = 2**30) -> Record:
         kind = "llama_cpp" if system.startswith("llama") else "flexinfer"
         format = "gguf" if kind == "llama_cpp" else "int4"
-        config = SystemConfig(system, system, kind=kind, format=format)
+        options = {"use_extra_bufts": False} if system == "llama-cpp-mmap" else {}
+        config = SystemConfig(system, system, kind=kind, format=format, options=options)
         cell = make_cell(system=config, budget_bytes=budget_bytes)
         return make_record(cell, compute_s_per_pass=compute_s)
 
