@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexinfer.checkpoint import CheckpointError
+    from flexinfer.formats.checkpoint import CheckpointError
     from flexinfer.model import from_pretrained
     from flexinfer.plan import BudgetError, Plan
 
@@ -21,7 +21,7 @@ __all__ = ["BudgetError", "CheckpointError", "Plan", "from_pretrained"]
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: torch and transformers take seconds, `flexinfer --help` should not."""
     home = {
-        "CheckpointError": "checkpoint",
+        "CheckpointError": "formats.checkpoint",
         "from_pretrained": "model",
         "BudgetError": "plan",
         "Plan": "plan",

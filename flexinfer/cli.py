@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from flexinfer.formats.skeleton import Skeleton
     from flexinfer.model import Engine
     from flexinfer.plan import Plan, Weight
-    from flexinfer.skeleton import Skeleton
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 BUDGET_SHARES = (0.25, 0.5, 0.75)  # of the way from the smallest budget to everything resident, in `plan`
@@ -415,8 +415,8 @@ def _load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from flexinfer.checkpoint import Checkpoint
-    from flexinfer.skeleton import resolve
+    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.skeleton import resolve
 
     logging.set_verbosity_error()
     path = Checkpoint.open(resolve(model)).path
@@ -474,12 +474,12 @@ def _text_streamer(tokenizer: "PreTrainedTokenizerBase", skip_prompt: bool) -> A
 
 def show_plan(arguments: argparse.Namespace) -> int:
     """Where the budget would go, what would be locked, and how fast it would be at this and other budgets."""
-    from flexinfer.checkpoint import Checkpoint
+    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.skeleton import build_skeleton, resolve
     from flexinfer.machine import available_bytes, measure_costs
     from flexinfer.model import default_context, fixed_memory
     from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
-    from flexinfer.prefetch import FileReader
-    from flexinfer.skeleton import build_skeleton, resolve
+    from flexinfer.streaming.reader import FileReader
 
     skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
     memory = arguments.memory
@@ -620,9 +620,9 @@ def plan_tables(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> "dic
 
 def quantize_copy(arguments: argparse.Namespace) -> int:
     """Make the copy, then say what it saves and what it costs."""
+    from flexinfer.formats.quantize import quantize
+    from flexinfer.formats.skeleton import resolve
     from flexinfer.plan import format_size
-    from flexinfer.quantize import quantize
-    from flexinfer.skeleton import resolve
 
     try:
         report = quantize(

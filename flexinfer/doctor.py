@@ -23,12 +23,13 @@ import psutil
 import torch
 from rich.table import Table
 
-from flexinfer.linear import DenseKernel, Kernel, PackedKernel
+from flexinfer.kernels import Kernel
+from flexinfer.kernels.dense import DenseKernel
+from flexinfer.kernels.packed import PackedError, PackedFormat, PackedKernel, cpu_layout, packed_nbytes
 from flexinfer.machine import available_bytes
-from flexinfer.memory import Buffer
-from flexinfer.packed import PackedError, PackedFormat, cpu_layout, packed_nbytes
 from flexinfer.plan import format_size
-from flexinfer.prefetch import FileReader
+from flexinfer.streaming.memory import Buffer
+from flexinfer.streaming.reader import FileReader
 
 if TYPE_CHECKING:
     from flexinfer.bench.limits import Place
@@ -299,7 +300,7 @@ def _kernels() -> dict[str, dict[int, float]]:
 
 
 def _kernel_s(kernel: Kernel, dtype: torch.dtype, buffer: Buffer, nbytes: int, rows: int) -> float:
-    from flexinfer.packed import blocks
+    from flexinfer.kernels.packed import blocks
 
     out_features, in_features = KERNEL_SHAPE
     x = torch.ones(rows, in_features, dtype=dtype)

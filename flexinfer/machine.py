@@ -16,10 +16,10 @@ from time import perf_counter
 import psutil
 import torch
 
-from flexinfer.linear import Kernel
-from flexinfer.memory import PAGE_BYTES, Buffer, round_up
+from flexinfer.kernels import Kernel
 from flexinfer.plan import Costs, Piece, Weight
-from flexinfer.prefetch import FileReader
+from flexinfer.streaming.memory import PAGE_BYTES, Buffer, round_up
+from flexinfer.streaming.reader import FileReader
 
 CACHE_BYTES = 32 << 20  # kernels are timed on as much, so that their bytes come from memory
 SAMPLE_BYTES = 192 << 20  # long enough that a bandwidth limit has no burst left

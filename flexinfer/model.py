@@ -1,6 +1,6 @@
 """`from_pretrained`: a stock transformers model whose weights come from disk as they are needed.
 
-The way: index the checkpoint, build the model empty (flexinfer.skeleton), measure costs (flexinfer.machine), divide the budget
+The way: index the checkpoint, build the model empty (flexinfer.formats.skeleton), measure costs (flexinfer.machine), divide the budget
 (flexinfer.plan), lock what the plan keeps, and put a `StreamedLinear` where each linear was. Everything else of the model, and
 `generate()` with all that is built on it, stays transformers' own. Parameters that are no weight of a linear, such as fused
 experts of a mixture, are not streamed: they stay in memory, or the budget is refused and they are named.
@@ -21,11 +21,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from flexinfer.cache import KVReserve
-from flexinfer.checkpoint import Checkpoint, TensorSpec
-from flexinfer.linear import LockedRows, StreamedEmbedding, StreamedLinear, lock_rows
+from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
+from flexinfer.formats.skeleton import NotStreamableError, Skeleton, build_skeleton, load_resident, resolve
 from flexinfer.machine import available_bytes, measure_costs, peak_bytes
-from flexinfer.memory import Buffer, return_freed_memory
 from flexinfer.plan import (
     BudgetError,
     Costs,
@@ -37,8 +35,11 @@ from flexinfer.plan import (
     parse_size,
     smallest_budget_bytes,
 )
-from flexinfer.prefetch import FileReader, Prefetcher, padded_bytes
-from flexinfer.skeleton import NotStreamableError, Skeleton, build_skeleton, load_resident, resolve
+from flexinfer.streaming.cache import KVReserve
+from flexinfer.streaming.linear import LockedRows, StreamedEmbedding, StreamedLinear, lock_rows
+from flexinfer.streaming.memory import Buffer, return_freed_memory
+from flexinfer.streaming.prefetch import Prefetcher
+from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.trace import Trace
 
 MARGIN_BYTES = 24 << 20  # threads' stacks, allocator, what a first pass imports

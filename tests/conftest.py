@@ -16,7 +16,7 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 import flexinfer
-import flexinfer.skeleton
+import flexinfer.formats.skeleton
 
 settings.register_profile("flexinfer", deadline=None)  # a busy machine is no failure
 settings.load_profile("flexinfer")
@@ -89,8 +89,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of a few tens of KiB in several pieces."""
-    monkeypatch.setattr(flexinfer.skeleton, "PIECE_BYTES", 8192)
-    monkeypatch.setattr(flexinfer.skeleton, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(flexinfer.formats.skeleton, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(flexinfer.formats.skeleton, "ROW_MULTIPLE", 16)
 
 
 @pytest.fixture

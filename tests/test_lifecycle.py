@@ -14,10 +14,10 @@ from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, smal
 from transformers import DynamicCache
 
 import flexinfer
-from flexinfer.cache import ContextError
-from flexinfer.memory import PAGE_BYTES
 from flexinfer.plan import BudgetError
-from flexinfer.prefetch import ReadError
+from flexinfer.streaming.cache import ContextError
+from flexinfer.streaming.memory import PAGE_BYTES
+from flexinfer.streaming.reader import ReadError
 
 BIG = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 1, "vocab_size": 512}
 

@@ -371,7 +371,7 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
         return _describe_gguf(model, cache_dir)
     from flexinfer.bench.smollm2 import make_smollm2
     from flexinfer.bench.synth import make_checkpoint
-    from flexinfer.checkpoint import Checkpoint
+    from flexinfer.formats.checkpoint import Checkpoint
 
     makers: dict[str, Callable[[], Path]] = {
         "synthetic": lambda: make_checkpoint(model, format, cache_dir),

@@ -30,8 +30,7 @@ from rich.progress import (
 )
 
 from flexinfer.bench.config import ModelConfig, ShapeConfig, require
-from flexinfer.packed import PackedFormat, blocks, can_pack, measure_dequantize_rows
-from flexinfer.quantize import (
+from flexinfer.formats.quantize import (
     Entry,
     check_free_disk,
     packed_entry,
@@ -40,6 +39,7 @@ from flexinfer.quantize import (
     write_index,
     write_shard,
 )
+from flexinfer.kernels.packed import PackedFormat, blocks, can_pack, measure_dequantize_rows
 
 POOL_BYTES = 64 * 2**20
 SHARD_BYTES = 2 * 10**9

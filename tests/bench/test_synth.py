@@ -13,9 +13,9 @@ from flexinfer.bench.config import ConfigError, ModelConfig, ShapeConfig, weight
 from flexinfer.bench.perplexity import perplexity
 from flexinfer.bench.smollm2 import make_smollm2
 from flexinfer.bench.synth import default_cache_dir, make_checkpoint, make_once
-from flexinfer.checkpoint import Checkpoint
-from flexinfer.packed import ALIGNMENT_BYTES
-from flexinfer.quantize import QuantizeError
+from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.quantize import QuantizeError
+from flexinfer.kernels.packed import ALIGNMENT_BYTES
 
 SHAPE = {"hidden": 256, "intermediate": 640, "layers": 5, "heads": 4, "kv_heads": 2, "vocab": 1000}
 IDS = torch.arange(3, 12)[None]

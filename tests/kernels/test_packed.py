@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexinfer.packed import (
+from flexinfer.kernels.packed import (
     ALIGNMENT_BYTES,
     BLOCK_BYTES,
     TILE_ROWS,
@@ -97,7 +97,7 @@ def test_many_rows_in_several_steps_equal_one(fmt: PackedFormat, monkeypatch: py
     rows, in_features = 400, 128
     block = pack_rows(fmt, weight_of(rows, in_features))
     weight = dequantize(fmt, block, rows, in_features)
-    monkeypatch.setattr("flexinfer.packed.SCRATCH_WEIGHTS", 64 * in_features)
+    monkeypatch.setattr("flexinfer.kernels.packed.SCRATCH_WEIGHTS", 64 * in_features)
     eye = torch.eye(in_features)
     assert torch.equal(
         packed_linear(replace(fmt, dequantize_rows=1), eye, block, rows, in_features), weight.T
@@ -108,7 +108,7 @@ def test_many_rows_in_several_steps_equal_one(fmt: PackedFormat, monkeypatch: py
 def test_packing_in_slices_equals_packing_at_once(fmt: PackedFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weight_of(300, 128)
     whole = pack_rows(fmt, weight)
-    monkeypatch.setattr("flexinfer.packed.PACK_WEIGHTS", 64 * 128)
+    monkeypatch.setattr("flexinfer.kernels.packed.PACK_WEIGHTS", 64 * 128)
     assert torch.equal(pack_rows(fmt, weight), whole)
 
 

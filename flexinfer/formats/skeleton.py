@@ -20,13 +20,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from flexinfer.cache import LayerShape
-from flexinfer.checkpoint import Checkpoint, CheckpointError, TensorSpec
-from flexinfer.linear import Conv1DKernel, DenseKernel, Kernel, PackedKernel
-from flexinfer.memory import round_up
-from flexinfer.packed import QUANT_METHOD, PackedFormat, blocks, packed_nbytes
+from flexinfer.formats.checkpoint import Checkpoint, CheckpointError, TensorSpec
+from flexinfer.kernels import Kernel
+from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
+from flexinfer.kernels.packed import QUANT_METHOD, PackedFormat, PackedKernel, blocks, packed_nbytes
 from flexinfer.plan import Kind, Piece, Weight
-from flexinfer.prefetch import padded_bytes
+from flexinfer.streaming.cache import LayerShape
+from flexinfer.streaming.memory import round_up
+from flexinfer.streaming.reader import padded_bytes
 
 PIECE_BYTES = 4 << 20  # large enough for the disk, small enough that a window of several is little memory
 ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows

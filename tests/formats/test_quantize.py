@@ -11,17 +11,17 @@ import torch
 from conftest import Load, MakeCheckpoint, logits, prompt
 from safetensors import safe_open
 
-import flexinfer.quantize
-from flexinfer.checkpoint import Checkpoint, CheckpointError
-from flexinfer.packed import ALIGNMENT_BYTES, PackedError, PackedFormat, dequantize
-from flexinfer.quantize import QuantizeError, Report, quantize
+import flexinfer.formats.quantize
+from flexinfer.formats.checkpoint import Checkpoint, CheckpointError
+from flexinfer.formats.quantize import QuantizeError, Report, quantize
+from flexinfer.kernels.packed import ALIGNMENT_BYTES, PackedError, PackedFormat, dequantize
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
 
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flexinfer.quantize, "measure_dequantize_rows", lambda fmt: fmt)
+    monkeypatch.setattr(flexinfer.formats.quantize, "measure_dequantize_rows", lambda fmt: fmt)
 
 
 def make(source: Path, target: Path, bits: int = 4, **options: Any) -> Report:
@@ -122,10 +122,10 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.quantize, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
     whole = make(source, tmp_path / "whole")
     target, partial = tmp_path / "packed", tmp_path / "packed.partial"
-    write_shard, written = flexinfer.quantize.write_shard, []
+    write_shard, written = flexinfer.formats.quantize.write_shard, []
 
     def write_and_die(path: Path, entries: Any, chunks: Any) -> None:
         if len(written) == stop_at:
@@ -134,7 +134,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
         written.append(path.name)
         write_shard(path, entries, chunks)
 
-    monkeypatch.setattr(flexinfer.quantize, "write_shard", write_and_die)
+    monkeypatch.setattr(flexinfer.formats.quantize, "write_shard", write_and_die)
     with pytest.raises(KeyboardInterrupt):
         make(source, target)
     assert not target.exists()
@@ -143,7 +143,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
     finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
     assert len(finished) == stop_at
 
-    monkeypatch.setattr(flexinfer.quantize, "write_shard", write_shard)
+    monkeypatch.setattr(flexinfer.formats.quantize, "write_shard", write_shard)
     report = make(source, target)
     assert not partial.exists()
     assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
@@ -159,13 +159,13 @@ def test_what_a_run_with_other_arguments_left_is_not_used(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.quantize, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
     with monkeypatch.context() as patched:
 
         def die(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr(flexinfer.quantize, "_finish", die)
+        patched.setattr(flexinfer.formats.quantize, "_finish", die)
         with pytest.raises(KeyboardInterrupt):
             make(source, tmp_path / "packed", 8)
     report = make(source, tmp_path / "packed", 4)
@@ -177,15 +177,15 @@ def test_the_source_is_read_a_block_at_a_time(
 ) -> None:
     source = checkpoint("llama", torch.bfloat16, vocab_size=4096)
     sizes: list[int] = []
-    read = flexinfer.quantize._read
-    monkeypatch.setattr(flexinfer.quantize, "COPY_BYTES", 16384)
-    monkeypatch.setattr("flexinfer.packed.BLOCK_BYTES", 8192)
+    read = flexinfer.formats.quantize._read
+    monkeypatch.setattr(flexinfer.formats.quantize, "COPY_BYTES", 16384)
+    monkeypatch.setattr("flexinfer.kernels.packed.BLOCK_BYTES", 8192)
 
     def counted(spec: Any, start: int, nbytes: int) -> bytearray:
         sizes.append(nbytes)
         return read(spec, start, nbytes)
 
-    monkeypatch.setattr(flexinfer.quantize, "_read", counted)
+    monkeypatch.setattr(flexinfer.formats.quantize, "_read", counted)
     make(source, tmp_path / "packed")
     assert sum(sizes) == sum(spec.nbytes for spec in Checkpoint.open(source).tensors.values())
     assert max(sizes) <= 4 * 8192  # 4 bits in a block are 16 in the source
@@ -214,13 +214,13 @@ def test_bad_arguments(checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: 
 def test_a_full_disk_is_refused_first(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = flexinfer.quantize.os.statvfs(tmp_path)
+    real = flexinfer.formats.quantize.os.statvfs(tmp_path)
     free_blocks = 2**20 // real.f_frsize
 
     class Full:
         f_bavail, f_frsize = free_blocks, real.f_frsize
 
-    monkeypatch.setattr(flexinfer.quantize.os, "statvfs", lambda _: Full)
+    monkeypatch.setattr(flexinfer.formats.quantize.os, "statvfs", lambda _: Full)
     with pytest.raises(QuantizeError, match=r"needs 0\.00 GiB, 0\.00 GiB are free"):
         make(checkpoint("llama", torch.bfloat16), tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

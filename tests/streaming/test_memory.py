@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import flexinfer.memory
-from flexinfer.memory import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, round_up
+import flexinfer.streaming.memory
+from flexinfer.streaming.memory import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, round_up
 
 
 def locked_bytes() -> int:
@@ -84,7 +84,7 @@ def test_where_locking_is_refused_it_says_so_once_and_goes_on(monkeypatch: pytes
         def mlock(self, address: object, nbytes: object) -> int:
             return -1
 
-    monkeypatch.setattr(flexinfer.memory, "_LIBC", Refusing())
+    monkeypatch.setattr(flexinfer.streaming.memory, "_LIBC", Refusing())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         buffers = [Buffer(PAGE_BYTES, lock=True) for _ in range(3)]

@@ -13,7 +13,7 @@ import torch
 from conftest import Load, MakeCheckpoint
 from safetensors.torch import load_file
 
-from flexinfer.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, read_header
+from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, read_header
 
 Header = dict[str, Any]
 

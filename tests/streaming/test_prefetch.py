@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import flexinfer.prefetch
-from flexinfer.memory import PAGE_BYTES
+import flexinfer.streaming.prefetch
 from flexinfer.plan import Piece
-from flexinfer.prefetch import FileReader, Prefetcher, ReadError, padded_bytes
+from flexinfer.streaming.memory import PAGE_BYTES
+from flexinfer.streaming.prefetch import Prefetcher
+from flexinfer.streaming.reader import FileReader, ReadError, padded_bytes
 from flexinfer.trace import Trace
 
 FILE = Path("weights")
@@ -276,7 +277,7 @@ def file(tmp_path: Path) -> Path:
 def test_reads_any_range_with_its_page(file: Path, direct: bool, offset: int, nbytes: int) -> None:
     reader = FileReader([file], direct=direct)
     into = memoryview(
-        flexinfer.prefetch.Buffer(padded_bytes(offset, nbytes), lock=False).memory(
+        flexinfer.streaming.prefetch.Buffer(padded_bytes(offset, nbytes), lock=False).memory(
             0, padded_bytes(offset, nbytes)
         )
     )
@@ -289,7 +290,7 @@ def test_reads_any_range_with_its_page(file: Path, direct: bool, offset: int, nb
 
 def test_a_file_cut_short_is_a_read_error_that_names_it(file: Path, direct: bool) -> None:
     reader = FileReader([file], direct=direct)
-    into = flexinfer.prefetch.Buffer(20_000, lock=False).memory(0, 20_480)
+    into = flexinfer.streaming.prefetch.Buffer(20_000, lock=False).memory(0, 20_480)
     for size in (100_000 + 9_000, 100_000 + 8_192 - 100_000 % 4096, 100_000, 0):
         os.truncate(file, size)
         with pytest.raises(ReadError, match=r"weights: ends before byte 110000: truncated while in use\?"):
@@ -301,7 +302,7 @@ def test_what_the_system_says_is_in_the_error(file: Path) -> None:
     reader = FileReader([file], direct=False)
     os.close(reader._fds[file])
     with pytest.raises(ReadError, match="weights: reading 10 bytes at 5: Bad file descriptor") as error:
-        reader.read(file, 5, 10, flexinfer.prefetch.Buffer(10, lock=False).memory(0, 4096))
+        reader.read(file, 5, 10, flexinfer.streaming.prefetch.Buffer(10, lock=False).memory(0, 4096))
     assert error.value.errno == errno.EBADF
     reader._fds.clear()
 
@@ -316,7 +317,7 @@ def test_where_direct_reads_are_refused_it_says_so_once_and_reads_on(
             raise OSError(errno.EINVAL, "Invalid argument")
         return real_open(path, flags, *args)
 
-    monkeypatch.setattr(flexinfer.prefetch.os, "open", refuse)
+    monkeypatch.setattr(flexinfer.streaming.reader.os, "open", refuse)
     files = len(os.listdir("/proc/self/fd"))
     with pytest.warns(
         RuntimeWarning, match=r"direct I/O does not work here \(.*weights: Invalid arg"
@@ -324,7 +325,7 @@ def test_where_direct_reads_are_refused_it_says_so_once_and_reads_on(
         reader = FileReader([file], direct=True)
     assert len(said) == 1
     assert not reader.direct
-    into = flexinfer.prefetch.Buffer(4096, lock=False).memory(0, 4096)
+    into = flexinfer.streaming.prefetch.Buffer(4096, lock=False).memory(0, 4096)
     assert bytes(into[reader.read(file, 7, 90, into) :][:90]) == CONTENT[7:97]
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == files
@@ -340,7 +341,7 @@ def test_where_direct_reads_disagree_they_are_not_trusted(
         buffers[0][5] ^= 1
         return count
 
-    monkeypatch.setattr(flexinfer.prefetch.os, "preadv", lie)
+    monkeypatch.setattr(flexinfer.streaming.reader.os, "preadv", lie)
     with pytest.warns(RuntimeWarning, match="direct and buffered reads disagree"):
         reader = FileReader([file], direct=True)
     assert not reader.direct
@@ -357,7 +358,7 @@ def test_on_tmpfs_it_works(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             reader = FileReader([file], direct=True)
-        into = flexinfer.prefetch.Buffer(4096, lock=False).memory(0, 4096)
+        into = flexinfer.streaming.prefetch.Buffer(4096, lock=False).memory(0, 4096)
         assert bytes(into[reader.read(file, 7, 90, into) :][:90]) == CONTENT[7:97]
         reader.close()
     finally:
@@ -374,7 +375,7 @@ def test_a_file_that_is_not_there_leaves_no_other_open(file: Path, direct: bool)
 def test_buffered_reads_leave_no_pages_in_the_cache(file: Path) -> None:
     """Else the budget would be spent behind our back."""
     reader = FileReader([file], direct=False)
-    buffer = flexinfer.prefetch.Buffer(len(CONTENT), lock=False)
+    buffer = flexinfer.streaming.prefetch.Buffer(len(CONTENT), lock=False)
     into = buffer.memory(0, buffer.nbytes)
 
     def is_cached() -> bool:

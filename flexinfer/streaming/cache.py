@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from flexinfer.memory import Buffer
+from flexinfer.streaming.memory import Buffer
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,10 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexinfer.checkpoint import INDEX_FILE, Checkpoint, TensorSpec, read_json
-from flexinfer.linear import Conv1DKernel
-from flexinfer.packed import (
+from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, TensorSpec, read_json
+from flexinfer.formats.skeleton import Skeleton, build_skeleton
+from flexinfer.kernels.dense import Conv1DKernel
+from flexinfer.kernels.packed import (
     ALIGNMENT_BYTES,
     Block,
     PackedFormat,
@@ -47,7 +48,6 @@ from flexinfer.packed import (
     pack_rows,
     packed_nbytes,
 )
-from flexinfer.skeleton import Skeleton, build_skeleton
 
 SHARD_BYTES = 512 * 2**20  # what a killed run loses at most
 COPY_BYTES = 4 * 2**20

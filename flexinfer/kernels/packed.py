@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from flexinfer.streaming.memory import Buffer
+
 QUANT_METHOD = "flexinfer"
 FORMAT_VERSION = 1
 ALIGNMENT_BYTES = 4096
@@ -368,3 +370,21 @@ def _columns(
     )  # each [groups, 1, rows]
     weights = q.sub_(8).float().view(-1, fmt.group_size, rows)
     return torch.addcmul(zero, weights, scale, out=weights).view(in_features, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedKernel:
+    """Blocks written by `flexinfer quantize`, each with its own scales."""
+
+    in_features: int
+    format: PackedFormat
+    joins: bool = False
+
+    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
+        return buffer.bytes[position:]
+
+    def multiply(
+        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        y = packed_linear(self.format, x, view, rows, self.in_features)
+        return y if bias is None else y + bias

@@ -3,7 +3,7 @@
 A checkpoint is a directory with `config.json` and either `model.safetensors` or shards named by
 `model.safetensors.index.json`. Opening one reads the headers alone (a few KB a file) and checks every offset against
 the file, so that a damaged checkpoint is refused before memory is planned. The bytes themselves are read later, by
-`flexinfer.prefetch`, straight from the offsets found here: nothing is converted and no second copy is made.
+`flexinfer.streaming.prefetch`, straight from the offsets found here: nothing is converted and no second copy is made.
 
 Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, JSON header, data).
 """

@@ -2,104 +2,26 @@
 
 A `StreamedLinear` stands where the model had an `nn.Linear` (or GPT-2's `Conv1D`). It computes each piece with the very
 kernel the stock module would use on the whole weight and joins the outputs: output rows do not depend on one another, so
-the bits are the same. Packed 4- and 8-bit weights differ in the kernel alone (flexinfer.packed).
+the bits are the same. Packed 4- and 8-bit weights differ in the kernel alone (flexinfer.kernels.packed).
 
-It knows neither files nor budgets: it is handed buffers (flexinfer.memory) and asks the window (flexinfer.prefetch).
+It knows neither files nor budgets: it is handed buffers (flexinfer.streaming.memory) and asks the window (flexinfer.streaming.prefetch).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from flexinfer.checkpoint import TensorSpec
-from flexinfer.memory import PAGE_BYTES, Buffer
-from flexinfer.packed import PackedFormat, packed_linear
+from flexinfer.formats.checkpoint import TensorSpec
+from flexinfer.kernels import Kernel
 from flexinfer.plan import Piece, Weight
-from flexinfer.prefetch import FileReader, Prefetcher, padded_bytes
+from flexinfer.streaming.memory import PAGE_BYTES, Buffer
+from flexinfer.streaming.prefetch import Prefetcher
+from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.trace import Trace
-
-
-class Kernel(Protocol):
-    """How the rows of one kind of weight are seen in memory and multiplied."""
-
-    @property
-    def in_features(self) -> int: ...
-
-    @property
-    def joins(self) -> bool:
-        """Whether pieces that follow one another in memory can be multiplied as one."""
-        ...
-
-    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
-        """`rows` output rows whose bytes begin at `position` of `buffer`; no copy."""
-        ...
-
-    def multiply(
-        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """x [..., in_features] times the rows in `view`, plus `bias` [rows]: [..., rows]."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class DenseKernel:
-    """Rows [rows, in_features] of bf16, fp16 or fp32, as they lie in a stock checkpoint."""
-
-    in_features: int
-    file_dtype: torch.dtype
-    dtype: torch.dtype  # what the model computes in
-    joins: bool = True
-
-    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
-        return buffer.tensor(position, self.file_dtype, (rows, self.in_features))
-
-    def multiply(
-        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return F.linear(x, view.to(self.dtype), bias)
-
-
-@dataclass(frozen=True, slots=True)
-class Conv1DKernel:
-    """GPT-2's transposed weight [in_features, out_features]: rows of the file are inputs, so it is never cut."""
-
-    in_features: int
-    file_dtype: torch.dtype
-    dtype: torch.dtype
-    joins: bool = True
-
-    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
-        return buffer.tensor(position, self.file_dtype, (self.in_features, rows))
-
-    def multiply(
-        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        assert bias is not None
-        y = torch.addmm(bias, x.view(-1, x.size(-1)), view.to(self.dtype))  # [batch x positions, rows]
-        return y.view(*x.shape[:-1], rows)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedKernel:
-    """Blocks written by `flexinfer quantize`, each with its own scales."""
-
-    in_features: int
-    format: PackedFormat
-    joins: bool = False
-
-    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
-        return buffer.bytes[position:]
-
-    def multiply(
-        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        y = packed_linear(self.format, x, view, rows, self.in_features)
-        return y if bias is None else y + bias
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,29 @@
+"""How the rows of a weight are seen in memory and multiplied, a module for each encoding. Nothing here knows files or budgets."""
+
+from typing import Protocol
+
+import torch
+
+from flexinfer.streaming.memory import Buffer
+
+
+class Kernel(Protocol):
+    """How the rows of one kind of weight are seen in memory and multiplied."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def joins(self) -> bool:
+        """Whether pieces that follow one another in memory can be multiplied as one."""
+        ...
+
+    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
+        """`rows` output rows whose bytes begin at `position` of `buffer`; no copy."""
+        ...
+
+    def multiply(
+        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [..., in_features] times the rows in `view`, plus `bias` [rows]: [..., rows]."""
+        ...

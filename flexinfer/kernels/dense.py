@@ -1,0 +1,46 @@
+"""Weights as they lie in a stock checkpoint: bf16, fp16 or fp32, multiplied by the kernels that torch uses for them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from flexinfer.streaming.memory import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class DenseKernel:
+    """Rows [rows, in_features] of bf16, fp16 or fp32, as they lie in a stock checkpoint."""
+
+    in_features: int
+    file_dtype: torch.dtype
+    dtype: torch.dtype  # what the model computes in
+    joins: bool = True
+
+    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
+        return buffer.tensor(position, self.file_dtype, (rows, self.in_features))
+
+    def multiply(
+        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return F.linear(x, view.to(self.dtype), bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Conv1DKernel:
+    """GPT-2's transposed weight [in_features, out_features]: rows of the file are inputs, so it is never cut."""
+
+    in_features: int
+    file_dtype: torch.dtype
+    dtype: torch.dtype
+    joins: bool = True
+
+    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
+        return buffer.tensor(position, self.file_dtype, (self.in_features, rows))
+
+    def multiply(
+        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert bias is not None
+        y = torch.addmm(bias, x.view(-1, x.size(-1)), view.to(self.dtype))  # [batch x positions, rows]
+        return y.view(*x.shape[:-1], rows)
