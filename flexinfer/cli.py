@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from flexinfer.model import Engine
     from flexinfer.plan import Plan, Weight
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 BUDGET_SHARES = (0.25, 0.5, 0.75)  # of the way from the smallest budget to everything resident, in `plan`
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -166,7 +165,7 @@ def generate(arguments: argparse.Namespace) -> int:
             f"context={arguments.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
             f"leave it out, or give --context {needed}"
         )
-    with _load_model(arguments, arguments.context or needed) as model, Interrupt() as interrupt:
+    with _load_model(arguments, tokenizer, arguments.context or needed) as model, Interrupt() as interrupt:
         writer = _Nowhere() if arguments.json else _text_streamer(tokenizer, skip_prompt=True)
         clock = Clock(writer)
         before = engine_of(model).stats()
@@ -188,7 +187,7 @@ def chat(arguments: argparse.Namespace) -> int:
     tokenizer = _load_tokenizer(arguments.model)
     if not tokenizer.chat_template:
         raise ValueError(f"{arguments.model} has no chat template; use `flexinfer generate`")
-    with _load_model(arguments, arguments.context) as model:
+    with _load_model(arguments, tokenizer, arguments.context) as model:
         talk = Conversation(model, tokenizer, arguments)
         at_terminal = sys.stdin.isatty()
         if at_terminal:
@@ -412,23 +411,19 @@ def speed_line(result: dict[str, Any]) -> str:
 
 def _load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """The tokenizer; loaded before the model, so that its memory counts as the process's."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.skeleton import resolve
+    from flexinfer.tokenizer import load_tokenizer
 
     logging.set_verbosity_error()
-    path = Checkpoint.open(resolve(model)).path
-    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
-        raise ValueError(
-            f"{path}: no tokenizer beside the weights; put its files there (tokenizer.json, ...)"
-        )
-    return AutoTokenizer.from_pretrained(path)
+    return load_tokenizer(resolve(model))
 
 
 @contextlib.contextmanager
-def _load_model(arguments: argparse.Namespace, context: int | None) -> "Iterator[PreTrainedModel]":
+def _load_model(
+    arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", context: int | None
+) -> "Iterator[PreTrainedModel]":
     import torch
 
     import flexinfer
@@ -444,6 +439,8 @@ def _load_model(arguments: argparse.Namespace, context: int | None) -> "Iterator
             io_threads=arguments.io_threads,
             direct=not arguments.buffered,
             context=context,
+            logits_to_keep=(arguments.prompt_lookup or 0) + 1,
+            tokenizer=tokenizer,
             dtype=arguments.dtype,
         )
     with engine_of(model):
@@ -477,17 +474,18 @@ def show_plan(arguments: argparse.Namespace) -> int:
     from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.skeleton import build_skeleton, resolve
     from flexinfer.machine import available_bytes, measure_costs
-    from flexinfer.model import default_context, fixed_memory
+    from flexinfer.model import MemoryOfProcess, default_context, fixed_memory
     from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
     from flexinfer.streaming.reader import FileReader
 
     skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
     memory = arguments.memory
     given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
-    context = arguments.context or default_context(skeleton, given_bytes)
-    fixed = fixed_memory(skeleton, context)
+    measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
+    context = arguments.context or default_context(skeleton, measured, given_bytes)
+    fixed = fixed_memory(skeleton, measured, context)
     smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
-    everything_bytes = fixed.nbytes + sum(weight.memory_bytes for weight in skeleton.weights)
+    everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
     budget_bytes = min(given_bytes, everything_bytes) if memory == "auto" else given_bytes
     with _status("measuring disk and kernels"):
         reader = FileReader(skeleton.checkpoint.files, direct=not arguments.buffered)
@@ -524,6 +522,7 @@ def budget_parts(plan: "Plan") -> dict[str, int]:
     fixed = plan.fixed
     parts = {
         "process": fixed.process_bytes,
+        "tokenizer": fixed.tokenizer_bytes,
         "parameters that stay": fixed.resident_bytes,
         "KV cache": fixed.kv_bytes,
         "activations": fixed.activation_bytes,
