@@ -265,7 +265,13 @@ class Engine:
             path = weight.name.removesuffix(".weight")
             module: Any = model.get_submodule(path)
             linear = StreamedLinear(
-                weight, self._kernels[weight.name], module, dtype, self._trace, self._lock
+                weight,
+                self._kernels[weight.name],
+                module,
+                dtype,
+                self._trace,
+                self._lock,
+                self._first_fill,
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
@@ -378,7 +384,9 @@ class Engine:
                         self._apply(plan)
 
     def _first_fill(self) -> None:
-        """Plan again with what the process holds by now, and fill the memory that stays."""
+        """Plan again with what the process holds by now, and fill the memory that stays. Called by the first use of the weights."""
+        if self._closed:
+            raise RuntimeError(CLOSED)
         gc.collect()
         trim_heap()
         grown_bytes = anonymous_bytes() - self._loaded_bytes

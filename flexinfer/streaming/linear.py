@@ -24,9 +24,8 @@ from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.trace import Trace
 
-JOINED_OUTPUT_BYTES = (
-    8 << 20
-)  # outputs of locked rows are made at once up to so much: they are copied into the whole
+NOT_READ = "its weights have not been read yet"
+JOINED_OUTPUT_BYTES = 8 << 20  # outputs of locked rows are made at once up to so much
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,10 @@ class StreamedLinear(nn.Module):
         dtype: torch.dtype,
         trace: Trace,
         lock: threading.RLock,
+        fill: Callable[[], None],
     ) -> None:
         super().__init__()
+        self._fill: Callable[[], None] | None = fill  # called once, by the first use of any linear
         self.spec = weight
         self.kernel = kernel
         assert isinstance(stock.weight, torch.Tensor)
@@ -120,7 +121,7 @@ class StreamedLinear(nn.Module):
         self._out_features = weight.pieces[-1].row_stop
         self._trace = trace
         self._lock = lock
-        self.detach("not attached to its weights yet")
+        self.detach(NOT_READ)
         self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def attach(
@@ -134,11 +135,14 @@ class StreamedLinear(nn.Module):
 
     def detach(self, why: str) -> None:
         """Let go of all memory; a forward pass raises RuntimeError saying `why`."""
+        self._fill = self._fill if why == NOT_READ else None
         self._locked, self._streamed, self._prefetcher, self._detached = [], [], None, why
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
         with self._lock:
+            if self._fill is not None:
+                self._fill()
             if self._detached is not None:
                 raise RuntimeError(f"{self.spec.name}: {self._detached}")
             as_one_matrix = folds(x)
@@ -254,6 +258,8 @@ class StreamedWeight(torch.Tensor):
                 asked = torch.empty(0, dtype=args[0].dtype).to(*args[1:], **kwargs)
                 if (asked.dtype, asked.device) == (args[0].dtype, args[0].device):
                     return args[0]
+            if name == "_has_compatible_shallow_copy_type":
+                return True
             if name == "data" and func.__name__ == "__set__" and args[0] is args[1]:
                 return None
         weight = next((a for a in (*args, *kwargs.values()) if isinstance(a, StreamedWeight)), None)
