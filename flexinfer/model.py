@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexinfer.follow import Follower
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
 from flexinfer.formats.skeleton import (
     NotStreamableError,
@@ -90,6 +91,7 @@ def from_pretrained(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype = "auto",
     trace: bool = False,
+    follow: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM that streams its weights from disk inside a memory budget.
 
@@ -110,6 +112,7 @@ def from_pretrained(
             `model.flexinfer.tokenizer` loads.
         dtype: "auto" (the checkpoint's), or what to compute in.
         trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`).
+        follow: give memory back when the machine or the control group runs short, and take it again later, up to `memory`.
 
     Returns:
         The transformers model, with its `Engine` as `model.flexinfer`.
@@ -155,6 +158,8 @@ def from_pretrained(
     model.flexinfer = engine  # type: ignore[assignment]
     model.forward = wraps(model.forward)(partial(engine.run, model.forward))
     weakref.finalize(model, engine.close)
+    if follow:
+        engine.follow()
     return model
 
 
@@ -197,6 +202,7 @@ class Engine:
         self._in_pass = False
         self._wanted: Plan | None = None  # what memory is to become, as soon as no pass is running
         self._rest_bytes: int | None = None  # anonymous memory between passes; None until the first one
+        self._follower: Follower | None = None
         self._closed = False
 
     def load(self, budget_bytes: int) -> None:
@@ -549,9 +555,22 @@ class Engine:
             self._lock.release()
         return plan
 
+    def follow(self) -> None:
+        """From now on give memory back when others need it, and take it again later, up to the present budget."""
+        if self._follower is None:
+            self._follower = Follower(
+                self.resize,
+                budget=lambda: (self._wanted or self.plan).budget_bytes,
+                smallest=lambda: smallest_budget_bytes(self._weights, self._fixed),
+                spare=available_bytes,
+                largest_bytes=self.plan.budget_bytes,
+            )
+
     def close(self) -> None:
         """End the threads, close the files, let go of the weights. The model cannot run any more. Safe to call twice."""
         self._closed = True
+        if self._follower is not None:
+            self._follower.close()
         self._detach(CLOSED)
         self._locked.clear()
         if self._kv is not None:

@@ -45,14 +45,18 @@ print(json.dumps(report))
 """
 
 
-@pytest.fixture(scope="module")
-def big() -> Path:
+def make_big() -> Path:
     """A Llama of 160 MB in bf16, random weights; kept in FlexInfer's cache directory."""
     return make_checkpoint(
         ModelConfig(name="test-budget", kind="synthetic", formats=["bf16"], shape=SHAPE),
         "bf16",
         progress=False,
     )
+
+
+@pytest.fixture(scope="module")
+def big() -> Path:
+    return make_big()
 
 
 def run(
