@@ -7,12 +7,13 @@ experts of a mixture, are not streamed: they stay in memory, or the budget is re
 """
 
 import gc
+import logging
+import resource
 import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
 from flexinfer.formats.skeleton import NotStreamableError, Skeleton, build_skeleton, load_resident, resolve
 from flexinfer.machine import available_bytes, measure_costs, peak_bytes
+from flexinfer.perfetto import trace_path, write_trace
 from flexinfer.plan import (
     BudgetError,
     Costs,
@@ -35,12 +37,15 @@ from flexinfer.plan import (
     parse_size,
     smallest_budget_bytes,
 )
+from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve
 from flexinfer.streaming.linear import LockedRows, StreamedEmbedding, StreamedLinear, lock_rows
 from flexinfer.streaming.memory import Buffer, return_freed_memory
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.reader import FileReader, padded_bytes
-from flexinfer.trace import Trace
+from flexinfer.trace import MAX_EVENTS, Progress, Trace
+
+logger = logging.getLogger("flexinfer")
 
 MARGIN_BYTES = 24 << 20  # threads' stacks, allocator, what a first pass imports
 LARGE_PARAMETER_BYTES = 16 << 20
@@ -57,7 +62,8 @@ def from_pretrained(
     direct: bool = True,
     context: int | None = None,
     dtype: str | torch.dtype = "auto",
-    trace: bool = False,
+    trace: bool | str | Path = False,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM that streams its weights from disk inside a memory budget.
 
@@ -73,7 +79,10 @@ def from_pretrained(
         context: tokens the KV cache and the activations are sized for, over all sequences of a batch; None: 2048,
             or the model's own limit, or fewer if they would take more than a quarter of the budget.
         dtype: "auto" (the checkpoint's), or what to compute in.
-        trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`).
+        trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`); a path has `close()` write it
+            there too, for https://ui.perfetto.dev.
+        progress: called with (stage, bytes done, bytes in all) while parameters that stay are read ("load"), while memory
+            is filled and locked ("lock"), and piece by piece in each pass ("pass").
 
     Returns:
         The transformers model, with its `Engine` as `model.flexinfer`.
@@ -87,6 +96,7 @@ def from_pretrained(
         raise ValueError(f"io_threads={io_threads} must be 0 (synchronous) or more")
     if context is not None and context < 1:
         raise ValueError(f"context={context} must be at least 1 token")
+    trace_path(trace)
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
     checkpoint = Checkpoint.open(resolve(path_or_hub_id))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
@@ -103,6 +113,7 @@ def from_pretrained(
         direct=direct,
         context=context,
         trace=trace,
+        progress=progress,
     )
     try:
         engine.load(budget_bytes)
@@ -129,11 +140,14 @@ class Engine:
         io_threads: int = 2,
         direct: bool = True,
         context: int = 2048,
-        trace: bool = False,
+        trace: bool | str | Path = False,
+        progress: Progress | None = None,
     ) -> None:
         self._policy, self._window, self._io_threads = policy, window, io_threads
         self._direct, self.context = direct, context
-        self._trace = Trace(max_events=200_000 if trace else 0)
+        self._trace = Trace(max_events=MAX_EVENTS if trace else 0, progress=progress)
+        self._trace_path, self._progress = trace_path(trace), progress
+        self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
         self._linears: dict[str, StreamedLinear] = {}
@@ -169,6 +183,8 @@ class Engine:
         self._apply(plan)
         skeleton.model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
         skeleton.model.register_forward_hook(self._after_pass, always_call=True)
+        self._explained = self.stats()
+        logger.info("%s", plan_line(self.plan))
 
     def _make_plan(self, budget_bytes: int, skeleton: Skeleton | None = None) -> Plan:
         try:
@@ -197,6 +213,7 @@ class Engine:
         """Read the parameters that stay, and put streamed modules where the linears and the input embedding were."""
         assert self._reader is not None
         model, dtype = skeleton.model, skeleton.dtype
+        done_bytes, all_bytes = 0, sum(spec.nbytes for spec in skeleton.resident.values())
         for name, spec in skeleton.resident.items():
             owner, _, leaf = name.rpartition(".")
             holder = model.get_submodule(owner)
@@ -206,6 +223,9 @@ class Engine:
                 holder.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
             else:
                 holder.register_buffer(leaf, tensor)
+            done_bytes += spec.nbytes
+            if self._progress is not None:
+                self._progress("load", done_bytes, all_bytes)
         for weight in self._weights:
             path = weight.name.removesuffix(".weight")
             module: Any = model.get_submodule(path)
@@ -248,12 +268,17 @@ class Engine:
         with ThreadPoolExecutor(max(1, self._io_threads)) as pool:
             reader = self._reader
             counts = [plan.locked_pieces.get(w.name, 0) for w in changed]
+            done_bytes = 0
+            all_bytes = sum(p.nbytes for w, n in zip(changed, counts, strict=True) for p in w.pieces[:n])
             for weight, rows in zip(
                 changed,
                 pool.map(lambda w, n: lock_rows(w, n, self._kernels[w.name], reader), changed, counts),
                 strict=True,
             ):
                 self._locked[weight.name] = rows
+                done_bytes += sum(row.nbytes for row in rows)
+                if self._progress is not None and rows:
+                    self._progress("lock", done_bytes, all_bytes)
         if schedule:
             self._prefetcher = Prefetcher(
                 schedule,
@@ -271,13 +296,14 @@ class Engine:
             place += len(streamed)
             self._linears[weight.name].attach(self._locked.get(weight.name, []), places, self._prefetcher)
         self.plan = plan
+        self._trace.set_memory(plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes)
 
     def _before_pass(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         if self._closed:
             raise RuntimeError("this model is closed; load it again with flexinfer.from_pretrained()")
-        self._pass_start_s = perf_counter()
+        self._trace.begin_pass()
         inputs = next(
             (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None),
             None,
@@ -286,14 +312,15 @@ class Engine:
             self._trace.tokens += inputs.shape[0] * inputs.shape[1]
         cache = kwargs.get("past_key_values")
         if self._kv is not None and isinstance(cache, DynamicCache):
+            if self._trace.passes > self._explained["passes"] + 1 and not cache.get_seq_length():
+                self.explain()  # another text begins
             self._kv.adopt(cache)
         return args, kwargs
 
     def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._closed:
             return
-        self._trace.passes += 1
-        self._trace.pass_s += perf_counter() - self._pass_start_s
+        self._trace.end_pass()
 
     def stats(self) -> dict[str, Any]:
         """Counters since loading: passes over the weights, tokens (rows) that went through, bytes and seconds."""
@@ -308,7 +335,18 @@ class Engine:
             "wait_s": trace.wait_s,
             "peak_bytes": peak_bytes(),
             "resyncs": trace.resyncs,
+            "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+            "memory_stall_s": memory_stall_s(),
         }
+
+    def explain(self) -> str:
+        """Why the passes since the last call, or since loading, took as long as they did, as "disk: ..." (kernels, memory,
+        order). Also logged (logger "flexinfer", INFO), without being called, when another text begins and at close().
+        """
+        before, self._explained = self._explained, self.stats()
+        text = bottleneck(before, self._explained, self.plan)
+        logger.info("%s", text)
+        return text
 
     def events(self) -> list[dict[str, Any]]:
         """The timeline of reads, waits and kernels, oldest first; empty unless loaded with trace=True."""
@@ -326,7 +364,7 @@ class Engine:
 
     def close(self) -> None:
         """End the threads, close the files, let go of the weights. The model cannot run any more. Safe to call twice."""
-        self._closed = True
+        closed, self._closed = self._closed, True
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
@@ -337,6 +375,18 @@ class Engine:
             self._kv.close()
         if self._reader is not None:
             self._reader.close()
+        if not closed:
+            self._leave_notes()
+
+    def _leave_notes(self) -> None:
+        """Say what the last passes waited for, and write the timeline."""
+        if self._explained and self._trace.passes > self._explained["passes"]:
+            self.explain()
+        if self._explained and self._trace_path is not None:
+            try:
+                write_trace(self._trace_path, self._trace.timeline())
+            except OSError as error:
+                warnings.warn(f"the trace could not be written: {error}", RuntimeWarning, stacklevel=3)
 
     def __enter__(self) -> "Engine":
         return self
