@@ -8,7 +8,6 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def at_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Make stderr one; within a test, since pytest puts a stderr of its own in place before it."""
     shown = Terminal()
     monkeypatch.setattr("sys.stderr", shown)
     monkeypatch.setenv("TERM", "xterm")
@@ -39,11 +38,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that Bars sees: the one element, to be changed."""
     now = [100.0]
     monkeypatch.setattr(flexinfer.bars, "perf_counter", lambda: now[0])
-    yield now
+    return now
 
 
 def test_nothing_is_shown_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,8 +54,9 @@ def test_nothing_is_shown_where_stderr_is_no_terminal(capsys: pytest.CaptureFixt
 
 
 def test_a_bar_takes_the_place_of_the_spinner_when_much_is_left(
-    terminal: Terminal, clock: list[float]
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
 ) -> None:
+    terminal = at_terminal(monkeypatch)
     with Bars() as bars:
         assert bars.progress is not None
         bars.spin("loading")
@@ -69,7 +69,8 @@ def test_a_bar_takes_the_place_of_the_spinner_when_much_is_left(
     assert "filling locked memory" in terminal.getvalue()
 
 
-def test_what_is_quick_gets_no_bar(terminal: Terminal, clock: list[float]) -> None:
+def test_what_is_quick_gets_no_bar(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    terminal = at_terminal(monkeypatch)
     with Bars() as bars:
         assert bars.progress is not None
         bars.spin("loading")
@@ -80,9 +81,11 @@ def test_what_is_quick_gets_no_bar(terminal: Terminal, clock: list[float]) -> No
                 bars.progress(stage, done, 100)
                 assert bars._bar is None
         assert bars._spinner is not None
+    assert "%" not in terminal.getvalue()
 
 
-def test_stages_that_are_not_expected_get_no_bar(terminal: Terminal, clock: list[float]) -> None:
+def test_stages_that_are_not_expected_get_no_bar(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    terminal = at_terminal(monkeypatch)
     with Bars() as bars:
         assert bars.progress is not None
         bars.expect("load", "lock")
