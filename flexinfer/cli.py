@@ -165,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Stream the continuation of a prompt, then say how fast it was."""
+    decoding = _decoding(arguments)
     prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
     if not prompt:
         raise ValueError("prompt='' is empty; give some text, as an argument or on standard input")
@@ -183,7 +184,7 @@ def generate(arguments: argparse.Namespace) -> int:
             writer = _Nowhere() if arguments.json else _text_streamer(tokenizer, skip_prompt=True)
             clock = Clock(writer, engine_of(model), bars)
             output = cast(Any, model).generate(
-                **inputs, streamer=clock, stopping_criteria=[interrupt], **_decoding(arguments)
+                **inputs, streamer=clock, stopping_criteria=[interrupt], **decoding
             )
             result = measure(model, clock)
             token_ids = output[0, prompt_tokens:].tolist()
@@ -197,6 +198,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Questions from standard input, answers streamed, until /exit or the end of input."""
+    _decoding(arguments)  # what is wrong with the options is said before the model is loaded
     with Bars() as bars:
         bars.spin(f"loading {arguments.model}")
         tokenizer = _load_tokenizer(arguments.model)
@@ -478,15 +480,22 @@ def _load_model(
 
 
 def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of transformers' generate(): greedy unless a temperature or top-p is given."""
+    """Keyword arguments of transformers' generate(): greedy unless a temperature or top-p is given. Raises ValueError."""
+    temperature, top_p, lookup = arguments.temperature, arguments.top_p, arguments.prompt_lookup
     if arguments.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={arguments.max_new_tokens} must be at least 1")
-    sample = bool(arguments.temperature) or arguments.top_p is not None
+    if temperature is not None and temperature < 0:
+        raise ValueError(f"temperature={temperature:g} must be 0 (greedy) or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p:g} must be more than 0 and at most 1")
+    if lookup is not None and lookup < 1:
+        raise ValueError(f"prompt_lookup={lookup} must be at least 1 token; leave it out to guess none")
+    sample = bool(temperature) or top_p is not None
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": sample}
     if sample:
-        options |= {"temperature": arguments.temperature or 1.0, "top_p": arguments.top_p or 1.0}
-    if arguments.prompt_lookup:
-        options["prompt_lookup_num_tokens"] = arguments.prompt_lookup
+        options |= {"temperature": temperature or 1.0, "top_p": top_p or 1.0}
+    if lookup:
+        options["prompt_lookup_num_tokens"] = lookup
     return options
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import Load, MakeCheckpoint, prompt, resize_to_share
 
 from flexinfer.perfetto import trace_events
-from flexinfer.trace import KINDS, RECORD, SPANS, Event, Trace
+from flexinfer.trace import KINDS, RECORD, SPANS, Event, Ring, Trace, resident_bytes
 
 
 def test_the_oldest_events_go_first() -> None:
@@ -247,3 +247,11 @@ def test_what_progress_raises_ends_the_load_at_once(
     with pytest.raises(KeyboardInterrupt):
         load(checkpoint("llama"), progress=stop, io_threads=1)
     assert len(locked) < 5 < 4 * 7 + 1
+
+
+def test_the_ring_is_resident_before_the_first_event() -> None:
+    """So that a plan, which measures the process, has counted it."""
+    before = resident_bytes()
+    ring = Ring(1_000_000)
+    assert resident_bytes() - before > 0.9 * 1_000_000 * RECORD.size
+    assert list(ring) == []
