@@ -53,6 +53,11 @@ class Bars:
         self.expect()
         self._clear()
 
+    def stopping(self) -> None:
+        """Say on the bar, if there is one, that a wish to stop was heard; for `Interrupt`."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description="one token more (Ctrl-C again: none)")
+
     def _report(self, stage: str, done_bytes: int, total_bytes: int) -> None:
         if stage not in self._wanted:
             return

@@ -180,7 +180,10 @@ def generate(arguments: argparse.Namespace) -> int:
                 f"context={arguments.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
                 f"leave it out, or give --context {needed}"
             )
-        with _load_model(arguments, arguments.context or needed, bars) as model, Interrupt() as interrupt:
+        with (
+            _load_model(arguments, arguments.context or needed, bars) as model,
+            Interrupt(bars.stopping) as interrupt,
+        ):
             writer = _Nowhere() if arguments.json else _text_streamer(tokenizer, skip_prompt=True)
             clock = Clock(writer, engine_of(model), bars)
             output = cast(Any, model).generate(
@@ -276,7 +279,7 @@ class Conversation:
         room = self._context - len(prompt) - (self._arguments.prompt_lookup or 0)
         options = _decoding(self._arguments)
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
-        with Interrupt() as interrupt:
+        with Interrupt(self._bars.stopping) as interrupt:
             try:
                 ids = torch.tensor([prompt])
                 output = self._model.generate(
@@ -510,22 +513,23 @@ def _text_streamer(tokenizer: "PreTrainedTokenizerBase", skip_prompt: bool) -> A
 
 def show_plan(arguments: argparse.Namespace) -> int:
     """Where the budget would go, what would be locked, and how fast it would be at this and other budgets."""
-    from flexinfer.formats.checkpoint import Checkpoint
-    from flexinfer.formats.skeleton import build_skeleton, resolve
-    from flexinfer.machine import available_bytes, measure_costs
-    from flexinfer.model import default_context, fixed_memory
-    from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
-    from flexinfer.streaming.reader import FileReader
-
-    skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
-    memory = arguments.memory
-    given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
-    context = arguments.context or default_context(skeleton, given_bytes)
-    fixed = fixed_memory(skeleton, context)
-    smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
-    everything_bytes = fixed.nbytes + sum(weight.memory_bytes for weight in skeleton.weights)
-    budget_bytes = min(given_bytes, everything_bytes) if memory == "auto" else given_bytes
     with Bars() as bars:
+        bars.spin(f"reading {arguments.model}")
+        from flexinfer.formats.checkpoint import Checkpoint
+        from flexinfer.formats.skeleton import build_skeleton, resolve
+        from flexinfer.machine import available_bytes, measure_costs
+        from flexinfer.model import default_context, fixed_memory
+        from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
+        from flexinfer.streaming.reader import FileReader
+
+        skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
+        memory = arguments.memory
+        given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
+        context = arguments.context or default_context(skeleton, given_bytes)
+        fixed = fixed_memory(skeleton, context)
+        smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
+        everything_bytes = fixed.nbytes + sum(weight.memory_bytes for weight in skeleton.weights)
+        budget_bytes = min(given_bytes, everything_bytes) if memory == "auto" else given_bytes
         bars.spin("measuring disk and kernels")
         reader = FileReader(skeleton.checkpoint.files, direct=not arguments.buffered)
         try:
@@ -655,19 +659,22 @@ def plan_tables(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> "dic
 
 def quantize_copy(arguments: argparse.Namespace) -> int:
     """Make the copy, then say what it saves and what it costs."""
-    from flexinfer.formats.quantize import quantize
-    from flexinfer.formats.skeleton import resolve
-
     try:
+        with Bars() as bars:
+            bars.spin(f"reading {arguments.source}")
+            from flexinfer.formats.quantize import quantize
+            from flexinfer.formats.skeleton import resolve
+
+            source = resolve(arguments.source)
         report = quantize(
-            resolve(arguments.source),
+            source,
             Path(arguments.destination),
             arguments.bits,
             arguments.group_size,
             progress=sys.stderr.isatty() and not arguments.json,
         )
     except (KeyboardInterrupt, Terminated) as stop:
-        _note("stopped; the same command goes on where this one was")
+        _note("stopped; the same command goes on after the last finished file")
         return _exit_code(stop)
     if arguments.json:
         print(json.dumps(asdict(report), default=str))
@@ -685,11 +692,11 @@ def quantize_copy(arguments: argparse.Namespace) -> int:
 
 def examine(arguments: argparse.Namespace) -> int:
     """Measure this machine and say what to expect of it."""
-    from flexinfer.doctor import advice, facts_table, measure_machine
-    from flexinfer.plan import parse_size
-
     with Bars() as bars:
         bars.spin("measuring disk and kernels")
+        from flexinfer.doctor import advice, facts_table, measure_machine
+        from flexinfer.plan import parse_size
+
         facts = measure_machine(Path(arguments.path), parse_size(arguments.size, "size"))
     if arguments.json:
         print(json.dumps(asdict(facts) | {"advice": advice(facts)}))

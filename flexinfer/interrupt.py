@@ -7,7 +7,7 @@ pass through every `with` block and `finally`, so threads end, files close and a
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,12 @@ def terminable() -> Iterator[None]:
 class Interrupt:
     """While text is made: the first SIGINT or SIGTERM ends it after the token in hand, the second at once.
 
-    A stopping criterion of transformers; a pass cut short would leave a KV cache whose layers do not agree.
+    A stopping criterion of transformers; a pass cut short would leave a KV cache whose layers do not agree. `heard` is
+    called at the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Callable[[], None] | None = None) -> None:
+        self._heard = heard
         self.code = 0  # what the command should exit with: 0 while no signal has come
 
     @property
@@ -74,5 +76,7 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         first = not self.pressed
         self.code = TERMINATED if number == signal.SIGTERM else self.code or INTERRUPTED
+        if first and self._heard is not None:
+            self._heard()
         if not first:
             raise Terminated if self.code == TERMINATED else KeyboardInterrupt

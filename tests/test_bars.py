@@ -64,9 +64,12 @@ def test_a_bar_takes_the_place_of_the_spinner_when_much_is_left(
         clock[0] += 1
         bars.progress("lock", 50, 100)  # a second for half of it: another is left
         assert (bars._spinner, type(bars._bar)) == (None, Progress)
+        bars.stopping()
         bars.progress("lock", 100, 100)
         assert bars._bar is None
+        bars.stopping()
     assert "filling locked memory" in terminal.getvalue()
+    assert "one token more" in terminal.getvalue()
 
 
 def test_what_is_quick_gets_no_bar(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:

@@ -181,7 +181,7 @@ def test_a_stopped_quantize_leaves_nothing_that_loads_and_goes_on(
         time.sleep(0.001)
     process.send_signal(number)
     got, lines = ended(process)
-    assert (got, lines) == (128 + number, ["stopped; the same command goes on where this one was"])
+    assert (got, lines) == (128 + number, ["stopped; the same command goes on after the last finished file"])
     assert not target.exists()
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)

@@ -157,7 +157,7 @@ def quantize(
         )
         nbytes = sum(entry.nbytes for shard in job.shards for entry in shard)
         check_free_disk(partial, missing_bytes)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
         shown = Progress(
             *columns, console=Console(stderr=True), disable=not (progress and sys.stderr.isatty())
         )
