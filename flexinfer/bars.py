@@ -39,6 +39,7 @@ class Bars:
         """Say what is going on, until a bar or something else takes its place."""
         self._clear()
         if self._visible:
+            import rich.progress  # noqa: F401  (before a budget is measured, not in the middle of a pass)
             from rich.console import Console
 
             self._spinner = Console(stderr=True).status(text)

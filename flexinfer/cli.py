@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from flexinfer.model import Engine
     from flexinfer.plan import Plan, Weight
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 BUDGET_SHARES = (0.25, 0.5, 0.75)  # of the way from the smallest budget to everything resident, in `plan`
 
 
@@ -181,7 +180,7 @@ def generate(arguments: argparse.Namespace) -> int:
                 f"leave it out, or give --context {needed}"
             )
         with (
-            _load_model(arguments, arguments.context or needed, bars) as model,
+            _load_model(arguments, tokenizer, arguments.context or needed, bars) as model,
             Interrupt(bars.stopping) as interrupt,
         ):
             writer = _Nowhere() if arguments.json else _text_streamer(tokenizer, skip_prompt=True)
@@ -207,7 +206,7 @@ def chat(arguments: argparse.Namespace) -> int:
         tokenizer = _load_tokenizer(arguments.model)
         if not tokenizer.chat_template:
             raise ValueError(f"{arguments.model} has no chat template; use `flexinfer generate`")
-        with _load_model(arguments, arguments.context, bars) as model:
+        with _load_model(arguments, tokenizer, arguments.context, bars) as model:
             _converse(Conversation(model, tokenizer, arguments, bars))
     return 0
 
@@ -364,7 +363,7 @@ class Clock:
     bytes_read: list[int] = field(default_factory=list)  # until then
 
     def __post_init__(self) -> None:
-        self.bars.expect("pass")
+        self.bars.expect("lock", "pass")  # memory is filled before the first pass
 
     def put(self, value: "torch.Tensor") -> None:
         """Called by transformers with the prompt, then with the tokens of each pass."""
@@ -439,24 +438,19 @@ def speed_line(result: dict[str, Any]) -> str:
 
 def _load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """The tokenizer; loaded before the model, so that its memory counts as the process's."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.skeleton import resolve
+    from flexinfer.tokenizer import load_tokenizer
 
     logging.set_verbosity_error()
-    path = Checkpoint.open(resolve(model)).path
-    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
-        raise ValueError(
-            f"{path}: no tokenizer beside the weights; put its files there (tokenizer.json, ...)"
-        )
-    return AutoTokenizer.from_pretrained(path)
+    return load_tokenizer(Checkpoint.open(resolve(model)).path)
 
 
 @contextlib.contextmanager
 def _load_model(
-    arguments: argparse.Namespace, context: int | None, bars: Bars
+    arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", context: int | None, bars: Bars
 ) -> "Iterator[PreTrainedModel]":
     import torch
 
@@ -464,7 +458,7 @@ def _load_model(
 
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    bars.expect("load", "lock")
+    bars.expect("load")
     model = flexinfer.from_pretrained(
         arguments.model,
         arguments.memory,
@@ -473,6 +467,8 @@ def _load_model(
         io_threads=arguments.io_threads,
         direct=not arguments.buffered,
         context=context,
+        logits_to_keep=(arguments.prompt_lookup or 0) + 1,
+        tokenizer=tokenizer,
         dtype=arguments.dtype,
         trace=arguments.trace or False,
         progress=bars.progress,
@@ -518,17 +514,18 @@ def show_plan(arguments: argparse.Namespace) -> int:
         from flexinfer.formats.checkpoint import Checkpoint
         from flexinfer.formats.skeleton import build_skeleton, resolve
         from flexinfer.machine import available_bytes, measure_costs
-        from flexinfer.model import default_context, fixed_memory
+        from flexinfer.model import MemoryOfProcess, default_context, fixed_memory
         from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
         from flexinfer.streaming.reader import FileReader
 
         skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
         memory = arguments.memory
         given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
-        context = arguments.context or default_context(skeleton, given_bytes)
-        fixed = fixed_memory(skeleton, context)
+        measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
+        context = arguments.context or default_context(skeleton, measured, given_bytes)
+        fixed = fixed_memory(skeleton, measured, context)
         smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
-        everything_bytes = fixed.nbytes + sum(weight.memory_bytes for weight in skeleton.weights)
+        everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
         budget_bytes = min(given_bytes, everything_bytes) if memory == "auto" else given_bytes
         bars.spin("measuring disk and kernels")
         reader = FileReader(skeleton.checkpoint.files, direct=not arguments.buffered)
@@ -565,6 +562,7 @@ def budget_parts(plan: "Plan") -> dict[str, int]:
     fixed = plan.fixed
     parts = {
         "process": fixed.process_bytes,
+        "tokenizer": fixed.tokenizer_bytes,
         "parameters that stay": fixed.resident_bytes,
         "KV cache": fixed.kv_bytes,
         "activations": fixed.activation_bytes,

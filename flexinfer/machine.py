@@ -23,30 +23,47 @@ from flexinfer.streaming.reader import FileReader
 
 CACHE_BYTES = 32 << 20  # kernels are timed on as much, so that their bytes come from memory
 SAMPLE_BYTES = 192 << 20  # long enough that a bandwidth limit has no burst left
+CGROUPS_FILE = Path("/proc/self/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
-    """Memory this process may have: what is free on the machine or in its cgroup, and what it has already, less 10 %."""
-    own_bytes = psutil.Process().memory_info().rss
-    limit_bytes = psutil.virtual_memory().available + own_bytes
-    for limit_file in _cgroup_limit_files():
-        with contextlib.suppress(OSError, ValueError):
-            limit_bytes = min(limit_bytes, int(limit_file.read_text()))
-    return int(limit_bytes * 0.9)
+    """Memory this process may have: what is free on the machine and in its cgroups, and what it has already, less 10 %."""
+    rooms = [psutil.virtual_memory().available, *_cgroup_rooms()]
+    return int((anonymous_bytes() + min(rooms)) * 0.9)
 
 
-def _cgroup_limit_files() -> Iterator[Path]:
-    """The memory limits this process is under, its own cgroup's and those above (v1 and v2)."""
+def _cgroup_rooms() -> Iterator[int]:
+    """Bytes that are free in this process's memory cgroup and in those above it (v1 and v2).
+
+    Pages of files do not count as in use: the kernel takes them back when there is need.
+    """
+    for folder, limit_file, usage_file, reclaimable in _cgroup_folders():
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+            limit_bytes = int((folder / limit_file).read_text())
+            used_bytes = int((folder / usage_file).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used_bytes -= sum(int(stat.get(field, 0)) for field in reclaimable)
+            yield max(0, limit_bytes - max(0, used_bytes))
+
+
+def _cgroup_folders() -> Iterator[tuple[Path, str, str, tuple[str, str]]]:
+    """Each memory cgroup this process is in, its own first: folder, files of limit and usage, fields of reclaimable pages."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in CGROUPS_FILE.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
-            root, name = (Path("/sys/fs/cgroup"), "memory.max")
-            if controllers:
-                if "memory" not in controllers.split(","):
-                    continue
-                root, name = root / "memory", "memory.limit_in_bytes"
+            if not controllers:
+                root, names = CGROUP_ROOT, ("memory.max", "memory.current")
+                fields = ("inactive_file", "active_file")
+            elif "memory" in controllers.split(","):
+                root, names = CGROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+                fields = ("total_inactive_file", "total_active_file")
+            else:
+                continue
             here = root / group.lstrip("/")
-            yield from (folder / name for folder in (here, *here.parents) if folder.is_relative_to(root))
+            for folder in (here, *here.parents):
+                if folder.is_relative_to(root):
+                    yield folder, *names, fields
 
 
 def measure_costs(
@@ -84,6 +101,9 @@ def measure_costs(
     bandwidth = sum(piece.nbytes for piece in sample) / (perf_counter() - start_s)
     del buffer
     buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * max(p.nbytes for p in pieces)), lock=True)
+    buffer.bytes.fill_(
+        0
+    )  # pages of its own: unwritten ones are one page of zeros, which the CPU's cache holds
     seconds_per_byte: dict[str, float] = {}
     for weight in weights:
         if weight.role not in seconds_per_byte:
@@ -94,12 +114,29 @@ def measure_costs(
     return Costs(bandwidth, sum(w.nbytes * seconds_per_byte[w.role] for w in weights))
 
 
+def anonymous_bytes() -> int:
+    """Memory of this process that is no page of a file: what the system cannot take back."""
+    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * PAGE_BYTES
+
+
+def file_bytes() -> int:
+    """Pages of mapped files that this process has in memory: libraries, for the most part."""
+    return int(Path("/proc/self/statm").read_text().split()[2]) * PAGE_BYTES
+
+
 def peak_bytes() -> int:
-    """The most memory this process ever had resident (VmHWM)."""
+    """The most memory this process had resident since `reset_peak` (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return psutil.Process().memory_info().rss
+
+
+def reset_peak() -> None:
+    """Count the peak from now on. Where the kernel does not allow it, the peak of the process's whole life counts."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _compute_s(kernel: Kernel, piece: Piece, dtype: torch.dtype, buffer: Buffer, repeats: int = 9) -> float:

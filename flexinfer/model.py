@@ -1,35 +1,58 @@
 """`from_pretrained`: a stock transformers model whose weights come from disk as they are needed.
 
-The way: index the checkpoint, build the model empty (flexinfer.formats.skeleton), measure costs (flexinfer.machine), divide the budget
-(flexinfer.plan), lock what the plan keeps, and put a `StreamedLinear` where each linear was. Everything else of the model, and
-`generate()` with all that is built on it, stays transformers' own. Parameters that are no weight of a linear, such as fused
-experts of a mixture, are not streamed: they stay in memory, or the budget is refused and they are named.
+The way: index the checkpoint, build the model empty (flexinfer.formats.skeleton), measure process and costs (flexinfer.machine), divide
+the budget (flexinfer.plan), and put a `StreamedLinear` where each linear was. Locked memory is filled by the first pass, so that until then
+it is free for what a program loads besides. Everything else of the model, and `generate()` with all that is built on it, stays
+transformers' own. Parameters that are no weight of a linear, such as fused experts of a mixture, are not streamed: they stay
+in memory, or the budget is refused and they are named.
+
+The budget is held pass by pass: a call whose activations the plan has no room for is refused before it runs, and where the process itself
+has grown since the plan was made, locked memory is given back for it.
 """
 
 import gc
+import inspect
 import logging
 import resource
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
 
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
-from flexinfer.formats.skeleton import NotStreamableError, Skeleton, build_skeleton, load_resident, resolve
-from flexinfer.machine import available_bytes, measure_costs, peak_bytes
+from flexinfer.formats.skeleton import (
+    NotStreamableError,
+    Skeleton,
+    build_skeleton,
+    load_resident,
+    resident_bytes,
+    resolve,
+)
+from flexinfer.imports import deferred
+from flexinfer.machine import (
+    anonymous_bytes,
+    available_bytes,
+    file_bytes,
+    measure_costs,
+    peak_bytes,
+    reset_peak,
+)
 from flexinfer.perfetto import trace_path, write_trace
 from flexinfer.plan import (
+    MIN_SLOTS,
     BudgetError,
     Costs,
     Fixed,
+    PassShape,
     Plan,
     Weight,
     format_size,
@@ -37,19 +60,25 @@ from flexinfer.plan import (
     parse_size,
     smallest_budget_bytes,
 )
+from flexinfer.rehearsal import rehearse
 from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve
-from flexinfer.streaming.linear import LockedRows, StreamedEmbedding, StreamedLinear, lock_rows
-from flexinfer.streaming.memory import Buffer, return_freed_memory
+from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, StreamedLinear, lock_pieces
+from flexinfer.streaming.memory import Buffer, page_out_libraries, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.reader import FileReader, padded_bytes
+from flexinfer.tokenizer import load_tokenizer, tokenizer_bytes
 from flexinfer.trace import MAX_EVENTS, Progress, Trace
 
-logger = logging.getLogger("flexinfer")
+with deferred():
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-MARGIN_BYTES = 24 << 20  # threads' stacks, allocator, what a first pass imports
+MARGIN_BYTES = 16 << 20  # threads' stacks, allocator, what a first pass imports
+GROWTH_BYTES = 6 << 20  # a process that grows by less is left alone: the margin is for it
 LARGE_PARAMETER_BYTES = 16 << 20
 SMALLEST_DEFAULT_CONTEXT = 128
+logger = logging.getLogger("flexinfer")
+CLOSED = "this model is closed; load it again with flexinfer.from_pretrained()"
 
 
 def from_pretrained(
@@ -61,6 +90,8 @@ def from_pretrained(
     io_threads: int = 2,
     direct: bool = True,
     context: int | None = None,
+    logits_to_keep: int = 1,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype = "auto",
     trace: bool | str | Path = False,
     progress: Progress | None = None,
@@ -78,6 +109,10 @@ def from_pretrained(
         direct: read past the page cache (O_DIRECT); otherwise through it, dropping pages behind.
         context: tokens the KV cache and the activations are sized for, over all sequences of a batch; None: 2048,
             or the model's own limit, or fewer if they would take more than a quarter of the budget.
+        logits_to_keep: positions of one pass, over all its sequences, whose logits the plan has room for: 1 to generate one text,
+            the batch or the number of beams, the number of candidates and one, or the length of a text that is scored.
+        tokenizer: one that the program has loaded already. None: the plan keeps room for the one beside the weights, which
+            `model.flexinfer.tokenizer` loads.
         dtype: "auto" (the checkpoint's), or what to compute in.
         trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`); a path has `close()` write it
             there too, for https://ui.perfetto.dev.
@@ -96,33 +131,42 @@ def from_pretrained(
         raise ValueError(f"io_threads={io_threads} must be 0 (synchronous) or more")
     if context is not None and context < 1:
         raise ValueError(f"context={context} must be at least 1 token")
-    trace_path(trace)
+    if logits_to_keep < 1:
+        raise ValueError(f"logits_to_keep={logits_to_keep} must be at least 1 position")
+    trace_file = trace_path(trace)
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
     checkpoint = Checkpoint.open(resolve(path_or_hub_id))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
     try:
         skeleton = build_skeleton(checkpoint, dtype)
     except NotStreamableError as error:
-        skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, error)
-    context = context or default_context(skeleton, budget_bytes)
+        skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, context, error)
+    recorder = Trace(max_events=MAX_EVENTS if trace else 0, progress=progress)  # its memory is measured too
+    measured = MemoryOfProcess.measure(skeleton, with_tokenizer=tokenizer is None)
+    context = context or default_context(skeleton, measured, budget_bytes, logits_to_keep)
     engine = Engine(
         skeleton,
+        measured,
         policy=policy,
         window=window,
         io_threads=io_threads,
         direct=direct,
         context=context,
-        trace=trace,
-        progress=progress,
+        logits_to_keep=logits_to_keep,
+        tokenizer=tokenizer,
+        trace=recorder,
+        trace_file=trace_file,
     )
     try:
         engine.load(budget_bytes)
     except BaseException:
         engine.close()
         raise
-    skeleton.model.flexinfer = engine  # type: ignore[assignment]
-    weakref.finalize(skeleton.model, engine.close)
-    return skeleton.model
+    model = skeleton.model
+    model.flexinfer = engine  # type: ignore[assignment]
+    model.forward = wraps(model.forward)(partial(engine.run, model.forward))
+    weakref.finalize(model, engine.close)
+    return model
 
 
 class Engine:
@@ -134,40 +178,50 @@ class Engine:
     def __init__(
         self,
         skeleton: Skeleton,
+        measured: "MemoryOfProcess",
         *,
         policy: str = "balanced",
         window: str | int | None = None,
         io_threads: int = 2,
         direct: bool = True,
         context: int = 2048,
-        trace: bool | str | Path = False,
-        progress: Progress | None = None,
+        logits_to_keep: int = 1,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        trace: Trace | None = None,
+        trace_file: Path | None = None,
     ) -> None:
         self._policy, self._window, self._io_threads = policy, window, io_threads
-        self._direct, self.context = direct, context
-        self._trace = Trace(max_events=MAX_EVENTS if trace else 0, progress=progress)
-        self._trace_path, self._progress = trace_path(trace), progress
+        self._direct, self.context, self._logits_to_keep = direct, context, logits_to_keep
+        self._trace, self._trace_file = trace or Trace(), trace_file
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
+        self._path, self._config, self._dtype = skeleton.checkpoint.path, skeleton.config, skeleton.dtype
+        self._layers, self._meter = skeleton.cache_layers, skeleton.meter
+        self._fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
+        self._file_bytes = measured.file_bytes
+        self._tokenizer = tokenizer
         self._linears: dict[str, StreamedLinear] = {}
-        self._locked: dict[str, list[LockedRows]] = {}
+        self._locked: dict[str, list[LockedPieces]] = {}
         self._reader: FileReader | None = None
         self._prefetcher: Prefetcher | None = None
         self._kv: KVReserve | None = None
+        self._lock = threading.RLock()  # held during a pass, and while memory is changed
+        self._in_pass = False
+        self._wanted: Plan | None = None  # what memory is to become, as soon as no pass is running
+        self._rest_bytes: int | None = None  # anonymous memory between passes; None until the first one
         self._closed = False
 
     def load(self, budget_bytes: int) -> None:
-        """Plan `budget_bytes`, read what stays, and put the streamed modules in place. Called once.
+        """Plan `budget_bytes`, read the parameters that stay, and put the streamed modules in place. Called once.
 
         Raises BudgetError before anything is read.
         """
         skeleton, self._skeleton = self._skeleton, None
         assert skeleton is not None
-        gc.collect()  # the dry run's model
-        self._fixed = fixed_memory(skeleton, self.context)
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         self._make_plan(budget_bytes, skeleton)
+        reset_peak()
         self._reader = FileReader(skeleton.checkpoint.files, direct=self._direct)
         self._costs = measure_costs(
             self._weights,
@@ -177,20 +231,20 @@ class Engine:
             max(1, self._io_threads),
             budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2,
         )
-        plan = self._make_plan(budget_bytes, skeleton)
-        self._kv = KVReserve(skeleton.cache_layers, self.context, skeleton.dtype)
+        self.plan = self._make_plan(budget_bytes, skeleton)
+        self._kv = KVReserve(self._layers, self.context, skeleton.dtype)
         self._place_modules(skeleton)
-        self._apply(plan)
-        skeleton.model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        skeleton.model.register_forward_hook(self._after_pass, always_call=True)
+        self._loaded_bytes = anonymous_bytes()
         self._explained = self.stats()
         logger.info("%s", plan_line(self.plan))
 
-    def _make_plan(self, budget_bytes: int, skeleton: Skeleton | None = None) -> Plan:
+    def _make_plan(
+        self, budget_bytes: int, skeleton: Skeleton | None = None, fixed: Fixed | None = None
+    ) -> Plan:
         try:
             return make_plan(
                 self._weights,
-                self._fixed,
+                fixed or self._fixed,
                 budget_bytes,
                 self._costs,
                 policy=self._policy,
@@ -224,13 +278,13 @@ class Engine:
             else:
                 holder.register_buffer(leaf, tensor)
             done_bytes += spec.nbytes
-            if self._progress is not None:
-                self._progress("load", done_bytes, all_bytes)
+            if self._trace.progress is not None:
+                self._trace.progress("load", done_bytes, all_bytes)
         for weight in self._weights:
             path = weight.name.removesuffix(".weight")
             module: Any = model.get_submodule(path)
             linear = StreamedLinear(
-                weight, self._kernels[weight.name], module.weight.shape, dtype, module.bias, self._trace
+                weight, self._kernels[weight.name], module, dtype, self._trace, self._lock
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
@@ -238,7 +292,8 @@ class Engine:
             embedding: Any = model.get_input_embeddings()
             name = skeleton.embedding_name
             spec = skeleton.specs[name + ".weight"]
-            model.set_submodule(name, StreamedEmbedding(embedding, self._row_reader(spec), spec, dtype))
+            rows = StreamedEmbedding(embedding, self._row_reader(spec), spec, dtype, self._lock)
+            model.set_submodule(name, rows)
 
     def _row_reader(self, spec: TensorSpec) -> Callable[[int, memoryview], int]:
         row_bytes = spec.shape[1] * spec.torch_dtype.itemsize
@@ -251,76 +306,226 @@ class Engine:
         return read_row
 
     def _apply(self, plan: Plan) -> None:
-        """Make memory what `plan` says: shrink first, so that no more than the larger budget is ever in use."""
+        """Make memory what `plan` says: give back first, so that no more than the larger budget is ever in use.
+
+        After a failed read all that was locked before is still locked, the rest is streamed, and the error is raised.
+        """
         assert self._reader is not None
+        assert self._kv is not None
+        self._detach("its memory is being changed")
+        count_of = {w.name: plan.locked_pieces.get(w.name, 0) for w in self._weights}
+        for weight in self._weights:
+            self._locked[weight.name] = _keep(self._locked.get(weight.name, []), count_of[weight.name])
+        self._kv.allocate()
+        reader = self._reader
+
+        def lock(weight: Weight) -> None:
+            have, want = _count(self._locked[weight.name]), count_of[weight.name]
+            if have < want:
+                more = lock_pieces(weight, have, want, self._kernels[weight.name], reader)
+                self._locked[weight.name].append(more)
+
+        new_bytes = [
+            sum(piece.nbytes for piece in w.pieces[_count(self._locked[w.name]) : count_of[w.name]])
+            for w in self._weights
+        ]
+        done_bytes = 0
+        try:
+            with ThreadPoolExecutor(max(1, self._io_threads)) as pool:
+                for nbytes, _ in zip(new_bytes, pool.map(lock, self._weights), strict=True):
+                    done_bytes += nbytes
+                    if self._trace.progress is not None and nbytes:
+                        self._trace.progress("lock", done_bytes, sum(new_bytes))
+        finally:
+            self._attach(plan)
+        self.plan = plan
+        self._trace.set_memory(plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes)
+        self._rest_bytes = anonymous_bytes()
+
+    def _detach(self, why: str) -> None:
+        """Take everything from the linears, and end the window."""
+        for linear in self._linears.values():
+            linear.detach(why)
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
-        changed = [
-            w
-            for w in self._weights
-            if plan.locked_pieces.get(w.name, 0) != _pieces_in(w, self._locked.get(w.name, []))
-        ]
-        for weight in changed:
-            self._linears[weight.name].detach("the memory budget is being changed")
-            self._locked.pop(weight.name, None)
-        schedule = [piece for w in self._weights for piece in w.pieces[plan.locked_pieces.get(w.name, 0) :]]
-        with ThreadPoolExecutor(max(1, self._io_threads)) as pool:
-            reader = self._reader
-            counts = [plan.locked_pieces.get(w.name, 0) for w in changed]
-            done_bytes = 0
-            all_bytes = sum(p.nbytes for w, n in zip(changed, counts, strict=True) for p in w.pieces[:n])
-            for weight, rows in zip(
-                changed,
-                pool.map(lambda w, n: lock_rows(w, n, self._kernels[w.name], reader), changed, counts),
-                strict=True,
-            ):
-                self._locked[weight.name] = rows
-                done_bytes += sum(row.nbytes for row in rows)
-                if self._progress is not None and rows:
-                    self._progress("lock", done_bytes, all_bytes)
+
+    def _attach(self, plan: Plan) -> None:
+        """Give the linears what is locked, and a window for all that is not."""
+        assert self._reader is not None
+        streamed = {w.name: w.pieces[_count(self._locked[w.name]) :] for w in self._weights}
+        schedule = [piece for pieces in streamed.values() for piece in pieces]
         if schedule:
             self._prefetcher = Prefetcher(
                 schedule,
-                reader,
+                self._reader,
                 self._trace,
-                slots=plan.slots,
-                slot_bytes=plan.slot_bytes,
+                slots=max(plan.slots, MIN_SLOTS),
+                slot_bytes=max(plan.slot_bytes, *(piece.memory_bytes for piece in schedule)),
                 window_layers=plan.window_layers,
                 io_threads=self._io_threads,
             )
         place = 0
         for weight in self._weights:
-            streamed = weight.pieces[plan.locked_pieces.get(weight.name, 0) :]
-            places = list(enumerate(streamed, place))
-            place += len(streamed)
-            self._linears[weight.name].attach(self._locked.get(weight.name, []), places, self._prefetcher)
-        self.plan = plan
-        self._trace.set_memory(plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes)
+            places = list(enumerate(streamed[weight.name], place))
+            place += len(places)
+            self._linears[weight.name].attach(self._locked[weight.name], places, self._prefetcher)
 
-    def _before_pass(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        if self._closed:
-            raise RuntimeError("this model is closed; load it again with flexinfer.from_pretrained()")
-        self._trace.begin_pass()
-        inputs = next(
-            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None),
-            None,
-        )
-        if inputs is not None:
-            self._trace.tokens += inputs.shape[0] * inputs.shape[1]
-        cache = kwargs.get("past_key_values")
-        if self._kv is not None and isinstance(cache, DynamicCache):
-            if self._trace.passes > self._explained["passes"] + 1 and not cache.get_seq_length():
-                self.explain()  # another text begins
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One pass: `forward` of the transformers model, with memory seen to before it. One at a time; threads wait for one another.
+
+        Raises BudgetError, before anything runs, when the plan has no room for what the call asks.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(CLOSED)
+            if self._in_pass:  # a hook of the program's own that calls the model again
+                return forward(*args, **kwargs)
+            asked = inspect.signature(forward).bind(*args, **kwargs).arguments
+            asked |= asked.pop("kwargs", {})
+            ids = asked.get("input_ids")
+            if ids is None:
+                ids = asked.get("inputs_embeds")
+            if self._rest_bytes is None:
+                self._first_fill()
+            if ids is not None:
+                kwargs = self._prepare(forward, ids, asked, kwargs)
+            self._trace.begin_pass()
+            self._in_pass = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._in_pass = False
+                if not self._closed:
+                    if ids is not None:
+                        self._trace.tokens += ids.shape[0] * ids.shape[1]
+                    self._trace.end_pass()
+                    if self._wanted is not None:
+                        plan, self._wanted = self._wanted, None
+                        self._apply(plan)
+
+    def _first_fill(self) -> None:
+        """Plan again with what the process holds by now, and fill the memory that stays."""
+        gc.collect()
+        trim_heap()
+        grown_bytes = anonymous_bytes() - self._loaded_bytes
+        process_bytes = self._fixed.process_bytes + (grown_bytes if grown_bytes > GROWTH_BYTES else 0)
+        self._fixed = replace(self._fixed, process_bytes=process_bytes, tokenizer_bytes=0)
+        self._apply(self._make_plan(self.plan.budget_bytes))
+
+    def _prepare(
+        self, forward: Callable[..., Any], ids: torch.Tensor, asked: dict[str, Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """See that the pass has room, and that its keys and values go where memory was set aside for them."""
+        assert self._kv is not None
+        cache = asked.get("past_key_values")
+        uses_cache = asked.get("use_cache")
+        if uses_cache is None:
+            uses_cache = getattr(self._config, "use_cache", True)
+        if cache is None and uses_cache and self._layers:
+            cache = self._kv.new_cache(self._config.get_text_config(decoder=True))
+            kwargs = kwargs | {"past_key_values": cache}
+        elif isinstance(cache, DynamicCache):
             self._kv.adopt(cache)
-        return args, kwargs
+        past_tokens = 0 if cache is None else cache.get_seq_length()
+        another_text = asked.get("past_key_values") is not None and not past_tokens
+        if another_text and self._trace.passes > self._explained["passes"] + 1:
+            self.explain()
+        kept = asked.get("logits_to_keep", 0)
+        shape = PassShape(
+            batch=ids.shape[0],
+            new_tokens=ids.shape[1],
+            past_tokens=past_tokens,
+            kept=len(kept) if isinstance(kept, torch.Tensor) else kept,
+            cached=not uses_cache or self._kv.holds(cache),
+        )
+        self._see_to_room(shape, "logits_to_keep" in inspect.signature(forward).parameters)
+        return kwargs
 
-    def _after_pass(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._closed:
+    def _see_to_room(self, shape: PassShape, can_keep_fewer: bool) -> None:
+        """Raise BudgetError when the plan has no room for a pass of `shape`; give locked memory back where the process has grown."""
+        assert self._rest_bytes is not None
+        fixed = self.plan.fixed
+        planned = (
+            shape.cached
+            and shape.total_tokens <= self.context
+            and shape.batch * shape.kept_tokens <= self._logits_to_keep
+        )
+        grown_bytes = anonymous_bytes() - self._rest_bytes
+        if planned and grown_bytes <= GROWTH_BYTES:
             return
-        self._trace.end_pass()
+        needed_bytes = self._meter.extra_bytes(shape, self.context)
+        room_bytes = fixed.activation_bytes + self.plan.unused_bytes + fixed.margin_bytes // 2
+        if needed_bytes + grown_bytes <= room_bytes:
+            return
+        if needed_bytes > room_bytes:
+            raise BudgetError(self._too_large(shape, needed_bytes, room_bytes, can_keep_fewer))
+        gc.collect()
+        trim_heap()
+        grown_bytes = anonymous_bytes() - self._rest_bytes
+        if needed_bytes + grown_bytes > room_bytes:
+            self._give_back(grown_bytes)
+
+    def _give_back(self, grown_bytes: int) -> None:
+        """Lock less, as the process has grown by `grown_bytes` since the plan was made."""
+        grown = replace(self._fixed, process_bytes=self._fixed.process_bytes + grown_bytes)
+        plan = self._make_plan(self.plan.budget_bytes, fixed=grown)
+        warnings.warn(
+            f"the process has grown by {format_size(grown_bytes)} since the model was loaded; to stay within memory="
+            f"{format_size(plan.budget_bytes)} {format_size(plan.streamed_bytes - self.plan.streamed_bytes)} more are read for each pass",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        self._fixed = grown
+        self._apply(plan)
+
+    def _too_large(self, shape: PassShape, needed_bytes: int, room_bytes: int, can_keep_fewer: bool) -> str:
+        """What a call asks for and what would make it fit."""
+        kept = shape.batch * shape.kept_tokens
+        larger_bytes = self.plan.budget_bytes + needed_bytes - room_bytes
+        remedies = []
+        if kept > 1 and can_keep_fewer:
+            remedies.append("ask for fewer logits with logits_to_keep=1 (score a long text in parts)")
+        if shape.batch > 1:
+            remedies.append("a smaller batch")
+        if shape.new_tokens > 1:
+            remedies.append("fewer tokens at a time")
+        if not shape.cached:
+            remedies.append(
+                "let go of the KV cache of an earlier call (this one gets its own beside it), or pass use_cache=False"
+            )
+        remedies.append(
+            f"plan for it: flexinfer.from_pretrained(..., memory={format_size(larger_bytes + (1 << 20))!r}, "
+            f"context={max(self.context, shape.total_tokens)}, logits_to_keep={max(kept, self._logits_to_keep)})"
+        )
+        return (
+            f"a pass of {shape.batch} x {shape.new_tokens} new tokens after {shape.past_tokens}, with logits of {kept} positions, takes "
+            f"{format_size(needed_bytes)} and memory={format_size(self.plan.budget_bytes)} leaves {format_size(room_bytes)} for it "
+            f"(context={self.context}, logits_to_keep={self._logits_to_keep}); nothing was run. What would make it fit: "
+            + "; or ".join(remedies)
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the weights, loaded when it is first asked for, in a small way (flexinfer.tokenizer).
+
+        Raises CheckpointError where there is none.
+        """
+        with self._lock:
+            if self._tokenizer is None:
+                if self._rest_bytes is None:
+                    self._tokenizer = load_tokenizer(self._path)
+                else:  # memory is full by now: make room for the loading, then see what it took
+                    before = self._rest_bytes
+                    loading = replace(self._fixed, tokenizer_bytes=2 * tokenizer_bytes(self._path))
+                    self._apply(self._make_plan(self.plan.budget_bytes, fixed=loading))
+                    start = anonymous_bytes()
+                    self._tokenizer = load_tokenizer(self._path)
+                    taken = max(0, anonymous_bytes() - start)
+                    del before
+                    self._fixed = replace(self._fixed, process_bytes=self._fixed.process_bytes + taken)
+                    self._apply(self._make_plan(self.plan.budget_bytes))
+            return self._tokenizer
 
     def stats(self) -> dict[str, Any]:
         """Counters since loading: passes over the weights, tokens (rows) that went through, bytes and seconds."""
@@ -353,23 +558,34 @@ class Engine:
         return self._trace.events()
 
     def resize(self, memory: str | int) -> Plan:
-        """Change the budget of the live model; between passes. Returns the new plan.
+        """Change the budget of the live model, from any thread. Returns the new plan.
 
+        While a pass is running, in this thread or another, the change is made at its end; the text stays the same.
         Raises BudgetError, and leaves all as it is, when `memory` is too small.
         """
         if self._closed:
-            raise RuntimeError("this model is closed; load it again with flexinfer.from_pretrained()")
-        self._apply(self._make_plan(parse_size(memory)))
-        return self.plan
+            raise RuntimeError(CLOSED)
+        plan = self._make_plan(parse_size(memory))
+        if not self._lock.acquire(blocking=False):
+            self._wanted = plan  # for the pass that is running
+            if not self._lock.acquire(blocking=False):
+                return plan
+            self._wanted = None  # it ended in between
+        try:
+            if self._in_pass:
+                self._wanted = plan
+            elif self._rest_bytes is None:
+                self.plan = plan
+            else:
+                self._apply(plan)
+        finally:
+            self._lock.release()
+        return plan
 
     def close(self) -> None:
         """End the threads, close the files, let go of the weights. The model cannot run any more. Safe to call twice."""
         closed, self._closed = self._closed, True
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-        for linear in self._linears.values():
-            linear.detach("this model is closed; load it again with flexinfer.from_pretrained()")
+        self._detach(CLOSED)
         self._locked.clear()
         if self._kv is not None:
             self._kv.close()
@@ -382,9 +598,9 @@ class Engine:
         """Say what the last passes waited for, and write the timeline."""
         if self._explained and self._trace.passes > self._explained["passes"]:
             self.explain()
-        if self._explained and self._trace_path is not None:
+        if self._explained and self._trace_file is not None:
             try:
-                write_trace(self._trace_path, self._trace.timeline())
+                write_trace(self._trace_file, self._trace.timeline())
             except OSError as error:
                 warnings.warn(f"the trace could not be written: {error}", RuntimeWarning, stacklevel=3)
 
@@ -397,9 +613,18 @@ class Engine:
         self.close()
 
 
-def _pieces_in(weight: Weight, locked: list[LockedRows]) -> int:
-    stop = locked[-1].row_stop if locked else 0
-    return sum(piece.row_stop <= stop for piece in weight.pieces)
+def _count(locked: list[LockedPieces]) -> int:
+    return sum(len(one.pieces) for one in locked)
+
+
+def _keep(locked: list[LockedPieces], count: int) -> list[LockedPieces]:
+    """The first `count` pieces of what is locked of a weight; the others are let go of."""
+    kept = []
+    for one in locked:
+        if count > 0:
+            kept.append(one if len(one.pieces) <= count else one.keep(count))
+        count -= len(one.pieces)
+    return kept
 
 
 def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
@@ -412,13 +637,36 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
     return buffer.tensor(position, spec.torch_dtype, spec.shape).to(dtype, copy=True)
 
 
-def default_context(skeleton: Skeleton, budget_bytes: int) -> int:
+@dataclass(frozen=True, slots=True)
+class MemoryOfProcess:
+    """What a process holds that has loaded no weight yet, in bytes."""
+
+    anonymous_bytes: int
+    file_bytes: int  # pages of libraries that a pass touches; the others can be had again from disk
+    tokenizer_bytes: int  # what the tokenizer beside the weights will take, if it is not loaded yet
+
+    @classmethod
+    def measure(cls, skeleton: Skeleton, *, with_tokenizer: bool) -> "MemoryOfProcess":
+        """Measured after what every run does once, on a model of a few kilobytes, has been done."""
+        gc.collect()  # the dry run's model
+        rehearse(skeleton.dtype, skeleton.attention)
+        page_out_libraries()
+        rehearse(skeleton.dtype, skeleton.attention)
+        gc.collect()
+        trim_heap()
+        tokenizer = tokenizer_bytes(skeleton.checkpoint.path) if with_tokenizer else 0
+        return cls(anonymous_bytes(), file_bytes(), tokenizer)
+
+
+def default_context(
+    skeleton: Skeleton, measured: MemoryOfProcess, budget_bytes: int, logits_to_keep: int = 1
+) -> int:
     """Tokens a model is loaded for when nothing is said: 2048, or the model's own limit if that is less; halved, down to
     128, while the KV cache and activations would take more than a quarter of the budget, or the rest not fit beside them.
     """
-    context = min(2048, getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", 2048))
+    context = min(2048, getattr(skeleton.config.get_text_config(), "max_position_embeddings", 2048))
     while context >= 2 * SMALLEST_DEFAULT_CONTEXT:
-        fixed = fixed_memory(skeleton, context)
+        fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
         fits = smallest_budget_bytes(skeleton.weights, fixed) <= budget_bytes
         if fits and fixed.kv_bytes + fixed.activation_bytes <= budget_bytes // 4:
             break
@@ -427,37 +675,34 @@ def default_context(skeleton: Skeleton, budget_bytes: int) -> int:
 
 
 def _resident_or_refused(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, budget_bytes: int, why: Exception
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype,
+    budget_bytes: int,
+    context: int | None,
+    why: Exception,
 ) -> Skeleton:
     """The whole model in memory when the budget holds it; BudgetError, with the reason it cannot be streamed, when not."""
-    files_bytes = sum(spec.nbytes for spec in checkpoint.tensors.values())
-    smallest_bytes = psutil.Process().memory_info().rss + files_bytes + MARGIN_BYTES
+    smallest_bytes = anonymous_bytes() + resident_bytes(checkpoint, dtype, context) + MARGIN_BYTES
     if budget_bytes < smallest_bytes:
         raise BudgetError(
-            f"{why}; resident it needs at least memory={smallest_bytes} bytes ({format_size(smallest_bytes)})"
+            f"{why}; resident it needs at least memory={smallest_bytes} bytes ({format_size(smallest_bytes + (1 << 20))})"
         ) from None
     warnings.warn(f"{why}; it is kept in memory whole", RuntimeWarning, stacklevel=3)
     return load_resident(checkpoint, dtype)
 
 
-def fixed_memory(skeleton: Skeleton, context: int) -> Fixed:
+def fixed_memory(
+    skeleton: Skeleton, measured: MemoryOfProcess, context: int, logits_to_keep: int = 1
+) -> Fixed:
     """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
-    config = skeleton.model.config.get_text_config()
-    state = skeleton.model.state_dict()
     itemsize = skeleton.dtype.itemsize
-    widest = max(
-        (
-            max((w.pieces[-1].row_stop for w in skeleton.weights if w.kind != "head"), default=0),
-            config.hidden_size,
-        )
-    )
-    per_row_bytes = itemsize * (6 * config.hidden_size + 3 * widest) + 4 * 3 * config.hidden_size
-    head_bytes = config.vocab_size * (itemsize + 4) * 4
+    state = skeleton.model.state_dict()
     return Fixed(
-        process_bytes=psutil.Process().memory_info().rss,
+        process_bytes=measured.anonymous_bytes + measured.file_bytes,
+        tokenizer_bytes=measured.tokenizer_bytes,
         resident_bytes=sum(state[name].numel() * state[name].dtype.itemsize for name in skeleton.resident),
         kv_bytes=sum(layer.nbytes(context, itemsize) for layer in skeleton.cache_layers),
-        activation_bytes=context * per_row_bytes + head_bytes,
+        activation_bytes=skeleton.meter.planned_bytes(context, logits_to_keep),
         margin_bytes=MARGIN_BYTES,
         context_tokens=context,
     )

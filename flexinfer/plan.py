@@ -43,6 +43,8 @@ class Piece:
     offset_bytes: int
     nbytes: int
     memory_bytes: int  # nbytes and the padding a direct read needs around them
+    locked_bytes: int  # memory it takes when it stays, in the dtype that is computed in
+    copied_bytes: int = 0  # memory that its kernel may take for a copy of it while it is multiplied
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,9 @@ class Weight:
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
-    def memory_bytes(self) -> int:
+    def locked_bytes(self) -> int:
         """Memory it takes when locked whole."""
-        return sum(piece.memory_bytes for piece in self.pieces)
+        return sum(piece.locked_bytes for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +81,43 @@ class Fixed:
 
     process_bytes: int  # interpreter, libraries, the model's modules
     resident_bytes: int  # norms, biases, positions and other parameters that are never streamed
-    kv_bytes: int
-    activation_bytes: int
-    margin_bytes: int  # allocator, threads, page tables
+    kv_bytes: int  # keys and values of full-attention layers, set aside
+    activation_bytes: int  # the largest pass, and the layers of sliding windows
+    margin_bytes: int  # what cannot be known: allocator, threads, page tables
     context_tokens: int = 0  # what the KV cache and the activations are sized for
+    tokenizer_bytes: int = 0  # kept free for a tokenizer that has not been loaded yet
 
     @property
     def nbytes(self) -> int:
         return (
             self.process_bytes
+            + self.tokenizer_bytes
             + self.resident_bytes
             + self.kv_bytes
             + self.activation_bytes
             + self.margin_bytes
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PassShape:
+    """What a call asks of one pass over the weights."""
+
+    batch: int
+    new_tokens: int  # of each sequence
+    past_tokens: int = 0  # of each sequence, in the KV cache
+    kept: int = 1  # positions of each sequence whose logits are wanted, the last ones; 0 for all
+    cached: bool = True  # whether its keys and values go into the memory set aside for them
+
+    @property
+    def kept_tokens(self) -> int:
+        """Positions of each sequence that get logits."""
+        return min(self.kept, self.new_tokens) if self.kept else self.new_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all sequences, when the pass is over."""
+        return self.batch * (self.past_tokens + self.new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +231,14 @@ def make_plan(
     spare_bytes = budget_bytes - fixed.nbytes
     slot_bytes = max((piece.memory_bytes for piece in pieces), default=0)
 
-    if sum(weight.memory_bytes for weight in weights) <= spare_bytes and policy != "none":
+    if sum(weight.locked_bytes for weight in weights) <= spare_bytes and policy != "none":
         slots, locked = 0, {weight.name: len(weight.pieces) for weight in weights}
     else:
         smallest_bytes = smallest_budget_bytes(weights, fixed)
         if budget_bytes < smallest_bytes:
             raise BudgetError(
                 f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {smallest_bytes} bytes "
-                f"({format_size(smallest_bytes + (1 << 20))}): process {format_size(fixed.process_bytes)}, parameters that stay "
+                f"({format_size(smallest_bytes + (1 << 20))}): process {format_size(fixed.process_bytes)}, tokenizer {format_size(fixed.tokenizer_bytes)}, parameters that stay "
                 f"{format_size(fixed.resident_bytes)}, KV cache {format_size(fixed.kv_bytes)}, activations "
                 f"{format_size(fixed.activation_bytes)}, margin {format_size(fixed.margin_bytes)}, window "
                 f"{format_size(MIN_SLOTS * slot_bytes)}. A smaller context makes the KV cache and activations smaller."
@@ -222,10 +247,12 @@ def make_plan(
         locked = POLICIES[policy](weights, spare_bytes - slots * slot_bytes)
 
     streamed = [piece for weight in weights for piece in weight.pieces[locked.get(weight.name, 0) :]]
-    locked_memory = sum(p.memory_bytes for w in weights for p in w.pieces[: locked.get(w.name, 0)])
+    locked_memory = sum(p.locked_bytes for w in weights for p in w.pieces[: locked.get(w.name, 0)])
     streamed_bytes = sum(piece.nbytes for piece in streamed)
     read_s = sum(piece.memory_bytes for piece in streamed) / costs.bandwidth_bytes_per_s
-    at_best_bytes = max(0, total_bytes - max(0, budget_bytes - fixed.process_bytes - fixed.kv_bytes))
+    at_best_bytes = max(
+        0, total_bytes - max(0, budget_bytes - fixed.process_bytes - fixed.tokenizer_bytes - fixed.kv_bytes)
+    )
     return Plan(
         budget_bytes=budget_bytes,
         fixed=fixed,
@@ -273,14 +300,14 @@ def _window_slots(
 
 def _balanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """The same share of every weight; rounding errors are carried along the pass, so that they cannot pile up."""
-    share = lock_bytes / sum(weight.memory_bytes for weight in weights)
+    share = lock_bytes / sum(weight.locked_bytes for weight in weights)
     locked: dict[str, int] = {}
     wanted = used = 0.0
     for weight in weights:
-        wanted += share * weight.memory_bytes
+        wanted += share * weight.locked_bytes
         count = 0
-        while count < len(weight.pieces) and used + weight.pieces[count].memory_bytes <= wanted:
-            used += weight.pieces[count].memory_bytes
+        while count < len(weight.pieces) and used + weight.pieces[count].locked_bytes <= wanted:
+            used += weight.pieces[count].locked_bytes
             count += 1
         locked[weight.name] = count
     return _fill(weights, locked, lock_bytes - int(used))
@@ -294,8 +321,8 @@ def _fill(weights: Sequence[Weight], locked: dict[str, int], left_bytes: int) ->
         grown = False
         for weight in by_spread:
             count = locked.get(weight.name, 0)
-            if count < len(weight.pieces) and weight.pieces[count].memory_bytes <= left_bytes:
-                left_bytes -= weight.pieces[count].memory_bytes
+            if count < len(weight.pieces) and weight.pieces[count].locked_bytes <= left_bytes:
+                left_bytes -= weight.pieces[count].locked_bytes
                 locked[weight.name] = count + 1
                 grown = True
     return locked
@@ -313,7 +340,7 @@ def _unbalanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     locked, left_bytes = _head_first(weights, lock_bytes)
     for layer in dict.fromkeys(w.layer for w in weights if w.kind != "head"):
         in_layer = [w for w in weights if w.layer == layer]
-        needed = sum(w.memory_bytes for w in in_layer)
+        needed = sum(w.locked_bytes for w in in_layer)
         if needed > left_bytes:
             break
         left_bytes -= needed
@@ -346,8 +373,8 @@ def _algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     locked, left_bytes = _head_first(weights, lock_bytes)
     ffn_roles = _roles(weights, "ffn")
     layers = len({w.layer for w in weights if w.kind != "head"})
-    ffn_bytes = layers * max((w.memory_bytes for w in weights if w.kind == "ffn"), default=0)
-    attention_bytes = layers * max((w.memory_bytes for w in weights if w.kind == "attention"), default=0)
+    ffn_bytes = layers * max((w.locked_bytes for w in weights if w.kind == "ffn"), default=0)
+    attention_bytes = layers * max((w.locked_bytes for w in weights if w.kind == "attention"), default=0)
     if left_bytes >= len(ffn_roles) * ffn_bytes + 2 * attention_bytes:
         keep = len(ffn_roles)
     else:
@@ -364,7 +391,7 @@ def _none(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
 
 def _head_first(weights: Sequence[Weight], lock_bytes: int) -> tuple[dict[str, int], int]:
     head = [w for w in weights if w.kind == "head"]
-    needed = sum(w.memory_bytes for w in head)
+    needed = sum(w.locked_bytes for w in head)
     if needed > lock_bytes:
         return {}, lock_bytes
     return {w.name: len(w.pieces) for w in head}, lock_bytes - needed
@@ -372,7 +399,7 @@ def _head_first(weights: Sequence[Weight], lock_bytes: int) -> tuple[dict[str, i
 
 def _roles(weights: Sequence[Weight], kind: Kind) -> list[str]:
     """The roles of a kind, smallest weight first (with grouped-query attention K and V come first)."""
-    size_of = {w.role: w.memory_bytes for w in weights if w.kind == kind}
+    size_of = {w.role: w.locked_bytes for w in weights if w.kind == kind}
     return sorted(size_of, key=lambda role: size_of[role])
 
 
@@ -383,8 +410,8 @@ def _lock_roles(
     for role in roles:
         of_role = [w for w in weights if w.role == role]
         for i in _spread(len(of_role)):
-            if of_role[i].memory_bytes <= left_bytes:
-                left_bytes -= of_role[i].memory_bytes
+            if of_role[i].locked_bytes <= left_bytes:
+                left_bytes -= of_role[i].locked_bytes
                 locked[of_role[i].name] = len(of_role[i].pieces)
     return left_bytes
 

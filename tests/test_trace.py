@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Load, MakeCheckpoint, prompt, resize_to_share
+import torch
+from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
+import flexinfer.model
 from flexinfer.perfetto import trace_events
 from flexinfer.trace import KINDS, RECORD, SPANS, Event, Ring, Trace, resident_bytes
 
@@ -210,43 +212,54 @@ def test_a_trace_whose_directory_has_gone_is_said_and_the_model_closes(
 def test_progress_tells_of_locking_and_of_each_pass(checkpoint: MakeCheckpoint, load: Load) -> None:
     heard: list[tuple[str, int, int]] = []
     model = load(checkpoint("llama"), progress=lambda *report: heard.append(report))
+    norm_bytes = sum(p.nbytes for n, p in model.named_parameters() if "norm" in n)
+    assert {stage for stage, _, _ in heard} == {"load"}
+    assert heard[-1] == ("load", norm_bytes, norm_bytes)
+    heard.clear()
+    model(prompt(), logits_to_keep=1)  # the first pass fills memory before it runs
     plan = model.flexinfer.plan
-    resident_bytes = sum(p.nbytes for n, p in model.named_parameters() if "norm" in n)
-    by_stage = {stage: [(d, t) for s, d, t in heard if s == stage] for stage in ("load", "lock")}
-    assert by_stage["load"][-1] == (resident_bytes, resident_bytes)
-    assert by_stage["lock"][-1] == (plan.locked_bytes, plan.locked_bytes)
-    assert by_stage["lock"] == sorted(by_stage["lock"])
-    assert len(heard) == len(by_stage["load"]) + len(by_stage["lock"])
+    stages = [stage for stage, _, _ in heard]
+    assert stages == ["lock"] * stages.count("lock") + ["pass"] * stages.count("pass")
+    locking = heard[: stages.count("lock")]
+    assert locking == sorted(locking)
+    assert locking[-1] == ("lock", plan.locked_bytes, plan.locked_bytes)
     resize_to_share(model, 0.3)
     for _ in range(2):
         heard.clear()
-        model(prompt())
+        model(prompt(), logits_to_keep=1)
         assert {stage for stage, _, _ in heard} == {"pass"}
         assert [done for _, done, _ in heard] == sorted(done for _, done, _ in heard)
         assert heard[-1] == ("pass", plan.total_bytes, plan.total_bytes)
 
 
-def test_what_progress_raises_ends_the_load_at_once(
+def test_what_progress_raises_ends_the_filling_at_once(
     checkpoint: MakeCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while many GiB are being locked: what is being read is finished, the rest is not begun."""
+    """Ctrl-C while many GiB are being locked: what is being read is finished, the rest is not begun; the next pass goes on."""
     locked: list[str] = []
-    lock_rows = __import__("flexinfer.model").model.lock_rows
-    stopped = threading.Event()
+    lock_pieces = flexinfer.model.lock_pieces
+    slow = threading.Event()
 
     def lock(weight: Any, *rest: Any) -> Any:
-        stopped.wait(0.05)
+        slow.wait(0.05)
         locked.append(weight.name)
-        return lock_rows(weight, *rest)
+        return lock_pieces(weight, *rest)
+
+    wishes = ["stop"]
 
     def stop(stage: str, done: int, total: int) -> None:
-        if stage == "lock":
+        if stage == "lock" and wishes:
+            wishes.clear()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("flexinfer.model.lock_rows", lock)
+    monkeypatch.setattr("flexinfer.model.lock_pieces", lock)
+    model = load(checkpoint("llama"), progress=stop, io_threads=1)
     with pytest.raises(KeyboardInterrupt):
-        load(checkpoint("llama"), progress=stop, io_threads=1)
-    assert len(locked) < 5 < 4 * 7 + 1
+        model(prompt(), logits_to_keep=1)
+    assert 1 <= len(locked) < 5 < 4 * 7 + 1
+    assert torch.equal(logits(model, prompt()), logits(stock(checkpoint("llama")), prompt()))
+    assert len(set(locked)) == 4 * 7 + 1
+    assert model.flexinfer.plan.streamed_bytes == 0
 
 
 def test_the_ring_is_resident_before_the_first_event() -> None:

@@ -6,19 +6,30 @@ rules, and the order of use and the shape of the KV cache are learnt from one pa
 nothing. Reads headers, never weights.
 """
 
-import copy
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
+
+from flexinfer.activations import PassMeter, meta_model
+from flexinfer.imports import deferred
+
+with deferred():
+    from accelerate import init_empty_weights
+    from huggingface_hub import snapshot_download
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        DynamicCache,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.pytorch_utils import Conv1D
 
 from flexinfer.formats.checkpoint import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
@@ -43,13 +54,15 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(f"{name}: no such directory, and not a Hub id of the form 'owner/name'")
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-    except Exception:
+        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        Checkpoint.open(cached)  # all of it: a tokenizer that was loaded alone leaves a part of a snapshot
+        return cached
+    except Exception as why:
         try:
             return Path(snapshot_download(name, allow_patterns=wanted))
         except Exception as error:
             raise CheckpointError(
-                f"{name}: neither a directory, nor in the Hugging Face cache, nor to be had from the Hub ({error})"
+                f"{name}: neither a directory, nor whole in the Hugging Face cache ({why}), nor to be had from the Hub ({error})"
             ) from error
 
 
@@ -67,6 +80,16 @@ class Skeleton:
     weights: list[Weight]  # the streamable ones, in order of use
     kernels: dict[str, Kernel]  # by the name of the weight
     cache_layers: list[LayerShape]
+    meter: PassMeter
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed: transformers' name of it."""
+        return self.model.config.get_text_config()._attn_implementation or "eager"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +122,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
     packed = _packed_format(config)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
     try:
-        with init_empty_weights(include_buffers=False):
+        with deferred(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}/config.json: no causal LM ({error})") from error
@@ -109,15 +132,17 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
 
     specs = _match(model, checkpoint, packed)
     linears = {linear.name: linear for linear in find_linears(model)}
-    order, cache_layers = _dry_run(config, compute_dtype, linears.keys())
+    order, cache_layers = _dry_run(meta_model(config, compute_dtype), linears.keys())
     parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
+    weights = [weight for weight, _ in parts]
     return Skeleton(
         model=model,
         checkpoint=checkpoint,
         specs=specs,
-        weights=[weight for weight, _ in parts],
+        weights=weights,
         kernels={weight.name: kernel for weight, kernel in parts},
         cache_layers=cache_layers,
+        meter=PassMeter(config, compute_dtype, cache_layers, weights),
     )
 
 
@@ -177,14 +202,40 @@ class Linear:
         return self.module.out_features, self.module.in_features
 
 
+def resident_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype, context: int | None) -> int:
+    """What a checkpoint that cannot be streamed takes when transformers loads it whole: weights, KV cache and activations."""
+    config, compute_dtype, layers = _resident_facts(checkpoint, dtype)
+    context = context or 2048
+    weights_bytes = sum(
+        math.prod(spec.shape)
+        * (compute_dtype.itemsize if spec.dtype in FLOAT_DTYPES else spec.torch_dtype.itemsize)
+        for spec in checkpoint.tensors.values()
+    )
+    kv_bytes = sum(layer.nbytes(context, compute_dtype.itemsize) for layer in layers)
+    meter = PassMeter(config, compute_dtype, layers, [])
+    return weights_bytes + kv_bytes + (meter.planned_bytes(context, 1) if layers else 0)
+
+
+def _resident_facts(
+    checkpoint: Checkpoint, dtype: str | torch.dtype
+) -> tuple[PretrainedConfig, torch.dtype, list[LayerShape]]:
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    compute_dtype = _compute_dtype(dtype, config, checkpoint)
+    return config, compute_dtype, _dry_run(meta_model(config, compute_dtype), ())[1]
+
+
 def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
     """A checkpoint that cannot be streamed, loaded whole by transformers: a model with no weights left to place."""
-    config = AutoConfig.from_pretrained(checkpoint.path)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=_compute_dtype(dtype, config, checkpoint)
-    )
+    config, compute_dtype, layers = _resident_facts(checkpoint, dtype)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=compute_dtype)
     return Skeleton(
-        model.eval().requires_grad_(False), checkpoint, specs={}, weights=[], kernels={}, cache_layers=[]
+        model.eval().requires_grad_(False),
+        checkpoint,
+        specs={},
+        weights=[],
+        kernels={},
+        cache_layers=layers,
+        meter=PassMeter(config, compute_dtype, layers, []),
     )
 
 
@@ -256,21 +307,15 @@ def _match(
     return specs
 
 
-def _dry_run(
-    config: PretrainedConfig, dtype: torch.dtype, linears: Collection[str]
-) -> tuple[list[str], list[LayerShape]]:
+def _dry_run(model: PreTrainedModel, linears: Collection[str]) -> tuple[list[str], list[LayerShape]]:
     """One pass on the meta device: the order in which the linears run, and what a token keeps in each cache layer."""
     order: list[str] = []
-    config = copy.deepcopy(config)
-    config.pad_token_id = None  # else GPT-2 looks for padding among token ids that have no values here
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with deferred(), torch.device("meta"), torch.no_grad():
         for name, module in model.named_modules():
             if name in linears:
                 module.register_forward_pre_hook(lambda _module, _args, name=name: order.append(name))
-        cache = DynamicCache(config=config.get_text_config(decoder=True))
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
     layers = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -328,5 +373,21 @@ def _weight_of(
     for start, stop, offset_bytes, nbytes in cuts:
         offset_bytes += spec.offset_bytes
         memory_bytes = padded_bytes(offset_bytes, nbytes)
-        pieces.append(Piece(name, linear.layer, start, stop, spec.file, offset_bytes, nbytes, memory_bytes))
+        stays = kernel.resident is kernel
+        locked_bytes = memory_bytes if stays else round_up(kernel.resident_bytes(nbytes))
+        copied_bytes = kernel.copied_bytes(nbytes)
+        pieces.append(
+            Piece(
+                name,
+                linear.layer,
+                start,
+                stop,
+                spec.file,
+                offset_bytes,
+                nbytes,
+                memory_bytes,
+                locked_bytes,
+                copied_bytes,
+            )
+        )
     return Weight(name, linear.role, linear.layer, linear.kind, tuple(pieces)), kernel

@@ -18,6 +18,19 @@ class Kernel(Protocol):
         """Whether pieces that follow one another in memory can be multiplied as one."""
         ...
 
+    @property
+    def resident(self) -> "Kernel":
+        """The kernel of rows that stay: this one, or that of the dtype to which they are converted once."""
+        ...
+
+    def resident_bytes(self, nbytes: int) -> int:
+        """Memory that `nbytes` of a file take when they stay."""
+        ...
+
+    def copied_bytes(self, nbytes: int) -> int:
+        """Memory that `multiply` may take for copies of `nbytes` of a file."""
+        ...
+
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         """`rows` output rows whose bytes begin at `position` of `buffer`; no copy."""
         ...

@@ -1,6 +1,6 @@
 """Weights as they lie in a stock checkpoint: bf16, fp16 or fp32, multiplied by the kernels that torch uses for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,18 @@ class DenseKernel:
     file_dtype: torch.dtype
     dtype: torch.dtype  # what the model computes in
     joins: bool = True
+
+    @property
+    def resident(self) -> "DenseKernel":
+        return self if self.file_dtype == self.dtype else replace(self, file_dtype=self.dtype)
+
+    def resident_bytes(self, nbytes: int) -> int:
+        return nbytes // self.file_dtype.itemsize * self.dtype.itemsize
+
+    def copied_bytes(self, nbytes: int) -> int:
+        """In another dtype than the file's one copy; and one more where torch lays the weight out anew (see StreamedLinear)."""
+        copies = 1 if self.file_dtype == self.dtype else 2
+        return copies * self.resident_bytes(nbytes)
 
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         return buffer.tensor(position, self.file_dtype, (rows, self.in_features))
@@ -34,6 +46,18 @@ class Conv1DKernel:
     file_dtype: torch.dtype
     dtype: torch.dtype
     joins: bool = True
+
+    @property
+    def resident(self) -> "Conv1DKernel":
+        return self if self.file_dtype == self.dtype else replace(self, file_dtype=self.dtype)
+
+    def resident_bytes(self, nbytes: int) -> int:
+        return nbytes // self.file_dtype.itemsize * self.dtype.itemsize
+
+    def copied_bytes(self, nbytes: int) -> int:
+        """In another dtype than the file's one copy; and one more where torch lays the weight out anew (see StreamedLinear)."""
+        copies = 1 if self.file_dtype == self.dtype else 2
+        return copies * self.resident_bytes(nbytes)
 
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         return buffer.tensor(position, self.file_dtype, (self.in_features, rows))

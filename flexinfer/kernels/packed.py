@@ -380,6 +380,17 @@ class PackedKernel:
     format: PackedFormat
     joins: bool = False
 
+    @property
+    def resident(self) -> "PackedKernel":
+        return self
+
+    def resident_bytes(self, nbytes: int) -> int:
+        return nbytes
+
+    def copied_bytes(self, nbytes: int) -> int:
+        """Weights unpacked for many rows, and their products before they are rounded."""
+        return 2 * SCRATCH_WEIGHTS * 4
+
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         return buffer.bytes[position:]
 

@@ -6,15 +6,18 @@ values and their order are the same. Sliding-window layers stay transformers' ow
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from flexinfer.imports import deferred
 from flexinfer.streaming.memory import Buffer
+
+with deferred():
+    from transformers import DynamicCache, PretrainedConfig
+    from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +29,9 @@ class LayerShape:
     window: int | None  # tokens a sliding-window layer keeps at most; None for a full layer
 
     def nbytes(self, context: int, itemsize: int) -> int:
-        """Bytes for `context` tokens. A sliding layer is transformers' own and copies its window once for each token."""
+        """Bytes to set aside for `context` tokens. A sliding layer is transformers' own: none."""
         numbers = self.key[0] * self.key[1] + self.value[0] * self.value[1]
-        tokens = context if self.window is None else 2 * min(context, self.window)
-        return tokens * numbers * itemsize
+        return context * numbers * itemsize if self.window is None else 0
 
 
 class ContextError(ValueError):
@@ -43,6 +45,7 @@ class ReservedLayer(DynamicLayer):
         super().__init__()
         self._reserve = reserve
         self._length = 0
+        self._revoked = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -54,6 +57,11 @@ class ReservedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [batch, heads, new, head_dim] and return all that is kept. Raises ContextError past the reserved length."""
+        if self._revoked:
+            raise RuntimeError(
+                "this KV cache came with the output of a call that was given none, and a later such call has taken its memory; "
+                "to go on from several calls, make a transformers DynamicCache for each and pass it as past_key_values"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, stop = self._length, self._length + key_states.shape[-2]
@@ -75,6 +83,12 @@ class ReservedLayer(DynamicLayer):
     def _show(self, length: int) -> None:
         self._length = length
         self.keys, self.values = self._kept()
+
+    def revoke(self) -> None:
+        """Let go of the memory; the layer cannot be used any more."""
+        self._revoked = True
+        del self.keys, self.values, self._key_memory, self._value_memory
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
@@ -114,16 +128,42 @@ class ReservedLayer(DynamicLayer):
 class KVReserve:
     """Memory for the keys and values of one cache at a time, `context` tokens over all its sequences."""
 
-    def __init__(self, layers: list[LayerShape], context: int, dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[LayerShape], context: int, dtype: torch.dtype) -> None:
         self._context, self._dtype, self._layers = context, dtype, layers
         self._starts: list[int] = []
         nbytes = 0
         for layer in layers:
             self._starts.append(nbytes)
-            nbytes += layer.nbytes(context, dtype.itemsize) if layer.window is None else 0
+            nbytes += layer.nbytes(context, dtype.itemsize)
         self.nbytes = nbytes
-        self._buffer: Buffer | None = Buffer(nbytes, lock=True)
+        self._buffer: Buffer | None = None
         self._user: weakref.ref[DynamicCache] | None = None
+        self._lent = False  # to a cache that nobody asked for: it makes way for the next
+
+    def allocate(self) -> None:
+        """Set the memory aside, if it is not yet."""
+        if self._buffer is None:
+            self._buffer = Buffer(self.nbytes, lock=True)
+
+    def new_cache(self, config: PretrainedConfig) -> DynamicCache:
+        """A cache for a call that brought none, in the reserved memory if it is free.
+
+        Such a cache is seldom used after its call; the next such call takes the memory back, and using the older one raises.
+        """
+        older = self._user() if self._user is not None else None
+        if self._lent and older is not None:
+            for layer in older.layers:
+                if isinstance(layer, ReservedLayer):
+                    layer.revoke()
+            self._user = None
+        cache = DynamicCache(config=config)
+        self.adopt(cache)
+        self._lent = self._user is not None and self._user() is cache
+        return cache
+
+    def holds(self, cache: object) -> bool:
+        """Whether `cache` has the reserved memory."""
+        return self._user is not None and self._user() is cache and cache is not None
 
     def adopt(self, cache: DynamicCache) -> None:
         """Give an empty stock cache the reserved memory, unless another cache that is still alive has it."""
@@ -146,7 +186,7 @@ class KVReserve:
                 cache.layers[i] = ReservedLayer(self._reserver(i))
                 adopted = True
         if adopted:
-            self._user = weakref.ref(cache)
+            self._user, self._lent = weakref.ref(cache), False
 
     def _reserver(self, layer: int) -> Callable[[torch.Tensor, bool], torch.Tensor]:
         def reserve(states: torch.Tensor, is_key: bool) -> torch.Tensor:

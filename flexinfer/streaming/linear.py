@@ -7,10 +7,11 @@ the bits are the same. Packed 4- and 8-bit weights differ in the kernel alone (f
 It knows neither files nor budgets: it is handed buffers (flexinfer.streaming.memory) and asks the window (flexinfer.streaming.prefetch).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -23,69 +24,112 @@ from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.trace import Trace
 
+JOINED_OUTPUT_BYTES = (
+    8 << 20
+)  # outputs of locked rows are made at once up to so much: they are copied into the whole
+
+
+@dataclass(frozen=True, slots=True)
+class LockedPieces:
+    """Pieces of a weight that follow one another and stay in memory, in one buffer."""
+
+    pieces: tuple[Piece, ...]
+    positions: tuple[int, ...]  # where the first byte of each lies in the buffer
+    buffer: Buffer
+    kernel: Kernel
+
+    def keep(self, count: int) -> "LockedPieces":
+        """The first `count` pieces; the memory of the others goes back to the system."""
+        last = self.pieces[count - 1]
+        self.buffer.release_from(self.positions[count - 1] + self.kernel.resident_bytes(last.nbytes))
+        return replace(self, pieces=self.pieces[:count], positions=self.positions[:count])
+
+    def rows(self) -> list["LockedRows"]:
+        """What there is to multiply: all of it as one, or piece by piece where the kernel cannot join them."""
+        counts = [piece.row_stop - piece.row_start for piece in self.pieces]
+        nbytes = [piece.nbytes for piece in self.pieces]
+        parts = zip(self.pieces, self.positions, counts, nbytes, strict=True)
+        resident = self.kernel.resident
+        if self.kernel.joins:
+            view = resident.view(self.buffer, self.positions[0], sum(counts))
+            return [LockedRows(self.pieces[0].row_start, sum(counts), max(counts), sum(nbytes), view)]
+        return [
+            LockedRows(piece.row_start, count, count, size, resident.view(self.buffer, position, count))
+            for piece, position, count, size in parts
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class LockedRows:
     """Output rows that stay in memory, ready to be multiplied."""
 
     row_start: int
-    row_stop: int
-    nbytes: int
+    count: int
+    step: int  # rows that are multiplied at a time where all at once would take too much memory
+    nbytes: int  # in the file
     view: torch.Tensor
 
 
-def lock_rows(weight: Weight, count: int, kernel: Kernel, reader: FileReader) -> list[LockedRows]:
-    """Read the first `count` pieces of `weight` into memory of their own and lock it there."""
-    pieces = weight.pieces[:count]
-    if not pieces:
-        return []
+def lock_pieces(weight: Weight, start: int, stop: int, kernel: Kernel, reader: FileReader) -> LockedPieces:
+    """Read pieces `start` to `stop` of `weight` into memory of their own and lock it there.
+
+    In another dtype than the file's they are converted here, once, a piece at a time.
+    """
+    pieces = weight.pieces[start:stop]
     first, nbytes = pieces[0], sum(piece.nbytes for piece in pieces)
-    buffer = Buffer(padded_bytes(first.offset_bytes, nbytes), lock=True)
-    position = reader.read(first.file, first.offset_bytes, nbytes, buffer.memory(0, buffer.nbytes))
-    if kernel.joins:
-        rows = pieces[-1].row_stop - first.row_start
-        return [LockedRows(first.row_start, pieces[-1].row_stop, nbytes, kernel.view(buffer, position, rows))]
-    return [
-        LockedRows(
-            piece.row_start,
-            piece.row_stop,
-            piece.nbytes,
-            kernel.view(
-                buffer, position + piece.offset_bytes - first.offset_bytes, piece.row_stop - piece.row_start
-            ),
-        )
-        for piece in pieces
-    ]
+    resident = kernel.resident
+    if resident is kernel:
+        buffer = Buffer(padded_bytes(first.offset_bytes, nbytes), lock=True)
+        begin = reader.read(first.file, first.offset_bytes, nbytes, buffer.memory(0, buffer.nbytes))
+    else:
+        buffer, begin = Buffer(kernel.resident_bytes(nbytes), lock=True), 0
+    positions = tuple(
+        begin + kernel.resident_bytes(piece.offset_bytes - first.offset_bytes) for piece in pieces
+    )
+    if resident is not kernel:
+        scratch = Buffer(max(piece.memory_bytes for piece in pieces), lock=False)
+        for piece, position in zip(pieces, positions, strict=True):
+            count = piece.row_stop - piece.row_start
+            memory = scratch.memory(0, scratch.nbytes)
+            at = reader.read(piece.file, piece.offset_bytes, piece.nbytes, memory)
+            resident.view(buffer, position, count).copy_(kernel.view(scratch, at, count))
+    return LockedPieces(pieces, positions, buffer, kernel)
 
 
 class StreamedLinear(nn.Module):
-    """A linear whose weight is locked in part and streamed for the rest; `attach` says which."""
+    """A linear whose weight is locked in part and streamed for the rest; `attach` says which.
+
+    It may be called from several threads; `lock`, which all linears of a model share, lets one at a time use the window.
+    """
 
     def __init__(
         self,
         weight: Weight,
         kernel: Kernel,
-        shape: tuple[int, ...],
+        stock: nn.Module,
         dtype: torch.dtype,
-        bias: nn.Parameter | None,
         trace: Trace,
+        lock: threading.RLock,
     ) -> None:
         super().__init__()
         self.spec = weight
         self.kernel = kernel
-        # Has the shape, dtype and device that other code asks a weight for, and takes the memory of one number.
-        self.weight = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
-        self.bias = bias
+        assert isinstance(stock.weight, torch.Tensor)
+        self.weight = streamed_weight(weight.name, stock.weight.shape, dtype)
+        self.bias = cast(nn.Parameter | None, stock.bias)
+        self._out_features = weight.pieces[-1].row_stop
         self._trace = trace
+        self._lock = lock
         self.detach("not attached to its weights yet")
         self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def attach(
-        self, locked: list[LockedRows], streamed: list[tuple[int, Piece]], prefetcher: Prefetcher | None
+        self, locked: list[LockedPieces], streamed: list[tuple[int, Piece]], prefetcher: Prefetcher | None
     ) -> None:
         """Take the leading rows from `locked` and the others, at their places in the schedule, from `prefetcher`."""
         assert prefetcher is not None or not streamed
-        self._locked, self._streamed, self._prefetcher = locked, streamed, prefetcher
+        self._locked = [rows for pieces in locked for rows in pieces.rows()]
+        self._streamed, self._prefetcher = streamed, prefetcher
         self._detached: str | None = None
 
     def detach(self, why: str) -> None:
@@ -94,20 +138,32 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        if self._detached is not None:
-            raise RuntimeError(f"{self.spec.name}: {self._detached}")
-        outputs = [
-            self._multiply(x, rows.view, rows.row_start, rows.row_stop, rows.nbytes) for rows in self._locked
-        ]
-        for place, piece in self._streamed:
-            assert self._prefetcher is not None
-            buffer, position, release = self._prefetcher.acquire(place)
-            try:
-                view = self.kernel.view(buffer, position, piece.row_stop - piece.row_start)
-                outputs.append(self._multiply(x, view, piece.row_start, piece.row_stop, piece.nbytes))
-            finally:
-                release()
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        with self._lock:
+            if self._detached is not None:
+                raise RuntimeError(f"{self.spec.name}: {self._detached}")
+            as_one_matrix = folds(x)
+            if as_one_matrix and len(self._locked) == 1 and not self._streamed:
+                return self._multiply(x, self._locked[0].view, 0, self._out_features, self.spec.nbytes)
+            y = x.new_empty(*x.shape[:-1], self._out_features)
+            row_bytes = x.numel() // x.shape[-1] * x.element_size()  # of one output row, all positions
+            for rows in self._locked:
+                at_once = as_one_matrix and rows.count * row_bytes <= JOINED_OUTPUT_BYTES
+                step = rows.count if at_once else rows.step
+                for first in range(0, rows.count, step):
+                    count = min(step, rows.count - first)
+                    view = rows.view if count == rows.count else rows.view[first : first + count]
+                    start, nbytes = rows.row_start + first, rows.nbytes * count // rows.count
+                    y[..., start : start + count] = self._multiply(x, view, start, start + count, nbytes)
+            for place, piece in self._streamed:
+                assert self._prefetcher is not None
+                buffer, position, release = self._prefetcher.acquire(place)
+                try:
+                    view = self.kernel.view(buffer, position, piece.row_stop - piece.row_start)
+                    part = self._multiply(x, view, piece.row_start, piece.row_stop, piece.nbytes)
+                finally:
+                    release()
+                y[..., piece.row_start : piece.row_stop] = part
+            return y
 
     def _multiply(
         self, x: torch.Tensor, view: torch.Tensor, row_start: int, row_stop: int, nbytes: int
@@ -123,6 +179,15 @@ class StreamedLinear(nn.Module):
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, locked={locked_bytes} of {self.spec.nbytes} bytes"
 
 
+def folds(x: torch.Tensor) -> bool:
+    """Whether torch multiplies `x` [..., in_features] as one matrix.
+
+    Where it does not, as with the last position of a longer tensor (`x[:, -1:, :]`), its batched product may lay the whole weight out
+    anew: 1 GiB for a large vocabulary. Then weights are multiplied a piece at a time, and so the copy is one of a piece.
+    """
+    return all(x.stride(i) == x.stride(i + 1) * x.size(i + 1) for i in range(x.dim() - 2))
+
+
 class StreamedEmbedding(nn.Module):
     """The input embedding, its rows read from disk as they are looked up (a few KB a token).
 
@@ -135,15 +200,17 @@ class StreamedEmbedding(nn.Module):
         read_row: Callable[[int, memoryview], int],
         spec: TensorSpec,
         dtype: torch.dtype,
+        lock: threading.RLock,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = stock.num_embeddings, stock.embedding_dim
         self.padding_idx = stock.padding_idx
         stock.padding_idx = None  # matters for gradients alone, and is no row of the small table
-        self.weight = nn.Parameter(torch.zeros((), dtype=dtype).expand(spec.shape), requires_grad=False)
+        self.weight = streamed_weight(spec.name, spec.shape, dtype)
         self._stock = [
             stock
         ]  # in a list, so that it is no submodule and its weight no parameter of the model
+        self._lock = lock
         self._read_row = read_row
         self._file_dtype, self._dtype = spec.torch_dtype, dtype
         self._row = Buffer(self.embedding_dim * spec.torch_dtype.itemsize + 2 * PAGE_BYTES, lock=False)
@@ -157,13 +224,62 @@ class StreamedEmbedding(nn.Module):
                 f"token id outside the embedding table of {self.num_embeddings} rows: {unique[0]} to {unique[-1]}"
             )
         table = torch.empty(len(unique), self.embedding_dim, dtype=self._dtype)
-        memory = self._row.memory(0, self._row.nbytes)
-        for i, token in enumerate(unique.tolist()):
-            position = self._read_row(token, memory)
-            table[i] = self._row.tensor(position, self._file_dtype, (self.embedding_dim,))
-        stock = self._stock[0]
-        stock.weight = nn.Parameter(table, requires_grad=False)
-        return stock(inverse)
+        with self._lock:
+            memory = self._row.memory(0, self._row.nbytes)
+            for i, token in enumerate(unique.tolist()):
+                position = self._read_row(token, memory)
+                table[i] = self._row.tensor(position, self._file_dtype, (self.embedding_dim,))
+            stock = self._stock[0]
+            stock.weight = nn.Parameter(table, requires_grad=False)
+            output = stock(inverse)
+            stock.weight = nn.Parameter(table.new_empty(0, self.embedding_dim), requires_grad=False)
+            return output
+
+
+class StreamedWeight(torch.Tensor):
+    """Stands for a weight that is on disk: has its shape, dtype and device, and raises where its numbers are asked for."""
+
+    streamed_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__self__.__name__ if func.__name__ in {"__get__", "__set__"} else func.__name__
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in FACTS_OF_A_WEIGHT and func.__name__ != "__set__":
+                return func(*args, **kwargs)
+            if name == "to":  # where it is and as it is: nothing to do
+                asked = torch.empty(0, dtype=args[0].dtype).to(*args[1:], **kwargs)
+                if (asked.dtype, asked.device) == (args[0].dtype, args[0].device):
+                    return args[0]
+            if name == "data" and func.__name__ == "__set__" and args[0] is args[1]:
+                return None
+        weight = next((a for a in (*args, *kwargs.values()) if isinstance(a, StreamedWeight)), None)
+        raise RuntimeError(
+            f"{weight.streamed_name if weight is not None else 'this weight'} is streamed from disk, {name}() has no numbers to work "
+            "with; read the tensor from the checkpoint with safetensors, or load the model with transformers"
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"StreamedWeight({self.streamed_name}, {tuple(self.shape)}, {self.dtype})"
+
+
+FACTS_OF_A_WEIGHT = frozenset(
+    {"shape", "dtype", "device", "layout", "ndim", "grad", "is_leaf", "requires_grad", "requires_grad_", "is_meta", "is_sparse", "names"}
+    | {"is_cuda", "is_cpu", "is_quantized", "is_nested", "size", "dim", "numel", "nelement", "element_size", "itemsize", "nbytes"}
+    | {"is_floating_point", "is_complex", "is_contiguous", "stride", "__hash__", "__len__", "grad_fn", "_backward_hooks"}
+)  # fmt: skip
+
+
+def streamed_weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
+    """A parameter for a weight that is not there; takes the memory of one number."""
+    stored = torch.zeros((), dtype=dtype).expand(*shape)
+    weight = torch.Tensor._make_subclass(StreamedWeight, stored, False)
+    weight.streamed_name = name
+    weight._is_param = True  # isinstance(weight, nn.Parameter), and so one of the model's parameters
+    return cast(nn.Parameter, weight)
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:

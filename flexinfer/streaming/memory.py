@@ -1,9 +1,9 @@
 """Page-aligned memory for weights: buffers that hold locked tensors for good, and the slots of the window.
 
 Each buffer is a private anonymous mapping, in huge pages where the kernel has them (fewer pages to pin for a direct
-read, fewer TLB misses for a kernel that streams through it: docs/log.md), and begins at the boundary of one; locked with mlock so that the kernel cannot take back
-what the plan counted on. This is the only caller of mlock, madvise and mallopt. A buffer lives as long as something refers
-to it or to a tensor made from it; there is nothing to free by hand.
+read, fewer TLB misses for a kernel that streams through it: docs/log.md), and begins at the boundary of one; locked with mlock so that
+the kernel cannot take back what the plan counted on. This is the only caller of mlock, madvise and mallopt. A buffer lives as long as something refers
+to it or to a tensor made from it; there is nothing to free by hand, and the end of one can be let go of while the rest is in use.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,8 @@ PAGE_BYTES = mmap.PAGESIZE
 HUGE_PAGE_BYTES = 2 << 20
 M_MMAP_THRESHOLD = -3  # malloc.h
 MMAP_THRESHOLD_BYTES = 128 << 10  # glibc's own first value; naming it keeps it there
+MADV_PAGEOUT = 21  # asm-generic/mman-common.h; Python names it from 3.13 on
+MADV_POPULATE_WRITE = 23
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -32,15 +35,37 @@ def return_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
 
+def trim_heap() -> None:
+    """Give back what glibc's heap holds and nobody uses. Without glibc this does nothing."""
+    malloc_trim = getattr(_LIBC, "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def page_out_libraries() -> None:
+    """Let go of the pages of mapped files that are as they are on disk: code and tables of libraries, for the most part.
+
+    Importing touches four times as many of them as a pass does. Those that are needed come back when they are touched; the others
+    would count as memory in use until the system has to look for some. Where the kernel does not offer it (before Linux 5.4),
+    or does not allow it for a file, nothing happens.
+    """
+    _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].startswith("/") and "w" not in fields[1]:
+            start, stop = (int(address, 16) for address in fields[0].split("-"))
+            _LIBC.madvise(start, stop - start, MADV_PAGEOUT)
+
+
 def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:
     """The smallest multiple of `multiple` that is at least `nbytes`."""
     return -(-nbytes // multiple) * multiple
 
 
 class Buffer:
-    """`nbytes` of page-aligned memory, rounded up to whole pages."""
+    """`nbytes` of page-aligned memory, rounded up to whole pages. With `lock`, all of it is in memory, and stays there where that is allowed."""
 
-    __slots__ = ("_memory", "bytes", "locked", "nbytes")
+    __slots__ = ("_begin", "_mapping", "_memory", "bytes", "locked", "nbytes")
 
     def __init__(self, nbytes: int, *, lock: bool) -> None:
         self.nbytes = round_up(max(nbytes, 1))
@@ -58,12 +83,20 @@ class Buffer:
                 mapping.madvise(mmap.MADV_NOHUGEPAGE)
                 if huge_bytes:
                     mapping.madvise(mmap.MADV_HUGEPAGE, begin, huge_bytes)
+        self._mapping, self._begin = mapping, begin
         self._memory = memoryview(mapping)[begin : begin + self.nbytes]
         self.bytes: torch.Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)  # [nbytes] uint8
         self.locked = lock and self._mlock()
+        if lock and not self.locked:  # in memory from the first, so that what is in use shows
+            self._call("madvise", 0, self.nbytes, MADV_POPULATE_WRITE)
+
+    def _call(self, function: str, start: int, nbytes: int, *arguments: int) -> bool:
+        """mlock, munlock or madvise on bytes of the buffer; whether it worked."""
+        address = ctypes.c_void_p(self.bytes.data_ptr() + start)
+        return getattr(_LIBC, function)(address, ctypes.c_size_t(nbytes), *arguments) == 0
 
     def _mlock(self) -> bool:
-        if _LIBC.mlock(ctypes.c_void_p(self.bytes.data_ptr()), ctypes.c_size_t(self.nbytes)) == 0:
+        if self._call("mlock", 0, self.nbytes):
             return True
         reason = os.strerror(ctypes.get_errno())
         warnings.warn(
@@ -73,6 +106,15 @@ class Buffer:
             stacklevel=2,
         )
         return False
+
+    def release_from(self, start_byte: int) -> None:
+        """Give whole pages from `start_byte` on back to the system; what lies before them stays as it is."""
+        start = round_up(start_byte)
+        if start >= self.nbytes:
+            return
+        self._call("munlock", start, self.nbytes - start)
+        self._mapping.madvise(mmap.MADV_DONTNEED, self._begin + start, self.nbytes - start)
+        self.nbytes = start
 
     def memory(self, start_byte: int, nbytes: int) -> memoryview:
         """A writable view of `nbytes` from `start_byte`, for a read to fill."""
