@@ -58,7 +58,9 @@ class PassMeter:
         dtype: torch.dtype,
         layers: Sequence[LayerShape],
         weights: Sequence[Weight],
+        scale: int = 1,
     ) -> None:
+        self._scale = scale  # bytes of the dtype that is computed in to those of `dtype`
         self._config, self._dtype, self._layers, self._weights = config, dtype, layers, weights
         self._model: PreTrainedModel | None = None
         self._found: dict[PassShape, PassMemory] = {}
@@ -82,7 +84,9 @@ class PassMeter:
         found = self._memory(replace(shape, cached=True))
         if shape.cached:
             return found.peak_bytes - found.start_bytes
-        sizes = [layer.nbytes(shape.total_tokens, self._dtype.itemsize) for layer in self._layers]
+        sizes = [
+            layer.nbytes(shape.total_tokens, self._dtype.itemsize * self._scale) for layer in self._layers
+        ]
         grown = sum(sizes) * shape.new_tokens // (shape.new_tokens + shape.past_tokens)
         return found.peak_bytes - found.start_bytes + grown + max(sizes, default=0)
 
@@ -90,7 +94,8 @@ class PassMeter:
         if shape not in self._found:
             if self._model is None:
                 self._model = meta_model(self._config, self._dtype)
-            self._found[shape] = pass_memory(self._model, self._layers, self._weights, shape)
+            found = pass_memory(self._model, self._layers, self._weights, shape)
+            self._found[shape] = PassMemory(found.start_bytes * self._scale, found.peak_bytes * self._scale)
         return self._found[shape]
 
 

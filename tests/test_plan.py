@@ -50,7 +50,7 @@ def weight(name: str, role: str, layer: int, kind: Kind, sizes: list[int], paddi
         layer,
         kind,
         tuple(
-            Piece(name, layer, i, i + 1, Path("f"), start, size, size + padding_bytes)
+            Piece(name, layer, i, i + 1, Path("f"), start, size, size + padding_bytes, size + padding_bytes)
             for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
         ),
     )
@@ -111,7 +111,7 @@ WINDOWS = st.sampled_from([None, 1, "1 layers", "3 layers", 3 * PAGE, "1MiB"])
 def test_every_byte_is_accounted_for(
     weights: list[Weight], policy: str, window: str | int | None, share: float
 ) -> None:
-    total_memory = sum(w.memory_bytes for w in weights)
+    total_memory = sum(w.locked_bytes for w in weights)
     slot_bytes = max(piece.memory_bytes for w in weights for piece in w.pieces)
     budget = FIXED.nbytes + MIN_SLOTS * slot_bytes + int(share * total_memory)
     plan = make_plan(weights, FIXED, budget, COSTS, policy=policy, window=window)
@@ -135,7 +135,7 @@ def test_every_byte_is_accounted_for(
 
 @given(any_weights(), st.floats(0, 1))
 def test_balanced_leaves_less_than_one_piece_unused(weights: list[Weight], share: float) -> None:
-    plan = plan_for(weights, int(share * sum(w.memory_bytes for w in weights)))
+    plan = plan_for(weights, int(share * sum(w.locked_bytes for w in weights)))
     open_pieces = [
         w.pieces[plan.locked_pieces.get(w.name, 0)].memory_bytes
         for w in weights
@@ -147,16 +147,16 @@ def test_balanced_leaves_less_than_one_piece_unused(weights: list[Weight], share
 @given(any_weights(), st.floats(0, 1))
 def test_balanced_spreads_what_is_streamed_over_the_whole_pass(weights: list[Weight], share: float) -> None:
     """At every point of a pass the share that was streamed is the share of the whole, to within three pieces."""
-    plan = plan_for(weights, int(share * sum(w.memory_bytes for w in weights)))
+    plan = plan_for(weights, int(share * sum(w.locked_bytes for w in weights)))
     slot_bytes = plan.slot_bytes
     locked_memory = {
         w.name: sum(p.memory_bytes for p in w.pieces[: plan.locked_pieces.get(w.name, 0)]) for w in weights
     }
-    memory = sum(w.memory_bytes for w in weights)
+    memory = sum(w.locked_bytes for w in weights)
     locked_share = sum(locked_memory.values()) / memory
     so_far = locked_so_far = 0
     for w in weights:
-        so_far += w.memory_bytes
+        so_far += w.locked_bytes
         locked_so_far += locked_memory[w.name]
         assert abs(locked_so_far - locked_share * so_far) <= 3 * slot_bytes
 
@@ -175,7 +175,7 @@ def test_balanced_layers_stream_alike(lock_pages: int) -> None:
 @given(any_weights(), st.floats(0, 1), st.floats(0, 0.2))
 def test_more_memory_never_streams_more(weights: list[Weight], share: float, more: float) -> None:
     """But for a piece, which rounding can put the other way."""
-    total = sum(w.memory_bytes for w in weights)
+    total = sum(w.locked_bytes for w in weights)
     less = plan_for(weights, int(share * total))
     enough = plan_for(weights, int((share + more) * total))
     assert enough.streamed_bytes <= less.streamed_bytes + less.slot_bytes
@@ -223,7 +223,7 @@ def test_at_true_shapes_balanced_uses_98_percent_and_algorithm1_does_not(shape: 
         for layer in range(layers)
         for role, kind, nbytes in sizes
     ]
-    lock_bytes = int(share * sum(w.memory_bytes for w in weights))
+    lock_bytes = int(share * sum(w.locked_bytes for w in weights))
     balanced = plan_for(weights, lock_bytes)
     assert balanced.unused_bytes <= 0.02 * lock_bytes
     assert balanced.streamed_bytes <= plan_for(weights, lock_bytes, "algorithm1").streamed_bytes + 4 << 20

@@ -7,7 +7,7 @@ nothing. Reads headers, never weights.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,7 +212,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype, context: in
         for spec in checkpoint.tensors.values()
     )
     kv_bytes = sum(layer.nbytes(context, compute_dtype.itemsize) for layer in layers)
-    meter = PassMeter(config, compute_dtype, layers, [])
+    meter = _resident_meter(config, compute_dtype, layers)
     return weights_bytes + kv_bytes + (meter.planned_bytes(context, 1) if layers else 0)
 
 
@@ -221,7 +221,12 @@ def _resident_facts(
 ) -> tuple[PretrainedConfig, torch.dtype, list[LayerShape]]:
     config = AutoConfig.from_pretrained(checkpoint.path)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
-    return config, compute_dtype, _dry_run(meta_model(config, compute_dtype), ())[1]
+    return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[1]
+
+
+def _resident_meter(config: PretrainedConfig, dtype: torch.dtype, layers: Sequence[LayerShape]) -> PassMeter:
+    """In bfloat16, the one dtype in which torch's product for experts runs on the meta device, scaled to `dtype`."""
+    return PassMeter(config, torch.bfloat16, layers, [], scale=dtype.itemsize // torch.bfloat16.itemsize)
 
 
 def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
@@ -235,7 +240,7 @@ def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
         weights=[],
         kernels={},
         cache_layers=layers,
-        meter=PassMeter(config, compute_dtype, layers, []),
+        meter=_resident_meter(config, compute_dtype, layers),
     )
 
 

@@ -87,8 +87,9 @@ class ReservedLayer(DynamicLayer):
     def revoke(self) -> None:
         """Let go of the memory; the layer cannot be used any more."""
         self._revoked = True
-        del self.keys, self.values, self._key_memory, self._value_memory
-        self.is_initialized = False
+        if self.is_initialized:
+            del self.keys, self.values, self._key_memory, self._value_memory
+            self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""

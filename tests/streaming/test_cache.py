@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
 from flexinfer.streaming.cache import ContextError, KVReserve, LayerShape, ReservedLayer
@@ -24,6 +24,7 @@ def states(batch: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tens
 
 def reserved() -> tuple[KVReserve, DynamicCache]:
     reserve, cache = KVReserve(SHAPES, CONTEXT, torch.float32), DynamicCache()
+    reserve.allocate()
     reserve.adopt(cache)
     return reserve, cache
 
@@ -128,11 +129,35 @@ def test_one_cache_at_a_time_has_the_memory_and_the_next_one_gets_it() -> None:
     assert isinstance(third.layers[0], ReservedLayer)
 
 
+def test_a_cache_that_nobody_asked_for_makes_way_for_the_next() -> None:
+    reserve = KVReserve(SHAPES, CONTEXT, torch.float32)
+    reserve.allocate()
+    config = LlamaConfig(num_hidden_layers=len(SHAPES))
+    first = reserve.new_cache(config)
+    first.update(*states(1, 3, 0), 0)
+    second = reserve.new_cache(config)
+    assert not reserve.holds(first)
+    assert reserve.holds(second)
+    with pytest.raises(RuntimeError, match="make a transformers DynamicCache for each"):
+        first.update(*states(1, 1, 1), 0)
+    second.update(*states(1, 3, 0), 0)
+    assert second.get_seq_length() == 3
+
+
+def test_a_cache_that_was_asked_for_keeps_its_memory() -> None:
+    reserve, mine = reserved()
+    mine.update(*states(1, 3, 0), 0)
+    other = reserve.new_cache(LlamaConfig(num_hidden_layers=len(SHAPES)))
+    assert reserve.holds(mine)
+    assert not any(isinstance(layer, ReservedLayer) for layer in other.layers)
+
+
 def test_a_cache_in_use_or_of_another_kind_is_left_alone() -> None:
     class OtherCache(DynamicCache):
         pass
 
     reserve = KVReserve(SHAPES, CONTEXT, torch.float32)
+    reserve.allocate()
     filled, other = DynamicCache(), OtherCache()
     filled.update(*states(1, 3, 0), 0)
     for cache in (filled, other):
@@ -140,9 +165,9 @@ def test_a_cache_in_use_or_of_another_kind_is_left_alone() -> None:
         assert not any(isinstance(layer, ReservedLayer) for layer in cache.layers)
 
 
-def test_sliding_layers_stay_those_of_transformers_and_are_counted_by_their_window() -> None:
+def test_no_memory_is_set_aside_for_sliding_layers() -> None:
+    """They stay transformers' own; the activations count them."""
     sliding = LayerShape((HEADS, KEY_DIM), (HEADS, VALUE_DIM), window=8)
     per_token = HEADS * (KEY_DIM + VALUE_DIM) * 4
-    assert sliding.nbytes(CONTEXT, 4) == 2 * 8 * per_token
-    assert sliding.nbytes(4, 4) == 2 * 4 * per_token
+    assert sliding.nbytes(CONTEXT, 4) == 0
     assert KVReserve([sliding, SHAPES[0]], CONTEXT, torch.float32).nbytes == CONTEXT * per_token

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexinfer.streaming.memory
-from flexinfer.streaming.memory import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, round_up
+from flexinfer.machine import anonymous_bytes
+from flexinfer.streaming.memory import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, page_out_libraries, round_up
 
 
 def locked_bytes() -> int:
@@ -84,6 +85,9 @@ def test_where_locking_is_refused_it_says_so_once_and_goes_on(monkeypatch: pytes
         def mlock(self, address: object, nbytes: object) -> int:
             return -1
 
+        def madvise(self, address: object, nbytes: object, advice: int) -> int:
+            return 0
+
     monkeypatch.setattr(flexinfer.streaming.memory, "_LIBC", Refusing())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
@@ -93,3 +97,21 @@ def test_where_locking_is_refused_it_says_so_once_and_goes_on(monkeypatch: pytes
     assert "ulimit -l" in str(said[0].message)
     assert buffers[0].tensor(0, torch.uint8, (4,)).tolist() == [0] * 4
     assert not Buffer(1, lock=False).locked
+
+
+def test_the_end_of_a_buffer_goes_back_to_the_system_and_its_beginning_stays() -> None:
+    buffer = Buffer(64 * PAGE_BYTES, lock=False)
+    buffer.bytes.fill_(7)
+    before = anonymous_bytes()
+    buffer.release_from(16 * PAGE_BYTES + 1)
+    assert buffer.nbytes == 17 * PAGE_BYTES
+    assert before - anonymous_bytes() >= 40 * PAGE_BYTES
+    assert buffer.bytes[: 17 * PAGE_BYTES].eq(7).all()
+
+
+def test_library_pages_that_are_let_go_of_come_back_when_they_are_needed() -> None:
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    before = anonymous_bytes()
+    page_out_libraries()
+    assert torch.equal(torch.ones(64, 64) @ torch.ones(64, 64), torch.full((64, 64), 64.0))
+    assert abs(anonymous_bytes() - before) < 4 << 20

@@ -62,7 +62,7 @@ def schedule_of(sizes: list[int], pieces_per_layer: int = 2) -> list[Piece]:
     pieces, offset = [], 3
     for i, size in enumerate(sizes):
         layer = i // pieces_per_layer
-        pieces.append(Piece(f"w{i}", layer, 0, 1, FILE, offset, size, padded_bytes(offset, size)))
+        pieces.append(Piece(f"w{i}", layer, 0, 1, FILE, offset, size, padded_bytes(offset, size), size))
         offset += size
     return pieces
 
