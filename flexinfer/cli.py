@@ -9,16 +9,19 @@ a program could make as well.
 import argparse
 import contextlib
 import json
+import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from flexinfer.bars import Bars
+from flexinfer.interrupt import INTERRUPTED, TERMINATED, Interrupt, Terminated, terminable
+from flexinfer.plan import DEFAULT_WINDOW_BYTES, format_size
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +33,10 @@ if TYPE_CHECKING:
     from flexinfer.plan import Plan, Weight
 
 BUDGET_SHARES = (0.25, 0.5, 0.75)  # of the way from the smallest budget to everything resident, in `plan`
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments, rest = parser().parse_known_args(argv)
     if rest and getattr(arguments, "prompt", "") is None and not rest[0].startswith("-"):
         arguments.prompt = rest.pop(0)  # options before the prompt, which argparse cannot sort out
@@ -42,12 +44,12 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        with warnings.catch_warnings():
+        with terminable(), warnings.catch_warnings(), _logged(getattr(arguments, "verbose", False)):
             warnings.showwarning = _note_warning
             return run(arguments)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         _note("stopped")
-        return INTERRUPTED
+        return _exit_code(stop)
     except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -78,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
         help="what is kept in memory: balanced (default), unbalanced, attention-first, ffn-first, algorithm1, none",
     )
     options.add_argument(
-        "--window", help="memory for prefetched weights: 64MiB, or '3 layers' (default: 32MiB)"
+        "--window",
+        help=f"memory for prefetched weights: 64MiB, or '3 layers' (default: {DEFAULT_WINDOW_BYTES >> 20}MiB)",
     )
     options.add_argument(
         "--io-threads", type=int, default=2, help="reader threads; 0 reads synchronously (default: 2)"
@@ -100,6 +103,14 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="guess N tokens from the text so far and verify them in one pass; same output, fewer reads",
+    )
+
+    options = sampling.add_argument_group("seeing inside")
+    options.add_argument(
+        "--trace", metavar="FILE", help="write reads, waits and kernels there, for https://ui.perfetto.dev"
+    )
+    options.add_argument(
+        "-v", "--verbose", action="store_true", help="say where the budget goes, and what made the run slow"
     )
 
     machine = argparse.ArgumentParser(add_help=False)
@@ -153,47 +164,61 @@ def parser() -> argparse.ArgumentParser:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Stream the continuation of a prompt, then say how fast it was."""
+    decoding = _decoding(arguments)
     prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
     if not prompt:
         raise ValueError("prompt='' is empty; give some text, as an argument or on standard input")
-    tokenizer = _load_tokenizer(arguments.model)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    prompt_tokens = inputs["input_ids"].shape[1]
-    needed = prompt_tokens + arguments.max_new_tokens + (arguments.prompt_lookup or 0)
-    if arguments.context is not None and arguments.context < needed:
-        raise ValueError(
-            f"context={arguments.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
-            f"leave it out, or give --context {needed}"
-        )
-    with _load_model(arguments, tokenizer, arguments.context or needed) as model, Interrupt() as interrupt:
-        writer = _Nowhere() if arguments.json else _text_streamer(tokenizer, skip_prompt=True)
-        clock = Clock(writer)
-        before = engine_of(model).stats()
-        output = cast(Any, model).generate(
-            **inputs, streamer=clock, stopping_criteria=[interrupt], **_decoding(arguments)
-        )
-        result = measure(model, clock, before)
-        token_ids = output[0, prompt_tokens:].tolist()
+    with Bars() as bars:
+        bars.spin(f"loading {arguments.model}")
+        tokenizer = _load_tokenizer(arguments.model)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        prompt_tokens = inputs["input_ids"].shape[1]
+        needed = prompt_tokens + arguments.max_new_tokens + (arguments.prompt_lookup or 0)
+        if arguments.context is not None and arguments.context < needed:
+            raise ValueError(
+                f"context={arguments.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
+                f"leave it out, or give --context {needed}"
+            )
+        with (
+            _load_model(arguments, tokenizer, arguments.context or needed, bars) as model,
+            Interrupt(bars.stopping) as interrupt,
+        ):
+            writer = _Nowhere() if arguments.json else _text_streamer(tokenizer, skip_prompt=True)
+            clock = Clock(writer, engine_of(model), bars)
+            output = cast(Any, model).generate(
+                **inputs, streamer=clock, stopping_criteria=[interrupt], **decoding
+            )
+            result = measure(model, clock)
+            token_ids = output[0, prompt_tokens:].tolist()
     if arguments.json:
         text = tokenizer.decode(token_ids, skip_special_tokens=True)
         print(json.dumps({"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result))
     else:
-        _note(speed_line(result))
-    return INTERRUPTED if interrupt.pressed else 0
+        _note(("stopped; " if interrupt.pressed else "") + speed_line(result))
+    return interrupt.code
 
 
 def chat(arguments: argparse.Namespace) -> int:
     """Questions from standard input, answers streamed, until /exit or the end of input."""
-    tokenizer = _load_tokenizer(arguments.model)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{arguments.model} has no chat template; use `flexinfer generate`")
-    with _load_model(arguments, tokenizer, arguments.context) as model:
-        talk = Conversation(model, tokenizer, arguments)
-        at_terminal = sys.stdin.isatty()
-        if at_terminal:
-            import readline  # noqa: F401  (gives input() history and editing)
+    _decoding(arguments)  # what is wrong with the options is said before the model is loaded
+    with Bars() as bars:
+        bars.spin(f"loading {arguments.model}")
+        tokenizer = _load_tokenizer(arguments.model)
+        if not tokenizer.chat_template:
+            raise ValueError(f"{arguments.model} has no chat template; use `flexinfer generate`")
+        with _load_model(arguments, tokenizer, arguments.context, bars) as model:
+            _converse(Conversation(model, tokenizer, arguments, bars))
+    return 0
 
-            _note("/exit or Ctrl-D leaves, Ctrl-C stops an answer")
+
+def _converse(talk: "Conversation") -> None:
+    """Ask what standard input has to ask."""
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        import readline  # noqa: F401  (gives input() history and editing)
+
+        _note("/exit or Ctrl-D leaves, Ctrl-C stops an answer")
+    try:
         while True:
             try:
                 question = input("> " if at_terminal else "").strip()
@@ -203,23 +228,30 @@ def chat(arguments: argparse.Namespace) -> int:
                 _note("\n/exit or Ctrl-D leaves")
                 continue
             if question == "/exit":
-                break
+                return
             if question:
                 talk.ask(question)
+    except Terminated:
+        if at_terminal:
+            print()
+        raise
     if at_terminal:
         print()
-    return 0
 
 
 class Conversation:
     """The turns so far, and a KV cache that holds what the model has read of them."""
 
     def __init__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        arguments: argparse.Namespace,
+        bars: Bars,
     ) -> None:
         self._model: Any = model  # transformers' own types promise too little of both
         self._tokenizer: Any = tokenizer
-        self._arguments = arguments
+        self._arguments, self._bars = arguments, bars
         self._context = engine_of(model).context
         self._system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         self.turns: list[dict[str, str]] = []
@@ -227,7 +259,10 @@ class Conversation:
         self._cache: Any = None
 
     def ask(self, question: str) -> str:
-        """Stream the answer to `question`; both join the history. Returns the answer, as far as it went."""
+        """Stream the answer to `question`; both join the history. Returns the answer, as far as it went.
+
+        Raises Terminated after the token in hand when SIGTERM comes.
+        """
         import torch
 
         self.turns.append({"role": "user", "content": question})
@@ -238,12 +273,12 @@ class Conversation:
             )
             return ""
         self._keep_common(prompt)
-        clock = Clock(_text_streamer(self._tokenizer, skip_prompt=True))
-        before = engine_of(self._model).stats()
+        streamer = _text_streamer(self._tokenizer, skip_prompt=True)
+        clock = Clock(streamer, engine_of(self._model), self._bars)
         room = self._context - len(prompt) - (self._arguments.prompt_lookup or 0)
         options = _decoding(self._arguments)
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
-        with Interrupt() as interrupt:
+        with Interrupt(self._bars.stopping) as interrupt:
             try:
                 ids = torch.tensor([prompt])
                 output = self._model.generate(
@@ -256,13 +291,16 @@ class Conversation:
                 )[0].tolist()
             except KeyboardInterrupt:  # in the middle of a pass: the layers of the cache no longer agree
                 self._cache, self._cached = None, []
+                self._bars.stop()
                 self.turns.pop()
                 _note("\nstopped at once; this question is forgotten")
                 return ""
         self._cached = output[: self._cache.get_seq_length()]
         answer: str = self._tokenizer.decode(output[len(prompt) :], skip_special_tokens=True)
         self.turns.append({"role": "assistant", "content": answer})
-        _note(("stopped; " if interrupt.pressed else "") + speed_line(measure(self._model, clock, before)))
+        _note(("stopped; " if interrupt.pressed else "") + speed_line(measure(self._model, clock)))
+        if interrupt.code == TERMINATED:
+            raise Terminated
         return answer
 
     def _fit_prompt(self) -> list[int] | None:
@@ -301,35 +339,6 @@ class Conversation:
             self._cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
 
 
-class Interrupt:
-    """Ctrl-C while text is made: the first ends it after the token in hand, the second at once.
-
-    A stopping criterion of transformers; a pass cut short would leave a KV cache whose layers do not agree.
-    """
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    def __enter__(self) -> "Interrupt":
-        self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def __call__(self, input_ids: "torch.Tensor", scores: Any, **kwargs: Any) -> "torch.Tensor":
-        import torch
-
-        return torch.full((input_ids.shape[0],), self.pressed, dtype=torch.bool)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
-
-
 class _Nowhere:
     """A streamer that shows nothing."""
 
@@ -340,17 +349,29 @@ class _Nowhere:
 
 @dataclass(slots=True)
 class Clock:
-    """Passes tokens on to a streamer, and keeps when they came. The first that come are the prompt."""
+    """Passes tokens on to a streamer, and keeps when they came. The first that come are the prompt.
+
+    The bar of the prompt goes when the first token comes.
+    """
 
     streamer: Any
+    engine: "Engine"
+    bars: Bars
     start_s: float = field(default_factory=perf_counter)
     times_s: list[float] = field(default_factory=list)  # one for each pass
     counts: list[int] = field(default_factory=list)  # tokens of that pass
+    bytes_read: list[int] = field(default_factory=list)  # until then
+
+    def __post_init__(self) -> None:
+        self.bars.expect("lock", "pass")  # memory is filled before the first pass
 
     def put(self, value: "torch.Tensor") -> None:
         """Called by transformers with the prompt, then with the tokens of each pass."""
+        if self.times_s:
+            self.bars.stop()
         self.times_s.append(perf_counter())
         self.counts.append(value.numel())
+        self.bytes_read.append(self.engine.stats()["bytes_read"])
         self.streamer.put(value)
 
     def end(self) -> None:
@@ -363,8 +384,8 @@ def engine_of(model: "PreTrainedModel") -> "Engine":
     return cast("Engine", model.flexinfer)
 
 
-def measure(model: "PreTrainedModel", clock: Clock, before: dict[str, Any]) -> dict[str, Any]:
-    """What making this text took: the first token apart (it waits for the prompt), then the decoding.
+def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
+    """What making this text took: the first token apart (it waits for the prompt), then the decoding, and its bottleneck.
 
     `ratio` is passes per second over the bound of the budget; with more than one token a pass, tokens/s may exceed it.
     """
@@ -374,13 +395,14 @@ def measure(model: "PreTrainedModel", clock: Clock, before: dict[str, Any]) -> d
     tokens, passes = sum(counts), len(counts)
     decoding_s = times_s[-1] - times_s[0] if passes > 1 else 0.0
     speed = (tokens - counts[0]) / decoding_s if decoding_s else None
-    bytes_read = stats["bytes_read"] - before["bytes_read"]
+    bytes_read = stats["bytes_read"] - clock.bytes_read[0] if clock.bytes_read else 0
     return {
         "tokens": tokens,
         "passes": passes,
         "first_token_s": times_s[0] - clock.start_s if times_s else None,
         "tokens_per_s": speed,
         "bytes_read": bytes_read,
+        "read_bytes_per_s": (clock.bytes_read[-1] - clock.bytes_read[1]) / decoding_s if decoding_s else None,
         "bytes_per_token": bytes_read / tokens if tokens else None,
         "streamed_bytes_per_pass": plan.streamed_bytes,
         "total_bytes_per_pass": plan.total_bytes,
@@ -388,24 +410,29 @@ def measure(model: "PreTrainedModel", clock: Clock, before: dict[str, Any]) -> d
         "budget_bytes": plan.budget_bytes,
         "bound_tokens_per_s": plan.bound_tokens_per_s,
         "ratio": (passes - 1) / decoding_s / plan.bound_tokens_per_s if decoding_s else None,
+        "bottleneck": engine.explain(),
     }
 
 
 def speed_line(result: dict[str, Any]) -> str:
     """`measure`'s result for people."""
-    from flexinfer.plan import format_size
-
     parts = [f"{result['tokens']} tokens"]
     if result["first_token_s"] is not None:
         parts.append(f"first after {result['first_token_s']:.2f} s")
     if result["tokens_per_s"] is not None:
-        parts.append(f"then {result['tokens_per_s']:.3g} tokens/s")
+        reading = (
+            f" reading {result['read_bytes_per_s'] / 1e9:.3g} GB/s"
+            if result["streamed_bytes_per_pass"]
+            else ""
+        )
+        parts.append(f"then {result['tokens_per_s']:.3g} tokens/s{reading}")
         parts.append(f"{result['ratio']:.2f} of the bound ({result['bound_tokens_per_s']:.3g})")
     if result["passes"] != result["tokens"]:
         parts.append(f"{result['passes']} passes")
     if result["bytes_per_token"] is not None:
         parts.append(f"{format_size(result['bytes_per_token'])} read per token")
     parts.append(f"peak {format_size(result['peak_bytes'])} of {format_size(result['budget_bytes'])}")
+    parts.append(f"limited by {result['bottleneck'].partition(':')[0]}")
     return ", ".join(parts)
 
 
@@ -413,16 +440,17 @@ def _load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """The tokenizer; loaded before the model, so that its memory counts as the process's."""
     from transformers.utils import logging
 
+    from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.skeleton import resolve
     from flexinfer.tokenizer import load_tokenizer
 
     logging.set_verbosity_error()
-    return load_tokenizer(resolve(model))
+    return load_tokenizer(Checkpoint.open(resolve(model)).path)
 
 
 @contextlib.contextmanager
 def _load_model(
-    arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", context: int | None
+    arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", context: int | None, bars: Bars
 ) -> "Iterator[PreTrainedModel]":
     import torch
 
@@ -430,33 +458,43 @@ def _load_model(
 
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    with _status(f"loading {arguments.model}"):
-        model = flexinfer.from_pretrained(
-            arguments.model,
-            arguments.memory,
-            policy=arguments.policy,
-            window=arguments.window,
-            io_threads=arguments.io_threads,
-            direct=not arguments.buffered,
-            context=context,
-            logits_to_keep=(arguments.prompt_lookup or 0) + 1,
-            tokenizer=tokenizer,
-            dtype=arguments.dtype,
-        )
+    bars.expect("load")
+    model = flexinfer.from_pretrained(
+        arguments.model,
+        arguments.memory,
+        policy=arguments.policy,
+        window=arguments.window,
+        io_threads=arguments.io_threads,
+        direct=not arguments.buffered,
+        context=context,
+        logits_to_keep=(arguments.prompt_lookup or 0) + 1,
+        tokenizer=tokenizer,
+        dtype=arguments.dtype,
+        trace=arguments.trace or False,
+        progress=bars.progress,
+    )
+    bars.stop()
     with engine_of(model):
         yield model
 
 
 def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of transformers' generate(): greedy unless a temperature or top-p is given."""
+    """Keyword arguments of transformers' generate(): greedy unless a temperature or top-p is given. Raises ValueError."""
+    temperature, top_p, lookup = arguments.temperature, arguments.top_p, arguments.prompt_lookup
     if arguments.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={arguments.max_new_tokens} must be at least 1")
-    sample = bool(arguments.temperature) or arguments.top_p is not None
+    if temperature is not None and temperature < 0:
+        raise ValueError(f"temperature={temperature:g} must be 0 (greedy) or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p:g} must be more than 0 and at most 1")
+    if lookup is not None and lookup < 1:
+        raise ValueError(f"prompt_lookup={lookup} must be at least 1 token; leave it out to guess none")
+    sample = bool(temperature) or top_p is not None
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": sample}
     if sample:
-        options |= {"temperature": arguments.temperature or 1.0, "top_p": arguments.top_p or 1.0}
-    if arguments.prompt_lookup:
-        options["prompt_lookup_num_tokens"] = arguments.prompt_lookup
+        options |= {"temperature": temperature or 1.0, "top_p": top_p or 1.0}
+    if lookup:
+        options["prompt_lookup_num_tokens"] = lookup
     return options
 
 
@@ -471,23 +509,25 @@ def _text_streamer(tokenizer: "PreTrainedTokenizerBase", skip_prompt: bool) -> A
 
 def show_plan(arguments: argparse.Namespace) -> int:
     """Where the budget would go, what would be locked, and how fast it would be at this and other budgets."""
-    from flexinfer.formats.checkpoint import Checkpoint
-    from flexinfer.formats.skeleton import build_skeleton, resolve
-    from flexinfer.machine import available_bytes, measure_costs
-    from flexinfer.model import MemoryOfProcess, default_context, fixed_memory
-    from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
-    from flexinfer.streaming.reader import FileReader
+    with Bars() as bars:
+        bars.spin(f"reading {arguments.model}")
+        from flexinfer.formats.checkpoint import Checkpoint
+        from flexinfer.formats.skeleton import build_skeleton, resolve
+        from flexinfer.machine import available_bytes, measure_costs
+        from flexinfer.model import MemoryOfProcess, default_context, fixed_memory
+        from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
+        from flexinfer.streaming.reader import FileReader
 
-    skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
-    memory = arguments.memory
-    given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
-    measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
-    context = arguments.context or default_context(skeleton, measured, given_bytes)
-    fixed = fixed_memory(skeleton, measured, context)
-    smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
-    everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
-    budget_bytes = min(given_bytes, everything_bytes) if memory == "auto" else given_bytes
-    with _status("measuring disk and kernels"):
+        skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
+        memory = arguments.memory
+        given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
+        measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
+        context = arguments.context or default_context(skeleton, measured, given_bytes)
+        fixed = fixed_memory(skeleton, measured, context)
+        smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
+        everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
+        budget_bytes = min(given_bytes, everything_bytes) if memory == "auto" else given_bytes
+        bars.spin("measuring disk and kernels")
         reader = FileReader(skeleton.checkpoint.files, direct=not arguments.buffered)
         try:
             costs = measure_costs(
@@ -576,8 +616,6 @@ def plan_tables(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> "dic
     """`flexinfer plan` for people: tables by their titles."""
     from rich.table import Table
 
-    from flexinfer.plan import format_size
-
     budget = Table()
     budget.add_column("part")
     budget.add_column("memory", justify="right")
@@ -619,21 +657,23 @@ def plan_tables(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> "dic
 
 def quantize_copy(arguments: argparse.Namespace) -> int:
     """Make the copy, then say what it saves and what it costs."""
-    from flexinfer.formats.quantize import quantize
-    from flexinfer.formats.skeleton import resolve
-    from flexinfer.plan import format_size
-
     try:
+        with Bars() as bars:
+            bars.spin(f"reading {arguments.source}")
+            from flexinfer.formats.quantize import quantize
+            from flexinfer.formats.skeleton import resolve
+
+            source = resolve(arguments.source)
         report = quantize(
-            resolve(arguments.source),
+            source,
             Path(arguments.destination),
             arguments.bits,
             arguments.group_size,
             progress=sys.stderr.isatty() and not arguments.json,
         )
-    except KeyboardInterrupt:
-        _note("stopped; the same command goes on where this one was")
-        return INTERRUPTED
+    except (KeyboardInterrupt, Terminated) as stop:
+        _note("stopped; the same command goes on after the last finished file")
+        return _exit_code(stop)
     if arguments.json:
         print(json.dumps(asdict(report), default=str))
         return 0
@@ -650,10 +690,11 @@ def quantize_copy(arguments: argparse.Namespace) -> int:
 
 def examine(arguments: argparse.Namespace) -> int:
     """Measure this machine and say what to expect of it."""
-    from flexinfer.doctor import advice, facts_table, measure_machine
-    from flexinfer.plan import parse_size
+    with Bars() as bars:
+        bars.spin("measuring disk and kernels")
+        from flexinfer.doctor import advice, facts_table, measure_machine
+        from flexinfer.plan import parse_size
 
-    with _status("measuring disk and kernels"):
         facts = measure_machine(Path(arguments.path), parse_size(arguments.size, "size"))
     if arguments.json:
         print(json.dumps(asdict(facts) | {"advice": advice(facts)}))
@@ -667,13 +708,32 @@ def examine(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _status(text: str) -> contextlib.AbstractContextManager[object]:
-    """A line on stderr while something takes its time; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        return contextlib.nullcontext()
-    from rich.console import Console
+class _Notes(logging.Handler):
+    """Writes messages as notes: to the stderr of the moment, which puts them above a bar."""
 
-    return Console(stderr=True).status(text)
+    def emit(self, record: logging.LogRecord) -> None:
+        _note(record.getMessage())
+
+
+@contextlib.contextmanager
+def _logged(verbose: bool) -> Iterator[None]:
+    """With `verbose`, what the engine logs goes to stderr as it is."""
+    if not verbose:
+        yield
+        return
+    logger, handler = logging.getLogger("flexinfer"), _Notes()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _exit_code(stop: BaseException) -> int:
+    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def _note(text: str) -> None:

@@ -12,6 +12,8 @@ has grown since the plan was made, locked memory is given back for it.
 
 import gc
 import inspect
+import logging
+import resource
 import threading
 import warnings
 import weakref
@@ -20,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -46,6 +47,7 @@ from flexinfer.machine import (
     peak_bytes,
     reset_peak,
 )
+from flexinfer.perfetto import trace_path, write_trace
 from flexinfer.plan import (
     MIN_SLOTS,
     BudgetError,
@@ -60,13 +62,14 @@ from flexinfer.plan import (
     smallest_budget_bytes,
 )
 from flexinfer.rehearsal import rehearse
+from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve
 from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, StreamedLinear, lock_pieces
 from flexinfer.streaming.memory import Buffer, page_out_libraries, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.tokenizer import load_tokenizer, tokenizer_bytes
-from flexinfer.trace import Trace
+from flexinfer.trace import MAX_EVENTS, Progress, Trace
 
 with deferred():
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +78,7 @@ MARGIN_BYTES = 16 << 20  # threads' stacks, allocator, what a first pass imports
 GROWTH_BYTES = 6 << 20  # a process that grows by less is left alone: the margin is for it
 LARGE_PARAMETER_BYTES = 16 << 20
 SMALLEST_DEFAULT_CONTEXT = 128
+logger = logging.getLogger("flexinfer")
 CLOSED = "this model is closed; load it again with flexinfer.from_pretrained()"
 
 
@@ -90,8 +94,9 @@ def from_pretrained(
     logits_to_keep: int = 1,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype = "auto",
-    trace: bool = False,
     follow: bool = False,
+    trace: bool | str | Path = False,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM that streams its weights from disk inside a memory budget.
 
@@ -111,8 +116,11 @@ def from_pretrained(
         tokenizer: one that the program has loaded already. None: the plan keeps room for the one beside the weights, which
             `model.flexinfer.tokenizer` loads.
         dtype: "auto" (the checkpoint's), or what to compute in.
-        trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`).
         follow: give memory back when the machine or the control group runs short, and take it again later, up to `memory`.
+        trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`); a path has `close()` write it
+            there too, for https://ui.perfetto.dev.
+        progress: called with (stage, bytes done, bytes in all) while parameters that stay are read ("load"), while memory
+            is filled and locked ("lock"), and piece by piece in each pass ("pass").
 
     Returns:
         The transformers model, with its `Engine` as `model.flexinfer`.
@@ -128,6 +136,7 @@ def from_pretrained(
         raise ValueError(f"context={context} must be at least 1 token")
     if logits_to_keep < 1:
         raise ValueError(f"logits_to_keep={logits_to_keep} must be at least 1 position")
+    trace_file = trace_path(trace)
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
     checkpoint = Checkpoint.open(resolve(path_or_hub_id))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
@@ -135,6 +144,7 @@ def from_pretrained(
         skeleton = build_skeleton(checkpoint, dtype)
     except NotStreamableError as error:
         skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, context, error)
+    recorder = Trace(max_events=MAX_EVENTS if trace else 0, progress=progress)  # its memory is measured too
     measured = MemoryOfProcess.measure(skeleton, with_tokenizer=tokenizer is None)
     context = context or default_context(skeleton, measured, budget_bytes, logits_to_keep)
     engine = Engine(
@@ -147,7 +157,8 @@ def from_pretrained(
         context=context,
         logits_to_keep=logits_to_keep,
         tokenizer=tokenizer,
-        trace=trace,
+        trace=recorder,
+        trace_file=trace_file,
     )
     try:
         engine.load(budget_bytes)
@@ -181,11 +192,13 @@ class Engine:
         context: int = 2048,
         logits_to_keep: int = 1,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        trace: bool = False,
+        trace: Trace | None = None,
+        trace_file: Path | None = None,
     ) -> None:
         self._policy, self._window, self._io_threads = policy, window, io_threads
         self._direct, self.context, self._logits_to_keep = direct, context, logits_to_keep
-        self._trace = Trace(max_events=200_000 if trace else 0)
+        self._trace, self._trace_file = trace or Trace(), trace_file
+        self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
         self._path, self._config, self._dtype = skeleton.checkpoint.path, skeleton.config, skeleton.dtype
@@ -228,6 +241,8 @@ class Engine:
         self._kv = KVReserve(self._layers, self.context, skeleton.dtype)
         self._place_modules(skeleton)
         self._loaded_bytes = anonymous_bytes()
+        self._explained = self.stats()
+        logger.info("%s", plan_line(self.plan))
 
     def _make_plan(
         self, budget_bytes: int, skeleton: Skeleton | None = None, fixed: Fixed | None = None
@@ -258,6 +273,7 @@ class Engine:
         """Read the parameters that stay, and put streamed modules where the linears and the input embedding were."""
         assert self._reader is not None
         model, dtype = skeleton.model, skeleton.dtype
+        done_bytes, all_bytes = 0, sum(spec.nbytes for spec in skeleton.resident.values())
         for name, spec in skeleton.resident.items():
             owner, _, leaf = name.rpartition(".")
             holder = model.get_submodule(owner)
@@ -267,6 +283,9 @@ class Engine:
                 holder.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
             else:
                 holder.register_buffer(leaf, tensor)
+            done_bytes += spec.nbytes
+            if self._trace.progress is not None:
+                self._trace.progress("load", done_bytes, all_bytes)
         for weight in self._weights:
             path = weight.name.removesuffix(".weight")
             module: Any = model.get_submodule(path)
@@ -318,12 +337,21 @@ class Engine:
                 more = lock_pieces(weight, have, want, self._kernels[weight.name], reader)
                 self._locked[weight.name].append(more)
 
+        new_bytes = [
+            sum(piece.nbytes for piece in w.pieces[_count(self._locked[w.name]) : count_of[w.name]])
+            for w in self._weights
+        ]
+        done_bytes = 0
         try:
             with ThreadPoolExecutor(max(1, self._io_threads)) as pool:
-                list(pool.map(lock, self._weights))
+                for nbytes, _ in zip(new_bytes, pool.map(lock, self._weights), strict=True):
+                    done_bytes += nbytes
+                    if self._trace.progress is not None and nbytes:
+                        self._trace.progress("lock", done_bytes, sum(new_bytes))
         finally:
             self._attach(plan)
         self.plan = plan
+        self._trace.set_memory(plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes)
         self._rest_bytes = anonymous_bytes()
 
     def _detach(self, why: str) -> None:
@@ -374,17 +402,16 @@ class Engine:
                 self._first_fill()
             if ids is not None:
                 kwargs = self._prepare(forward, ids, asked, kwargs)
-            start_s = perf_counter()
+            self._trace.begin_pass()
             self._in_pass = True
             try:
                 return forward(*args, **kwargs)
             finally:
                 self._in_pass = False
                 if not self._closed:
-                    self._trace.passes += 1
-                    self._trace.pass_s += perf_counter() - start_s
                     if ids is not None:
                         self._trace.tokens += ids.shape[0] * ids.shape[1]
+                    self._trace.end_pass()
                     if self._wanted is not None:
                         plan, self._wanted = self._wanted, None
                         self._apply(plan)
@@ -415,6 +442,9 @@ class Engine:
         elif isinstance(cache, DynamicCache):
             self._kv.adopt(cache)
         past_tokens = 0 if cache is None else cache.get_seq_length()
+        another_text = asked.get("past_key_values") is not None and not past_tokens
+        if another_text and self._trace.passes > self._explained["passes"] + 1:
+            self.explain()
         kept = asked.get("logits_to_keep", 0)
         shape = PassShape(
             batch=ids.shape[0],
@@ -524,7 +554,18 @@ class Engine:
             "wait_s": trace.wait_s,
             "peak_bytes": peak_bytes(),
             "resyncs": trace.resyncs,
+            "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+            "memory_stall_s": memory_stall_s(),
         }
+
+    def explain(self) -> str:
+        """Why the passes since the last call, or since loading, took as long as they did, as "disk: ..." (kernels, memory,
+        order). Also logged (logger "flexinfer", INFO), without being called, when another text begins and at close().
+        """
+        before, self._explained = self._explained, self.stats()
+        text = bottleneck(before, self._explained, self.plan)
+        logger.info("%s", text)
+        return text
 
     def events(self) -> list[dict[str, Any]]:
         """The timeline of reads, waits and kernels, oldest first; empty unless loaded with trace=True."""
@@ -568,7 +609,7 @@ class Engine:
 
     def close(self) -> None:
         """End the threads, close the files, let go of the weights. The model cannot run any more. Safe to call twice."""
-        self._closed = True
+        closed, self._closed = self._closed, True
         if self._follower is not None:
             self._follower.close()
         self._detach(CLOSED)
@@ -577,6 +618,18 @@ class Engine:
             self._kv.close()
         if self._reader is not None:
             self._reader.close()
+        if not closed:
+            self._leave_notes()
+
+    def _leave_notes(self) -> None:
+        """Say what the last passes waited for, and write the timeline."""
+        if self._explained and self._trace.passes > self._explained["passes"]:
+            self.explain()
+        if self._explained and self._trace_file is not None:
+            try:
+                write_trace(self._trace_file, self._trace.timeline())
+            except OSError as error:
+                warnings.warn(f"the trace could not be written: {error}", RuntimeWarning, stacklevel=3)
 
     def __enter__(self) -> "Engine":
         return self

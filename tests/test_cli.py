@@ -16,8 +16,10 @@ from small_model import CONFIG, add_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flexinfer.cli
-from flexinfer.cli import Conversation, Interrupt, engine_of, main, parser
+from flexinfer.bars import Bars
+from flexinfer.cli import Conversation, engine_of, main, parser, speed_line
 from flexinfer.doctor import Facts, advice, better_threads
+from flexinfer.plan import DEFAULT_WINDOW_BYTES, format_size
 
 MEMORY = "2GiB"
 
@@ -72,8 +74,17 @@ def test_generate_streams_the_text_to_stdout_and_the_speed_to_stderr(
     assert main(["generate", *options]) == 0
     shown = capsys.readouterr()
     assert shown.out == text + "\n"
-    for part in ("8 tokens", "tokens/s", "of the bound", "read per token", "peak"):
+    for part in (
+        "8 tokens",
+        "tokens/s reading",
+        "GB/s",
+        "of the bound",
+        "read per token",
+        "peak",
+        "limited by",
+    ):
         assert part in shown.err
+    assert len(shown.err.splitlines()) == 1
 
 
 def test_streamed_bytes_are_reported(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +102,63 @@ def test_streamed_bytes_are_reported(model_dir: Path, capsys: pytest.CaptureFixt
     )
     assert result["streamed_bytes_per_pass"] == result["total_bytes_per_pass"]
     assert result["bytes_read"] >= 5 * result["streamed_bytes_per_pass"]
+    assert result["read_bytes_per_s"] == pytest.approx(
+        result["tokens_per_s"] * result["streamed_bytes_per_pass"], rel=0.2
+    )  # rows of the embedding and the pages around each piece come on top
+
+
+def test_gigabytes_per_second_stand_beside_tokens_per_second_where_something_is_read() -> None:
+    result = {
+        "tokens": 8,
+        "passes": 8,
+        "first_token_s": 1.5,
+        "tokens_per_s": 0.531,
+        "bytes_per_token": 1 << 30,
+        "read_bytes_per_s": 0.957e9,
+        "streamed_bytes_per_pass": 1 << 30,
+        "peak_bytes": 1 << 30,
+        "budget_bytes": 1 << 30,
+        "bound_tokens_per_s": 0.56,
+        "ratio": 0.95,
+        "bottleneck": "disk: waiting 90% of the time",
+    }
+    assert "then 0.531 tokens/s reading 0.957 GB/s, 0.95 of the bound (0.56)" in speed_line(result)
+    assert speed_line(result).endswith("limited by disk")
+    assert "GB/s" not in speed_line(result | {"streamed_bytes_per_pass": 0})
+
+
+def test_verbose_says_where_the_budget_goes_and_what_made_it_slow(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--memory", MEMORY, "--max-new-tokens", "4", "--policy", "none")
+    for _ in range(2):  # the second run must not say everything twice
+        assert main(["generate", str(model_dir), "abc", *options, "-v"]) == 0
+        plan, why, speed = capsys.readouterr().err.splitlines()
+        assert plan.startswith("budget 2.00 GiB: ")
+        assert why.partition(":")[0] in {"disk", "kernels", "memory"}
+        assert speed.startswith("4 tokens, ")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain"))
+    assert main(["chat", str(model_dir), *options, "--verbose"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[0] for line in lines[::2]] == ["budget", "4", "4"]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_trace_writes_a_file_for_perfetto(
+    command: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.json"
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert main([command, str(model_dir), "--max-new-tokens", "4", "--trace", str(file)]) == 0
+    names = {entry["name"] for entry in json.loads(file.read_text())["traceEvents"]}
+    assert {"pass", "compute lm_head", "budget", "resident"} <= names
+
+
+def test_help_names_the_default_window(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {format_size(DEFAULT_WINDOW_BYTES).replace(' ', '')})" in shown
 
 
 def test_prompt_lookup_changes_passes_and_not_the_text(
@@ -127,8 +195,13 @@ def test_sampling_is_repeatable(model_dir: Path, capsys: pytest.CaptureFixture[s
         (["generate", "{model}", "x", "--policy", "best"], "policy='best' does not exist"),
         (["generate", "{model}", "x", "--window", "none"], "window='none'"),
         (["generate", "{model}", "x", "--io-threads", "-1"], "io_threads=-1"),
+        (["generate", "{model}", "x", "--trace", "{empty}/nothing/run.json"], "cannot be written"),
         (["generate", "{model}", "abc", "--context", "4", "--max-new-tokens", "2"], "--context 5"),
         (["generate", "{model}", "x", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["generate", "{model}", "x", "--temperature", "-1"], "temperature=-1"),
+        (["generate", "{model}", "x", "--top-p", "7"], "top_p=7"),
+        (["generate", "{model}", "x", "--prompt-lookup", "-3"], "prompt_lookup=-3"),
+        (["chat", "{model}", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["generate", "{model}/nothing", "x"], "no such directory"),
         (["generate", "{empty}", "x"], "config.json is missing"),
         (["generate", "{bare}", "x"], "no tokenizer"),
@@ -164,7 +237,7 @@ def test_errors_are_one_line_and_exit_code_2(
 
 def conversation(model_dir: Path, model: Any, *options: str) -> Conversation:
     arguments = parser().parse_args(["chat", str(model_dir), *options])
-    return Conversation(model, AutoTokenizer.from_pretrained(model_dir), arguments)
+    return Conversation(model, AutoTokenizer.from_pretrained(model_dir), arguments, Bars())
 
 
 def test_chat_keeps_history_and_computes_only_what_is_new(
@@ -207,30 +280,38 @@ def test_chat_leaves_at_exit_and_at_the_end_of_input(
         assert capsys.readouterr().err.count("tokens, first after") == answers
 
 
-def test_interrupt_stops_softly_first_and_at_once_the_second_time() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    with Interrupt() as interrupt:
-        assert not interrupt(ids, None).any()
-        signal.raise_signal(signal.SIGINT)
-        assert interrupt(ids, None).tolist() == [True, True]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 class Presses:
-    """A streamer during which Ctrl-C is pressed some times, at the third piece of text."""
+    """A streamer during which a signal comes some times, at the third call: the prompt and two tokens."""
 
-    def __init__(self, times: int) -> None:
-        self.times, self.pieces = times, 0
+    def __init__(self, times: int, number: int = signal.SIGINT) -> None:
+        self.times, self.number, self.pieces = times, number, 0
 
     def put(self, value: torch.Tensor) -> None:
         self.pieces += 1
         for _ in range(self.times if self.pieces == 3 else 0):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
     def end(self) -> None: ...
+
+
+def test_json_of_a_run_that_sigterm_stopped_is_complete(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(flexinfer.cli, "_Nowhere", lambda: Presses(1, signal.SIGTERM))
+    assert main(["generate", str(model_dir), "abc", "--max-new-tokens", "20", "--json"]) == 143
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["token_ids"]) == result["tokens"] <= 3
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigterm_ends_a_chat_at_once(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flexinfer.cli, "_text_streamer", lambda *_, **__: Presses(2, signal.SIGTERM))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nnever asked"))
+    assert main(["chat", str(model_dir), "--max-new-tokens", "20"]) == 143
+    assert capsys.readouterr().err.splitlines() == ["stopped"]
 
 
 @pytest.mark.parametrize(("times", "said"), [(1, "stopped; "), (2, "stopped at once")])

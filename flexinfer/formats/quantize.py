@@ -6,7 +6,7 @@ in each shard and aligned to pages, so that a block is one direct read.
 
 The source is read one block of rows a core at a time; memory holds these blocks and their float32 copies, whatever
 the size of the model. Work is written to DST.partial and renamed to DST when complete; a run that was killed goes on
-after its last finished shard when the same command is given again. Cost: reading the source once, writing the
+after its last finished shard when the same command is given again, and so does one whose disk became full. Cost: reading the source once, writing the
 copy once, and quantising (round to nearest, in the range that fits each group best) at some 100 MB of bf16 a second
 on two cores.
 
@@ -14,6 +14,7 @@ Not here: calibrated methods such as GPTQ and AWQ. What the copy costs in qualit
 perplexity by flexinfer/bench/perplexity.py.
 """
 
+import errno
 import fcntl
 import functools
 import itertools
@@ -22,6 +23,7 @@ import math
 import os
 import shutil
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, TensorSpec, read_json
@@ -48,9 +51,12 @@ from flexinfer.kernels.packed import (
     pack_rows,
     packed_nbytes,
 )
+from flexinfer.plan import format_size
 
 SHARD_BYTES = 512 * 2**20  # what a killed run loses at most
 COPY_BYTES = 4 * 2**20
+MARGIN_BYTES = 64 * 2**20  # of the disk that stay free: headers, tokenizer files, the file system's own
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STATE_FILE = "quantize_state.json"  # in DST.partial: what is being made of what
 REPORT_FILE = "quantize_report.json"
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
@@ -105,10 +111,11 @@ def quantize(
 ) -> Report:
     """Write a packed copy of checkpoint directory `src` to directory `dst`, which must not exist yet.
 
-    bits: 4 or 8. group_size: weights that share a scale and a zero, 4 bit only; 64 unless given.
+    bits: 4 or 8. group_size: weights that share a scale and a zero, 4 bit only; 64 unless given. progress: show a bar, where
+    stderr is a terminal.
 
     Raises: QuantizeError or PackedError (both ValueError) for arguments that do not go together, a destination that
-    exists or is too full, a checkpoint that is quantised already or whose linears the kernels cannot take;
+    exists or is too full (or becomes so: the same call goes on later), a checkpoint that is quantised already or whose linears the kernels cannot take;
     CheckpointError when `src` is no checkpoint, or a damaged one.
     """
     start_s = time.perf_counter()
@@ -150,12 +157,19 @@ def quantize(
         )
         nbytes = sum(entry.nbytes for shard in job.shards for entry in shard)
         check_free_disk(partial, missing_bytes)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not progress) as bar, _one_thread_each() as pool:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
+        shown = Progress(
+            *columns, console=Console(stderr=True), disable=not (progress and sys.stderr.isatty())
+        )
+        with shown as bar, _one_thread_each() as pool:
             task = bar.add_task(f"{bits} bit", total=nbytes, completed=nbytes - missing_bytes)
             for name, shard in zip(names, job.shards, strict=True):
                 if notes[name] is None:
-                    notes[name] = job.write(partial / name, shard, pool, functools.partial(bar.advance, task))
+                    with _full_disk_explained(partial, missing_bytes):
+                        notes[name] = job.write(
+                            partial / name, shard, pool, functools.partial(bar.advance, task)
+                        )
+                    missing_bytes -= sum(entry.nbytes for entry in shard)
         report_of = {report.name: report for reports in notes.values() for report in reports or []}
         report = Report(
             path=dst,
@@ -166,7 +180,8 @@ def quantize(
             packed=[report_of[name] for name in job.linears],
             kept=job.kept,
         )
-        _finish(partial, src, config, job, report)
+        with _full_disk_explained(partial, 0):
+            _finish(partial, src, config, job, report)
         (partial / STATE_FILE).unlink()
         partial.rename(dst)
     return report
@@ -221,9 +236,13 @@ class _Job:
                 yield chunk
                 advance(len(chunk))
 
-        unfinished = path.with_name(path.name + ".unfinished")
-        write_shard(unfinished, shard, chunks)
-        _write_json(_notes_path(path), [asdict(report) for report in reports])
+        unfinished = _unfinished(path)
+        try:
+            write_shard(unfinished, shard, chunks)
+            _write_json(_notes_path(path), [asdict(report) for report in reports])
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
         unfinished.rename(path)
         return reports
 
@@ -273,6 +292,24 @@ class _Job:
         return data.view(stop - start, -1)
 
 
+@contextmanager
+def _full_disk_explained(partial: Path, missing_bytes: int) -> Iterator[None]:
+    """Raises QuantizeError for a disk that becomes full while the last `missing_bytes` of a copy are written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        short_bytes = missing_bytes + MARGIN_BYTES - free_disk_bytes(partial)
+        how_much = (
+            f"{short_bytes} bytes ({format_size(short_bytes)}) are missing; " if short_bytes > 0 else ""
+        )
+        raise QuantizeError(
+            f"{partial}: {error.strerror}: {how_much}make room there and give the same command again, "
+            "it goes on after the last finished file"
+        ) from error
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -301,6 +338,8 @@ def _resume(partial: Path, state_file: Any, src: Path, fmt: PackedFormat) -> Pac
         "format": fmt.to_config(),
     }
     (partial / "config.json").unlink(missing_ok=True)  # until it is complete, nothing may load it
+    for file in partial.glob("*" + _unfinished(partial).suffix):
+        file.unlink()
     state_file.seek(0)
     try:
         earlier = json.loads(state_file.read())
@@ -333,15 +372,17 @@ def _read_notes(shard: Path) -> list[TensorReport] | None:
 
 
 def _finish(partial: Path, src: Path, config: dict[str, Any], job: _Job, report: Report) -> None:
-    """Write everything but the weights; config.json, without which nothing loads, last."""
-    for name in shard_names(len(job.shards)):
-        _notes_path(partial / name).unlink()
+    """Write everything but the weights; config.json, without which nothing loads, last. Notes of shards go after that, so
+    that a run which ends before finds them.
+    """
     for file in src.iterdir():
         if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
             shutil.copyfile(file, partial / file.name)
     write_index(partial, job.shards)
     _write_json(partial / REPORT_FILE, asdict(report) | {"path": str(report.path)})
     _write_json(partial / "config.json", config | {"quantization_config": report.format.to_config()})
+    for name in shard_names(len(job.shards)):
+        _notes_path(partial / name).unlink()
 
 
 def packed_entry(fmt: PackedFormat, name: str, out_features: int, in_features: int) -> Entry:
@@ -417,13 +458,20 @@ def write_index(directory: Path, shards: Sequence[Sequence[Entry]]) -> None:
     _write_json(directory / INDEX_FILE, index)
 
 
+def free_disk_bytes(directory: Path) -> int:
+    """What an ordinary user may still write there."""
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
+
+
 def check_free_disk(directory: Path, needed_bytes: int) -> None:
     """Raises QuantizeError when `needed_bytes` and a margin do not fit on the disk of `directory`."""
-    stat = os.statvfs(directory)
-    free_bytes = stat.f_bavail * stat.f_frsize
-    if needed_bytes + 64 * 2**20 > free_bytes:
+    free_bytes = free_disk_bytes(directory)
+    short_bytes = needed_bytes + MARGIN_BYTES - free_bytes
+    if short_bytes > 0:
         raise QuantizeError(
-            f"{directory}: needs {needed_bytes / 2**30:.2f} GiB, {free_bytes / 2**30:.2f} GiB are free; "
+            f"{directory}: needs {format_size(needed_bytes)} and {format_size(MARGIN_BYTES)} to spare, "
+            f"{format_size(free_bytes)} are free: {short_bytes} bytes ({format_size(short_bytes)}) are missing; "
             "make room there, or choose a directory on another disk"
         )
 
@@ -444,8 +492,15 @@ def _read(spec: TensorSpec, start: int, nbytes: int) -> bytearray:
     return data
 
 
+def _unfinished(path: Path) -> Path:
+    """Where a file is written until it is complete."""
+    return path.with_name(path.name + ".unfinished")
+
+
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    unfinished = _unfinished(path)
+    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    unfinished.rename(path)
 
 
 def _item_bytes(entry: Entry) -> int:

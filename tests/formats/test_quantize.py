@@ -1,7 +1,12 @@
 """A packed copy says what it did, loads everywhere it should and nowhere else, and survives being killed."""
 
+import errno
 import json
+import os
+import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -221,9 +226,138 @@ def test_a_full_disk_is_refused_first(
         f_bavail, f_frsize = free_blocks, real.f_frsize
 
     monkeypatch.setattr(flexinfer.formats.quantize.os, "statvfs", lambda _: Full)
-    with pytest.raises(QuantizeError, match=r"needs 0\.00 GiB, 0\.00 GiB are free"):
+    with pytest.raises(
+        QuantizeError, match=r"needs \d+ KiB and 64 MiB to spare, 1 MiB are free: \d+ bytes \(63 MiB\)"
+    ):
         make(checkpoint("llama", torch.bfloat16), tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("after_bytes", [10, 60_000, 130_000])
+def test_a_disk_that_becomes_full_is_one_clear_error_and_the_work_goes_on(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, after_bytes: int
+) -> None:
+    source = checkpoint("llama", torch.bfloat16)
+    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
+    whole = make(source, tmp_path / "whole")
+    target, partial = tmp_path / "packed", tmp_path / "packed.partial"
+    left = [after_bytes]
+
+    def write(descriptor: int, data: memoryview) -> int:
+        """What a full disk does: a part is written, then nothing."""
+        if not left[0]:
+            raise OSError(error, os.strerror(error))
+        count = min(left[0], len(data))
+        left[0] -= count
+        return os.pwrite(descriptor, data[:count], os.lseek(descriptor, 0, os.SEEK_END))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(flexinfer.formats.quantize.os, "write", write)
+        with pytest.raises(QuantizeError, match="make room there and give the same command again") as refused:
+            make(source, target)
+    assert os.strerror(error) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not target.exists()
+    assert not list(partial.glob("*.unfinished"))
+    with pytest.raises(CheckpointError):
+        Checkpoint.open(partial)
+    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
+    assert len(finished) == {10: 0, 60_000: 1, 130_000: 2}[after_bytes]
+    assert make(source, target).packed == whole.packed
+    assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
+    assert sorted(file.name for file in target.iterdir()) == sorted(
+        file.name for file in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_a_disk_that_becomes_full_with_the_last_small_files_costs_no_shard(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama", torch.bfloat16)
+    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
+    target, partial = tmp_path / "packed", tmp_path / "packed.partial"
+    write_text = Path.write_text
+
+    def write(path: Path, text: str, **options: Any) -> int:
+        if path.name.startswith("config.json"):
+            write_text(path, text[:20], **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(path, text, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", write)
+        with pytest.raises(QuantizeError, match="No space left on device"):
+            make(source, target)
+    with pytest.raises(CheckpointError):
+        Checkpoint.open(partial)
+    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
+    assert len(finished) > 3
+    make(source, target)
+    assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
+    assert not list(target.glob("*.unfinished"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 100 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no right to mount: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full_names_the_bytes_that_let_it_go_on(
+    checkpoint: MakeCheckpoint, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama", torch.bfloat16)
+    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
+    whole = make(source, tmp_path / "whole")
+    target, filler = small_disk / "packed", small_disk / "of another program"
+    write_shard, written = flexinfer.formats.quantize.write_shard, []
+
+    def write(path: Path, entries: Any, chunks: Any) -> None:
+        if len(written) == 2:  # another program takes all but a part of what this file needs
+            with filler.open("wb") as file:
+                os.posix_fallocate(
+                    file.fileno(), 0, flexinfer.formats.quantize.free_disk_bytes(small_disk) - 20_480
+                )
+        written.append(path.name)
+        write_shard(path, entries, chunks)
+
+    monkeypatch.setattr(flexinfer.formats.quantize, "write_shard", write)
+    with pytest.raises(
+        QuantizeError, match=r"No space left on device: \d+ bytes \(64 MiB\) are missing"
+    ) as refused:
+        make(source, target)
+    assert not target.exists()
+    finished = list((small_disk / "packed.partial").glob("*.safetensors"))
+    assert len(finished) == 2
+
+    found = re.search(r"(\d+) bytes", str(refused.value))
+    assert found is not None
+    page_bytes, free_bytes = (
+        os.sysconf("SC_PAGE_SIZE"),
+        flexinfer.formats.quantize.free_disk_bytes(small_disk),
+    )
+    for enough, short_bytes in ((False, page_bytes), (True, 0)):
+        wanted_bytes = free_bytes + int(found[1]) - short_bytes
+        while flexinfer.formats.quantize.free_disk_bytes(small_disk) < wanted_bytes:
+            os.truncate(filler, filler.stat().st_size - page_bytes)
+        if enough:
+            assert make(source, target).packed == whole.packed
+        else:
+            with pytest.raises(QuantizeError, match="are missing"):
+                make(source, target)
+    for file in target.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
 
 
 def test_the_copy_of_another_cpu_is_refused(checkpoint: MakeCheckpoint, tmp_path: Path, load: Load) -> None:

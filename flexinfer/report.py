@@ -1,0 +1,73 @@
+"""What a load and a run amount to, in one line each: for the log (logger "flexinfer") and the command line.
+
+`bottleneck` is pure: two readings of `Engine.stats()` and the plan in, a sentence out. It names what most of the time went
+into; the paper's equation 4 has two candidates, reading and computing, and this adds what a machine short of memory
+does to both. It does not look for causes outside this process.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from flexinfer.plan import Plan, format_size
+
+MEMORY_SHARE = 0.2  # of the time, from which on memory is named first; our choice
+FAULT_S = 1e-3  # our choice for a page read back from a disk that is in use
+OVERLAP_SHARE = 0.7  # of the measured bandwidth, below which reads are said not to overlap; our choice
+
+
+def plan_line(plan: Plan) -> str:
+    """Where the budget goes, and the speed to expect."""
+    streamed = (
+        f"{format_size(plan.streamed_bytes)} streamed a pass through a window of {format_size(plan.window_bytes)}"
+        if plan.streamed_bytes
+        else "nothing streamed"
+    )
+    return (
+        f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights locked, {streamed}; "
+        f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most {plan.bound_tokens_per_s:.3g}"
+    )
+
+
+def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str:
+    """Why the passes between two readings of `Engine.stats()` took as long as they did: "disk: ...", "kernels: ...",
+    "memory: ..." or "order: ..." (the readers had to start over), with the figure.
+    """
+    spent = {name: after[name] - before[name] for name in before if name != "peak_bytes"}
+    passes, pass_s, bytes_read = spent["passes"], spent["pass_s"], spent["bytes_read"]
+    if not passes or not pass_s:
+        return "nothing: no pass over the weights yet"
+    faults, stall_s = spent["major_faults"], spent["memory_stall_s"]
+    if max(faults * FAULT_S, stall_s) > MEMORY_SHARE * pass_s:
+        stalled = f"{stall_s / pass_s:.0%} of the time stalled for memory, " if stall_s else ""
+        return (
+            f"memory: {stalled}{faults} major page faults in {passes} passes; "
+            "the system takes pages from this process and reads them again: a smaller budget, or less beside it"
+        )
+    in_vain_bytes = spent["resyncs"] * plan.window_bytes
+    if in_vain_bytes > MEMORY_SHARE * bytes_read:
+        return (
+            f"order: the readers started over {spent['resyncs']} times in {passes} passes and read up to "
+            f"{format_size(in_vain_bytes)} of {format_size(bytes_read)} in vain"
+        )
+    rate, measured = bytes_read / pass_s, plan.costs.bandwidth_bytes_per_s
+    reads = f"reads at {rate / 1e9:.2f} GB/s of {measured / 1e9:.2f} GB/s measured"
+    if spent["wait_s"] > spent["compute_s"]:
+        remedy = "" if rate > OVERLAP_SHARE * measured else "; more io_threads or a larger window may help"
+        return f"disk: waiting {spent['wait_s'] / pass_s:.0%} of the time, {reads}{remedy}"
+    return f"kernels: computing {spent['compute_s'] / pass_s:.0%} of the time" + (
+        f", {reads}" if plan.streamed_bytes else ", nothing to read"
+    )
+
+
+def memory_stall_s(root: Path = Path("/")) -> float:
+    """Seconds, since it was made, that tasks of this process's control group (v2) waited for memory; 0 where the kernel
+    does not say. Other groups and the machine as a whole are left out: their shortage need not be ours.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        group = next(line for line in lines if line.startswith("0::")).removeprefix("0::/")
+        pressure = (root / "sys/fs/cgroup" / group / "memory.pressure").read_text()
+        some = next(line for line in pressure.splitlines() if line.startswith("some "))
+        return int(some.rpartition("total=")[2]) / 1e6
+    return 0.0
