@@ -122,11 +122,14 @@ def _stand_in(module: str, name: str) -> type:
     def real() -> Any:
         return getattr(_import(module), name)
 
+    def waits() -> bool:
+        return isinstance(sys.modules.get(module), _Deferred)
+
     class StandIn(type):
         """Does what the real class or function does, by finding it when it is used."""
 
         def __instancecheck__(cls, instance: object) -> bool:
-            return not are_deferred() and isinstance(instance, real())
+            return not waits() and isinstance(instance, real())
 
         def __getattr__(cls, attribute: str) -> Any:
             if attribute.startswith("__"):
@@ -134,12 +137,12 @@ def _stand_in(module: str, name: str) -> type:
             return getattr(real(), attribute)
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            if not are_deferred():
+            if not waits():
                 return real()(*args, **kwargs)
             if name in OF_PLAIN_NUMBERS:
                 return OF_PLAIN_NUMBERS[name](*args)
             if name[0].isupper():
-                return _Instance(lambda: real()(*args, **kwargs))
+                return _Instance(lambda: real()(*args, **kwargs), waits)
             if args and callable(args[0]):  # a decorator, used as one
                 return _decorated_when_called(real, *args, **kwargs)
             if not args or args[0] is None:  # a decorator with options
@@ -166,13 +169,13 @@ def _decorated_when_called(
 class _Instance:
     """An object of a class that has not been imported: made when something is asked of it."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._made = cache(make)
+    def __init__(self, make: Callable[[], Any], waits: Callable[[], bool]) -> None:
+        self._made, self._waits = cache(make), waits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made(), name)
 
     def _class(self) -> type:
-        return type(self) if are_deferred() else type(self._made())
+        return type(self) if self._waits() else type(self._made())
 
     __class__ = property(_class)  # what isinstance() asks

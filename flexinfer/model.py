@@ -61,11 +61,11 @@ from flexinfer.plan import (
     parse_size,
     smallest_budget_bytes,
 )
-from flexinfer.rehearsal import rehearse
+from flexinfer.rehearsal import rehearse_once
 from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve
 from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, StreamedLinear, lock_pieces
-from flexinfer.streaming.memory import Buffer, page_out_libraries, return_freed_memory, trim_heap
+from flexinfer.streaming.memory import Buffer, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.tokenizer import load_tokenizer, tokenizer_bytes
@@ -420,7 +420,6 @@ class Engine:
         """Plan again with what the process holds by now, and fill the memory that stays. Called by the first use of the weights."""
         if self._closed:
             raise RuntimeError(CLOSED)
-        gc.collect()
         trim_heap()
         grown_bytes = anonymous_bytes() - self._loaded_bytes
         process_bytes = self._fixed.process_bytes + (grown_bytes if grown_bytes > GROWTH_BYTES else 0)
@@ -552,7 +551,7 @@ class Engine:
             "pass_s": trace.pass_s,
             "compute_s": trace.pass_s - trace.wait_s,
             "wait_s": trace.wait_s,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_bytes() - max(0, file_bytes() - self._file_bytes),
             "resyncs": trace.resyncs,
             "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
             "memory_stall_s": memory_stall_s(),
@@ -675,14 +674,11 @@ class MemoryOfProcess:
     @classmethod
     def measure(cls, skeleton: Skeleton, *, with_tokenizer: bool) -> "MemoryOfProcess":
         """Measured after what every run does once, on a model of a few kilobytes, has been done."""
+        file_bytes = rehearse_once(skeleton.dtype, skeleton.attention)
         gc.collect()  # the dry run's model
-        rehearse(skeleton.dtype, skeleton.attention)
-        page_out_libraries()
-        rehearse(skeleton.dtype, skeleton.attention)
-        gc.collect()
         trim_heap()
         tokenizer = tokenizer_bytes(skeleton.checkpoint.path) if with_tokenizer else 0
-        return cls(anonymous_bytes(), file_bytes(), tokenizer)
+        return cls(anonymous_bytes(), file_bytes, tokenizer)
 
 
 def default_context(

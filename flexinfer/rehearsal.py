@@ -4,11 +4,14 @@ A first pass imports modules, starts kernel threads and has the kernels set memo
 need. After a rehearsal all of that is in the process, and what is measured then is what a run takes beside its model.
 """
 
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from flexinfer.imports import deferred
+from flexinfer.machine import touched_file_bytes
+from flexinfer.streaming.memory import page_out_libraries
 
 with deferred():
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,6 +24,17 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "vocab_size": 256,
 }
+
+
+@cache
+def rehearse_once(dtype: torch.dtype, attention: str) -> int:
+    """Rehearse, and let go of the library pages that importing has touched. Returns the bytes of those that a pass needs.
+
+    Once a process for each dtype and kind of attention.
+    """
+    rehearse(dtype, attention)
+    page_out_libraries()
+    return touched_file_bytes(partial(rehearse, dtype, attention))
 
 
 def rehearse(dtype: torch.dtype, attention: str) -> None:
