@@ -168,7 +168,7 @@ def advice(facts: Facts) -> list[str]:
         )
     if facts.memory_bytes < 2 << 30:
         lines.append(
-            f"Only {format_size(facts.memory_bytes)} of memory are to be had; the process itself takes about 400 MiB of them."
+            f"Only {format_size(facts.memory_bytes)} of memory are to be had; the process itself takes about 220 MiB of them."
         )
     if not facts.lock_works:
         limit = "unknown" if facts.lock_limit_bytes is None else format_size(facts.lock_limit_bytes)

@@ -1,0 +1,443 @@
+"""A soak: random models, budgets and calls, each in a control group of exactly its budget; nothing may be killed, wrong, hung or left.
+
+A case is drawn from (seed, number) alone. One process computes its reference, stock transformers with all weights resident, and
+learns the smallest budget. Another, in a memory group of exactly the case's budget and no swap, loads the model with flexinfer and makes
+the same calls, one after another. Outputs are compared token by token, logits bit by bit. A call that is to be refused must be refused before
+anything runs. One JSON line a case goes to the record; finished cases are skipped, so that a soak can be gone on with.
+
+    python -m flexinfer.bench.soak 1000 --record results/reliability/soak.jsonl
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from flexinfer.bench.limits import Limits
+from flexinfer.bench.provenance import provenance
+from flexinfer.bench.synth import default_cache_dir
+
+TIMEOUT_S = 900
+BAD = ("killed", "wrong", "hung", "leak", "error")
+FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, and what a shape does not say
+    "llama": {"config": "LlamaConfig"},
+    "mistral": {"config": "MistralConfig", "sliding_window": 64},
+    "qwen2": {"config": "Qwen2Config"},
+    "qwen3": {"config": "Qwen3Config", "head_dim": 64},
+    "gemma2": {"config": "Gemma2Config", "head_dim": 64, "sliding_window": 64},
+    "gemma3": {"config": "Gemma3TextConfig", "head_dim": 64, "sliding_window": 64},
+    "phi3": {"config": "Phi3Config"},
+    "gpt_neox": {"config": "GPTNeoXConfig"},
+    "gpt2": {"config": "GPT2Config"},
+}
+POLICIES = ("balanced", "balanced", "unbalanced", "attention-first", "ffn-first", "algorithm1", "none")
+SHARES = (0.0, 0.15, 0.5, 0.8, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One thing asked of a loaded model."""
+
+    kind: str
+    batch: int = 1
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model, how it is loaded, and what is asked of it."""
+
+    seed: int
+    number: int
+    family: str
+    hidden: int
+    layers: int
+    vocab: int
+    tie: bool
+    file_dtype: str
+    dtype: str
+    policy: str
+    window: str | None
+    io_threads: int
+    direct: bool
+    context: int
+    logits_to_keep: int
+    share: float  # of the weights, on top of the smallest budget
+    calls: tuple[Call, ...]
+
+
+def draw(seed: int, number: int) -> Case:
+    """Case `number` of a soak. Pure."""
+    chance = random.Random(f"{seed}.{number}")
+    family = list(FAMILIES)[number % len(FAMILIES)]
+    file_dtype = chance.choice(("bfloat16", "float16", "float32", "float32"))
+    dtype = chance.choice(("auto", "auto", "auto", "float32", "bfloat16"))
+    computes_in = file_dtype if dtype == "auto" else dtype
+    hidden = chance.choice((512, 768, 1024))
+    context = chance.choice((96, 256, 768)) if computes_in == "float32" else chance.choice((64, 160))
+    keep = chance.choice((1, 4, 12))
+    calls = []
+    for i in range(9):
+        kind = chance.choice(tuple(CALLS))
+        batch = chance.choice((2, 3, 4)) if kind in ("batch", "beams") else 1
+        room = context // batch
+        new = chance.randint(1, min(12, room // 3))
+        longest = room - new - (8 if kind == "lookup" else 0)
+        tokens = longest if chance.random() < 0.3 else chance.randint(1, longest)
+        calls.append(Call(kind, batch, tokens, new, seed=i))
+    return Case(
+        seed=seed,
+        number=number,
+        family=family,
+        hidden=hidden,
+        layers=chance.randint(2, 5),
+        vocab=chance.choice((8_192, 32_000, 151_936, 262_144)),
+        tie=chance.random() < 0.5,
+        file_dtype=file_dtype,
+        dtype=dtype,
+        policy=chance.choice(POLICIES),
+        window=chance.choice((None, None, "9MiB", "64MiB", "2 layers")),
+        io_threads=chance.choice((0, 1, 2, 2, 4)),
+        direct=chance.random() < 0.8,
+        context=context,
+        logits_to_keep=keep,
+        share=chance.choice((*SHARES, round(chance.random(), 2))),
+        calls=tuple(calls),
+    )
+
+
+# ---- what can be asked: (model, its own part of the child, call, case) -> what is compared
+
+
+def _generate(**options: Any) -> Callable[..., Any]:
+    def run(model: Any, call: Call, case: Case) -> Any:
+        import torch
+
+        ids = _ids(call, case)
+        mask = torch.ones_like(ids)
+        if call.batch > 1 and call.kind == "batch":
+            mask[0, : call.prompt_tokens // 2] = 0
+        torch.manual_seed(call.seed)
+        text = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=call.new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+            **{"do_sample": False} | options | ({"num_beams": call.batch} if call.kind == "beams" else {}),
+        )
+        return text.tolist()
+
+    return run
+
+
+def _score(use_cache: bool) -> Callable[..., Any]:
+    def run(model: Any, call: Call, case: Case) -> Any:
+        import torch
+
+        with torch.no_grad():
+            logits = model(_ids(call, case), use_cache=use_cache).logits
+        return hashlib.sha256(logits.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+    return run
+
+
+def _resize(model: Any, call: Call, case: Case) -> Any:
+    """Another budget within the group; the reference has none."""
+    if hasattr(model, "flexinfer"):
+        plan = model.flexinfer.plan
+        spare = plan.locked_bytes + plan.unused_bytes
+        budget = int(os.environ["FLEXINFER_SOAK_MEMORY"])
+        less = random.Random(call.seed).random() * spare
+        model.flexinfer.resize(budget if call.seed % 2 else int(plan.budget_bytes - less))
+    return None
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "greedy": _generate(),
+    "sample": _generate(do_sample=True, temperature=0.9, top_k=40, top_p=0.9),
+    "beams": _generate(),
+    "batch": _generate(),
+    "lookup": _generate(prompt_lookup_num_tokens=6),
+    "score": _score(use_cache=True),
+    "score without cache": _score(use_cache=False),
+    "resize": _resize,
+}
+
+
+def _ids(call: Call, case: Case) -> Any:
+    import torch
+
+    rows = 1 if call.kind == "beams" else call.batch
+    generator = torch.Generator().manual_seed(call.seed)
+    return torch.randint(3, case.vocab, (rows, call.prompt_tokens), generator=generator)
+
+
+# ---- the two processes of a case
+
+
+def make_checkpoint(case: Case, path: Path) -> None:
+    """Write the model of `case`; every parameter is random."""
+    import torch
+    import transformers
+
+    facts = dict(FAMILIES[case.family])
+    config_class = getattr(transformers, facts.pop("config"))
+    sizes = {"vocab_size": case.vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    heads = case.hidden // 64
+    if case.family == "gpt2":
+        sizes |= {"n_embd": case.hidden, "n_layer": case.layers, "n_head": heads, "n_positions": 1024}
+    else:
+        sizes |= {
+            "hidden_size": case.hidden,
+            "intermediate_size": case.hidden * 3,
+            "num_hidden_layers": case.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads // 4),
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": case.tie,
+        }
+    torch.manual_seed(case.number)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config_class(**sizes, **facts), dtype=getattr(torch, case.file_dtype)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+
+
+def reference(case: Case, path: Path) -> dict[str, Any]:
+    """What stock transformers says to the calls, and the smallest budget that flexinfer names."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import flexinfer
+
+    smallest = total = 0
+    try:
+        flexinfer.from_pretrained(path, 1 << 20, **load_options(case))
+    except flexinfer.BudgetError as error:
+        smallest = int(str(error).split("at least ")[1].split()[0])
+    gc.collect()
+    dtype = getattr(torch, case.file_dtype if case.dtype == "auto" else case.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "smallest_bytes": smallest,
+        "weights_bytes": total,
+        "outputs": [CALLS[call.kind](model, call, case) for call in case.calls],
+    }
+
+
+def load_options(case: Case) -> dict[str, Any]:
+    """Keyword arguments of from_pretrained."""
+    return {
+        "policy": case.policy,
+        "window": case.window,
+        "io_threads": case.io_threads,
+        "direct": case.direct,
+        "context": case.context,
+        "logits_to_keep": case.logits_to_keep,
+        "dtype": case.dtype,
+    }
+
+
+def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
+    """The calls on a streamed model, in this process, and what they left behind."""
+    import torch
+
+    import flexinfer
+    from flexinfer.machine import anonymous_bytes, peak_bytes
+    from flexinfer.streaming.cache import ContextError
+
+    torch.ones(8) @ torch.ones(8)
+    holdings_before = _holdings()
+    model = flexinfer.from_pretrained(path, memory, **load_options(case))
+    outputs, refusals, resting = [], [], []
+    for call in case.calls:
+        passes = model.flexinfer.stats()["passes"]
+        try:
+            outputs.append(CALLS[call.kind](model, call, case))
+            refusals.append(None)
+        except (flexinfer.BudgetError, ContextError) as error:
+            outputs.append(None)
+            refusals.append(str(error)[:300])
+            if model.flexinfer.stats()["passes"] != passes and call.kind.startswith("score"):
+                raise RuntimeError(f"refused after it ran: {error}") from error
+        gc.collect()
+        resting.append(anonymous_bytes())
+    stats, plan = model.flexinfer.stats(), model.flexinfer.plan
+    peak = peak_bytes()
+    model.flexinfer.close()
+    del model
+    gc.collect()
+    return {
+        "outputs": outputs,
+        "refusals": refusals,
+        "resting_bytes": resting,
+        "peak_bytes": stats["peak_bytes"],
+        "vm_hwm_bytes": peak,
+        "bytes_read": stats["bytes_read"],
+        "plan": {
+            "budget_bytes": plan.budget_bytes,
+            "locked_bytes": plan.locked_bytes,
+            "streamed_bytes": plan.streamed_bytes,
+            "window_bytes": plan.window_bytes,
+            "unused_bytes": plan.unused_bytes,
+            "fixed": asdict(plan.fixed),
+        },
+        "left": [after - before for before, after in zip(holdings_before, _holdings(), strict=True)],
+    }
+
+
+def _holdings() -> tuple[int, int, int]:
+    """Threads, open files and locked bytes."""
+    status = Path("/proc/self/status").read_text()
+    locked = int(status.split("VmLck:")[1].split()[0]) << 10
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), locked
+
+
+# ---- running and judging
+
+
+def judge(case: Case, expected: dict[str, Any], report: dict[str, Any]) -> tuple[str, list[str]]:
+    """The outcome of a case that ran to its end, and of each call."""
+    outcomes = []
+    for ours, theirs, refusal in zip(report["outputs"], expected["outputs"], report["refusals"], strict=True):
+        outcomes.append("refused" if refusal else "ok" if ours == theirs else "wrong")
+    if "wrong" in outcomes:
+        return "wrong", outcomes
+    return ("leak" if any(report["left"]) else "ok"), outcomes
+
+
+def run_case(case: Case, scratch: Path, verbose: bool = False) -> dict[str, Any]:
+    """Run one case; its record."""
+    path = scratch / f"soak-{case.seed}-{case.number}"
+    shutil.rmtree(path, ignore_errors=True)
+    start_s = perf_counter()
+    record: dict[str, Any] = {"case": asdict(case), "outcome": "error"}
+    try:
+        make_checkpoint(case, path)
+        done = _process("reference", case, path)
+        if done.returncode != 0:
+            return record | {"message": "reference: " + done.stderr[-2000:]}
+        expected = json.loads(done.stdout.splitlines()[-1])
+        spare = int(case.share * expected["weights_bytes"] * 1.02)
+        memory = (expected["smallest_bytes"] + (1 << 20) + spare) // 4096 * 4096
+        record |= {"memory_bytes": memory, "smallest_bytes": expected["smallest_bytes"]}
+        with Limits(memory_bytes=memory) as limits:
+            try:
+                done = _process("child", case, path, memory, limits)
+            except subprocess.TimeoutExpired:
+                return record | {"outcome": "hung"}
+            usage = limits.usage()
+        record |= {"group_peak_bytes": usage.peak_memory_bytes, "oom_kills": usage.oom_kills}
+        if verbose:
+            print(done.stderr, file=sys.stderr)
+        if usage.oom_kills or done.returncode == -9:
+            return record | {"outcome": "killed"}
+        if done.returncode != 0:
+            return record | {"message": done.stderr[-2000:]}
+        report = json.loads(done.stdout.splitlines()[-1])
+        outcome, outcomes = judge(case, expected, report)
+        del report["outputs"]
+        planned = report["plan"]["budget_bytes"] - report["plan"]["unused_bytes"]
+        return record | report | {"outcome": outcome, "outcomes": outcomes, "planned_bytes": planned}
+    finally:
+        record["seconds"] = perf_counter() - start_s
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _process(
+    role: str, case: Case, path: Path, memory: int = 0, limits: Limits | None = None
+) -> subprocess.CompletedProcess[str]:
+    arguments = json.dumps([role, case.seed, case.number, str(path), memory])
+    command = [sys.executable, "-m", "flexinfer.bench.soak", "--role", arguments]
+    return subprocess.run(
+        limits.command(command) if limits else command,
+        env=os.environ | {"FLEXINFER_SOAK_MEMORY": str(memory)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def soak(generations: int, seed: int, record_file: Path | None, verbose: bool = False) -> Counter[str]:
+    """Run cases until `generations` calls have been made, those of the record included. Returns outcomes, counted."""
+    finished: dict[int, dict[str, Any]] = {}
+    if record_file is not None and record_file.exists():
+        records = map(json.loads, record_file.read_text().splitlines())
+        finished = {one["case"]["number"]: one for one in records if one["case"]["seed"] == seed}
+    scratch = default_cache_dir() / "soak"
+    scratch.mkdir(parents=True, exist_ok=True)
+    facts = provenance(scratch).model_dump(mode="json")
+    outcomes: Counter[str] = Counter()
+    made, number, start_s, new = 0, 0, perf_counter(), 0
+    while made < generations:
+        case = draw(seed, number)
+        record = finished.get(number)
+        if record is None:
+            record = run_case(case, scratch, verbose) | {"provenance": facts}
+            new += len(case.calls)
+            if record_file is not None:
+                record_file.parent.mkdir(parents=True, exist_ok=True)
+                with record_file.open("a") as stream:
+                    stream.write(json.dumps(record) + "\n")
+        made += len(case.calls)
+        number += 1
+        outcomes[record["outcome"]] += 1
+        outcomes.update(f"call {one}" for one in record.get("outcomes", []))
+        left_s = (perf_counter() - start_s) / max(new, 1) * max(0, generations - made)
+        print(
+            f"case {case.number} {case.family} {case.file_dtype}/{case.dtype} vocabulary {case.vocab} share {case.share}: "
+            f"{record['outcome']}; {made} of {generations} calls, {dict(outcomes)}, {left_s / 60:.0f} min left",
+            flush=True,
+        )
+        if record["outcome"] in BAD:
+            print("  " + record.get("message", "")[-600:], flush=True)
+    return outcomes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when nothing was killed, wrong, hung, left behind or in error."""
+    parser = argparse.ArgumentParser(prog="python -m flexinfer.bench.soak", description=__doc__)
+    parser.add_argument("generations", type=int, nargs="?", default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("--role", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.role:
+        role, seed, number, path, memory = json.loads(arguments.role)
+        case = draw(seed, number)
+        report = reference(case, Path(path)) if role == "reference" else child(case, Path(path), memory)
+        print(json.dumps(report))
+        return 0
+    if arguments.only is not None:
+        scratch = default_cache_dir() / "soak"
+        record = run_case(draw(arguments.seed, arguments.only), scratch, arguments.verbose)
+        print(json.dumps(record, indent=1))
+        return int(record["outcome"] in BAD)
+    outcomes = soak(arguments.generations, arguments.seed, arguments.record, arguments.verbose)
+    return int(any(outcomes[bad] for bad in BAD))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
