@@ -168,7 +168,7 @@ def from_pretrained(
     model = skeleton.model
     model.flexinfer = engine  # type: ignore[assignment]
     model.forward = wraps(model.forward)(partial(engine.run, model.forward))
-    weakref.finalize(model, engine.close)
+    weakref.finalize(model, engine.close_when_collected)
     if follow:
         engine.follow()
     return model
@@ -364,6 +364,8 @@ class Engine:
 
     def _attach(self, plan: Plan) -> None:
         """Give the linears what is locked, and a window for all that is not."""
+        if self._closed:
+            return
         assert self._reader is not None
         streamed = {w.name: w.pieces[_count(self._locked[w.name]) :] for w in self._weights}
         schedule = [piece for pieces in streamed.values() for piece in pieces]
@@ -605,6 +607,13 @@ class Engine:
                 spare=available_bytes,
                 largest_bytes=self.plan.budget_bytes,
             )
+
+    def close_when_collected(self) -> None:
+        """`close`, called by the garbage collector: in whatever thread it runs, and wherever that thread is."""
+        if self._prefetcher is None or self._prefetcher.closes_here():
+            self.close()
+        else:
+            threading.Thread(target=self.close, name="flexinfer-close", daemon=True).start()
 
     def close(self) -> None:
         """End the threads, close the files, let go of the weights. The model cannot run any more. Safe to call twice."""

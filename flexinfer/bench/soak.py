@@ -267,8 +267,10 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
 
     torch.ones(8) @ torch.ones(8)
     holdings_before = _holdings()
-    model = flexinfer.from_pretrained(path, memory, **load_options(case))
-    outputs, refusals, resting = [], [], []
+    model: Any = flexinfer.from_pretrained(path, memory, **load_options(case))
+    outputs: list[Any] = []
+    refusals: list[str | None] = []
+    resting: list[int] = []
     for call in case.calls:
         passes = model.flexinfer.stats()["passes"]
         try:

@@ -56,9 +56,9 @@ class Prefetcher:
         self._generation = (
             0  # grows when the readers are sent elsewhere; a read of an older one is thrown away
         )
-        self._error: BaseException | None = None
+        self._failed: tuple[int, BaseException] | None = None  # the read that readers stopped at
         self._stop = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())  # held by one only: see closes_here
         self._threads = [
             threading.Thread(target=self._run, name=f"flexinfer-io-{i}", daemon=True)
             for i in range(io_threads)
@@ -69,7 +69,7 @@ class Prefetcher:
     def acquire(self, place: int) -> tuple[Buffer, int, Callable[[], None]]:
         """The piece at `place` of the schedule: its buffer, the position of its first byte, and the call that frees it.
 
-        Waits until the piece has been read. Raises ReadError if a read failed; the next call tries again.
+        Waits until the piece has been read. Raises ReadError if it could not be read, now and not when it was read ahead.
         """
         piece = self._schedule[place]
         start_s = perf_counter()
@@ -82,11 +82,16 @@ class Prefetcher:
             if self._next_use % len(self._schedule) != place:
                 self._send_readers_to(place)
             sequence = self._next_use
+            tried_again = False
             while sequence not in self._ready:
-                if self._error is not None:
-                    error, self._error = self._error, None
+                if self._failed is not None and self._failed[0] == sequence:
+                    error = self._failed[1]
                     self._send_readers_to(place)
-                    raise error
+                    sequence = self._next_use
+                    if tried_again:
+                        raise error
+                    tried_again = True  # it may have been read long ago: what was wrong then may be mended
+                    continue
                 if self._stop:
                     raise RuntimeError("this model is closed; load it again with flexinfer.from_pretrained()")
                 self._changed.wait()
@@ -108,11 +113,12 @@ class Prefetcher:
         self._generation += 1
         self._free.extend(slot for slot, _ in self._ready.values())
         self._ready.clear()
+        self._failed = None
         self._next_read = self._next_use = place
         self._changed.notify_all()
 
     def _may_read(self) -> bool:
-        if self._error is not None or not self._free:
+        if self._failed is not None or not self._free:
             return False
         return (
             self._window_layers is None
@@ -144,8 +150,9 @@ class Prefetcher:
             with self._changed:
                 if generation != self._generation or error is not None:
                     self._free.append(slot)
-                    if generation == self._generation:
-                        self._error = error
+                    first = self._failed is None or sequence < self._failed[0]
+                    if generation == self._generation and error is not None and first:
+                        self._failed = sequence, error
                 else:
                     self._ready[sequence] = (slot, position)
                 self._changed.notify_all()
@@ -159,6 +166,13 @@ class Prefetcher:
             self._trace.bytes_read += padded_bytes(piece.offset_bytes, piece.nbytes)
         self._trace.add("read", piece.name, piece.layer, start_s, piece.nbytes)
         return position
+
+    def closes_here(self) -> bool:
+        """Whether this thread may call `close` now: no, where the garbage collector came by while it held the window's lock."""
+        if threading.current_thread() in self._threads or not self._changed.acquire(blocking=False):
+            return False
+        self._changed.release()
+        return True
 
     def close(self) -> None:
         """End the threads and free the window. Safe to call twice."""

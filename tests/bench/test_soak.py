@@ -1,0 +1,71 @@
+"""The soak draws every family and every kind of call, tells good from bad, and a short one is run for real."""
+
+from pathlib import Path
+
+import pytest
+
+from flexinfer.bench.limits import find_place
+from flexinfer.bench.soak import BAD, CALLS, FAMILIES, Call, Case, draw, judge, run_case
+
+SMALL = Case(
+    seed=0,
+    number=0,
+    family="llama",
+    hidden=512,
+    layers=2,
+    vocab=32_000,
+    tie=False,
+    file_dtype="float32",
+    dtype="auto",
+    policy="balanced",
+    window=None,
+    io_threads=2,
+    direct=True,
+    context=96,
+    logits_to_keep=1,
+    share=0.3,
+    calls=(Call("greedy", 1, 20, 4), Call("score", 1, 40)),
+)
+
+
+def test_a_case_is_drawn_from_its_seed_and_number_alone() -> None:
+    assert [draw(3, i) for i in range(20)] == [draw(3, i) for i in range(20)]
+    assert draw(3, 1) != draw(4, 1) != draw(4, 2)
+
+
+def test_every_family_call_and_kind_of_budget_is_drawn() -> None:
+    cases = [draw(0, i) for i in range(200)]
+    assert {case.family for case in cases} == set(FAMILIES)
+    assert {call.kind for case in cases for call in case.calls} == set(CALLS)
+    assert {0.0, 0.15, 0.5, 0.8, 1.0} <= {case.share for case in cases}
+    assert {case.vocab for case in cases} >= {262_144, 151_936}
+    assert any(case.dtype not in ("auto", case.file_dtype) for case in cases)
+    for case in cases:
+        for call in case.calls:
+            assert call.batch * (call.prompt_tokens + call.new_tokens) <= case.context
+            assert call.prompt_tokens >= 1
+
+
+def test_wrong_tokens_refusals_and_leaks_are_told_apart() -> None:
+    expected = {"outputs": [[1, 2], "abc"]}
+    report = {"outputs": [[1, 2], "abc"], "refusals": [None, None], "left": [0, 0, 0]}
+    assert judge(SMALL, expected, report) == ("ok", ["ok", "ok"])
+    assert judge(SMALL, expected, report | {"outputs": [[1, 3], "abc"]}) == ("wrong", ["wrong", "ok"])
+    refused = report | {"outputs": [[1, 2], None], "refusals": [None, "no room"]}
+    assert judge(SMALL, expected, refused) == ("ok", ["ok", "refused"])
+    for left in ([1, 0, 0], [0, 1, 0], [0, 0, 4096]):
+        assert judge(SMALL, expected, report | {"left": left})[0] == "leak"
+    assert {"killed", "wrong", "leak"} <= set(BAD)
+
+
+@pytest.mark.parametrize("number", [15, 34, 49])
+def test_a_short_soak(tmp_path: Path, number: int) -> None:
+    """Phi-3, GPT-NeoX and Gemma 2, nine calls each, in a control group of exactly the budget."""
+    place = find_place()
+    if place.memory is None:
+        pytest.skip(f"no right to limit memory here: {place.why_not}")
+    record = run_case(draw(0, number), tmp_path)
+    assert record["outcome"] == "ok", record
+    assert record["group_peak_bytes"] <= record["memory_bytes"]
+    assert record["outcomes"].count("ok") >= 5
+    assert not list(tmp_path.iterdir()), "the checkpoint is deleted"
