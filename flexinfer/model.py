@@ -13,6 +13,7 @@ has grown since the plan was made, locked memory is given back for it.
 import gc
 import inspect
 import logging
+import os
 import resource
 import threading
 import warnings
@@ -89,6 +90,7 @@ def from_pretrained(
     policy: str = "balanced",
     window: str | int | None = None,
     io_threads: int = 2,
+    read_timeout_s: float | None = None,
     direct: bool = True,
     context: int | None = None,
     logits_to_keep: int = 1,
@@ -108,6 +110,8 @@ def from_pretrained(
             (the paper's), "none".
         window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
         io_threads: reader threads; 0 reads synchronously, when a weight is needed.
+        read_timeout_s: how long a pass waits for one read before it raises ReadError; None: as long as it takes, with a line in the
+            log (logger "flexinfer") every ten seconds.
         direct: read past the page cache (O_DIRECT); otherwise through it, dropping pages behind.
         context: tokens the KV cache and the activations are sized for, over all sequences of a batch; None: 2048,
             or the model's own limit, or fewer if they would take more than a quarter of the budget.
@@ -132,6 +136,10 @@ def from_pretrained(
     """
     if io_threads < 0:
         raise ValueError(f"io_threads={io_threads} must be 0 (synchronous) or more")
+    if read_timeout_s is not None and (read_timeout_s <= 0 or io_threads == 0):
+        raise ValueError(
+            f"read_timeout_s={read_timeout_s} must be more than 0, and needs a reader thread to give up on (io_threads={io_threads})"
+        )
     if context is not None and context < 1:
         raise ValueError(f"context={context} must be at least 1 token")
     if logits_to_keep < 1:
@@ -153,6 +161,7 @@ def from_pretrained(
         policy=policy,
         window=window,
         io_threads=io_threads,
+        read_timeout_s=read_timeout_s,
         direct=direct,
         context=context,
         logits_to_keep=logits_to_keep,
@@ -188,6 +197,7 @@ class Engine:
         policy: str = "balanced",
         window: str | int | None = None,
         io_threads: int = 2,
+        read_timeout_s: float | None = None,
         direct: bool = True,
         context: int = 2048,
         logits_to_keep: int = 1,
@@ -196,6 +206,8 @@ class Engine:
         trace_file: Path | None = None,
     ) -> None:
         self._policy, self._window, self._io_threads = policy, window, io_threads
+        self._read_timeout_s = read_timeout_s
+        self._pid = os.getpid()
         self._direct, self.context, self._logits_to_keep = direct, context, logits_to_keep
         self._trace, self._trace_file = trace or Trace(), trace_file
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
@@ -228,7 +240,9 @@ class Engine:
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         self._make_plan(budget_bytes, skeleton)
         reset_peak()
-        self._reader = FileReader(skeleton.checkpoint.files, direct=self._direct)
+        self._reader = FileReader(
+            skeleton.checkpoint.files, direct=self._direct, timeout_s=self._read_timeout_s
+        )
         self._costs = measure_costs(
             self._weights,
             self._kernels,
@@ -390,6 +404,10 @@ class Engine:
 
         Raises BudgetError, before anything runs, when the plan has no room for what the call asks.
         """
+        if os.getpid() != self._pid:  # before the lock, which another thread may have held at the fork
+            raise RuntimeError(
+                f"this model was loaded in another process ({self._pid}), whose reader threads are not in this one; load it again here"
+            )
         with self._lock:
             if self._closed:
                 raise RuntimeError(CLOSED)

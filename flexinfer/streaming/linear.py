@@ -231,7 +231,11 @@ class StreamedEmbedding(nn.Module):
         with self._lock:
             memory = self._row.memory(0, self._row.nbytes)
             for i, token in enumerate(unique.tolist()):
-                position = self._read_row(token, memory)
+                try:
+                    position = self._read_row(token, memory)
+                except BaseException:  # a read that was given up may come back and write
+                    self._row = Buffer(self._row.nbytes, lock=False)
+                    raise
                 table[i] = self._row.tensor(position, self._file_dtype, (self.embedding_dim,))
             stock = self._stock[0]
             stock.weight = nn.Parameter(table, requires_grad=False)

@@ -10,6 +10,8 @@ Cost: a pass takes max(compute, bytes / bandwidth) when the window is deep enoug
 (flexinfer.plan) and what is done with it (flexinfer.streaming.linear).
 """
 
+import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -19,6 +21,10 @@ from flexinfer.plan import Piece
 from flexinfer.streaming.memory import Buffer
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.trace import Trace
+
+SAY_AFTER_S = 10.0  # a wait for one read that is worth a line in the log, and again each time as long
+
+logger = logging.getLogger("flexinfer")
 
 
 class Prefetcher:
@@ -59,12 +65,15 @@ class Prefetcher:
         self._failed: tuple[int, BaseException] | None = None  # the read that readers stopped at
         self._stop = False
         self._changed = threading.Condition(threading.Lock())  # held by one only: see closes_here
-        self._threads = [
-            threading.Thread(target=self._run, name=f"flexinfer-io-{i}", daemon=True)
-            for i in range(io_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self._reading_since_s: dict[threading.Thread, float] = {}
+        for i in range(io_threads):
+            self._start_reader(i)
+
+    def _start_reader(self, number: int) -> None:
+        thread = threading.Thread(target=self._run, name=f"flexinfer-io-{number}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def acquire(self, place: int) -> tuple[Buffer, int, Callable[[], None]]:
         """The piece at `place` of the schedule: its buffer, the position of its first byte, and the call that frees it.
@@ -94,12 +103,35 @@ class Prefetcher:
                     continue
                 if self._stop:
                     raise RuntimeError("this model is closed; load it again with flexinfer.from_pretrained()")
-                self._changed.wait()
+                self._wait(piece, place, start_s)
             slot, position = self._ready.pop(sequence)
             self._next_use += 1
             self._changed.notify_all()
         self._trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
         return self._buffer, slot * self._slot_bytes + position, lambda: self._release(slot)
+
+    def _wait(self, piece: Piece, place: int, start_s: float) -> None:
+        """Wait for a reader. Every while say so; past the time that a read may take, give the readers that are stuck up for lost."""
+        waited_s = perf_counter() - start_s
+        limit_s = self._reader.timeout_s
+        left_s = math.inf if limit_s is None else limit_s - waited_s
+        if left_s > 0:
+            if not self._changed.wait(min(left_s, SAY_AFTER_S)) and left_s > SAY_AFTER_S:
+                logger.warning(
+                    "still waiting for %s at byte %d, %.0f s",
+                    piece.file,
+                    piece.offset_bytes,
+                    perf_counter() - start_s,
+                )
+            return
+        assert limit_s is not None
+        now_s = perf_counter()
+        for thread, since_s in self._reading_since_s.items():
+            if now_s - since_s >= limit_s / 2 and thread in self._threads:
+                self._threads.remove(thread)  # it ends when its read comes back, and gives its slot back then
+                self._start_reader(len(self._threads))
+        self._send_readers_to(place)
+        raise self._reader.too_slow(piece.file, piece.offset_bytes, piece.nbytes)
 
     def _release(self, slot: int) -> None:
         with self._changed:
@@ -131,16 +163,18 @@ class Prefetcher:
         return passes * self._layers + self._layer_rank[place]
 
     def _run(self) -> None:
+        me = threading.current_thread()
         while True:
             with self._changed:
                 while not self._stop and not self._may_read():
                     self._changed.wait()
-                if self._stop:
+                if self._stop or me not in self._threads:
                     return
                 slot = self._free.pop()
                 sequence, generation = self._next_read, self._generation
                 self._next_read += 1
-            piece = self._schedule[sequence % len(self._schedule)]
+                piece = self._schedule[sequence % len(self._schedule)]
+                self._reading_since_s[me] = perf_counter()
             error: BaseException | None = None
             position = 0
             try:
@@ -148,6 +182,7 @@ class Prefetcher:
             except BaseException as caught:
                 error = caught
             with self._changed:
+                del self._reading_since_s[me]
                 if generation != self._generation or error is not None:
                     self._free.append(slot)
                     first = self._failed is None or sequence < self._failed[0]
@@ -160,7 +195,7 @@ class Prefetcher:
     def _read(self, piece: Piece, slot: int) -> int:
         start_s = perf_counter()
         into = self._buffer.memory(slot * self._slot_bytes, self._slot_bytes)
-        position = self._reader.read(piece.file, piece.offset_bytes, piece.nbytes, into)
+        position = self._reader.read_now(piece.file, piece.offset_bytes, piece.nbytes, into)
         with self._changed:
             self._trace.reads += 1
             self._trace.bytes_read += padded_bytes(piece.offset_bytes, piece.nbytes)

@@ -6,6 +6,8 @@ Direct reads go past the page cache; they want aligned offsets, so they take the
 import errno
 import mmap
 import os
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 from flexinfer.streaming.memory import PAGE_BYTES, round_up
 
 CACHE_BLOCK_BYTES = 2 << 20  # the largest block the page cache keeps as one
+TRIES = 5  # reads in a row that give nothing, or are told to come again
+PAUSE_S = 0.02  # before a read that was told to come again
 
 
 class ReadError(OSError):
@@ -23,10 +27,11 @@ class FileReader:
     """Reads byte ranges of checkpoint files into memory, by direct or buffered reads.
 
     With `direct`, the first block of each file is read both ways; where direct I/O is refused or disagrees, the reader
-    says so once and reads through the page cache instead, dropping its pages behind it.
+    says so once and reads through the page cache instead, dropping its pages behind it. `read` waits `timeout_s` at most.
     """
 
-    def __init__(self, files: Sequence[Path], *, direct: bool) -> None:
+    def __init__(self, files: Sequence[Path], *, direct: bool, timeout_s: float | None = None) -> None:
+        self.timeout_s = timeout_s
         self._fds: dict[Path, int] = {}
         self.direct = direct and hasattr(os, "O_DIRECT")
         try:
@@ -66,30 +71,72 @@ class FileReader:
         return None
 
     def read(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
+        """`read_now`, waited for no longer than `timeout_s`: after that ReadError, and `into` may yet be written to."""
+        if self.timeout_s is None:
+            return self.read_now(file, offset_bytes, nbytes, into)
+        outcome: list[int | BaseException] = []
+
+        def run() -> None:
+            try:
+                outcome.append(self.read_now(file, offset_bytes, nbytes, into))
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=run, name="flexinfer-io-timed", daemon=True)
+        thread.start()
+        thread.join(self.timeout_s)
+        if not outcome:
+            raise self.too_slow(file, offset_bytes, nbytes)
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    def too_slow(self, file: Path, offset_bytes: int, nbytes: int) -> ReadError:
+        """What is raised for a read that took longer than `timeout_s`."""
+        return ReadError(
+            errno.ETIMEDOUT,
+            f"{file}: reading {nbytes} bytes at {offset_bytes} took more than read_timeout_s={self.timeout_s:g}; the next pass tries again",
+        )
+
+    def read_now(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
         """Read the whole pages around `nbytes` at `offset_bytes` into `into`; the first wanted byte is at the returned
         position. `into` holds at least `padded_bytes(offset_bytes, nbytes)`. Raises ReadError."""
         start = offset_bytes - offset_bytes % PAGE_BYTES
         skip = offset_bytes - start
         span = round_up(skip + nbytes)
-        fd = self._fds[file]
-        done = 0
+        done = tries = 0
+        fd: int | None = None
         while done < skip + nbytes:
+            fd = self._fds.get(file)  # anew each time: a read that comes back late finds the files closed
+            if fd is None:
+                raise ReadError(errno.EBADF, f"{file}: closed while it was being read")
             try:
-                count = os.preadv(fd, [into[done:span]], start + done)
+                reached = done + os.preadv(fd, [into[done:span]], start + done)
+            except BlockingIOError as error:
+                reached, tries = done, tries + 1
+                if tries == TRIES:
+                    raise ReadError(
+                        errno.EAGAIN, f"{file}: reading {nbytes} bytes at {offset_bytes}: {error.strerror}"
+                    ) from error
+                time.sleep(PAUSE_S)
+                continue
             except OSError as error:
                 raise ReadError(
                     error.errno, f"{file}: reading {nbytes} bytes at {offset_bytes}: {error.strerror}"
                 ) from error
-            done += count
-            if count == 0 or (
-                count % PAGE_BYTES and done < skip + nbytes
-            ):  # a file's end is the only odd place to stop
-                raise ReadError(
-                    errno.EIO, f"{file}: ends before byte {offset_bytes + nbytes}: truncated while in use?"
-                )
+            if reached < skip + nbytes:  # a short read: on from the last whole page, as direct reads want it
+                reached -= reached % PAGE_BYTES
+                tries = tries + 1 if reached == done else 0
+                if tries == TRIES:
+                    raise ReadError(
+                        errno.EIO,
+                        f"{file}: ends before byte {offset_bytes + nbytes}: truncated while in use?",
+                    )
+            done = reached
         if not self.direct:
             # From further back, so that a large block of the cache which the read before this one cut in two goes too.
             begin, end = max(0, start - CACHE_BLOCK_BYTES), start + span
+            assert fd is not None
             to_the_end = end >= os.fstat(fd).st_size  # said as 0: the file's last block may reach beyond it
             os.posix_fadvise(fd, begin, 0 if to_the_end else end - begin, os.POSIX_FADV_DONTNEED)
         return skip

@@ -45,7 +45,9 @@ class MemoryReader(FileReader):
         self.asked: list[int] = []
         self.lock = threading.Lock()
 
-    def read(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
+    timeout_s = None
+
+    def read_now(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
         with self.lock:
             self.asked.append(offset_bytes)
         self.gate.wait()
@@ -163,7 +165,7 @@ def use_after_stale_error(prefetcher: Prefetcher, schedule: list[Piece], place: 
 
 def test_errors_of_any_kind_reach_the_caller() -> None:
     class Broken(MemoryReader):
-        def read(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
+        def read_now(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
             raise ZeroDivisionError("broken reader")
 
     schedule = schedule_of([100] * 4)
