@@ -87,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
         "--io-threads", type=int, default=2, help="reader threads; 0 reads synchronously (default: 2)"
     )
     options.add_argument("--buffered", action="store_true", help="read through the page cache, not past it")
+    options.add_argument(
+        "--verify", action="store_true", help="hold what is read against checksums (made once per file)"
+    )
+    options.add_argument(
+        "--read-timeout", type=float, metavar="SECONDS", help="give a read up after so long (default: never)"
+    )
     options.add_argument("--context", type=int, help="tokens the KV cache is sized for")
     options.add_argument("--dtype", default="auto", help="what to compute in (default: the checkpoint's)")
 
@@ -466,6 +472,8 @@ def _load_model(
         window=arguments.window,
         io_threads=arguments.io_threads,
         direct=not arguments.buffered,
+        verify=arguments.verify,
+        read_timeout_s=arguments.read_timeout,
         context=context,
         logits_to_keep=(arguments.prompt_lookup or 0) + 1,
         tokenizer=tokenizer,

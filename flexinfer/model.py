@@ -18,7 +18,7 @@ import resource
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -65,6 +65,7 @@ from flexinfer.plan import (
 from flexinfer.rehearsal import rehearse_once
 from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve
+from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
 from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, StreamedLinear, lock_pieces
 from flexinfer.streaming.memory import Buffer, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
@@ -91,6 +92,7 @@ def from_pretrained(
     window: str | int | None = None,
     io_threads: int = 2,
     read_timeout_s: float | None = None,
+    verify: bool | str | Path = False,
     direct: bool = True,
     context: int | None = None,
     logits_to_keep: int = 1,
@@ -112,6 +114,8 @@ def from_pretrained(
         io_threads: reader threads; 0 reads synchronously, when a weight is needed.
         read_timeout_s: how long a pass waits for one read before it raises ReadError; None: as long as it takes, with a line in the
             log (logger "flexinfer") every ten seconds.
+        verify: hold every page that is read against its checksum, and raise ReadError where they differ. Checksums are made once per
+            file, in one read of all of it, and kept in ~/.cache/flexinfer/checksums, or in the directory given here.
         direct: read past the page cache (O_DIRECT); otherwise through it, dropping pages behind.
         context: tokens the KV cache and the activations are sized for, over all sequences of a batch; None: 2048,
             or the model's own limit, or fewer if they would take more than a quarter of the budget.
@@ -153,6 +157,7 @@ def from_pretrained(
     except NotStreamableError as error:
         skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, context, error)
     recorder = Trace(max_events=MAX_EVENTS if trace else 0, progress=progress)  # its memory is measured too
+    checksums = _checksums(skeleton, verify, progress)  # and theirs
     measured = MemoryOfProcess.measure(skeleton, with_tokenizer=tokenizer is None)
     context = context or default_context(skeleton, measured, budget_bytes, logits_to_keep)
     engine = Engine(
@@ -162,6 +167,7 @@ def from_pretrained(
         window=window,
         io_threads=io_threads,
         read_timeout_s=read_timeout_s,
+        checksums=checksums,
         direct=direct,
         context=context,
         logits_to_keep=logits_to_keep,
@@ -198,6 +204,7 @@ class Engine:
         window: str | int | None = None,
         io_threads: int = 2,
         read_timeout_s: float | None = None,
+        checksums: Mapping[Path, Checksums] | None = None,
         direct: bool = True,
         context: int = 2048,
         logits_to_keep: int = 1,
@@ -206,7 +213,7 @@ class Engine:
         trace_file: Path | None = None,
     ) -> None:
         self._policy, self._window, self._io_threads = policy, window, io_threads
-        self._read_timeout_s = read_timeout_s
+        self._read_timeout_s, self._checksums = read_timeout_s, checksums
         self._pid = os.getpid()
         self._direct, self.context, self._logits_to_keep = direct, context, logits_to_keep
         self._trace, self._trace_file = trace or Trace(), trace_file
@@ -241,7 +248,10 @@ class Engine:
         self._make_plan(budget_bytes, skeleton)
         reset_peak()
         self._reader = FileReader(
-            skeleton.checkpoint.files, direct=self._direct, timeout_s=self._read_timeout_s
+            skeleton.checkpoint.files,
+            direct=self._direct,
+            timeout_s=self._read_timeout_s,
+            checksums=self._checksums,
         )
         self._costs = measure_costs(
             self._weights,
@@ -668,6 +678,18 @@ class Engine:
 
 def _count(locked: list[LockedPieces]) -> int:
     return sum(len(one.pieces) for one in locked)
+
+
+def _checksums(
+    skeleton: Skeleton, verify: bool | str | Path, progress: Callable[[str, int, int], None] | None
+) -> Mapping[Path, Checksums] | None:
+    if verify is False:
+        return None
+    if not skeleton.weights:
+        raise ValueError(
+            "verify=True: this model is loaded whole by transformers, which does not check what it reads"
+        )
+    return checksums_of(skeleton.checkpoint.files, CACHE if verify is True else Path(verify), progress)
 
 
 def _keep(locked: list[LockedPieces], count: int) -> list[LockedPieces]:

@@ -9,9 +9,10 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from flexinfer.streaming.checksums import Checksums
 from flexinfer.streaming.memory import PAGE_BYTES, round_up
 
 CACHE_BLOCK_BYTES = 2 << 20  # the largest block the page cache keeps as one
@@ -28,10 +29,19 @@ class FileReader:
 
     With `direct`, the first block of each file is read both ways; where direct I/O is refused or disagrees, the reader
     says so once and reads through the page cache instead, dropping its pages behind it. `read` waits `timeout_s` at most.
+    What is read of a file that has `checksums` is held against them.
     """
 
-    def __init__(self, files: Sequence[Path], *, direct: bool, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        direct: bool,
+        timeout_s: float | None = None,
+        checksums: Mapping[Path, Checksums] | None = None,
+    ) -> None:
         self.timeout_s = timeout_s
+        self._checksums = checksums or {}
         self._fds: dict[Path, int] = {}
         self.direct = direct and hasattr(os, "O_DIRECT")
         try:
@@ -101,12 +111,30 @@ class FileReader:
     def read_now(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
         """Read the whole pages around `nbytes` at `offset_bytes` into `into`; the first wanted byte is at the returned
         position. `into` holds at least `padded_bytes(offset_bytes, nbytes)`. Raises ReadError."""
+        checksums, start = self._checksums.get(file), offset_bytes - offset_bytes % PAGE_BYTES
+        position, done = self._read_pages(file, offset_bytes, nbytes, into, whole=checksums is not None)
+        if checksums is not None and checksums.wrong_byte(start, into[:done]) is not None:
+            position, done = self._read_pages(file, offset_bytes, nbytes, into, whole=True)
+            wrong = checksums.wrong_byte(start, into[:done])
+            if wrong is not None:
+                raise ReadError(
+                    errno.EIO,
+                    f"{file}: the {PAGE_BYTES} bytes at {wrong} are not what they were when its checksums were made, read twice; "
+                    "the disk or the file is damaged: fetch the file again",
+                )
+        return position
+
+    def _read_pages(
+        self, file: Path, offset_bytes: int, nbytes: int, into: memoryview, *, whole: bool
+    ) -> tuple[int, int]:
+        """As `read_now`, and the number of bytes read; `whole`: the last page to its end, or the file's."""
         start = offset_bytes - offset_bytes % PAGE_BYTES
         skip = offset_bytes - start
         span = round_up(skip + nbytes)
         done = tries = 0
         fd: int | None = None
-        while done < skip + nbytes:
+        needed = skip + nbytes
+        while done < needed:
             fd = self._fds.get(file)  # anew each time: a read that comes back late finds the files closed
             if fd is None:
                 raise ReadError(errno.EBADF, f"{file}: closed while it was being read")
@@ -124,7 +152,9 @@ class FileReader:
                 raise ReadError(
                     error.errno, f"{file}: reading {nbytes} bytes at {offset_bytes}: {error.strerror}"
                 ) from error
-            if reached < skip + nbytes:  # a short read: on from the last whole page, as direct reads want it
+            if whole and done == 0:
+                needed = max(needed, min(span, os.fstat(fd).st_size - start))
+            if reached < needed:  # a short read: on from the last whole page, as direct reads want it
                 reached -= reached % PAGE_BYTES
                 tries = tries + 1 if reached == done else 0
                 if tries == TRIES:
@@ -139,7 +169,7 @@ class FileReader:
             assert fd is not None
             to_the_end = end >= os.fstat(fd).st_size  # said as 0: the file's last block may reach beyond it
             os.posix_fadvise(fd, begin, 0 if to_the_end else end - begin, os.POSIX_FADV_DONTNEED)
-        return skip
+        return skip, done
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""
