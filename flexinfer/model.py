@@ -509,6 +509,12 @@ class Engine:
         if needed_bytes + grown_bytes > room_bytes:
             self._give_back(grown_bytes)
 
+    def planned_bytes(self, shape: PassShape) -> int:
+        """What the plan says this process holds while a pass of `shape` runs, the margin apart. Reads and computes nothing."""
+        plan = self.plan
+        without = plan.fixed.activation_bytes + plan.fixed.margin_bytes + plan.unused_bytes
+        return plan.budget_bytes - without + self._meter.extra_bytes(shape, self.context)
+
     def _give_back(self, grown_bytes: int) -> None:
         """Lock less, as the process has grown by `grown_bytes` since the plan was made."""
         grown = replace(self._fixed, process_bytes=self._fixed.process_bytes + grown_bytes)

@@ -23,11 +23,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexinfer.bench.limits import Limits
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.synth import default_cache_dir
+
+if TYPE_CHECKING:
+    from flexinfer.plan import PassShape
 
 TIMEOUT_S = 900
 BAD = ("killed", "wrong", "hung", "leak", "error")
@@ -41,8 +44,10 @@ FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, an
     "phi3": {"config": "Phi3Config"},
     "gpt_neox": {"config": "GPTNeoXConfig"},
     "gpt2": {"config": "GPT2Config"},
+    "opt": {"config": "OPTConfig"},
 }
 POLICIES = ("balanced", "balanced", "unbalanced", "attention-first", "ffn-first", "algorithm1", "none")
+DRAFTED = 3  # tokens that a draft model says ahead
 SHARES = (0.0, 0.15, 0.5, 0.8, 1.0)
 
 
@@ -76,6 +81,7 @@ class Case:
     direct: bool
     context: int
     logits_to_keep: int
+    tokenizer: bool  # whether the checkpoint has one, and it is used
     share: float  # of the weights, on top of the smallest budget
     calls: tuple[Call, ...]
 
@@ -90,13 +96,16 @@ def draw(seed: int, number: int) -> Case:
     hidden = chance.choice((512, 768, 1024))
     context = chance.choice((96, 256, 768)) if computes_in == "float32" else chance.choice((64, 160))
     keep = chance.choice((1, 4, 12))
+    tokenizer = chance.random() < 0.5
     calls = []
     for i in range(9):
         kind = chance.choice(tuple(CALLS))
+        if (kind == "draft" and keep <= DRAFTED) or (kind == "tokenize" and not tokenizer):
+            kind = "greedy"
         batch = chance.choice((2, 3, 4)) if kind in ("batch", "beams") else 1
         room = context // batch
         new = chance.randint(1, min(12, room // 3))
-        longest = room - new - (8 if kind == "lookup" else 0)
+        longest = room - new - (8 if kind in ("lookup", "draft") else 0)
         tokens = longest if chance.random() < 0.3 else chance.randint(1, longest)
         calls.append(Call(kind, batch, tokens, new, seed=i))
     return Case(
@@ -115,6 +124,7 @@ def draw(seed: int, number: int) -> Case:
         direct=chance.random() < 0.8,
         context=context,
         logits_to_keep=keep,
+        tokenizer=tokenizer,
         share=chance.choice((*SHARES, round(chance.random(), 2))),
         calls=tuple(calls),
     )
@@ -143,6 +153,23 @@ def _generate(**options: Any) -> Callable[..., Any]:
         return text.tolist()
 
     return run
+
+
+def _draft(model: Any, call: Call, case: Case) -> Any:
+    return _generate(assistant_model=DRAFTS[case.seed, case.number])(model, call, case)
+
+
+def _tokenize(model: Any, call: Call, case: Case) -> Any:
+    """The text there and back; the reference by transformers' own tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = (
+        model.flexinfer.tokenizer
+        if hasattr(model, "flexinfer")
+        else AutoTokenizer.from_pretrained(model.name_or_path)
+    )
+    ids = tokenizer("the quick brown fox jumps over the lazy dog " * call.prompt_tokens)["input_ids"]
+    return [ids, tokenizer.decode(ids)]
 
 
 def _score(use_cache: bool) -> Callable[..., Any]:
@@ -175,6 +202,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "lookup": _generate(prompt_lookup_num_tokens=6),
     "score": _score(use_cache=True),
     "score without cache": _score(use_cache=False),
+    "draft": _draft,
+    "tokenize": _tokenize,
     "resize": _resize,
 }
 
@@ -189,6 +218,49 @@ def _ids(call: Call, case: Case) -> Any:
 
 # ---- the two processes of a case
 
+DRAFTS: dict[tuple[int, int], Any] = {}  # by case: the draft model of this process
+
+
+def prepare(case: Case) -> None:
+    """Make what a program would hold beside the model: the draft model of the calls that want one."""
+    if any(call.kind == "draft" for call in case.calls):
+        import torch
+        import transformers
+
+        sizes: dict[str, Any] = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+        }
+        torch.manual_seed(1)
+        config = transformers.LlamaConfig(vocab_size=case.vocab, **sizes, max_position_embeddings=1024)
+        draft = transformers.AutoModelForCausalLM.from_config(config).eval()
+        draft.generation_config.num_assistant_tokens = DRAFTED
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        DRAFTS[case.seed, case.number] = draft
+
+
+def make_tokenizer(case: Case, path: Path) -> None:
+    """A byte-level tokenizer of the case's vocabulary, its merges drawn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    chance = random.Random(case.number)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: i for i, token in enumerate(letters)}
+    merges, listed = [], list(letters)
+    while len(tokens) < case.vocab:
+        left, right = chance.choice(listed), chance.choice(listed)
+        if len(left) + len(right) <= 12 and left + right not in tokens:
+            tokens[left + right] = len(tokens)
+            listed.append(left + right)
+            merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+
 
 def make_checkpoint(case: Case, path: Path) -> None:
     """Write the model of `case`; every parameter is random."""
@@ -199,7 +271,14 @@ def make_checkpoint(case: Case, path: Path) -> None:
     config_class = getattr(transformers, facts.pop("config"))
     sizes = {"vocab_size": case.vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     heads = case.hidden // 64
-    if case.family == "gpt2":
+    if case.family == "opt":
+        sizes |= {"hidden_size": case.hidden, "word_embed_proj_dim": case.hidden, "ffn_dim": case.hidden * 3}
+        sizes |= {
+            "num_hidden_layers": case.layers,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 1024,
+        }
+    elif case.family == "gpt2":
         sizes |= {"n_embd": case.hidden, "n_layer": case.layers, "n_head": heads, "n_positions": 1024}
     else:
         sizes |= {
@@ -219,6 +298,8 @@ def make_checkpoint(case: Case, path: Path) -> None:
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(path)
+    if case.tokenizer:
+        make_tokenizer(case, path)
 
 
 def reference(case: Case, path: Path) -> dict[str, Any]:
@@ -228,6 +309,7 @@ def reference(case: Case, path: Path) -> dict[str, Any]:
 
     import flexinfer
 
+    prepare(case)
     smallest = total = 0
     try:
         flexinfer.from_pretrained(path, 1 << 20, **load_options(case))
@@ -266,16 +348,21 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
     from flexinfer.streaming.cache import ContextError
 
     torch.ones(8) @ torch.ones(8)
+    prepare(case)
     holdings_before = _holdings()
     model: Any = flexinfer.from_pretrained(path, memory, **load_options(case))
     outputs: list[Any] = []
     refusals: list[str | None] = []
     resting: list[int] = []
+    explained = 0
     for call in case.calls:
+        shape = shape_of(call, case)
+        said = model.flexinfer.planned_bytes(shape) if shape else 0
         passes = model.flexinfer.stats()["passes"]
         try:
             outputs.append(CALLS[call.kind](model, call, case))
             refusals.append(None)
+            explained = max(explained, said)
         except (flexinfer.BudgetError, ContextError) as error:
             outputs.append(None)
             refusals.append(str(error)[:300])
@@ -292,6 +379,7 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
         "outputs": outputs,
         "refusals": refusals,
         "resting_bytes": resting,
+        "explained_bytes": explained,
         "peak_bytes": stats["peak_bytes"],
         "vm_hwm_bytes": peak,
         "bytes_read": stats["bytes_read"],
@@ -305,6 +393,20 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
         },
         "left": [after - before for before, after in zip(holdings_before, _holdings(), strict=True)],
     }
+
+
+def shape_of(call: Call, case: Case) -> "PassShape | None":
+    """The largest pass of a call: its prompt."""
+    from flexinfer.plan import PassShape
+
+    if call.kind in ("tokenize", "resize"):
+        return None
+    return PassShape(
+        batch=call.batch,
+        new_tokens=call.prompt_tokens,
+        kept=0 if call.kind.startswith("score") else 1,
+        cached=True,
+    )
 
 
 def _holdings() -> tuple[int, int, int]:
@@ -331,7 +433,6 @@ def run_case(case: Case, scratch: Path, verbose: bool = False) -> dict[str, Any]
     """Run one case; its record."""
     path = scratch / f"soak-{case.seed}-{case.number}"
     shutil.rmtree(path, ignore_errors=True)
-    start_s = perf_counter()
     record: dict[str, Any] = {"case": asdict(case), "outcome": "error"}
     try:
         make_checkpoint(case, path)
@@ -361,7 +462,6 @@ def run_case(case: Case, scratch: Path, verbose: bool = False) -> dict[str, Any]
         planned = report["plan"]["budget_bytes"] - report["plan"]["unused_bytes"]
         return record | report | {"outcome": outcome, "outcomes": outcomes, "planned_bytes": planned}
     finally:
-        record["seconds"] = perf_counter() - start_s
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -395,7 +495,9 @@ def soak(generations: int, seed: int, record_file: Path | None, verbose: bool = 
         case = draw(seed, number)
         record = finished.get(number)
         if record is None:
-            record = run_case(case, scratch, verbose) | {"provenance": facts}
+            case_start_s = perf_counter()
+            record = run_case(case, scratch, verbose)
+            record |= {"seconds": round(perf_counter() - case_start_s, 1), "provenance": facts}
             new += len(case.calls)
             if record_file is not None:
                 record_file.parent.mkdir(parents=True, exist_ok=True)
