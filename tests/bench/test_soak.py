@@ -23,6 +23,7 @@ SMALL = Case(
     direct=True,
     context=96,
     logits_to_keep=1,
+    tokenizer=False,
     share=0.3,
     calls=(Call("greedy", 1, 20, 4), Call("score", 1, 40)),
 )
