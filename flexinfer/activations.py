@@ -123,7 +123,7 @@ def pass_memory(
         meter = _Meter([*model.parameters(), *model.buffers(), ids, *reserved])
         start_bytes = meter.count(_tensors_of(cache))
         with meter, _AttentionByBlocks():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+            output = model(input_ids=ids, cache=cache, use_cache=True, **keep)
         after_bytes = meter.live_bytes  # logits, and what the cache keeps
         del output
     chosen = shape.batch * (shape.kept_tokens if 0 < shape.kept <= FEW_TOKENS else 1)

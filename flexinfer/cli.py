@@ -290,7 +290,7 @@ class Conversation:
                 output = self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=self._cache,
+                    cache=self._cache,
                     streamer=clock,
                     stopping_criteria=[interrupt],
                     **options,

@@ -356,6 +356,8 @@ class Engine:
         reader = self._reader
 
         def lock(weight: Weight) -> None:
+            if self._closed:
+                return
             have, want = _count(self._locked[weight.name]), count_of[weight.name]
             if have < want:
                 more = lock_pieces(weight, have, want, self._kernels[weight.name], reader)
@@ -374,6 +376,8 @@ class Engine:
                         self._trace.progress("lock", done_bytes, sum(new_bytes))
         finally:
             self._attach(plan)
+        if self._closed:
+            raise RuntimeError(CLOSED)
         self.plan = plan
         self._trace.set_memory(plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes)
         self._rest_bytes = anonymous_bytes()
@@ -461,17 +465,17 @@ class Engine:
     ) -> dict[str, Any]:
         """See that the pass has room, and that its keys and values go where memory was set aside for them."""
         assert self._kv is not None
-        cache = asked.get("past_key_values")
+        given = cache = asked.get("cache", asked.get("past_key_values"))  # its name before transformers 5.24
         uses_cache = asked.get("use_cache")
         if uses_cache is None:
             uses_cache = getattr(self._config, "use_cache", True)
         if cache is None and uses_cache and self._layers:
             cache = self._kv.new_cache(self._config.get_text_config(decoder=True))
-            kwargs = kwargs | {"past_key_values": cache}
+            kwargs = kwargs | {"cache": cache}
         elif isinstance(cache, DynamicCache):
             self._kv.adopt(cache)
         past_tokens = 0 if cache is None else cache.get_seq_length()
-        another_text = asked.get("past_key_values") is not None and not past_tokens
+        another_text = given is not None and not past_tokens
         if another_text and self._trace.passes > self._explained["passes"] + 1:
             self.explain()
         kept = asked.get("logits_to_keep", 0)
@@ -654,12 +658,14 @@ class Engine:
         closed, self._closed = self._closed, True
         if self._follower is not None:
             self._follower.close()
-        self._detach(CLOSED)
-        self._locked.clear()
-        if self._kv is not None:
-            self._kv.close()
-        if self._reader is not None:
-            self._reader.close()
+        self._detach(CLOSED)  # a pass of another thread ends at its next weight
+        with self._lock:
+            self._detach(CLOSED)  # what that pass may have attached meanwhile
+            self._locked.clear()
+            if self._kv is not None:
+                self._kv.close()
+            if self._reader is not None:
+                self._reader.close()
         if not closed:
             self._leave_notes()
 

@@ -149,7 +149,7 @@ def logits(
             model(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 **({} if model.config.model_type == "opt" else {"position_ids": positions}),
             ).logits

@@ -65,16 +65,27 @@ def test_scoring_again_and_again_uses_the_memory_set_aside(checkpoint: MakeCheck
         with torch.no_grad():
             kept.append(model(prompt(seed=seed)))
             assert torch.equal(kept[-1].logits, reference(prompt(seed=seed)).logits)
-    assert model.flexinfer._kv.holds(kept[-1].past_key_values)
+    assert model.flexinfer._kv.holds(kept[-1].cache)
     with torch.no_grad():
         following = torch.tensor([[5]])
-        ours = model(following, past_key_values=kept[-1].past_key_values).logits
+        ours = model(following, cache=kept[-1].cache).logits
         cache = DynamicCache(config=reference.config)
-        reference(prompt(seed=2), past_key_values=cache)
-        assert torch.equal(ours, reference(following, past_key_values=cache).logits)
+        reference(prompt(seed=2), cache=cache)
+        assert torch.equal(ours, reference(following, cache=cache).logits)
         with pytest.raises(RuntimeError, match="make a transformers DynamicCache for each"):
-            model(following, past_key_values=kept[0].past_key_values)
+            model(following, cache=kept[0].cache)
         assert torch.equal(model(prompt()).logits, reference(prompt()).logits)
+
+
+def test_a_cache_by_its_older_name_gets_the_memory_set_aside(checkpoint: MakeCheckpoint, load: Load) -> None:
+    model = load(checkpoint())
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(prompt(), **{name: cache})
+        assert model.flexinfer._kv.holds(cache)
+        assert cache.get_seq_length() == prompt().shape[1]
+        del cache
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -84,7 +95,7 @@ def test_scoring_with_and_without_a_cache(checkpoint: MakeCheckpoint, load: Load
         ours = model(prompt(2), use_cache=use_cache)
         theirs = reference(prompt(2), use_cache=use_cache)
     assert torch.equal(ours.logits, theirs.logits)
-    assert (ours.past_key_values is None) == (theirs.past_key_values is None)
+    assert (ours.cache is None) == (theirs.cache is None)
 
 
 def test_a_process_that_grows_gives_locked_memory_back(checkpoint: MakeCheckpoint, load: Load) -> None:

@@ -106,9 +106,9 @@ def test_going_on_from_a_cache_of_ones_own(pair: tuple[PreTrainedModel, PreTrain
     outputs = []
     for model in pair:
         cache = DynamicCache(config=model.config)
-        first = generate(model, prompt(), do_sample=False, past_key_values=cache)
+        first = generate(model, prompt(), do_sample=False, cache=cache)
         longer = torch.cat((first, prompt(seed=1)), dim=-1)
-        outputs.append(generate(model, longer, do_sample=False, past_key_values=cache))
+        outputs.append(generate(model, longer, do_sample=False, cache=cache))
     assert torch.equal(*outputs)
 
 
@@ -118,10 +118,10 @@ def test_a_cache_filled_by_the_stock_model_is_taken_over(
     model, reference = pair
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     for cache in caches:
-        reference(input_ids=prompt(), past_key_values=cache)
+        reference(input_ids=prompt(), cache=cache)
     longer = torch.cat((prompt(), prompt(seed=1)), dim=-1)
-    ours = generate(model, longer, do_sample=False, past_key_values=caches[0])
-    assert torch.equal(ours, generate(reference, longer, do_sample=False, past_key_values=caches[1]))
+    ours = generate(model, longer, do_sample=False, cache=caches[0])
+    assert torch.equal(ours, generate(reference, longer, do_sample=False, cache=caches[1]))
 
 
 def test_scores_hidden_states_and_attentions_come_out_alike(checkpoint: MakeCheckpoint, load: Load) -> None:

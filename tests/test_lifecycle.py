@@ -6,13 +6,13 @@ import resource
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, smallest_budget, stock
 from transformers import DynamicCache
 
 import flexinfer
+from flexinfer.machine import anonymous_bytes
 from flexinfer.plan import BudgetError
 from flexinfer.streaming.cache import ContextError
 from flexinfer.streaming.memory import PAGE_BYTES
@@ -165,7 +165,7 @@ def test_resizing_in_the_middle_of_a_generation(checkpoint: MakeCheckpoint, load
         for step in range(4):
             if each is model:
                 resize_to_share(model, (0.8, 0.1, 3.0, 0.3)[step])
-            ids = each(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            ids = each(input_ids=ids, cache=cache).logits[:, -1:].argmax(-1)
             tokens.append(ids)
         outputs.append(torch.cat(tokens, dim=-1))
     assert torch.equal(*outputs)
@@ -185,7 +185,7 @@ def test_memory_is_locked_and_follows_the_budget(checkpoint: MakeCheckpoint) -> 
         plan = model.flexinfer.plan
         locked = plan.locked_bytes + plan.window_bytes + plan.kv_bytes
         assert status_bytes("VmLck") - unlocked == pytest.approx(locked, abs=tolerance), share
-        assert psutil.Process().memory_info().rss <= plan.budget_bytes
+        assert anonymous_bytes() <= plan.budget_bytes
     model.flexinfer.close()
     gc.collect()
     assert status_bytes("VmLck") == pytest.approx(unlocked, abs=tolerance)
@@ -231,8 +231,8 @@ def test_two_live_caches_do_not_mix(checkpoint: MakeCheckpoint, load: Load) -> N
     expected = [DynamicCache(config=model.config) for _ in range(2)]
     for _ in range(3):
         for ids, ours, theirs in zip((first, second), caches, expected, strict=True):
-            a = model(input_ids=ids, past_key_values=ours).logits
-            assert torch.equal(a, reference(input_ids=ids, past_key_values=theirs).logits)
+            a = model(input_ids=ids, cache=ours).logits
+            assert torch.equal(a, reference(input_ids=ids, cache=theirs).logits)
 
 
 @pytest.mark.parametrize("io_threads", [0, 2])

@@ -468,7 +468,7 @@ def run_case(case: Case, scratch: Path, verbose: bool = False) -> dict[str, Any]
 def _process(
     role: str, case: Case, path: Path, memory: int = 0, limits: Limits | None = None
 ) -> subprocess.CompletedProcess[str]:
-    arguments = json.dumps([role, case.seed, case.number, str(path), memory])
+    arguments = json.dumps([role, asdict(case), str(path), memory])
     command = [sys.executable, "-m", "flexinfer.bench.soak", "--role", arguments]
     return subprocess.run(
         limits.command(command) if limits else command,
@@ -529,8 +529,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--role", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.role:
-        role, seed, number, path, memory = json.loads(arguments.role)
-        case = draw(seed, number)
+        role, fields, path, memory = json.loads(arguments.role)
+        case = Case(**fields | {"calls": tuple(Call(**call) for call in fields["calls"])})
         report = reference(case, Path(path)) if role == "reference" else child(case, Path(path), memory)
         print(json.dumps(report))
         return 0

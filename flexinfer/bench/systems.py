@@ -89,8 +89,8 @@ class TorchSystem:
         self.ids, self.cache = prompt, DynamicCache(config=self.model.config)
 
     def step(self) -> int | None:
-        out = self.model(input_ids=self.torch.tensor([self.ids]), past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
+        out = self.model(input_ids=self.torch.tensor([self.ids]), cache=self.cache, use_cache=True)
+        self.cache = out.cache
         token = int(out.logits[0, -1].argmax())
         self.ids = [token]
         return token

@@ -320,7 +320,7 @@ def _dry_run(model: PreTrainedModel, linears: Collection[str]) -> tuple[list[str
             if name in linears:
                 module.register_forward_pre_hook(lambda _module, _args, name=name: order.append(name))
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), cache=cache, use_cache=True)
     layers = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -60,7 +60,7 @@ class ReservedLayer(DynamicLayer):
         if self._revoked:
             raise RuntimeError(
                 "this KV cache came with the output of a call that was given none, and a later such call has taken its memory; "
-                "to go on from several calls, make a transformers DynamicCache for each and pass it as past_key_values"
+                "to go on from several calls, make a transformers DynamicCache for each and pass it as cache"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
