@@ -70,7 +70,7 @@ from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, Streamed
 from flexinfer.streaming.memory import Buffer, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.reader import FileReader, padded_bytes
-from flexinfer.tokenizer import load_tokenizer, tokenizer_bytes
+from flexinfer.tokenizer import load_tokenizer, loading_bytes, tokenizer_bytes
 from flexinfer.trace import MAX_EVENTS, Progress, Trace
 
 with deferred():
@@ -569,13 +569,11 @@ class Engine:
                 if self._rest_bytes is None:
                     self._tokenizer = load_tokenizer(self._path)
                 else:  # memory is full by now: make room for the loading, then see what it took
-                    before = self._rest_bytes
-                    loading = replace(self._fixed, tokenizer_bytes=2 * tokenizer_bytes(self._path))
+                    loading = replace(self._fixed, tokenizer_bytes=loading_bytes(self._path))
                     self._apply(self._make_plan(self.plan.budget_bytes, fixed=loading))
                     start = anonymous_bytes()
                     self._tokenizer = load_tokenizer(self._path)
                     taken = max(0, anonymous_bytes() - start)
-                    del before
                     self._fixed = replace(self._fixed, process_bytes=self._fixed.process_bytes + taken)
                     self._apply(self._make_plan(self.plan.budget_bytes))
             return self._tokenizer
@@ -731,6 +729,7 @@ class MemoryOfProcess:
     anonymous_bytes: int
     file_bytes: int  # pages of libraries that a pass touches; the others can be had again from disk
     tokenizer_bytes: int  # what the tokenizer beside the weights will take, if it is not loaded yet
+    tokenizer_loading_bytes: int  # and at most while it is loaded
 
     @classmethod
     def measure(cls, skeleton: Skeleton, *, with_tokenizer: bool) -> "MemoryOfProcess":
@@ -738,8 +737,9 @@ class MemoryOfProcess:
         file_bytes = rehearse_once(skeleton.dtype, skeleton.attention)
         gc.collect()  # the dry run's model
         trim_heap()
-        tokenizer = tokenizer_bytes(skeleton.checkpoint.path) if with_tokenizer else 0
-        return cls(anonymous_bytes(), file_bytes, tokenizer)
+        path = skeleton.checkpoint.path
+        tokenizer = (tokenizer_bytes(path), loading_bytes(path)) if with_tokenizer else (0, 0)
+        return cls(anonymous_bytes(), file_bytes, *tokenizer)
 
 
 def default_context(
@@ -781,12 +781,16 @@ def fixed_memory(
     """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
     itemsize = skeleton.dtype.itemsize
     state = skeleton.model.state_dict()
+    kv_bytes = sum(layer.nbytes(context, itemsize) for layer in skeleton.cache_layers)
+    activation_bytes = skeleton.meter.planned_bytes(context, logits_to_keep)
+    # It is loaded before the first pass as a rule, when the room of cache and activations is free.
+    loading_bytes = measured.tokenizer_loading_bytes - kv_bytes - activation_bytes
     return Fixed(
         process_bytes=measured.anonymous_bytes + measured.file_bytes,
-        tokenizer_bytes=measured.tokenizer_bytes,
+        tokenizer_bytes=max(measured.tokenizer_bytes, loading_bytes),
         resident_bytes=sum(state[name].numel() * state[name].dtype.itemsize for name in skeleton.resident),
-        kv_bytes=sum(layer.nbytes(context, itemsize) for layer in skeleton.cache_layers),
-        activation_bytes=skeleton.meter.planned_bytes(context, logits_to_keep),
+        kv_bytes=kv_bytes,
+        activation_bytes=activation_bytes,
         margin_bytes=MARGIN_BYTES,
         context_tokens=context,
     )

@@ -5,7 +5,9 @@ the way, for the 256,000 tokens of Gemma. The file `tokenizer.json` holds the wh
 reads it as it is, in a third of that. What comes out is a stock transformers tokenizer all the same: templates, special tokens, padding.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from flexinfer.formats.checkpoint import CheckpointError
 from flexinfer.imports import deferred
@@ -15,8 +17,10 @@ with deferred():
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 FILE = "tokenizer.json"
-OTHER_FILES = ("tokenizer*", "vocab*", "*.model")
-BYTES_IN_MEMORY = 5.2  # for each byte of tokenizer.json, with what is used on the way given back
+OTHER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model")
+# For each byte of tokenizer.json, and of the other files where there is none (docs/log.md)
+BYTES_IN_MEMORY, BYTES_WHILE_LOADING = 4.8, 12.5
+OTHER_BYTES_IN_MEMORY, OTHER_BYTES_WHILE_LOADING = 50.0, 110.0
 SMALLEST_BYTES = 2 << 20
 
 
@@ -31,11 +35,27 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"{path}: no tokenizer beside the weights; put its files there (tokenizer.json, ...)"
         )
     if (path / FILE).is_file():
-        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(path)
+        options = _added_tokens(path)
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(path, **options)
     else:
         tokenizer = AutoTokenizer.from_pretrained(path)
     trim_heap()
     return tokenizer
+
+
+def _added_tokens(path: Path) -> dict[str, Any]:
+    """The added tokens of tokenizer.json, as a keyword of `from_pretrained`: it takes the whole file apart for them otherwise,
+    into half as much memory again. Nothing where other files have a say in it, or the file is laid out in another way.
+    """
+    if any((path / name).is_file() for name in ("special_tokens_map.json", "added_tokens.json")):
+        return {}
+    text = (path / FILE).read_bytes()
+    start, stop = text.find(b'"added_tokens"'), text.find(b'"normalizer"')
+    try:
+        listed = json.loads(b"{" + text[start:stop].rstrip().rstrip(b",") + b"}")["added_tokens"]
+        return {"added_tokens_decoder": {token.pop("id"): token for token in listed}}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -45,8 +65,18 @@ def has_tokenizer(path: Path) -> bool:
 
 def tokenizer_bytes(path: Path) -> int:
     """What the tokenizer in `path` will take in memory, about; 0 where there is none."""
+    return _bytes(path, BYTES_IN_MEMORY, OTHER_BYTES_IN_MEMORY)
+
+
+def loading_bytes(path: Path) -> int:
+    """The most that loading the tokenizer in `path` will take, about; 0 where there is none."""
+    return _bytes(path, BYTES_WHILE_LOADING, OTHER_BYTES_WHILE_LOADING)
+
+
+def _bytes(path: Path, of_json: float, of_others: float) -> int:
     if not has_tokenizer(path):
         return 0
-    file = path / FILE
-    size_bytes = file.stat().st_size if file.is_file() else 0
-    return SMALLEST_BYTES + int(BYTES_IN_MEMORY * size_bytes)
+    if (path / FILE).is_file():
+        return SMALLEST_BYTES + int(of_json * (path / FILE).stat().st_size)
+    files = {file for pattern in OTHER_FILES for file in path.glob(pattern) if file.suffix != ".json"}
+    return SMALLEST_BYTES + int(of_others * sum(file.stat().st_size for file in files))

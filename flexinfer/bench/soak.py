@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, an
     "opt": {"config": "OPTConfig"},
 }
 POLICIES = ("balanced", "balanced", "unbalanced", "attention-first", "ffn-first", "algorithm1", "none")
+CALLS_OF_A_CASE = 16
+NO_GENERATIONS = ("tokenize", "resize")  # calls that give no text and no logits
 DRAFTED = 3  # tokens that a draft model says ahead
 SHARES = (0.0, 0.15, 0.5, 0.8, 1.0)
 
@@ -98,7 +100,7 @@ def draw(seed: int, number: int) -> Case:
     keep = chance.choice((1, 4, 12))
     tokenizer = chance.random() < 0.5
     calls = []
-    for i in range(9):
+    for i in range(CALLS_OF_A_CASE):
         kind = chance.choice(tuple(CALLS))
         if (kind == "draft" and keep <= DRAFTED) or (kind == "tokenize" and not tokenizer):
             kind = "greedy"
@@ -465,6 +467,11 @@ def run_case(case: Case, scratch: Path, verbose: bool = False) -> dict[str, Any]
         shutil.rmtree(path, ignore_errors=True)
 
 
+def generations_of(case: Case) -> int:
+    """Calls of a case that ask for text or logits."""
+    return sum(call.kind not in NO_GENERATIONS for call in case.calls)
+
+
 def _process(
     role: str, case: Case, path: Path, memory: int = 0, limits: Limits | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -481,7 +488,7 @@ def _process(
 
 
 def soak(generations: int, seed: int, record_file: Path | None, verbose: bool = False) -> Counter[str]:
-    """Run cases until `generations` calls have been made, those of the record included. Returns outcomes, counted."""
+    """Run cases until `generations` texts or logits have been asked for, those of the record included. Returns outcomes, counted."""
     finished: dict[int, dict[str, Any]] = {}
     if record_file is not None and record_file.exists():
         records = map(json.loads, record_file.read_text().splitlines())
@@ -498,19 +505,19 @@ def soak(generations: int, seed: int, record_file: Path | None, verbose: bool = 
             case_start_s = perf_counter()
             record = run_case(case, scratch, verbose)
             record |= {"seconds": round(perf_counter() - case_start_s, 1), "provenance": facts}
-            new += len(case.calls)
+            new += generations_of(case)
             if record_file is not None:
                 record_file.parent.mkdir(parents=True, exist_ok=True)
                 with record_file.open("a") as stream:
                     stream.write(json.dumps(record) + "\n")
-        made += len(case.calls)
+        made += generations_of(case)
         number += 1
         outcomes[record["outcome"]] += 1
         outcomes.update(f"call {one}" for one in record.get("outcomes", []))
         left_s = (perf_counter() - start_s) / max(new, 1) * max(0, generations - made)
         print(
             f"case {case.number} {case.family} {case.file_dtype}/{case.dtype} vocabulary {case.vocab} share {case.share}: "
-            f"{record['outcome']}; {made} of {generations} calls, {dict(outcomes)}, {left_s / 60:.0f} min left",
+            f"{record['outcome']}; {made} of {generations} generations, {dict(outcomes)}, {left_s / 60:.0f} min left",
             flush=True,
         )
         if record["outcome"] in BAD:

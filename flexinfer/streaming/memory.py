@@ -36,10 +36,34 @@ def return_freed_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Give back what glibc's heap holds and nobody uses. Without glibc this does nothing."""
+    """Give back what glibc's heap holds and nobody uses, and keep large blocks out of it. Without glibc this does nothing."""
     malloc_trim = getattr(_LIBC, "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
+        _plug_heap()
+
+
+def _plug_heap() -> None:
+    """Take the holes of glibc's heap that a large tensor would fit into, for good and without touching their pages.
+
+    Blocks from MMAP_THRESHOLD_BYTES on are mapped one by one and go back when they are freed, but only where the heap has no hole for
+    them. In the holes that a tokenizer leaves behind, the activations of a long prompt lie scattered and stay when they are freed
+    (measured: 59 MB instead of the 40 that they take).
+    """
+    heap = next(
+        (line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")), None
+    )
+    if heap is None:
+        return
+    start, stop = (int(address, 16) for address in heap.split(maxsplit=1)[0].split("-"))
+    _LIBC.malloc.restype, _LIBC.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    _LIBC.free.restype, _LIBC.free.argtypes = None, [ctypes.c_void_p]
+    nbytes = 1 << (stop - start).bit_length()
+    while nbytes >= MMAP_THRESHOLD_BYTES // 2:
+        block = _LIBC.malloc(nbytes)
+        if block is None or not start <= block < stop:  # no hole of this size is left
+            _LIBC.free(block)
+            nbytes //= 2
 
 
 def page_out_libraries() -> None:

@@ -1,5 +1,6 @@
 """Buffers of weights: page-aligned, seen at any offset without a copy, locked where the system lets us."""
 
+import ctypes
 import gc
 import warnings
 from pathlib import Path
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 
 import flexinfer.streaming.memory
 from flexinfer.machine import anonymous_bytes
-from flexinfer.streaming.memory import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, page_out_libraries, round_up
+from flexinfer.streaming.memory import (
+    HUGE_PAGE_BYTES,
+    PAGE_BYTES,
+    Buffer,
+    page_out_libraries,
+    return_freed_memory,
+    round_up,
+    trim_heap,
+)
 
 
 def locked_bytes() -> int:
@@ -115,3 +124,21 @@ def test_library_pages_that_are_let_go_of_come_back_when_they_are_needed() -> No
     page_out_libraries()
     assert torch.equal(torch.ones(64, 64) @ torch.ones(64, 64), torch.full((64, 64), 64.0))
     assert abs(anonymous_bytes() - before) < 4 << 20
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the heap is glibc's")
+def test_a_large_tensor_does_not_lie_in_a_hole_of_the_heap() -> None:
+    """Where it would stay when it is freed."""
+    return_freed_memory()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [libc.malloc(100 << 10) for _ in range(200)]
+    for block in blocks[:-1]:  # the last one keeps the heap from becoming shorter
+        libc.free(block)
+    inside = torch.empty(4 << 20, dtype=torch.uint8)
+    assert min(blocks) <= inside.data_ptr() < max(blocks), "without it, it does"
+    del inside
+    trim_heap()
+    outside = torch.empty(4 << 20, dtype=torch.uint8)
+    assert not min(blocks) <= outside.data_ptr() < max(blocks)
+    libc.free(blocks[-1])
