@@ -40,6 +40,7 @@ from flexinfer.formats.skeleton import (
     resolve,
 )
 from flexinfer.imports import deferred
+from flexinfer.kernels.dense import bound_kernel_caches
 from flexinfer.machine import (
     anonymous_bytes,
     available_bytes,
@@ -150,6 +151,7 @@ def from_pretrained(
         raise ValueError(f"logits_to_keep={logits_to_keep} must be at least 1 position")
     trace_file = trace_path(trace)
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
+    bound_kernel_caches()
     checkpoint = Checkpoint.open(resolve(path_or_hub_id))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
     try:

@@ -115,6 +115,34 @@ def test_smallest_budget_is_enough_in_a_cgroup_of_that_size(
     print({"memory_bytes": memory, "cgroup_peak_bytes": usage.peak_memory_bytes} | report)
 
 
+LENGTHS = """
+import gc, json, sys, flexinfer, torch
+from flexinfer.machine import anonymous_bytes
+from flexinfer.streaming.memory import trim_heap
+model = flexinfer.from_pretrained(sys.argv[1], "2GiB", context=256)
+
+def score(lengths):
+    for tokens in lengths:
+        with torch.no_grad():
+            model(torch.ones(1, tokens, dtype=torch.long), logits_to_keep=1)
+    gc.collect()
+    trim_heap()
+    return anonymous_bytes()
+
+before = score(range(2, 30))
+print(json.dumps(score(range(30, 130)) - before))
+"""
+
+
+def test_prompts_of_many_lengths_do_not_pile_up_kernels(big: Path) -> None:
+    """Where torch compiles a bf16 kernel for each length: 100 lengths of 10 shapes would leave 500 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", LENGTHS, str(big)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) < 48 << 20
+
+
 def test_generating_again_takes_no_more_memory(big: Path) -> None:
     """The KV cache is set aside when the model is loaded."""
     report = run(big, 2 << 30, 256, 16, 8, repeats=5)

@@ -1,11 +1,25 @@
 """Weights as they lie in a stock checkpoint: bf16, fp16 or fp32, multiplied by the kernels that torch uses for them."""
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from flexinfer.streaming.memory import Buffer
+
+# Each keeps up to 1,024 otherwise. A pass has some thirty shapes of pieces.
+KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
+
+def bound_kernel_caches() -> None:
+    """Have torch and oneDNN keep few of the kernels that they compile for bf16 and fp16, one for each number of rows and shape.
+
+    Half a megabyte each: prompts of 300 different lengths left 570 MB behind (docs/log.md). Both read their bounds from the
+    environment when the first such product runs, so this comes before; what the user has set stays.
+    """
+    for name, value in KERNEL_CACHES.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True, slots=True)
