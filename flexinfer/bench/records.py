@@ -32,6 +32,7 @@ from pydantic import (
 from flexinfer.bench.config import CellConfig, from_dict
 
 SCHEMA_VERSION: Literal[1] = 1
+RELIABILITY = "reliability"  # the folder whose records are of other kinds (flexinfer.bench.reliability)
 DERIVED = ("cell_key", "tokens_per_s", "bound_tokens_per_s", "ratio")
 FINISHED = ("ok", "killed", "timeout", "unsupported")  # not done again; error and missing are
 
@@ -294,7 +295,7 @@ def read_file(path: Path) -> list[Record]:
 
 
 def load_records(path: Path | str) -> list[Record]:
-    """The records of a .jsonl file, or of every one below a directory; run ids seen twice are refused."""
+    """The records of a .jsonl file, or of every one below a directory but RELIABILITY; run ids seen twice are refused."""
     path = Path(path)
     if not path.exists():
         raise RecordError(
@@ -302,7 +303,8 @@ def load_records(path: Path | str) -> list[Record]:
         )
     records: list[Record] = []
     seen: dict[str, Path] = {}
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+    below = (file for file in sorted(path.rglob("*.jsonl")) if file.parent.name != RELIABILITY)
+    for file in below if path.is_dir() else [path]:
         for record in read_file(file):
             if record.run_id in seen:
                 raise RecordError(

@@ -6,11 +6,13 @@ the same calls, one after another. Outputs are compared token by token, logits b
 anything runs. One JSON line a case goes to the record; finished cases are skipped, so that a soak can be gone on with.
 
     python -m flexinfer.bench.soak 1000 --record results/reliability/soak.jsonl
+    python -m flexinfer.bench.soak --large --record results/reliability/large.jsonl
 """
 
 import argparse
 import gc
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -51,6 +53,7 @@ CALLS_OF_A_CASE = 16
 NO_GENERATIONS = ("tokenize", "resize")  # calls that give no text and no logits
 DRAFTED = 3  # tokens that a draft model says ahead
 SHARES = (0.0, 0.15, 0.5, 0.8, 1.0)
+LARGE_SEED = -1  # of the cases that are not drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,43 @@ def draw(seed: int, number: int) -> Case:
         share=chance.choice((*SHARES, round(chance.random(), 2))),
         calls=tuple(calls),
     )
+
+
+def large() -> list[Case]:
+    """Twelve combinations with large vocabularies and a context of 1024: what a user with a real model asks for first."""
+    shapes: tuple[dict[str, Any], ...] = (
+        {"family": "qwen2", "vocab": 151_936, "tie": True},
+        {"family": "llama", "vocab": 128_256, "tie": False},
+        {"family": "gemma2", "vocab": 262_144, "tie": True},
+    )
+    calls = (
+        Call("tokenize", 1, 10, 1),
+        Call("score", 1, 900),
+        Call("greedy", 1, 300, 16),
+        Call("score without cache", 1, 400),
+        Call("sample", 1, 1000, 8),
+    )
+    return [
+        Case(
+            seed=LARGE_SEED,
+            number=number,
+            hidden=1024,
+            layers=6,
+            file_dtype="bfloat16",
+            dtype="auto",
+            policy="balanced",
+            window=None,
+            io_threads=2,
+            direct=True,
+            context=1024,
+            logits_to_keep=1,
+            tokenizer=True,
+            share=share,
+            calls=calls,
+            **shape,
+        )
+        for number, (shape, share) in enumerate(itertools.product(shapes, SHARES[1:]))
+    ]
 
 
 # ---- what can be asked: (model, its own part of the child, call, case) -> what is compared
@@ -487,20 +527,21 @@ def _process(
     )
 
 
-def soak(generations: int, seed: int, record_file: Path | None, verbose: bool = False) -> Counter[str]:
-    """Run cases until `generations` texts or logits have been asked for, those of the record included. Returns outcomes, counted."""
-    finished: dict[int, dict[str, Any]] = {}
+def soak(
+    cases: Iterable[Case], generations: int, record_file: Path | None, verbose: bool = False
+) -> Counter[str]:
+    """Run `cases`, of one seed, until `generations` texts or logits have been asked for, those of the record included. Returns outcomes, counted."""
+    finished: dict[tuple[int, int], dict[str, Any]] = {}
     if record_file is not None and record_file.exists():
         records = map(json.loads, record_file.read_text().splitlines())
-        finished = {one["case"]["number"]: one for one in records if one["case"]["seed"] == seed}
+        finished = {(one["case"]["seed"], one["case"]["number"]): one for one in records}
     scratch = default_cache_dir() / "soak"
     scratch.mkdir(parents=True, exist_ok=True)
     facts = provenance(scratch).model_dump(mode="json")
     outcomes: Counter[str] = Counter()
-    made, number, start_s, new = 0, 0, perf_counter(), 0
-    while made < generations:
-        case = draw(seed, number)
-        record = finished.get(number)
+    made, start_s, new = 0, perf_counter(), 0
+    for case in cases:
+        record = finished.get((case.seed, case.number))
         if record is None:
             case_start_s = perf_counter()
             record = run_case(case, scratch, verbose)
@@ -511,7 +552,6 @@ def soak(generations: int, seed: int, record_file: Path | None, verbose: bool = 
                 with record_file.open("a") as stream:
                     stream.write(json.dumps(record) + "\n")
         made += generations_of(case)
-        number += 1
         outcomes[record["outcome"]] += 1
         outcomes.update(f"call {one}" for one in record.get("outcomes", []))
         left_s = (perf_counter() - start_s) / max(new, 1) * max(0, generations - made)
@@ -522,6 +562,8 @@ def soak(generations: int, seed: int, record_file: Path | None, verbose: bool = 
         )
         if record["outcome"] in BAD:
             print("  " + record.get("message", "")[-600:], flush=True)
+        if made >= generations:
+            break
     return outcomes
 
 
@@ -532,6 +574,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
     parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("--large", action="store_true", help="run the twelve cases with large vocabularies")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -546,7 +589,8 @@ def main(argv: list[str] | None = None) -> int:
         record = run_case(draw(arguments.seed, arguments.only), scratch, arguments.verbose)
         print(json.dumps(record, indent=1))
         return int(record["outcome"] in BAD)
-    outcomes = soak(arguments.generations, arguments.seed, arguments.record, arguments.verbose)
+    cases = large() if arguments.large else (draw(arguments.seed, number) for number in itertools.count())
+    outcomes = soak(cases, arguments.generations, arguments.record, arguments.verbose)
     return int(any(outcomes[bad] for bad in BAD))
 
 

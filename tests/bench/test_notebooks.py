@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from nbclient import NotebookClient
 
 from flexinfer.bench import claims, figures
 from flexinfer.bench.config import DeviceConfig, ModelConfig, ShapeConfig, SystemConfig, WorkloadConfig
-from flexinfer.bench.records import Record, RecordError, load_records
+from flexinfer.bench.records import RELIABILITY, Record, RecordError, load_records
 from flexinfer.bench.runner import save
+from flexinfer.bench.soak import draw
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())["claims"]
@@ -98,10 +100,39 @@ def results(tmp_path: Path) -> Path:
                 save(tmp_path, simulated(system, budget, round_))
     empty = {"tokens": 0, "passes": 0, "token_s": [], "token_bytes": [], "output_tokens": []}
     save(tmp_path, simulated("llama-cpp-default", 0.6, status="killed", message="out of memory", **empty))
+    (tmp_path / RELIABILITY).mkdir()
+    for kind, line in reliability_lines().items():
+        (tmp_path / RELIABILITY / f"{kind}.jsonl").write_text(json.dumps(line) + "\n")
     for system in ("unbalanced", "flexinfer"):
         events = simulated_events(system == "unbalanced")
         save(tmp_path, simulated(system, 0.6, experiment="fig3", trace=True, events=events))
     return tmp_path
+
+
+def reliability_lines() -> dict[str, dict[str, Any]]:
+    """One line of each kind, as the soak and the run under pressure leave them."""
+    facts = simulated("flexinfer", 0.6).provenance.model_dump(mode="json")
+    numbers = {"group_peak_bytes": 90, "memory_bytes": 100, "peak_bytes": 88, "explained_bytes": 87}
+    tokens = [
+        {"t_s": i / 2, "token": 1, "budget_bytes": 3 << 30, "locked_bytes": 1 << 30, "process_bytes": 2 << 30}
+        for i in range(40)
+    ]
+    soaked = {
+        "case": asdict(draw(0, 0)),
+        "outcome": "ok",
+        "outcomes": ["ok", "refused"],
+        "resting_bytes": [5, 6, 7],
+        "provenance": facts,
+    }
+    pressure = {
+        "model": "m",
+        "memory_bytes": 4 << 30,
+        "take_bytes": 1 << 30,
+        "marks": {"takes_s": 5.0, "has_s": 8.0, "returned_s": 12.0},
+        "tokens": tokens,
+        "provenance": facts,
+    }
+    return {"soak": soaked | numbers, "large": soaked | numbers, "pressure": pressure}
 
 
 def code_lines(notebook: Path) -> int:
@@ -142,7 +173,7 @@ def test_without_records_a_notebook_says_the_command_and_draws_nothing(
         for cell in nbformat.read(notebook, 4).cells:
             if cell.cell_type == "code":
                 exec(compile(cell.source, notebook.name, "exec"), names)
-    assert "python scripts/run.py +exp=" in said.getvalue()
+    assert "Make them with:  " in said.getvalue()
     assert not (tmp_path / "results").exists()
 
 

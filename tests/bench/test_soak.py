@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flexinfer.bench.limits import find_place
-from flexinfer.bench.soak import BAD, CALLS, FAMILIES, Call, Case, draw, judge, run_case
+from flexinfer.bench.soak import BAD, CALLS, FAMILIES, Call, Case, draw, judge, large, run_case
 
 SMALL = Case(
     seed=0,
@@ -73,3 +73,20 @@ def test_a_short_soak(tmp_path: Path, family: str) -> None:
     assert record["group_peak_bytes"] <= record["memory_bytes"]
     assert record["outcomes"].count("ok") >= 5
     assert not list(tmp_path.iterdir()), "the checkpoint is deleted"
+
+
+def test_a_large_vocabulary_and_its_tokenizer_in_a_budget_in_between(tmp_path: Path) -> None:
+    """A tokenizer loaded after the model, a prompt of 300 and one of 1,000 tokens, and logits of 900 positions that do not fit."""
+    place = find_place()
+    if place.memory is None:
+        pytest.skip(f"no right to limit memory here: {place.why_not}")
+    case = next(case for case in large() if case.vocab == 151_936 and case.share == 0.5)
+    record = run_case(case, tmp_path)
+    assert record["outcome"] == "ok", record
+    assert dict(zip((call.kind for call in case.calls), record["outcomes"], strict=True)) == {
+        "tokenize": "ok",
+        "score": "refused",
+        "greedy": "ok",
+        "score without cache": "refused",
+        "sample": "ok",
+    }
