@@ -322,7 +322,7 @@ class Engine:
                 dtype,
                 self._trace,
                 self._lock,
-                self._first_fill,
+                self._between_linears,
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
@@ -380,9 +380,14 @@ class Engine:
             self._attach(plan)
         if self._closed:
             raise RuntimeError(CLOSED)
-        self.plan = plan
+        before, self.plan = self.plan, plan
         self._trace.set_memory(plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes)
-        self._rest_bytes = anonymous_bytes()
+        if self._in_pass and self._rest_bytes is not None:  # with its activations
+            self._rest_bytes += (plan.locked_bytes - before.locked_bytes) + (
+                plan.window_bytes - before.window_bytes
+            )
+        else:
+            self._rest_bytes = anonymous_bytes()
 
     def _detach(self, why: str) -> None:
         """Take everything from the linears, and end the window."""
@@ -451,6 +456,18 @@ class Engine:
                     if self._wanted is not None:
                         plan, self._wanted = self._wanted, None
                         self._apply(plan)
+
+    def _between_linears(self) -> None:
+        """Called before each use of a linear, in a pass or alone: the first fills memory, and memory that others need goes at once."""
+        if self._rest_bytes is None:
+            self._first_fill()
+        elif (
+            self._wanted is not None
+            and self._wanted.locked_bytes < self.plan.locked_bytes
+            and not self._closed
+        ):
+            plan, self._wanted = self._wanted, None
+            self._apply(plan)
 
     def _first_fill(self) -> None:
         """Plan again with what the process holds by now, and fill the memory that stays. Called by the first use of the weights."""
@@ -613,7 +630,8 @@ class Engine:
     def resize(self, memory: str | int) -> Plan:
         """Change the budget of the live model, from any thread. Returns the new plan.
 
-        While a pass is running, in this thread or another, the change is made at its end; the text stays the same.
+        While a pass is running, in this thread or another, memory is given back before its next weight is used and taken at its
+        end; the text stays the same.
         Raises BudgetError, and leaves all as it is, when `memory` is too small.
         """
         if self._closed:

@@ -183,7 +183,7 @@ def test_resizing_from_a_streamer_and_from_another_thread(checkpoint: MakeCheckp
         thread.join()
 
 
-def test_resizing_inside_a_pass_waits_for_its_end(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_memory_is_given_back_inside_a_pass(checkpoint: MakeCheckpoint, load: Load) -> None:
     model, reference = load(checkpoint()), stock(checkpoint())
     model(prompt())
     resize_to_share(model, 0.9)
@@ -193,11 +193,14 @@ def test_resizing_inside_a_pass_waits_for_its_end(checkpoint: MakeCheckpoint, lo
         wanted = model.flexinfer.resize(before.budget_bytes - before.locked_bytes)
         seen.append((model.flexinfer.plan is before, wanted.locked_bytes))
 
+    later = []
     handle = model.model.layers[1].register_forward_hook(hook)
+    model.model.layers[2].register_forward_hook(lambda *_: later.append(model.flexinfer.plan.locked_bytes))
     with torch.no_grad():
         assert torch.equal(model(prompt()).logits, reference(prompt()).logits)
     handle.remove()
     assert seen[0][0]
+    assert later[0] == seen[0][1]
     assert model.flexinfer.plan.locked_bytes == seen[0][1] < before.locked_bytes
 
 

@@ -90,7 +90,12 @@ def follow(model_path: str, context: int) -> None:
     from flexinfer.machine import anonymous_bytes
 
     done = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
+
+    def wait_for_the_end() -> None:
+        sys.stdin.read()
+        done.set()
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
     model: Any = flexinfer.from_pretrained(model_path, "auto", context=context, follow=True)
 
     class Telling:

@@ -109,10 +109,10 @@ class StreamedLinear(nn.Module):
         dtype: torch.dtype,
         trace: Trace,
         lock: threading.RLock,
-        fill: Callable[[], None],
+        see_to_memory: Callable[[], None],
     ) -> None:
         super().__init__()
-        self._fill: Callable[[], None] | None = fill  # called once, by the first use of any linear
+        self._see_to_memory = see_to_memory  # called before each use: it may attach other memory
         self.spec = weight
         self.kernel = kernel
         assert isinstance(stock.weight, torch.Tensor)
@@ -135,14 +135,12 @@ class StreamedLinear(nn.Module):
 
     def detach(self, why: str) -> None:
         """Let go of all memory; a forward pass raises RuntimeError saying `why`."""
-        self._fill = self._fill if why == NOT_READ else None
         self._locked, self._streamed, self._prefetcher, self._detached = [], [], None, why
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
         with self._lock:
-            if self._fill is not None:
-                self._fill()
+            self._see_to_memory()
             if self._detached is not None:
                 raise RuntimeError(f"{self.spec.name}: {self._detached}")
             as_one_matrix = folds(x)
