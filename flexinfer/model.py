@@ -742,7 +742,8 @@ def default_context(
     """Tokens a model is loaded for when nothing is said: 2048, or the model's own limit if that is less; halved, down to
     128, while the KV cache and activations would take more than a quarter of the budget, or the rest not fit beside them.
     """
-    context = min(2048, getattr(skeleton.config.get_text_config(), "max_position_embeddings", 2048))
+    limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    context = min(2048, limit) if isinstance(limit, int) and limit > 0 else 2048
     while context >= 2 * SMALLEST_DEFAULT_CONTEXT:
         fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
         fits = smallest_budget_bytes(skeleton.weights, fixed) <= budget_bytes

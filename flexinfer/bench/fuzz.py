@@ -13,6 +13,7 @@ Targets, seeds and judge need no atheris: the tests run them on the seeds.
 """
 
 import argparse
+import copy
 import gc
 import hashlib
 import json
@@ -125,9 +126,15 @@ def _open_index(folder: Path) -> None:
 
 
 def _config_seeds(folder: Path) -> list[bytes]:
+    from flexinfer.formats.quantize import quantize
+
     seeds = []
-    for family in SMALL_MODELS:
-        path = small_checkpoint(family, folder / family)
+    for family in (*SMALL_MODELS, PACKED):
+        path = folder / family
+        if family == PACKED:
+            quantize(folder / "llama", path, bits=8, progress=False)
+        else:
+            small_checkpoint(family, path)
         files = [path / "config.json", path / "generation_config.json"]
         seeds.append(b"\n".join(json.dumps(json.loads(file.read_text())).encode() for file in files))
     return seeds
@@ -137,8 +144,9 @@ def _place_config(data: bytes, folder: Path) -> Path:
     """Line 1 is config.json, the rest generation_config.json; the weights are those of the family that it names."""
     config, _, generation = data.partition(b"\n")
     try:
-        family = json.loads(config)["model_type"]
-        path = folder / (family if family in SMALL_MODELS else "llama")
+        values = json.loads(config)
+        family = PACKED if "quantization_config" in values else values["model_type"]
+        path = folder / (family if family in (*SMALL_MODELS, PACKED) else "llama")
     except (ValueError, TypeError, KeyError, RecursionError):
         path = folder / "llama"
     (path / "config.json").write_bytes(config)
@@ -303,6 +311,7 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {  # model_type -> what differs from S
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
+PACKED = "packed"  # the folder of a copy of llama that `flexinfer quantize` made
 SMALL_RECORD: dict[str, Any] = {
     "run_id": "0123456789",
     "status": "ok",
@@ -405,12 +414,15 @@ def change(data: bytes, seed: int, keys: dict[str, list[Any]], framed: bool) -> 
     return _frame(document, after) if framed else before + document + after
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) below `value`."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield value, key
-        yield from _places(inner)
+def _places(value: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) in `value` and below it."""
+    stack: list[Any] = [value]
+    while stack:
+        holder = stack.pop()
+        for key, inner in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            yield holder, key
+            if isinstance(inner, dict | list):
+                stack.append(inner)
 
 
 def _change_once(value: list[Any], chance: random.Random, keys: dict[str, list[Any]]) -> None:
@@ -423,19 +435,19 @@ def _change_once(value: list[Any], chance: random.Random, keys: dict[str, list[A
     elif kind == 1 and isinstance(holder, dict):
         holder[chance.choice([*keys, *(str(key) for _, key in places)])] = holder.pop(key)
     elif kind == 2:
-        holder[key] = json.loads(json.dumps(chance.choice(others)))
+        holder[key] = copy.deepcopy(chance.choice(others))
     elif kind in (3, 4) and keys:
         objects = [one for one in (value[0], *others) if isinstance(one, dict)]
         if objects:
             name = chance.choice(list(keys))
             where = objects[0] if chance.random() < 0.7 else chance.choice(objects)
-            where[name] = chance.choice(keys[name] if chance.random() < 0.7 else WILD)
+            where[name] = copy.deepcopy(chance.choice(keys[name] if chance.random() < 0.7 else WILD))
     elif isinstance(holder[key], int | float) and chance.random() < 0.5:
         number = holder[key]
         steps: list[Any] = [number + 1, number - 1, -number, float(number) if abs(number) < 1e300 else 0]
         holder[key] = chance.choice([*steps, number * 2, number * 1000, str(number)])
     else:
-        holder[key] = chance.choice(WILD)
+        holder[key] = copy.deepcopy(chance.choice(WILD))
 
 
 # ---- judging
@@ -444,21 +456,28 @@ def _change_once(value: list[Any], chance: random.Random, keys: dict[str, list[A
 class Watch:
     """Sees what the process does while a reader runs. One for a process: audit hooks stay."""
 
-    FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "builtins.input", "pickle.")  # fmt: skip
+    FORBIDDEN = (
+        "socket.",
+        "subprocess.",
+        "os.system",
+        "os.exec",
+        "os.fork",
+        "os.posix_spawn",
+        "builtins.input",
+    )
 
     def __init__(self) -> None:
         paths = sysconfig.get_paths()
-        self._libraries = tuple(
-            os.path.realpath(paths[name]) + "/" for name in ("stdlib", "platstdlib", "purelib", "platlib")
-        ) + (str(ROOT / "flexinfer") + "/", "/proc/", "/dev/null", "/dev/urandom")
+        folders = [os.path.realpath(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+        folders = [f"{one}/" for one in (*folders, ROOT / "flexinfer", "/proc")]
+        self._libraries = (*folders, "/dev/null", "/dev/urandom")
         self._folder = ""
-        self._thread = 0
         self.seen: list[str] = []
         sys.addaudithook(self._hook)
 
     def start(self, folder: Path) -> None:
         self.seen = []
-        self._thread, self._folder = threading.get_ident(), os.path.realpath(folder)
+        self._folder = os.path.realpath(folder)
 
     def stop(self) -> None:
         self._folder = ""
@@ -480,7 +499,7 @@ class Watch:
                 self._folder = folder
             inside = (real + "/").startswith(folder + "/")
             library = real.startswith(self._libraries) and (not writes or "__pycache__" in real)
-            if inside and not writes or library:
+            if (inside and not writes) or library:
                 return
             event = f"open {real} {mode}"
         self.seen.append(event if event.startswith("open ") else f"{event} {arguments!r:.200}")
@@ -561,11 +580,10 @@ def _judge_once(target: Target, data: bytes, folder: Path) -> tuple[Finding | No
 
 def _of_refusal(error: Exception, path: Path) -> Finding | None:
     """A refusal has to name the file and be fit for a terminal, and its cause not be a lack of memory."""
-    message, trace = str(error), "".join(traceback.format_exception(error))
-    kind = ""
+    message, kind = str(error), ""
     if str(path) not in message:
         kind = "the file is not named"
-    elif not re.sub(r"[\n\t]", "", message).isprintable():
+    elif not message.replace("\n", "").isprintable():
         kind = "a message with control characters"
     elif len(message) > MAX_MESSAGE_CHARACTERS:
         kind = "a message without end"
@@ -574,7 +592,9 @@ def _of_refusal(error: Exception, path: Path) -> Finding | None:
         if isinstance(cause, MemoryError) or "allocate memory" in str(cause):
             kind = "memory is asked for before sizes are checked"
         cause = cause.__cause__
-    return Finding(kind, message.replace(str(path), ""), trace) if kind else None
+    if not kind:
+        return None
+    return Finding(kind, message.replace(str(path), ""), "".join(traceback.format_exception(error)))
 
 
 # ---- running
