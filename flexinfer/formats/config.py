@@ -23,8 +23,9 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 ADAPTER_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 << 20
-LAYERS = re.compile(r"layers?$|blocks$|depth$")  # keys: how many times a part is built
+LAYERS = re.compile(r"(?<!window_)layers?$|blocks$|depth$")  # keys: how many times a part is built
 COUNTS = re.compile(r"(^|_)(num|n)_|(experts|heads|labels|groups|codebooks)$")
+FEW = 1024  # experts, labels and so on that may be named without being there
 NO_COUNTS = re.compile(r"position|ctx|token|seq|logit|bucket|step|frame|length")  # sizes of a text
 IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?$")
 OWN_IMPLEMENTATIONS = {None, "eager", "sdpa"}  # of transformers and torch; others are packages, or on the Hub
@@ -97,7 +98,7 @@ def _check(file: Path, values: dict[str, Any], checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{file}: {shown(key)} is {shown(value)}, but the checkpoint has {tensors} tensors; the two do not belong together"
             )
-        if COUNTS.search(key) and value > max(tensors, largest):
+        if COUNTS.search(key) and value > max(tensors, largest, FEW):
             raise CheckpointError(
                 f"{file}: {shown(key)} is {shown(value)}, but the largest dimension of a tensor is {largest}; "
                 "the two do not belong together"
