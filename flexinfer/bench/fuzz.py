@@ -23,6 +23,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -35,14 +36,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 MAX_INPUT_BYTES = 16_384
 MAX_MEMORY_BYTES = 64 << 20  # that reading one input may take beside what was there
 MAX_ADDRESS_BYTES = 4 << 30  # the same for memory that is asked for and not touched
-MAX_SECONDS = 5.0  # of one input; a second look at it has to agree
-HANG_SECONDS = 20
+MAX_CPU_S = 5.0  # of one input; a second look at it has to agree
+HANG_CPU_S = 20.0  # then it is stopped
+HANG_S = 900  # then libFuzzer ends the process: a busy machine is no finding
 ROOT = Path(__file__).parents[2]
 MAX_MESSAGE_CHARACTERS = 4000
 
@@ -532,6 +534,14 @@ class Finding:
         return f"{self.kind}: {self.message[:300]!r}\n\n{self.trace[-20_000:]}"
 
 
+class Hang(BaseException):
+    """An input that takes more than HANG_CPU_S."""
+
+
+def _stop(*_: object) -> None:
+    raise Hang("stopped")
+
+
 def judge(target: Target, data: bytes, folder: Path) -> Finding | None:
     """Read an input and say what is wrong with the way that went, if anything. Dear things get a second look."""
     found, dear = _judge_once(target, data, folder)
@@ -549,16 +559,20 @@ def _judge_once(target: Target, data: bytes, folder: Path) -> tuple[Finding | No
     errors = target.errors()
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     reset_peak()
-    before_bytes, start_s = peak_bytes(), perf_counter()
-    raised: Exception | None = None
+    before_bytes, start_s = peak_bytes(), process_time()
+    raised: BaseException | None = None
+    handler = signal.signal(signal.SIGPROF, _stop)
+    signal.setitimer(signal.ITIMER_PROF, HANG_CPU_S)
     watch().start(folder)
     try:
         target.read(path)
-    except Exception as error:
+    except (Exception, Hang) as error:
         raised = error
     finally:
         watch().stop()
-    seconds, more_bytes = perf_counter() - start_s, peak_bytes() - before_bytes
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+    cpu_s, more_bytes = process_time() - start_s, peak_bytes() - before_bytes
     found = None
     if isinstance(raised, errors):
         found = _of_refusal(raised, path)
@@ -573,14 +587,14 @@ def _judge_once(target: Target, data: bytes, folder: Path) -> tuple[Finding | No
             found = Finding("descriptors are left open")
         if found is None and threading.active_count() > threads:
             found = Finding("threads are left running")
-    if seconds > MAX_SECONDS:
-        return found, f"slow: {seconds:.0f} s"
+    if cpu_s > MAX_CPU_S:
+        return found, f"slow: {cpu_s:.0f} s"
     if more_bytes > MAX_MEMORY_BYTES:
         return found, f"memory: {more_bytes >> 20} MiB"
     return found, ""
 
 
-def _of_error(error: Exception) -> Finding:
+def _of_error(error: BaseException) -> Finding:
     at = [one for one in traceback.extract_tb(error.__traceback__) if one.filename != __file__]
     where = f" in {Path(at[-1].filename).name}:{at[-1].name}" if at else ""
     return Finding(f"{type(error).__name__}{where}", str(error), "".join(traceback.format_exception(error)))
@@ -646,7 +660,7 @@ def fuzz_here(name: str, seconds: int, corpus: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     options = [
         f"-max_total_time={seconds}",
-        f"-timeout={HANG_SECONDS}",
+        f"-timeout={HANG_S}",
         f"-max_len={MAX_INPUT_BYTES}",
         "-rss_limit_mb=0",
         "-print_final_stats=1",

@@ -138,7 +138,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
         set_generation_config(model, checkpoint.path)
         linears = {linear.name: linear for linear in find_linears(model)}
         order, cache_layers = _dry_run(shapes, linears.keys())
-    parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
+        parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
     return Skeleton(
         model=model,
@@ -379,10 +379,13 @@ def _weight_of(
     out_features, in_features = linear.features
     kernel: Kernel
     if packed is not None and spec.dtype == "U8":
-        if spec.nbytes != packed_nbytes(packed, out_features, in_features):
+        needed_bytes = out_features * in_features * packed.bits // 8  # without scales and padding
+        if needed_bytes <= spec.nbytes:  # else config.json may say any size, and there is no end of blocks
+            needed_bytes = packed_nbytes(packed, out_features, in_features)
+        if spec.nbytes != needed_bytes:
             raise CheckpointError(
-                f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs "
-                f"{packed_nbytes(packed, out_features, in_features)}; quantise the original again"
+                f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs {needed_bytes}; "
+                "quantise the original again"
             )
         kernel = PackedKernel(in_features, packed)
         cuts = [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flexinfer.bench import fuzz
 from flexinfer.bench.fuzz import TARGETS, Target, change, judge
 from flexinfer.formats.checkpoint import CheckpointError
 
@@ -83,6 +84,17 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "question": (lambda file: input(), "reached outside"),
     "descriptor": (lambda file: LEFT.append(file.open()), "descriptors are left open"),
 }
+
+
+def test_an_input_that_takes_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(file: Path) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(fuzz, "HANG_CPU_S", 0.1)
+    found = judge(target_that(endless), b"{}", tmp_path)
+    assert found is not None
+    assert found.kind == "Hang in test_fuzz.py:endless"
 
 
 @pytest.mark.parametrize("case", READERS)

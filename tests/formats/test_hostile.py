@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MixtralC
 
 from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, read_header
 from flexinfer.formats.config import refusing
+from flexinfer.formats.quantize import quantize
 from flexinfer.formats.skeleton import build_skeleton, load_resident
 from flexinfer.kernels.packed import PackedError, PackedFormat
 from flexinfer.model import context_limit
@@ -184,6 +185,20 @@ def test_generation_config_that_transformers_chokes_on(copy_of: CopyOf, change: 
     path = copy_of()
     (path / "generation_config.json").write_text(json.dumps(change))
     refusal(path / "generation_config.json", lambda: build(path))
+
+
+@pytest.mark.parametrize(
+    ("size", "why"), [(3, "in_features: 3"), (10**15, "its shape needs"), (96, "its shape needs")]
+)
+def test_a_packed_copy_of_another_shape(
+    checkpoint: MakeCheckpoint, tmp_path: Path, size: int, why: str
+) -> None:
+    """Its tensors are bytes, so that their shapes say nothing."""
+    path = tmp_path / "packed"
+    quantize(checkpoint(intermediate_size=128), path, bits=8, progress=False)
+    build(path)
+    change_config(path, intermediate_size=size)
+    assert why in refusal(path, lambda: build(path))
 
 
 def test_the_packing_is_made_of_whole_numbers() -> None:
