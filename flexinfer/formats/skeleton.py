@@ -336,9 +336,16 @@ def _match(
             "the checkpoint is incomplete or of another model"
         )
     for name, spec in specs.items():
-        if tuple(state[name].shape) != spec.shape and not (packed and spec.dtype == "U8"):
+        shape = state[name].shape
+        if (
+            packed is not None and spec.dtype == "U8"
+        ):  # only bytes; exactly how many is seen when its blocks are cut
+            fits = shape.numel() * packed.bits // 8 <= spec.nbytes
+        else:
+            fits = tuple(shape) == spec.shape
+        if not fits:
             raise CheckpointError(
-                f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(state[name].shape)}; "
+                f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
                 "the two do not belong together"
             )
     return specs
@@ -379,9 +386,7 @@ def _weight_of(
     out_features, in_features = linear.features
     kernel: Kernel
     if packed is not None and spec.dtype == "U8":
-        needed_bytes = out_features * in_features * packed.bits // 8  # without scales and padding
-        if needed_bytes <= spec.nbytes:  # else config.json may say any size, and there is no end of blocks
-            needed_bytes = packed_nbytes(packed, out_features, in_features)
+        needed_bytes = packed_nbytes(packed, out_features, in_features)
         if spec.nbytes != needed_bytes:
             raise CheckpointError(
                 f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs {needed_bytes}; "

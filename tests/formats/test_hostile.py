@@ -188,7 +188,7 @@ def test_generation_config_that_transformers_chokes_on(copy_of: CopyOf, change: 
 
 
 @pytest.mark.parametrize(
-    ("size", "why"), [(3, "in_features: 3"), (10**15, "its shape needs"), (96, "its shape needs")]
+    ("size", "why"), [(3, "its shape needs"), (10**15, "do not belong together"), (96, "its shape needs")]
 )
 def test_a_packed_copy_of_another_shape(
     checkpoint: MakeCheckpoint, tmp_path: Path, size: int, why: str
@@ -199,6 +199,15 @@ def test_a_packed_copy_of_another_shape(
     build(path)
     change_config(path, intermediate_size=size)
     assert why in refusal(path, lambda: build(path))
+
+
+def test_a_packed_copy_of_a_shape_that_cannot_be_packed(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    path = tmp_path / "packed"
+    quantize(
+        checkpoint(num_attention_heads=1, num_key_value_heads=1, head_dim=32), path, bits=8, progress=False
+    )
+    change_config(path, head_dim=3)
+    refusal(path, lambda: build(path))
 
 
 def test_the_packing_is_made_of_whole_numbers() -> None:
