@@ -623,7 +623,8 @@ def _of_refusal(error: Exception, path: Path) -> Finding | None:
 
 
 def fuzz_here(name: str, seconds: int, corpus: Path) -> None:
-    """Fuzz in this process, with atheris. Does not return: libFuzzer ends the process."""
+    """Fuzz in this process, with atheris, for `seconds` from now. Does not return: libFuzzer ends the process."""
+    start_s = perf_counter()
     import atheris
 
     target = TARGETS[name]
@@ -659,7 +660,7 @@ def fuzz_here(name: str, seconds: int, corpus: Path) -> None:
     limit = used_bytes + MAX_ADDRESS_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     options = [
-        f"-max_total_time={seconds}",
+        f"-max_total_time={max(1, int(seconds - (perf_counter() - start_s)))}",
         f"-timeout={HANG_S}",
         f"-max_len={MAX_INPUT_BYTES}",
         "-rss_limit_mb=0",
