@@ -469,6 +469,8 @@ class Watch:
         "builtins.input",
     )
 
+    ALLOWED = ("ninja", "--version")  # transformers asks for a compiler for a kernel of its own (RWKV)
+
     def __init__(self) -> None:
         paths = sysconfig.get_paths()
         folders = [os.path.realpath(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -487,6 +489,8 @@ class Watch:
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._folder or (event != "open" and not event.startswith(self.FORBIDDEN)):
+            return
+        if event == "subprocess.Popen" and tuple(arguments[1]) == self.ALLOWED:
             return
         if event == "open":
             path, mode, flags = arguments
