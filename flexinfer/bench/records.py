@@ -198,6 +198,7 @@ class Record(BaseModel):
     def _derived_agree(cls, data: Any, handler: Callable[[Any], "Record"]) -> "Record":
         if not isinstance(data, dict):
             return handler(data)  # a Record already
+        _all_finite(data)
         written = {name: data[name] for name in DERIVED if name in data}
         record = handler({name: value for name, value in data.items() if name not in written})
         record._check_samples()
@@ -208,6 +209,18 @@ class Record(BaseModel):
             if name in written and not _agrees(written[name], ours):
                 raise ValueError(f"{name}: {shown(written[name])} is written, the samples give {ours!r}")
         return record
+
+
+def _all_finite(data: dict[str, Any]) -> None:
+    """Refuses NaN and infinity at every depth, in what has no schema too: JSON does not have them, and NaN is not equal to itself."""
+    stack: list[tuple[str, Any]] = list(data.items())
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: {value} is no number")
+        if isinstance(value, dict | list):
+            inner = value.values() if isinstance(value, dict) else value
+            stack.extend((name, one) for one in inner)
 
 
 def _agrees(written: object, ours: object) -> bool:

@@ -128,6 +128,8 @@ def test_a_line_that_is_not_text_is_refused_with_its_number(tmp_path: Path) -> N
         {"token_s": [1e-320] * 3},
         {"token_s": [float("nan")] * 3},
         {"bandwidth_bytes_per_s": float("inf")},
+        {"engine": {"plan": [float("nan")]}},
+        {"cell": told()["cell"] | {"workload": {"max_seconds": float("inf")}}},
         {"provenance": told()["provenance"] | {"memory_bytes": 10**400}},
     ],
 )
