@@ -13,7 +13,7 @@ SMOKE := outputs/smoke
 LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types notebooks smoke soak baselines clean
+.PHONY: help install demo test lint format types notebooks smoke soak fuzz baselines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ smoke: $(INSTALLED) $(BASELINES) ## a small experiment, and the notebooks on its
 
 soak: $(INSTALLED) ## random models, budgets and calls in control groups of exactly the budget (N=1000: an hour, resumable)
 	$(BIN)/python -m flexinfer.bench.soak $(or $(N),1000) --record $(RESULTS)/reliability/soak.jsonl
+
+fuzz: $(INSTALLED) ## hostile headers, indices, configurations and records (SECONDS=3600: an hour each)
+	@$(PIP) install --quiet --editable '.[fuzz]'
+	@for target in header index config records; do \
+		$(BIN)/python -m flexinfer.bench.fuzz $$target --seconds $(or $(SECONDS),60) --record $(RESULTS)/reliability/fuzz.jsonl || exit 1; \
+	done
 
 baselines: $(BASELINES) ## the systems compared with: llama.cpp (compiled, 4 min), AirLLM, oLLM
 

@@ -104,7 +104,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.pad_token_id = None  # else GPT-2 looks for padding among token ids that have no values here
     with deferred(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 
 def pass_memory(

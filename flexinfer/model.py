@@ -75,7 +75,7 @@ from flexinfer.tokenizer import load_tokenizer, loading_bytes, tokenizer_bytes
 from flexinfer.trace import MAX_EVENTS, Progress, Trace
 
 with deferred():
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MARGIN_BYTES = 16 << 20  # threads' stacks, allocator, what a first pass imports
 GROWTH_BYTES = 6 << 20  # a process that grows by less is left alone: the margin is for it
@@ -768,7 +768,7 @@ def default_context(
     """Tokens a model is loaded for when nothing is said: 2048, or the model's own limit if that is less; halved, down to
     128, while the KV cache and activations would take more than a quarter of the budget, or the rest not fit beside them.
     """
-    context = min(2048, getattr(skeleton.config.get_text_config(), "max_position_embeddings", 2048))
+    context = min(2048, context_limit(skeleton.config))
     while context >= 2 * SMALLEST_DEFAULT_CONTEXT:
         fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
         fits = smallest_budget_bytes(skeleton.weights, fixed) <= budget_bytes
@@ -776,6 +776,12 @@ def default_context(
             break
         context //= 2
     return context
+
+
+def context_limit(config: PretrainedConfig) -> int:
+    """The tokens that a model says it is made for; 2048 where it does not."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 2048
 
 
 def _resident_or_refused(

@@ -30,11 +30,18 @@ from pydantic import (
 )
 
 from flexinfer.bench.config import CellConfig, from_dict
+from flexinfer.messages import one_line, shown
 
 SCHEMA_VERSION: Literal[1] = 1
 RELIABILITY = "reliability"  # the folder whose records are of other kinds (flexinfer.bench.reliability)
 DERIVED = ("cell_key", "tokens_per_s", "bound_tokens_per_s", "ratio")
 FINISHED = ("ok", "killed", "timeout", "unsupported")  # not done again; error and missing are
+
+
+STRANGERS = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+MAX_INT = 2**63 - 1  # no count or size is larger; a float holds it
+Size = Annotated[int, Field(gt=0, le=MAX_INT)]
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 class RecordError(ValueError):
@@ -44,11 +51,11 @@ class RecordError(ValueError):
 class Limits(BaseModel):
     """The limits that were applied, not those that were asked for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRANGERS
     method: Literal["v1", "v2", "systemd", "unlimited"]
-    memory_bytes: int | None = Field(default=None, gt=0)
-    read_bytes_per_s: int | None = Field(default=None, gt=0)
-    cores: int | None = Field(default=None, gt=0)
+    memory_bytes: Size | None = None
+    read_bytes_per_s: Size | None = None
+    cores: Size | None = None
     swap_off: bool = False
     page_cache_dropped: bool = False
     device: str | None = None  # the disk that is limited
@@ -58,13 +65,13 @@ class Limits(BaseModel):
 class Provenance(BaseModel):
     """Where and with what a record was measured."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRANGERS
     versions: dict[str, str]  # package -> version; 'python' as well
     git_commit: str  # 'unknown' outside a repository
     git_dirty: bool
     cpu: str
-    cores: int = Field(gt=0)
-    memory_bytes: int = Field(gt=0)
+    cores: Size
+    memory_bytes: Size
     kernel: str
     file_system: str  # of the checkpoint
     started: datetime
@@ -85,7 +92,7 @@ def _known_fields(data: Any) -> Any:
 class Record(BaseModel):
     """One measured cell. Immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRANGERS
     schema_version: Literal[1] = SCHEMA_VERSION
     run_id: str = Field(min_length=8)  # unique
     kind: Literal["measured"] = "measured"
@@ -98,22 +105,18 @@ class Record(BaseModel):
     limits: Limits
     provenance: Provenance
     # raw samples, of the counted tokens (warm-up excluded)
-    tokens: int = Field(default=0, ge=0)
-    passes: int = Field(default=0, ge=0)  # over the weights; fewer than tokens where a pass yields several
+    tokens: Count = 0
+    passes: Count = 0  # over the weights; fewer than tokens where a pass yields several
     token_s: list[float] = Field(default_factory=list)  # seconds of each counted pass
-    token_bytes: list[int] = Field(default_factory=list)  # bytes read in each counted pass, /proc/<pid>/io
-    bytes_read: int | None = Field(default=None, ge=0)  # by the process in all, loading and warm-up included
+    token_bytes: list[Count] = Field(default_factory=list)  # bytes read in each counted pass, /proc/<pid>/io
+    bytes_read: Count | None = None  # by the process in all, loading and warm-up included
     load_s: float | None = Field(default=None, ge=0)
-    peak_memory_bytes: int | None = Field(
-        default=None, ge=0
-    )  # from the cgroup, the page cache charged to it included
-    output_tokens: list[int] = Field(
-        default_factory=list
-    )  # ids decoded, warm-up included, to compare systems
+    peak_memory_bytes: Count | None = None  # from the cgroup, the page cache charged to it included
+    output_tokens: list[Count] = Field(default_factory=list)  # ids, warm-up included, to compare systems
     # what the bound is made of
-    total_weight_bytes: int | None = Field(default=None, gt=0)  # S
-    process_bytes: int | None = Field(default=None, ge=0)
-    kv_bytes: int | None = Field(default=None, ge=0)
+    total_weight_bytes: Size | None = None  # S
+    process_bytes: Count | None = None
+    kv_bytes: Count | None = None
     compute_s_per_pass: float | None = Field(default=None, gt=0)  # c
     compute_source: str = ""  # how c was got
     bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)  # B, measured under the same limits
@@ -173,7 +176,7 @@ class Record(BaseModel):
     @property
     def ratio(self) -> float | None:
         """Achieved passes per second over the bound."""
-        if self.tokens_per_s is None or not self.bound_tokens_per_s:
+        if not self.tokens_per_s or not self.bound_tokens_per_s:
             return None
         return self.tokens_per_s * self.passes / self.tokens / self.bound_tokens_per_s
 
@@ -196,19 +199,35 @@ class Record(BaseModel):
     def _derived_agree(cls, data: Any, handler: Callable[[Any], "Record"]) -> "Record":
         if not isinstance(data, dict):
             return handler(data)  # a Record already
+        _all_finite(data)
         written = {name: data[name] for name in DERIVED if name in data}
         record = handler({name: value for name, value in data.items() if name not in written})
         record._check_samples()
-        for name, value in written.items():
+        for name in DERIVED:
             ours = getattr(record, name)
-            same = (
-                abs(ours - value) <= 1e-6 * abs(ours)
-                if isinstance(ours, float) and isinstance(value, float | int)
-                else ours == value
-            )
-            if not same:
-                raise ValueError(f"{name}: {value!r} is written, the samples give {ours!r}")
+            if isinstance(ours, float) and not math.isfinite(ours):
+                raise ValueError(f"{name}: the samples give {ours}")
+            if name in written and not _agrees(written[name], ours):
+                raise ValueError(f"{name}: {shown(written[name])} is written, the samples give {ours!r}")
         return record
+
+
+def _all_finite(data: dict[str, Any]) -> None:
+    """Refuses NaN and infinity at every depth, in what has no schema too: JSON does not have them, and NaN is not equal to itself."""
+    stack: list[tuple[str, Any]] = list(data.items())
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: {value} is no number")
+        if isinstance(value, dict | list):
+            inner = value.values() if isinstance(value, dict) else value
+            stack.extend((name, one) for one in inner)
+
+
+def _agrees(written: object, ours: object) -> bool:
+    if isinstance(ours, float) and isinstance(written, float | int) and abs(written) <= MAX_INT:
+        return abs(ours - written) <= 1e-6 * abs(ours)
+    return ours == written
 
 
 def bound_tokens_per_s(
@@ -276,21 +295,23 @@ def drop_partial_line(path: Path) -> bool:
 def read_file(path: Path) -> list[Record]:
     """The records of one file; the first bad line is refused with its number and field."""
     records = []
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            raise RecordError(
-                f"{path}:{number}: the last line is cut off: a run was killed here; run it again to resume, which drops the line"
-            )
-        try:
-            records.append(Record.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = (
-                ".".join(str(part) for part in first["loc"])
-                or first["msg"].removeprefix("Value error, ").split(":")[0]
-            )
-            raise RecordError(f"{path}:{number}: field {name}: {first['msg']}") from error
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                raise RecordError(
+                    f"{path}:{number}: the last line is cut off: a run was killed here; run it again to resume, which drops the line"
+                )
+            try:
+                records.append(Record.model_validate_json(line))
+            except ValidationError as error:
+                first = error.errors()[0]
+                name = (
+                    ".".join(str(part) for part in first["loc"])
+                    or first["msg"].removeprefix("Value error, ").split(":")[0]
+                )
+                raise RecordError(
+                    f"{path}:{number}: field {one_line(name)}: {one_line(first['msg'])}"
+                ) from error
     return records
 
 
@@ -308,7 +329,7 @@ def load_records(path: Path | str) -> list[Record]:
         for record in read_file(file):
             if record.run_id in seen:
                 raise RecordError(
-                    f"{file}: field run_id: {record.run_id} is in {seen[record.run_id]} already"
+                    f"{file}: field run_id: {shown(record.run_id)} is in {seen[record.run_id]} already"
                 )
             seen[record.run_id] = file
             records.append(record)

@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
+from flexinfer.messages import shown
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format; of any JSON that is read here
+MAX_DIMENSIONS = 64  # of a tensor: as many as torch can take
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -98,10 +101,15 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises CheckpointError when it is not one."""
+    """The JSON object in `path`; raises CheckpointError when it is not one, or too large to be one."""
+    size_bytes = path.stat().st_size
+    if size_bytes > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: {size_bytes} bytes of JSON, at most {MAX_HEADER_BYTES} are read; download the file again"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number or a nesting without end
         raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -120,19 +128,26 @@ def _read_index(path: Path) -> dict[str, TensorSpec]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or shard in {"", ".", ".."}:
             raise CheckpointError(
-                f"{path / INDEX_FILE}: points outside the checkpoint: {shard!r}; do not load this checkpoint"
+                f"{path / INDEX_FILE}: points outside the checkpoint: {shown(shard)}; do not load this checkpoint"
             )
-        if not (path / shard).is_file():
+        if not _is_file(path / shard):
             raise CheckpointError(
-                f"{path / shard}: shard is missing, though {INDEX_FILE} names it; download it again"
+                f"{path / INDEX_FILE}: the shard {shown(shard)} that it names is missing; download it again"
             )
         shards[shard] = {spec.name: spec for spec in read_header(path / shard)}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
-                f"{path / shard}: tensor {name!r} is not in it, though {INDEX_FILE} says so; download both again"
+                f"{path / shard}: tensor {shown(name)} is not in it, though {INDEX_FILE} says so; download both again"
             )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def read_header(file: Path) -> list[TensorSpec]:
@@ -151,7 +166,7 @@ def read_header(file: Path) -> list[TensorSpec]:
             )
         raw = stream.read(header_bytes)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode("utf-8"))
         assert isinstance(header, dict)
     except (ValueError, AssertionError, RecursionError) as error:
         raise CheckpointError(
@@ -168,12 +183,12 @@ def read_header(file: Path) -> list[TensorSpec]:
     for spec in specs:
         if spec.offset_bytes < end_bytes and spec.nbytes:
             raise CheckpointError(
-                f"{file}: tensor {spec.name!r} overlaps the one before it: damaged header; download it again"
+                f"{file}: tensor {shown(spec.name)} overlaps the one before it: damaged header; download it again"
             )
         end_bytes = max(end_bytes, spec.offset_bytes + spec.nbytes)
         if end_bytes > size_bytes:
             raise CheckpointError(
-                f"{file}: truncated: tensor {spec.name!r} ends at byte {end_bytes - 8 - header_bytes} of the data, "
+                f"{file}: truncated: tensor {shown(spec.name)} ends at byte {end_bytes - 8 - header_bytes} of the data, "
                 f"which has {data_bytes}; download it again"
             )
     return specs
@@ -183,21 +198,23 @@ def _tensor_spec(file: Path, name: str, entry: Any, data_start: int) -> TensorSp
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         sizes = (*shape, start, stop)
-        valid = isinstance(dtype, str) and all(isinstance(n, int) and n >= 0 for n in sizes) and start <= stop
+        valid = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
+        valid = valid and start <= stop and len(shape) <= MAX_DIMENSIONS
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:
         raise CheckpointError(
-            f"{file}: tensor {name!r} has no proper dtype, shape and data_offsets; download it again"
+            f"{file}: tensor {shown(name)} has no proper dtype, shape and data_offsets; download it again"
         )
     if dtype not in TORCH_DTYPES:
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {dtype}, supported are {', '.join(TORCH_DTYPES)}; convert the checkpoint"
+            f"{file}: tensor {shown(name)} has dtype {shown(dtype)}, supported are {', '.join(TORCH_DTYPES)}; "
+            "convert the checkpoint"
         )
     expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
     if stop - start != expected:
         raise CheckpointError(
-            f"{file}: tensor {name!r} of shape {list(shape)} and {dtype} needs {expected} bytes, the header gives it "
-            f"{stop - start}; download it again"
+            f"{file}: tensor {shown(name)} of shape {shown(list(shape))} and {dtype} needs {shown(expected)} bytes, the "
+            f"header gives it {stop - start}; download it again"
         )
     return TensorSpec(name, file, data_start + start, expected, dtype, shape)

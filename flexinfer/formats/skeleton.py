@@ -7,7 +7,7 @@ nothing. Reads headers, never weights.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,21 +20,30 @@ from flexinfer.imports import deferred
 with deferred():
     from accelerate import init_empty_weights
     from huggingface_hub import snapshot_download
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        DynamicCache,
-        PretrainedConfig,
-        PreTrainedModel,
-    )
+    from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.pytorch_utils import Conv1D
 
 from flexinfer.formats.checkpoint import Checkpoint, CheckpointError, TensorSpec
+from flexinfer.formats.config import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    load_config,
+    refusing,
+    set_generation_config,
+)
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
-from flexinfer.kernels.packed import QUANT_METHOD, PackedFormat, PackedKernel, blocks, packed_nbytes
+from flexinfer.kernels.packed import (
+    QUANT_METHOD,
+    PackedError,
+    PackedFormat,
+    PackedKernel,
+    blocks,
+    packed_nbytes,
+)
+from flexinfer.messages import shown
 from flexinfer.plan import Kind, Piece, Weight
 from flexinfer.streaming.cache import LayerShape
 from flexinfer.streaming.memory import round_up
@@ -43,6 +52,7 @@ from flexinfer.streaming.reader import padded_bytes
 PIECE_BYTES = 4 << 20  # large enough for the disk, small enough that a window of several is little memory
 ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
 FLOAT_DTYPES = {"BF16", "F16", "F32"}
+TABLES_BYTES = 64 << 20  # that masks, positions and other tables of a model may take, whatever its weights
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
@@ -110,30 +120,25 @@ class Skeleton:
 def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> Skeleton:
     """The empty model for `checkpoint`, with every parameter matched to a tensor. Reads no weights.
 
-    Raises CheckpointError when config.json is of no causal LM, tensors are missing or have the wrong shape, or the
-    weights would have to be converted to fit.
+    Sizes are compared on the meta device, before anything is allocated by them. Raises CheckpointError when config.json is of no
+    causal LM, tensors are missing or have the wrong shape, or the weights would have to be converted to fit.
     """
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}/config.json: not a model that transformers knows ({error})"
-        ) from error
-    packed = _packed_format(config)
+    file = checkpoint.path / CONFIG_FILE
+    config = load_config(checkpoint)
+    packed = _packed_format(config, file)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
-    try:
+    with refusing(file, "no causal LM"):
+        shapes = meta_model(config, compute_dtype)
+    with refusing(file, "a model that cannot be streamed"):
+        specs = _match(shapes, checkpoint, packed)
+        _check_tables(shapes, checkpoint, file)
         with deferred(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.path}/config.json: no causal LM ({error})") from error
-    model.eval().requires_grad_(False)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
-
-    specs = _match(model, checkpoint, packed)
-    linears = {linear.name: linear for linear in find_linears(model)}
-    order, cache_layers = _dry_run(meta_model(config, compute_dtype), linears.keys())
-    parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
+            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, trust_remote_code=False)
+        model.eval().requires_grad_(False)
+        set_generation_config(model, checkpoint.path)
+        linears = {linear.name: linear for linear in find_linears(model)}
+        order, cache_layers = _dry_run(shapes, linears.keys())
+        parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
     return Skeleton(
         model=model,
@@ -146,19 +151,33 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
     )
 
 
-def _packed_format(config: PretrainedConfig) -> PackedFormat | None:
+def _check_tables(model: PreTrainedModel, checkpoint: Checkpoint, file: Path) -> None:
+    """Refuse tables that are out of proportion to the weights: they are computed, and no tensor vouches for their size."""
+    tables_bytes = sum(buffer.nbytes for buffer in model.buffers())
+    limit_bytes = TABLES_BYTES + sum(spec.nbytes for spec in checkpoint.tensors.values())
+    if tables_bytes > limit_bytes:
+        raise CheckpointError(
+            f"{file}: masks, positions and other tables would take {tables_bytes} bytes, at most {limit_bytes} go with these "
+            "weights; the two do not belong together"
+        )
+
+
+def _packed_format(config: PretrainedConfig, file: Path) -> PackedFormat | None:
     """The packing of a checkpoint that `flexinfer quantize` wrote, or None. Refuses other quantised checkpoints."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return None
-    method = quantization.get("quant_method")
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     if method != QUANT_METHOD:
         raise CheckpointError(
-            f"quantization_config: this checkpoint is quantised by {method!r}, which is not supported; take the original "
-            "checkpoint and, if it should be small, run `flexinfer quantize SRC DST --bits 4`"
+            f"{file}: quantization_config: this checkpoint is quantised by {shown(method)}, which is not supported; take the "
+            "original checkpoint and, if it should be small, run `flexinfer quantize SRC DST --bits 4`"
         )
     del config.quantization_config
-    return PackedFormat.from_config(quantization)
+    try:
+        return PackedFormat.from_config(quantization)
+    except PackedError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _compute_dtype(dtype: str | torch.dtype, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -219,9 +238,10 @@ def resident_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype, context: in
 def _resident_facts(
     checkpoint: Checkpoint, dtype: str | torch.dtype
 ) -> tuple[PretrainedConfig, torch.dtype, list[LayerShape]]:
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = load_config(checkpoint)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
-    return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[1]
+    with refusing(checkpoint.path / CONFIG_FILE, "no causal LM"):
+        return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[1]
 
 
 def _resident_meter(config: PretrainedConfig, dtype: torch.dtype, layers: Sequence[LayerShape]) -> PassMeter:
@@ -232,7 +252,19 @@ def _resident_meter(config: PretrainedConfig, dtype: torch.dtype, layers: Sequen
 def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
     """A checkpoint that cannot be streamed, loaded whole by transformers: a model with no weights left to place."""
     config, compute_dtype, layers = _resident_facts(checkpoint, dtype)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=compute_dtype)
+    if (checkpoint.path / ADAPTER_FILE).is_file():
+        raise CheckpointError(
+            f"{checkpoint.path / ADAPTER_FILE}: an adapter names weights elsewhere; merge it, or remove the file"
+        )
+    with refusing(checkpoint.path, "transformers cannot load it"):
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            config=config,
+            dtype=compute_dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
     return Skeleton(
         model.eval().requires_grad_(False),
         checkpoint,
@@ -289,7 +321,7 @@ def _match(
             specs[target] = spec
     if converted:
         raise NotStreamableError(
-            f"{checkpoint.path}: {converted[0]} and {len(converted) - 1} more tensors are stored apart and joined when "
+            f"{checkpoint.path}: {shown(converted[0])} and {len(converted) - 1} more tensors are stored apart and joined when "
             f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they cannot be streamed yet"
         )
     if model.config.get_text_config().tie_word_embeddings:
@@ -304,9 +336,16 @@ def _match(
             "the checkpoint is incomplete or of another model"
         )
     for name, spec in specs.items():
-        if tuple(state[name].shape) != spec.shape and not (packed and spec.dtype == "U8"):
+        shape = state[name].shape
+        if (
+            packed is not None and spec.dtype == "U8"
+        ):  # only bytes; exactly how many is seen when its blocks are cut
+            fits = shape.numel() * packed.bits // 8 <= spec.nbytes
+        else:
+            fits = tuple(shape) == spec.shape
+        if not fits:
             raise CheckpointError(
-                f"{spec.file}: {spec.name!r} has shape {list(spec.shape)}, config.json says {list(state[name].shape)}; "
+                f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
                 "the two do not belong together"
             )
     return specs
@@ -347,10 +386,11 @@ def _weight_of(
     out_features, in_features = linear.features
     kernel: Kernel
     if packed is not None and spec.dtype == "U8":
-        if spec.nbytes != packed_nbytes(packed, out_features, in_features):
+        needed_bytes = packed_nbytes(packed, out_features, in_features)
+        if spec.nbytes != needed_bytes:
             raise CheckpointError(
-                f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs "
-                f"{packed_nbytes(packed, out_features, in_features)}; quantise the original again"
+                f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs {needed_bytes}; "
+                "quantise the original again"
             )
         kernel = PackedKernel(in_features, packed)
         cuts = [

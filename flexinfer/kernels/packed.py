@@ -62,6 +62,9 @@ class PackedFormat:
     dequantize_rows: int = 64  # activation rows from which on a block is unpacked and multiplied in float32
 
     def __post_init__(self) -> None:
+        for name in ("bits", "group_size"):
+            if type(getattr(self, name)) is not int:
+                raise PackedError(f"{name}: got {getattr(self, name)!r}; give a whole number")
         if self.bits not in (4, 8):
             raise PackedError(f"bits: got {self.bits!r}; choose 4 or 8")
         if self.bits == 4 and self.group_size not in GROUP_SIZES:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from flexinfer.bench.config import SystemConfig
 from flexinfer.bench.provenance import cpu_name, provenance
 from flexinfer.bench.records import (
+    DERIVED,
     Limits,
     Record,
     RecordError,
@@ -108,6 +109,54 @@ def test_a_line_that_is_not_json_is_refused_with_its_number(tmp_path: Path) -> N
     path.write_text(path.read_text() + "{nonsense}\n")
     with pytest.raises(RecordError, match=r"x\.jsonl:2"):
         load_records(path)
+
+
+def test_a_line_that_is_not_text_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", told())
+    path.write_bytes(path.read_bytes() + b'{"a": "\xf2"}\n')
+    with pytest.raises(RecordError, match=r"x\.jsonl:2"):
+        load_records(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"total_weight_bytes": 10**400},
+        {"tokens": 10**400},
+        {"tokens_per_s": 10**400},
+        {"ratio": 10**400},
+        {"token_s": [1e-320] * 3},
+        {"token_s": [float("nan")] * 3},
+        {"bandwidth_bytes_per_s": float("inf")},
+        {"engine": {"plan": [float("nan")]}},
+        {"cell": told()["cell"] | {"workload": {"max_seconds": float("inf")}}},
+        {"provenance": told()["provenance"] | {"memory_bytes": 10**400}},
+    ],
+)
+def test_numbers_without_end_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    line = {name: value for name, value in told().items() if name not in DERIVED}
+    with pytest.raises(RecordError, match=r"x\.jsonl:1: field"):
+        load_records(write(tmp_path / "x.jsonl", line | change))
+
+
+def test_a_killed_run_with_passes_and_no_tokens_has_no_ratio() -> None:
+    record = make_record(status="killed", message="out of memory", tokens=0)
+    assert record.tokens_per_s == 0
+    assert record.ratio is None
+
+
+def test_what_a_line_says_is_fit_for_a_terminal_and_has_an_end(tmp_path: Path) -> None:
+    for change in ({"\x1b[2J": 1}, {"status": "\x1b[2J" * 9999}, {"ratio": "x" * 9999}):
+        with pytest.raises(RecordError, match=r"x\.jsonl:1: field") as refused:
+            load_records(write(tmp_path / "x.jsonl", told(**change)))
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 2000
+
+
+def test_a_separator_of_lines_that_is_text_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(told(message="one\u2028two"), ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_records(path)[0].message == "one\u2028two"
 
 
 def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:

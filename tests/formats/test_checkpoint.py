@@ -104,7 +104,7 @@ BAD_HEADERS: dict[str, tuple[Header | bytes, bytes, str]] = {
     "far beyond the file": ({"a": entry(2**50, 2**50 + 4, [1])}, b"1234", "truncated.*'a'"),
     "overlap": ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"x" * 12, "'b' overlaps"),
     "same place twice": ({"a": entry(0, 4, [1]), "b": entry(0, 4, [1])}, b"1234", "overlaps"),
-    "float8": ({"a": entry(0, 4, [4], "F8_E4M3")}, b"1234", "dtype F8_E4M3"),
+    "float8": ({"a": entry(0, 4, [4], "F8_E4M3")}, b"1234", "dtype 'F8_E4M3'"),
     "dtype of no name": ({"a": {**entry(0, 4, [1]), "dtype": ["F32"]}}, b"1234", "dtype"),
 }
 

@@ -1,0 +1,119 @@
+"""config.json and generation_config.json: checked before transformers reads them, and its errors made one.
+
+transformers builds what a configuration says. So what would make it build without end, run code of the checkpoint's, or fetch some
+from elsewhere is refused before it sees the file: counts of layers, experts and the like that are larger than anything in the checkpoint's
+tensors, another file to read instead, an implementation of attention by the name of a Hub repository. Whatever transformers raises on the rest becomes
+one CheckpointError that names the file and the cause. Sizes of weights are compared with the tensors in `skeleton`, on the meta device.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flexinfer.formats.checkpoint import Checkpoint, CheckpointError, read_json
+from flexinfer.imports import deferred
+from flexinfer.messages import cause, shown
+
+with deferred():
+    from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+ADAPTER_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 16 << 20
+LAYERS = re.compile(r"(?<!window_)layers?$|blocks$|depth$")  # keys: how many times a part is built
+COUNTS = re.compile(r"(^|_)(num|n)_|(experts|heads|labels|groups|codebooks)$")
+FEW = 1024  # experts, labels and so on that may be named without being there
+NO_COUNTS = re.compile(r"position|ctx|token|seq|logit|bucket|step|frame|length")  # sizes of a text
+IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?$")
+OWN_IMPLEMENTATIONS = {None, "eager", "sdpa"}  # of transformers and torch; others are packages, or on the Hub
+
+
+@contextmanager
+def refusing(file: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is the fault of `file`: raises CheckpointError with `what` and the cause."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except CheckpointError as error:
+        if str(file.parent) in str(error):
+            raise
+        raise CheckpointError(f"{file}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{file}: {what} ({cause(error)})") from error
+
+
+def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration of `checkpoint`. Raises CheckpointError when transformers knows no such model, or must not build it."""
+    file = checkpoint.path / CONFIG_FILE
+    _check(file, _read(file), checkpoint)
+    with refusing(file, "not a model that transformers knows"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=False, local_files_only=True
+        )
+        values = config.to_dict()
+    _check(file, values, checkpoint)  # the defaults as well
+    return config
+
+
+def set_generation_config(model: PreTrainedModel, path: Path) -> None:
+    """Give `model` the generation_config.json in `path`, if there is one."""
+    file = path / GENERATION_FILE
+    if file.is_file():
+        _read(file)
+        with refusing(file, "no settings of generate()"):
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    size_bytes = file.stat().st_size
+    if size_bytes > MAX_CONFIG_BYTES:
+        raise CheckpointError(
+            f"{file}: {size_bytes} bytes, at most {MAX_CONFIG_BYTES} are read; download it again"
+        )
+    return read_json(file)
+
+
+def _check(file: Path, values: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse what must not reach transformers, or must not be built."""
+    if "configuration_files" in values:
+        raise CheckpointError(
+            f"{file}: names other files to be read in its place (configuration_files); remove the entry"
+        )
+    tensors = len(checkpoint.tensors)
+    largest = max((max(spec.shape, default=0) for spec in checkpoint.tensors.values()), default=0)
+    for key, value in _entries(values):
+        if IMPLEMENTATIONS.match(key):
+            used = value.values() if isinstance(value, dict) else [value]
+            if any(not isinstance(one, str | None) or one not in OWN_IMPLEMENTATIONS for one in used):
+                raise CheckpointError(
+                    f"{file}: {key}={shown(value)} is code from outside of transformers; choose 'eager' or 'sdpa'"
+                )
+        if not isinstance(value, int) or NO_COUNTS.search(key):
+            continue
+        if LAYERS.search(key) and value > tensors:
+            raise CheckpointError(
+                f"{file}: {shown(key)} is {shown(value)}, but the checkpoint has {tensors} tensors; the two do not belong together"
+            )
+        if COUNTS.search(key) and value > max(tensors, largest, FEW):
+            raise CheckpointError(
+                f"{file}: {shown(key)} is {shown(value)}, but the largest dimension of a tensor is {largest}; "
+                "the two do not belong together"
+            )
+
+
+def _entries(values: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Every key and value, those of the parts of a composed model too."""
+    stack: list[Any] = [values]
+    while stack:
+        holder = stack.pop()
+        for key, value in holder.items() if isinstance(holder, dict) else ():
+            yield str(key), value
+        stack.extend(
+            one
+            for one in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(one, dict | list)
+        )

@@ -1,0 +1,298 @@
+"""Checkpoints made to harm: one error that names the file, before anything is allocated, run or fetched by what they say."""
+
+import builtins
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Load, MakeCheckpoint
+from test_checkpoint import change_config, change_index, entry, write_safetensors
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MixtralConfig
+
+from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, read_header
+from flexinfer.formats.config import refusing
+from flexinfer.formats.quantize import quantize
+from flexinfer.formats.skeleton import build_skeleton, load_resident
+from flexinfer.kernels.packed import PackedError, PackedFormat
+from flexinfer.model import context_limit
+
+LONG_NUMBER = "9" * 5000  # Python turns at most 4300 digits into an int
+CopyOf = Callable[..., Path]
+
+
+@pytest.fixture
+def copy_of(checkpoint: MakeCheckpoint, tmp_path: Path) -> CopyOf:
+    """copy_of(family="llama", ...) -> a private copy of a small checkpoint, to be changed."""
+
+    def make(*family: str, **options: Any) -> Path:
+        target = tmp_path / "copy"
+        target.mkdir()
+        for file in checkpoint(*family, **options).iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+        return target
+
+    return make
+
+
+def refusal(path: Path, read: Callable[[], object]) -> str:
+    """The message of the refusal: it names the file, fits a terminal and has an end."""
+    with pytest.raises(CheckpointError) as refused:
+        read()
+    message = str(refused.value)
+    assert str(path) in message
+    assert message.isprintable()
+    assert len(message) < 4000
+    return message
+
+
+def build(path: Path) -> object:
+    return build_skeleton(Checkpoint.open(path))
+
+
+HEADERS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
+    "escapes in a dtype": ({"a": {**entry(0, 4, [1]), "dtype": "\x1b[2J"}}, "dtype '.x1b"),
+    "escapes in a name": ({"\x1b[2J\ud800": entry(0, 8, [1])}, "'.x1b"),
+    "a name without end": ({"a" * 10_000: entry(0, 8, [1])}, "'aaa"),
+    "a dtype without end": ({"a": entry(0, 4, [1], "F" * 10_000)}, "dtype 'FFF"),
+    "a number without end": (b'{"a": ' + LONG_NUMBER.encode() + b"}", "not a JSON object"),
+    "a size of many digits": ({"a": entry(0, 4, [10**4000, 10**4000])}, "data_offsets"),
+    "a size of 64 bits": ({"a": entry(0, 4, [2**63])}, "data_offsets"),
+    "true as a size": ({"a": entry(0, 4, [True])}, "data_offsets"),
+    "a product without end": ({"a": entry(0, 4, [2**62] * 50_000)}, "data_offsets"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_header(tmp_path: Path, case: str) -> None:
+    header, message = HEADERS[case]
+    file = tmp_path / "model.safetensors"
+    write_safetensors(file, header, b"1234")
+    assert message.replace(".x1b", "\\x1b") in refusal(file, lambda: read_header(file))
+
+
+@pytest.mark.parametrize("shard", ["a\0b", "\ud800", "\x1b[2J", "é" * 300, "x" * 10_000])
+def test_index_that_names_what_no_file_is_called(copy_of: CopyOf, shard: str) -> None:
+    path = copy_of(sharded=True)
+    change_index(path, lambda weight_map: weight_map.update({"lm_head.weight": shard}))
+    assert "missing" in refusal(path / INDEX_FILE, lambda: Checkpoint.open(path))
+
+
+def test_index_with_a_name_without_end(copy_of: CopyOf) -> None:
+    path = copy_of(sharded=True)
+    change_index(path, lambda weight_map: weight_map.update({"é" * 10_000: min(weight_map.values())}))
+    assert "is not in it" in refusal(path, lambda: Checkpoint.open(path))
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": ' + LONG_NUMBER + "}", '{"a":' * 100_000])
+def test_index_without_end(copy_of: CopyOf, text: str) -> None:
+    path = copy_of(sharded=True)
+    (path / INDEX_FILE).write_text(text)
+    assert "not valid JSON" in refusal(path / INDEX_FILE, lambda: Checkpoint.open(path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX_FILE])
+def test_json_too_large_to_be_one(copy_of: CopyOf, name: str) -> None:
+    path = copy_of(sharded=True)
+    os.truncate(path / name, 101_000_000)
+    assert "101000000 bytes" in refusal(path / name, lambda: build(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 10**400},
+        {"num_labels": 10**9},
+        {"num_local_experts": 10**9},
+        {"num_attention_heads": 10**9, "head_dim": 1},
+        {"vision_config": {"depth": 10**9}},
+    ],
+)
+def test_config_with_more_parts_than_the_checkpoint_has(copy_of: CopyOf, change: dict[str, Any]) -> None:
+    """transformers would make lists and layers of this length: it must not see them."""
+    path = copy_of()
+    change_config(path, **change)
+    assert "do not belong together" in refusal(path / "config.json", lambda: build(path))
+
+
+def test_config_with_defaults_that_are_larger_than_the_checkpoint(copy_of: CopyOf) -> None:
+    path = copy_of(num_hidden_layers=1)
+    config = json.loads((path / "config.json").read_text())
+    del config["num_hidden_layers"]  # Llama's own number is 32
+    (path / "config.json").write_text(json.dumps(config))
+    assert "12 tensors" in refusal(path / "config.json", lambda: build(path))
+
+
+def test_config_with_tables_that_no_tensor_vouches_for(tmp_path: Path) -> None:
+    config = GPTJConfig(n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=64, vocab_size=160)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    build(tmp_path)
+    change_config(tmp_path, n_positions=10**9)
+    message = refusal(tmp_path / "config.json", lambda: build(tmp_path))
+    assert "32000000000 bytes" in message
+
+
+STRANGE: list[dict[str, Any]] = [
+    {"model_type": "\x1b[2J"},
+    {"model_type": ["llama"]},
+    {"hidden_act": "nothing"},
+    {"hidden_size": "many"},
+    {"hidden_size": -64},
+    {"vocab_size": 10**30},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": 3},
+    {"head_dim": 0},
+    {"pad_token_id": 10**6},
+    {"rope_scaling": 3},
+    {"rope_parameters": {"rope_type": "bananas"}},
+    {"layer_types": ["bananas"] * 4},
+    {"dtype": "nn"},
+    {"text_config": 3},
+    {"auto_map": 3},
+    {"get_text_config": 1},
+    {"cache_implementation": [[]]},
+    {"quantization_config": [1]},
+    {"quantization_config": {"quant_method": "\x1b[2J"}},
+    {"quantization_config": {"quant_method": "flexinfer", "format_version": 1, "bits": 5}},
+]
+
+
+@pytest.mark.parametrize("change", STRANGE, ids=[str(change)[:50] for change in STRANGE])
+def test_config_that_transformers_chokes_on(copy_of: CopyOf, change: dict[str, Any]) -> None:
+    path = copy_of()
+    change_config(path, **change)
+    refusal(path, lambda: build(path))
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"[" * 100_000, b'{"a": ' + LONG_NUMBER.encode() + b"}", b""])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_config_that_is_no_json(copy_of: CopyOf, name: str, text: bytes) -> None:
+    path = copy_of()
+    (path / name).write_bytes(text)
+    assert "not valid JSON" in refusal(path / name, lambda: build(path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"cache_implementation": [[]]}, {"watermarking_config": 3}, {"max_new_tokens": -5}]
+)
+def test_generation_config_that_transformers_chokes_on(copy_of: CopyOf, change: dict[str, Any]) -> None:
+    path = copy_of()
+    (path / "generation_config.json").write_text(json.dumps(change))
+    refusal(path / "generation_config.json", lambda: build(path))
+
+
+@pytest.mark.parametrize(
+    ("size", "why"), [(3, "its shape needs"), (10**15, "do not belong together"), (96, "its shape needs")]
+)
+def test_a_packed_copy_of_another_shape(
+    checkpoint: MakeCheckpoint, tmp_path: Path, size: int, why: str
+) -> None:
+    """Its tensors are bytes, so that their shapes say nothing."""
+    path = tmp_path / "packed"
+    quantize(checkpoint(intermediate_size=128), path, bits=8, progress=False)
+    build(path)
+    change_config(path, intermediate_size=size)
+    assert why in refusal(path, lambda: build(path))
+
+
+def test_a_packed_copy_of_a_shape_that_cannot_be_packed(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    path = tmp_path / "packed"
+    quantize(
+        checkpoint(num_attention_heads=1, num_key_value_heads=1, head_dim=32), path, bits=8, progress=False
+    )
+    change_config(path, head_dim=3)
+    refusal(path, lambda: build(path))
+
+
+def test_the_packing_is_made_of_whole_numbers() -> None:
+    for change in ({"bits": 8.0}, {"bits": [8]}, {"bits": 8, "group_size": 64.0}):
+        with pytest.raises(PackedError, match="whole number"):
+            PackedFormat(**change)
+
+
+@pytest.mark.parametrize("limit", [None, -1, 0, "many", 3.5])
+def test_a_context_limit_that_is_no_number_of_tokens_is_not_used(limit: Any) -> None:
+    assert context_limit(LlamaConfig(max_position_embeddings=128)) == 128
+    config = LlamaConfig()
+    del config.max_position_embeddings
+    object.__setattr__(config, "max_position_embeddings", limit)
+    assert context_limit(config) == 2048
+
+
+# ---- code and files of others
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be asked of the user or of the network."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked the user, or the network")
+
+    monkeypatch.setattr(builtins, "input", forbidden)
+    monkeypatch.setattr(socket, "getaddrinfo", forbidden)
+    monkeypatch.setattr(socket.socket, "connect", forbidden)
+
+
+CODE = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+
+
+@pytest.mark.parametrize("prefix", ["", "owner/name--"])
+def test_code_of_the_checkpoint_is_not_run(copy_of: CopyOf, alone: None, prefix: str) -> None:
+    path = copy_of()
+    (path / "code.py").write_text(f"open({str(path / 'ran')!r}, 'w')")
+    auto_map = {key: prefix + value for key, value in CODE.items()}
+    change_config(path, auto_map=auto_map, trust_remote_code=True)
+    build(path)  # transformers has Llama itself
+    change_config(path, model_type="bananas")
+    refusal(path / "config.json", lambda: build(path))
+    assert not (path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["owner/name", "flash_attention_2", {"": "owner/name:code"}, 3])
+def test_kernels_from_elsewhere_are_refused(copy_of: CopyOf, alone: None, key: str, value: Any) -> None:
+    path = copy_of()
+    change_config(path, **{key: value})
+    assert "outside of transformers" in refusal(path / "config.json", lambda: build(path))
+
+
+@pytest.mark.parametrize("value", ["eager", "sdpa"])
+def test_transformers_own_attention_may_be_named(copy_of: CopyOf, value: str) -> None:
+    path = copy_of()
+    change_config(path, attn_implementation=value)
+    assert build_skeleton(Checkpoint.open(path)).attention == value
+
+
+def test_another_file_in_place_of_the_config_is_refused(copy_of: CopyOf) -> None:
+    path = copy_of()
+    change_config(path, configuration_files=["config.4.0.0.json"])
+    assert "configuration_files" in refusal(path / "config.json", lambda: build(path))
+
+
+def test_a_name_in_the_config_is_not_followed(copy_of: CopyOf, alone: None, load: Load) -> None:
+    path = copy_of()
+    change_config(path, _name_or_path="owner/name", base_model_name_or_path="owner/name")
+    load(path)
+
+
+def test_the_base_model_of_an_adapter_is_not_loaded(tmp_path: Path, alone: None) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mixture = AutoModelForCausalLM.from_config(MixtralConfig(**shape, vocab_size=160, num_key_value_heads=1))
+    mixture.save_pretrained(tmp_path)
+    load_resident(Checkpoint.open(tmp_path), torch.float32)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name"}')
+    file = tmp_path / "adapter_config.json"
+    refusal(file, lambda: load_resident(Checkpoint.open(tmp_path), torch.float32))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
+def test_what_is_not_the_files_fault_is_not_put_on_it(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), refusing(tmp_path, "no model"):
+        raise error
