@@ -36,9 +36,12 @@ def load(results_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def soak_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row for each family: cases by outcome, calls by outcome, how full the groups were, how near the plan came to the peak."""
+    """A row for each family: cases by outcome, calls by outcome, how full the groups were, how near the plan came to the peak.
+
+    Of a case that was run again, after an error, the last run.
+    """
     rows = []
-    for one in records:
+    for one in {(one["case"]["seed"], one["case"]["number"]): one for one in records}.values():
         calls = one.get("outcomes", [])
         ended = "peak_bytes" in one
         rows.append(
