@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexinfer.imports import deferred
 from flexinfer.plan import PassShape, Weight
-from flexinfer.streaming.cache import LayerShape, ReservedLayer
+from flexinfer.streaming.cache import LayerShape, ReservedLayer, cache_argument
 from flexinfer.streaming.linear import JOINED_OUTPUT_BYTES
 
 with deferred():
@@ -123,7 +123,8 @@ def pass_memory(
         meter = _Meter([*model.parameters(), *model.buffers(), ids, *reserved])
         start_bytes = meter.count(_tensors_of(cache))
         with meter, _AttentionByBlocks():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+            keep[cache_argument(model.forward)] = cache
+            output = model(input_ids=ids, use_cache=True, **keep)
         after_bytes = meter.live_bytes  # logits, and what the cache keeps
         del output
     chosen = shape.batch * (shape.kept_tokens if 0 < shape.kept <= FEW_TOKENS else 1)

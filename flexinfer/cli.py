@@ -271,6 +271,8 @@ class Conversation:
         """
         import torch
 
+        from flexinfer.streaming.cache import cache_argument
+
         self.turns.append({"role": "user", "content": question})
         prompt = self._fit_prompt()
         if prompt is None:
@@ -290,7 +292,7 @@ class Conversation:
                 output = self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=self._cache,
+                    **{cache_argument(self._model.forward): self._cache},
                     streamer=clock,
                     stopping_criteria=[interrupt],
                     **options,

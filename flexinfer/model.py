@@ -64,7 +64,7 @@ from flexinfer.plan import (
 )
 from flexinfer.rehearsal import rehearse_once
 from flexinfer.report import bottleneck, memory_stall_s, plan_line
-from flexinfer.streaming.cache import KVReserve
+from flexinfer.streaming.cache import KVReserve, cache_argument
 from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
 from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, StreamedLinear, lock_pieces
 from flexinfer.streaming.memory import Buffer, return_freed_memory, trim_heap
@@ -461,17 +461,19 @@ class Engine:
     ) -> dict[str, Any]:
         """See that the pass has room, and that its keys and values go where memory was set aside for them."""
         assert self._kv is not None
-        cache = asked.get("past_key_values")
+        argument = cache_argument(forward)
+        given = asked.get(argument, asked.get("past_key_values"))
+        cache = given
         uses_cache = asked.get("use_cache")
         if uses_cache is None:
             uses_cache = getattr(self._config, "use_cache", True)
         if cache is None and uses_cache and self._layers:
             cache = self._kv.new_cache(self._config.get_text_config(decoder=True))
-            kwargs = kwargs | {"past_key_values": cache}
+            kwargs = kwargs | {argument: cache}
         elif isinstance(cache, DynamicCache):
             self._kv.adopt(cache)
         past_tokens = 0 if cache is None else cache.get_seq_length()
-        another_text = asked.get("past_key_values") is not None and not past_tokens
+        another_text = given is not None and not past_tokens
         if another_text and self._trace.passes > self._explained["passes"] + 1:
             self.explain()
         kept = asked.get("logits_to_keep", 0)

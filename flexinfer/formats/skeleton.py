@@ -36,7 +36,7 @@ from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
 from flexinfer.kernels.packed import QUANT_METHOD, PackedFormat, PackedKernel, blocks, packed_nbytes
 from flexinfer.plan import Kind, Piece, Weight
-from flexinfer.streaming.cache import LayerShape
+from flexinfer.streaming.cache import LayerShape, cache_argument
 from flexinfer.streaming.memory import round_up
 from flexinfer.streaming.reader import padded_bytes
 
@@ -320,7 +320,8 @@ def _dry_run(model: PreTrainedModel, linears: Collection[str]) -> tuple[list[str
             if name in linears:
                 module.register_forward_pre_hook(lambda _module, _args, name=name: order.append(name))
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        model(input_ids=ids, use_cache=True, **{cache_argument(model.forward): cache})
     layers = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

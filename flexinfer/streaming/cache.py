@@ -5,6 +5,7 @@ a layer is a view into memory that was set aside at load time, so a long generat
 values and their order are the same. Sliding-window layers stay transformers' own: the window bounds them.
 """
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ class LayerShape:
         """Bytes to set aside for `context` tokens. A sliding layer is transformers' own: none."""
         numbers = self.key[0] * self.key[1] + self.value[0] * self.value[1]
         return context * numbers * itemsize if self.window is None else 0
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a model's forward calls the KV cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class ContextError(ValueError):
