@@ -35,6 +35,7 @@ from flexinfer.formats.skeleton import (
     NotStreamableError,
     Skeleton,
     build_skeleton,
+    decoder_of,
     load_resident,
     resident_bytes,
     resolve,
@@ -88,6 +89,7 @@ def from_pretrained(
     path_or_hub_id: str | Path,
     memory: str | int = "auto",
     *,
+    gguf_file: str | None = None,
     policy: str = "balanced",
     window: str | int | None = None,
     io_threads: int = 2,
@@ -105,9 +107,10 @@ def from_pretrained(
     """Load a causal LM that streams its weights from disk inside a memory budget.
 
     Args:
-        path_or_hub_id: a checkpoint directory (safetensors), or a Hugging Face Hub id, taken from the local cache when
-            it is there.
+        path_or_hub_id: a checkpoint directory (safetensors), a GGUF file or a directory with one, or a Hugging Face Hub id, taken
+            from the local cache when it is there.
         memory: budget of the whole process, "4GiB" or bytes; "auto" takes what the machine or its cgroup has to spare.
+        gguf_file: the name of a GGUF file in that directory or on the Hub; of a split one, the first part.
         policy: what to keep in memory: "balanced" (ours), "unbalanced", "attention-first", "ffn-first", "algorithm1"
             (the paper's), "none".
         window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
@@ -123,7 +126,7 @@ def from_pretrained(
             the batch or the number of beams, the number of candidates and one, or the length of a text that is scored.
         tokenizer: one that the program has loaded already. None: the plan keeps room for the one beside the weights, which
             `model.flexinfer.tokenizer` loads.
-        dtype: "auto" (the checkpoint's), or what to compute in.
+        dtype: "auto" (the checkpoint's; float32 for GGUF), or what to compute in.
         follow: give memory back when the machine or the control group runs short, and take it again later, up to `memory`.
         trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`); a path has `close()` write it
             there too, for https://ui.perfetto.dev.
@@ -150,7 +153,7 @@ def from_pretrained(
         raise ValueError(f"logits_to_keep={logits_to_keep} must be at least 1 position")
     trace_file = trace_path(trace)
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
-    checkpoint = Checkpoint.open(resolve(path_or_hub_id))
+    checkpoint = Checkpoint.open(resolve(path_or_hub_id, gguf_file))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
     try:
         skeleton = build_skeleton(checkpoint, dtype)
@@ -220,7 +223,7 @@ class Engine:
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
-        self._path, self._config, self._dtype = skeleton.checkpoint.path, skeleton.config, skeleton.dtype
+        self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
         self._fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
         self._file_bytes = measured.file_bytes
@@ -321,6 +324,7 @@ class Engine:
                 self._trace,
                 self._lock,
                 self._first_fill,
+                skeleton.row_orders.get(weight.name),
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
@@ -328,11 +332,12 @@ class Engine:
             embedding: Any = model.get_input_embeddings()
             name = skeleton.embedding_name
             spec = skeleton.specs[name + ".weight"]
-            rows = StreamedEmbedding(embedding, self._row_reader(spec), spec, dtype, self._lock)
+            decode = decoder_of(spec)
+            rows = StreamedEmbedding(embedding, self._row_reader(spec), decode, spec, dtype, self._lock)
             model.set_submodule(name, rows)
 
     def _row_reader(self, spec: TensorSpec) -> Callable[[int, memoryview], int]:
-        row_bytes = spec.shape[1] * spec.torch_dtype.itemsize
+        row_bytes = spec.row_bytes
 
         def read_row(row: int, into: memoryview) -> int:
             assert self._reader is not None
@@ -565,13 +570,13 @@ class Engine:
         with self._lock:
             if self._tokenizer is None:
                 if self._rest_bytes is None:
-                    self._tokenizer = load_tokenizer(self._path)
+                    self._tokenizer = load_tokenizer(self._config_dir)
                 else:  # memory is full by now: make room for the loading, then see what it took
                     before = self._rest_bytes
-                    loading = replace(self._fixed, tokenizer_bytes=2 * tokenizer_bytes(self._path))
+                    loading = replace(self._fixed, tokenizer_bytes=2 * tokenizer_bytes(self._config_dir))
                     self._apply(self._make_plan(self.plan.budget_bytes, fixed=loading))
                     start = anonymous_bytes()
-                    self._tokenizer = load_tokenizer(self._path)
+                    self._tokenizer = load_tokenizer(self._config_dir)
                     taken = max(0, anonymous_bytes() - start)
                     del before
                     self._fixed = replace(self._fixed, process_bytes=self._fixed.process_bytes + taken)
@@ -717,7 +722,8 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
         if spec.nbytes
         else 0
     )
-    return buffer.tensor(position, spec.torch_dtype, spec.shape).to(dtype, copy=True)
+    tensor = buffer.tensor(position, spec.torch_dtype, spec.shape)
+    return tensor.add(spec.added).to(dtype) if spec.added else tensor.to(dtype, copy=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -734,7 +740,7 @@ class MemoryOfProcess:
         file_bytes = rehearse_once(skeleton.dtype, skeleton.attention)
         gc.collect()  # the dry run's model
         trim_heap()
-        tokenizer = tokenizer_bytes(skeleton.checkpoint.path) if with_tokenizer else 0
+        tokenizer = tokenizer_bytes(skeleton.checkpoint.config_dir) if with_tokenizer else 0
         return cls(anonymous_bytes(), file_bytes, tokenizer)
 
 

@@ -7,7 +7,7 @@ nothing. Reads headers, never weights.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,35 +31,47 @@ with deferred():
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.pytorch_utils import Conv1D
 
-from flexinfer.formats.checkpoint import Checkpoint, CheckpointError, TensorSpec
+from flexinfer.formats.checkpoint import FLOAT_NAMES, Checkpoint, CheckpointError, TensorSpec
+from flexinfer.formats.gguf import SPLIT_NAME
+from flexinfer.formats.gguf_model import specs_of
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
 from flexinfer.kernels.packed import QUANT_METHOD, PackedFormat, PackedKernel, blocks, packed_nbytes
 from flexinfer.plan import Kind, Piece, Weight
 from flexinfer.streaming.cache import LayerShape, cache_argument
-from flexinfer.streaming.memory import round_up
+from flexinfer.streaming.memory import Buffer, round_up
 from flexinfer.streaming.reader import padded_bytes
 
 PIECE_BYTES = 4 << 20  # large enough for the disk, small enough that a window of several is little memory
 ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
-FLOAT_DTYPES = {"BF16", "F16", "F32"}
 
 
-def resolve(path_or_hub_id: str | Path) -> Path:
-    """The checkpoint directory: a local one, or a snapshot in the Hugging Face cache (downloaded if need be)."""
-    if Path(path_or_hub_id).is_dir():
-        return Path(path_or_hub_id)
+def resolve(path_or_hub_id: str | Path, gguf_file: str | None = None) -> Path:
+    """The checkpoint directory, or the GGUF file: a local one, or in the Hugging Face cache (downloaded if need be).
+
+    gguf_file: the file's name in the directory or on the Hub, as transformers' argument of that name.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path / (gguf_file or "")
+    if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
+        return path
     name = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such directory, and not a Hub id of the form 'owner/name'")
+    local = isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    if local or name.count("/") != 1:
+        raise CheckpointError(
+            f"{name}: no such directory, and not a Hub id of the form 'owner/name', or a .gguf file"
+        )
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    if gguf_file is not None:
+        wanted = [SPLIT_NAME.sub(r"\1-*-of-\3.gguf", gguf_file)]
     try:
-        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True)) / (gguf_file or "")
         Checkpoint.open(cached)  # all of it: a tokenizer that was loaded alone leaves a part of a snapshot
         return cached
     except Exception as why:
         try:
-            return Path(snapshot_download(name, allow_patterns=wanted))
+            return Path(snapshot_download(name, allow_patterns=wanted)) / (gguf_file or "")
         except Exception as error:
             raise CheckpointError(
                 f"{name}: neither a directory, nor whole in the Hugging Face cache ({why}), nor to be had from the Hub ({error})"
@@ -79,6 +91,7 @@ class Skeleton:
     specs: dict[str, TensorSpec]  # by the model's parameter name
     weights: list[Weight]  # the streamable ones, in order of use
     kernels: dict[str, Kernel]  # by the name of the weight
+    row_orders: dict[str, torch.Tensor]  # of weights whose rows the file has in another order
     cache_layers: list[LayerShape]
     meter: PassMeter
 
@@ -114,10 +127,10 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
     weights would have to be converted to fit.
     """
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        config = AutoConfig.from_pretrained(checkpoint.config_dir)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}/config.json: not a model that transformers knows ({error})"
+            f"{checkpoint.config_dir}/config.json: not a model that transformers knows ({error})"
         ) from error
     packed = _packed_format(config)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
@@ -127,23 +140,64 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}/config.json: no causal LM ({error})") from error
     model.eval().requires_grad_(False)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.path)
+    if (checkpoint.config_dir / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.config_dir)
 
     specs = _match(model, checkpoint, packed)
     linears = {linear.name: linear for linear in find_linears(model)}
     order, cache_layers = _dry_run(meta_model(config, compute_dtype), linears.keys())
     parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
-    return Skeleton(
+    skeleton = Skeleton(
         model=model,
         checkpoint=checkpoint,
         specs=specs,
         weights=weights,
         kernels={weight.name: kernel for weight, kernel in parts},
+        row_orders=_row_orders(specs, weights),
         cache_layers=cache_layers,
         meter=PassMeter(config, compute_dtype, cache_layers, weights),
     )
+    for name, spec in skeleton.resident.items():
+        if spec.encoding.torch_name is None or spec.transposed:
+            raise CheckpointError(
+                f"{spec.file}: {spec.name!r} ({name}) is {spec.dtype} and no weight of a linear; this kind of model cannot be run yet"
+            )
+    return skeleton
+
+
+def _row_orders(specs: dict[str, TensorSpec], weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
+    """An index of rows for each weight that wants one. Layers share them."""
+    orders = {weight.name: specs[weight.name].row_order for weight in weights}
+    indices = {order: torch.tensor(order) for order in set(orders.values()) if order is not None}
+    return {name: indices[order] for name, order in orders.items() if order is not None}
+
+
+def decoder_of(spec: TensorSpec) -> Callable[[Buffer, int], torch.Tensor]:
+    """What makes numbers [in_features] of the bytes of one row of `spec`, which begin at a position of a buffer."""
+    width = spec.shape[-1]
+    if spec.encoding.torch_name is not None:
+        return lambda buffer, position: buffer.tensor(position, spec.torch_dtype, (width,))
+    from flexinfer.kernels.ggml import dequantize_rows  # loads a library
+
+    def decode(buffer: Buffer, position: int) -> torch.Tensor:
+        row = buffer.tensor(position, torch.uint8, (1, spec.row_bytes))
+        return dequantize_rows(spec.encoding.name, row, width)[0]
+
+    return decode
+
+
+def _kernel(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel:
+    """What multiplies rows of `spec`."""
+    if spec.encoding.is_float:
+        return DenseKernel(in_features, spec.torch_dtype, dtype)
+    if spec.encoding.torch_name is not None:
+        raise CheckpointError(
+            f"{spec.file}: {spec.name!r} has dtype {spec.dtype}; the weight of a linear can be {', '.join(sorted(FLOAT_NAMES))}"
+        )
+    from flexinfer.kernels.ggml import GgmlKernel  # loads a library
+
+    return GgmlKernel(in_features, spec.encoding.name, dtype)
 
 
 def _packed_format(config: PretrainedConfig) -> PackedFormat | None:
@@ -178,7 +232,7 @@ def _compute_dtype(dtype: str | torch.dtype, config: PretrainedConfig, checkpoin
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return next(
-        (spec.torch_dtype for spec in checkpoint.tensors.values() if spec.dtype in FLOAT_DTYPES),
+        (spec.torch_dtype for spec in checkpoint.tensors.values() if spec.encoding.is_float),
         torch.float32,
     )
 
@@ -208,7 +262,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype, context: in
     context = context or 2048
     weights_bytes = sum(
         math.prod(spec.shape)
-        * (compute_dtype.itemsize if spec.dtype in FLOAT_DTYPES else spec.torch_dtype.itemsize)
+        * (compute_dtype.itemsize if spec.encoding.is_float else spec.torch_dtype.itemsize)
         for spec in checkpoint.tensors.values()
     )
     kv_bytes = sum(layer.nbytes(context, compute_dtype.itemsize) for layer in layers)
@@ -219,7 +273,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype, context: in
 def _resident_facts(
     checkpoint: Checkpoint, dtype: str | torch.dtype
 ) -> tuple[PretrainedConfig, torch.dtype, list[LayerShape]]:
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = AutoConfig.from_pretrained(checkpoint.config_dir)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
     return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[1]
 
@@ -239,6 +293,7 @@ def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
         specs={},
         weights=[],
         kernels={},
+        row_orders={},
         cache_layers=layers,
         meter=_resident_meter(config, compute_dtype, layers),
     )
@@ -272,7 +327,32 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
 def _match(
     model: PreTrainedModel, checkpoint: Checkpoint, packed: PackedFormat | None
 ) -> dict[str, TensorSpec]:
-    """The tensor of each parameter and persistent buffer, by transformers' own renaming rules."""
+    """The tensor of each parameter and persistent buffer."""
+    state = model.state_dict()
+    specs = specs_of(model, checkpoint) if checkpoint.architecture else _renamed(model, checkpoint)
+    if model.config.get_text_config().tie_word_embeddings:
+        for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
+            if source in specs and (target not in specs or packed is None):
+                specs[target] = specs[source]
+    if missing := sorted(
+        name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs
+    ):
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
+            "the checkpoint is incomplete or of another model"
+        )
+    for name, spec in specs.items():
+        shape = tuple(state[name].shape)
+        if spec.shape != (shape[::-1] if spec.transposed else shape) and not (packed and spec.dtype == "U8"):
+            raise CheckpointError(
+                f"{spec.file}: {spec.name!r} has shape {list(spec.shape)}, config.json says {list(shape)}; "
+                "the two do not belong together"
+            )
+    return specs
+
+
+def _renamed(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """The tensors that the file has for the model, by transformers' own renaming rules."""
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -292,23 +372,6 @@ def _match(
             f"{checkpoint.path}: {converted[0]} and {len(converted) - 1} more tensors are stored apart and joined when "
             f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they cannot be streamed yet"
         )
-    if model.config.get_text_config().tie_word_embeddings:
-        for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
-            if source in specs and (target not in specs or packed is None):
-                specs[target] = specs[source]
-    if missing := sorted(
-        name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs
-    ):
-        raise CheckpointError(
-            f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
-            "the checkpoint is incomplete or of another model"
-        )
-    for name, spec in specs.items():
-        if tuple(state[name].shape) != spec.shape and not (packed and spec.dtype == "U8"):
-            raise CheckpointError(
-                f"{spec.file}: {spec.name!r} has shape {list(spec.shape)}, config.json says {list(state[name].shape)}; "
-                "the two do not belong together"
-            )
     return specs
 
 
@@ -346,28 +409,23 @@ def _weight_of(
     name = linear.name + ".weight"
     spec = specs[name]
     out_features, in_features = linear.features
-    kernel: Kernel
     if packed is not None and spec.dtype == "U8":
         if spec.nbytes != packed_nbytes(packed, out_features, in_features):
             raise CheckpointError(
                 f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs "
                 f"{packed_nbytes(packed, out_features, in_features)}; quantise the original again"
             )
-        kernel = PackedKernel(in_features, packed)
+        kernel: Kernel = PackedKernel(in_features, packed)
         cuts = [
             (b.row_start, b.row_stop, b.offset_bytes, b.nbytes)
             for b in blocks(packed, out_features, in_features)
         ]
     else:
-        if spec.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{spec.file}: {name!r} has dtype {spec.dtype}; the weight of a linear can be {', '.join(sorted(FLOAT_DTYPES))}"
-            )
-        row_bytes = in_features * spec.torch_dtype.itemsize
-        if isinstance(linear.module, Conv1D):
+        row_bytes = spec.encoding.nbytes(in_features)
+        if isinstance(linear.module, Conv1D) and not spec.transposed:
             kernel, rows = Conv1DKernel(in_features, spec.torch_dtype, dtype), out_features
         else:
-            kernel = DenseKernel(in_features, spec.torch_dtype, dtype)
+            kernel = _kernel(spec, in_features, dtype)
             count = -(-out_features * row_bytes // PIECE_BYTES)
             rows = round_up(-(-out_features // count), ROW_MULTIPLE)
         starts = range(0, out_features, rows)
