@@ -737,7 +737,7 @@ class MemoryOfProcess:
     @classmethod
     def measure(cls, skeleton: Skeleton, *, with_tokenizer: bool) -> "MemoryOfProcess":
         """Measured after what every run does once, on a model of a few kilobytes, has been done."""
-        file_bytes = rehearse_once(skeleton.dtype, skeleton.attention)
+        file_bytes = rehearse_once(skeleton.dtype, skeleton.attention, skeleton.in_blocks)
         gc.collect()  # the dry run's model
         trim_heap()
         tokenizer = tokenizer_bytes(skeleton.checkpoint.config_dir) if with_tokenizer else 0

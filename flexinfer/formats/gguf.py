@@ -125,7 +125,8 @@ def _parts(file: Path) -> tuple[Path, ...]:
     parts = tuple(file.with_name(f"{named[1]}-{i:05d}-of-{named[3]}.gguf") for i in range(1, count + 1))
     if missing := [part.name for part in parts if not part.is_file()]:
         _refuse(
-            file, f"{len(missing)} of its {count} parts are not beside it, such as {missing[0]}; download them"
+            file,
+            f"{len(missing)} of its {count} parts are not beside it, such as {missing[0]}; download them",
         )
     return parts
 
@@ -199,7 +200,8 @@ def _tensor(source: "_Source", alignment: int) -> tuple[str, tuple[int, ...], En
     dimensions = source.number("I", name)
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         _refuse(
-            source.file, f"tensor {name!r} has {dimensions} dimensions, not 1 to 4: damaged; download it again"
+            source.file,
+            f"tensor {name!r} has {dimensions} dimensions, not 1 to 4: damaged; download it again",
         )
     shape = tuple(source.number("Q", name) for _ in range(dimensions))[::-1]
     kind, offset_bytes = source.number("I", name), source.number("Q", name)

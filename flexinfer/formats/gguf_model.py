@@ -145,12 +145,11 @@ def config_of(gguf: GGUF) -> dict[str, Any]:
         raise CheckpointError(f"{gguf.files[0]}: the architecture {name!r} cannot be run; {_what_works()}")
     if "token_embd.weight" not in gguf.tensors:
         raise CheckpointError(f"{gguf.files[0]}: has no tensor token_embd.weight; it is incomplete")
-    known = {theirs: _of(gguf, key) for key, theirs in GGUF_CONFIG_MAPPING[name].items() if theirs}
+    renames: dict[str, str | None] = GGUF_CONFIG_MAPPING[name]  # type: ignore[assignment]
+    known = {theirs: _of(gguf, key) for key, theirs in renames.items() if theirs}
     config = {theirs: value for theirs, value in known.items() if value is not None}
     config.pop("rope_theta", None)
-    ids = {
-        theirs: gguf.metadata.get(f"tokenizer.ggml.{ours}_token_id") for ours, theirs in TOKEN_IDS.items()
-    }
+    ids = {theirs: gguf.metadata.get(f"tokenizer.ggml.{ours}_token_id") for ours, theirs in TOKEN_IDS.items()}
     return (
         config
         | {theirs: value for theirs, value in ids.items() if value is not None}
@@ -299,9 +298,7 @@ def _llama3(gguf: GGUF, theta: float, rotated: int) -> dict[str, Any]:
 def _numbers(spec: TensorSpec) -> list[float]:
     """The numbers of a short tensor of float32."""
     if spec.dtype != "F32" or len(spec.shape) != 1 or spec.nbytes > 1 << 16:
-        raise CheckpointError(
-            f"{spec.file}: {spec.name} is no short row of F32: damaged; download it again"
-        )
+        raise CheckpointError(f"{spec.file}: {spec.name} is no short row of F32: damaged; download it again")
     with spec.file.open("rb") as stream:
         stream.seek(spec.offset_bytes)
         return list(struct.unpack(f"<{spec.shape[0]}f", stream.read(spec.nbytes)))
@@ -317,7 +314,7 @@ def specs_of(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, Tens
 
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
     names = get_tensor_name_map(number, model.config.num_hidden_layers)
-    processor = TENSOR_PROCESSORS.get(checkpoint.architecture, TensorProcessor)(model.config.to_dict())
+    processor = TENSOR_PROCESSORS.get(str(checkpoint.architecture), TensorProcessor)(model.config.to_dict())
     orders: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: all layers share them
     specs: dict[str, TensorSpec] = {}
     for parameter in model.state_dict():

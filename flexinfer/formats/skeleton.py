@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flexinfer.activations import PassMeter, meta_model
+from flexinfer.activations import PassMeter, Product, meta_model
 from flexinfer.imports import deferred
 
 with deferred():
@@ -66,7 +66,9 @@ def resolve(path_or_hub_id: str | Path, gguf_file: str | None = None) -> Path:
     if gguf_file is not None:
         wanted = [SPLIT_NAME.sub(r"\1-*-of-\3.gguf", gguf_file)]
     try:
-        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True)) / (gguf_file or "")
+        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True)) / (
+            gguf_file or ""
+        )
         Checkpoint.open(cached)  # all of it: a tokenizer that was loaded alone leaves a part of a snapshot
         return cached
     except Exception as why:
@@ -103,6 +105,11 @@ class Skeleton:
     def attention(self) -> str:
         """How attention is computed: transformers' name of it."""
         return self.model.config.get_text_config()._attn_implementation or "eager"
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether weights lie in ggml's blocks."""
+        return any(spec.encoding.torch_name is None for spec in self.specs.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,15 +155,17 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
     order, cache_layers = _dry_run(meta_model(config, compute_dtype), linears.keys())
     parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
+    row_orders = _row_orders(specs, weights)
+    products = [Product(weight, kernel, weight.name in row_orders) for weight, kernel in parts]
     skeleton = Skeleton(
         model=model,
         checkpoint=checkpoint,
         specs=specs,
         weights=weights,
         kernels={weight.name: kernel for weight, kernel in parts},
-        row_orders=_row_orders(specs, weights),
+        row_orders=row_orders,
         cache_layers=cache_layers,
-        meter=PassMeter(config, compute_dtype, cache_layers, weights),
+        meter=PassMeter(config, compute_dtype, cache_layers, products),
     )
     for name, spec in skeleton.resident.items():
         if spec.encoding.torch_name is None or spec.transposed:
@@ -178,11 +187,11 @@ def decoder_of(spec: TensorSpec) -> Callable[[Buffer, int], torch.Tensor]:
     width = spec.shape[-1]
     if spec.encoding.torch_name is not None:
         return lambda buffer, position: buffer.tensor(position, spec.torch_dtype, (width,))
-    from flexinfer.kernels.ggml import dequantize_rows  # loads a library
+    from flexinfer.kernels.ggml import TYPES, dequantize_rows  # loads a library
 
     def decode(buffer: Buffer, position: int) -> torch.Tensor:
         row = buffer.tensor(position, torch.uint8, (1, spec.row_bytes))
-        return dequantize_rows(spec.encoding.name, row, width)[0]
+        return dequantize_rows(TYPES[spec.encoding.name], row, width)[0]
 
     return decode
 
@@ -195,9 +204,9 @@ def _kernel(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel:
         raise CheckpointError(
             f"{spec.file}: {spec.name!r} has dtype {spec.dtype}; the weight of a linear can be {', '.join(sorted(FLOAT_NAMES))}"
         )
-    from flexinfer.kernels.ggml import GgmlKernel  # loads a library
+    from flexinfer.kernels.ggml import TYPES, GgmlKernel  # loads a library
 
-    return GgmlKernel(in_features, spec.encoding.name, dtype)
+    return GgmlKernel(in_features, TYPES[spec.encoding.name], dtype)
 
 
 def _packed_format(config: PretrainedConfig) -> PackedFormat | None:
