@@ -50,6 +50,7 @@ INSTALL = "pip install transcribe-cpp-native==0.4.1"
 VERSION = "0.26."  # of ggml: the structures below are laid out as in its header
 TILED_ROWS = 8  # activation rows from which on types in blocks of 256 are multiplied in tiles
 WORK_ROWS = 512  # activation rows that are multiplied at a time
+F32_ID = 0  # of the type of activations and outputs
 ONE_THREAD_WORK = 1 << 19  # products of fewer multiplications are not worth waking another thread
 
 
@@ -73,11 +74,8 @@ class GgmlType:
         return in_features // self.block_elements * self.block_bytes
 
 
-# What ggml multiplies. The names and numbers are those of the GGUF format.
+# The names and numbers are those of the GGUF format.
 _TYPES = (
-    GgmlType("F32", 0, 1, 4),
-    GgmlType("F16", 1, 1, 2),
-    GgmlType("BF16", 30, 1, 2),
     GgmlType("Q4_0", 2, 32, 18),
     GgmlType("Q4_1", 3, 32, 20),
     GgmlType("Q5_0", 6, 32, 22),
@@ -235,7 +233,7 @@ class Library:
         self._pools: dict[int, int] = {}  # by number of threads
         cpu.ggml_cpu_init()
         context = base.ggml_init(_Init(16384, None, True))
-        weight, x = (base.ggml_new_tensor_2d(context, TYPES["F32"].id, 1, 1) for _ in range(2))
+        weight, x = (base.ggml_new_tensor_2d(context, F32_ID, 1, 1) for _ in range(2))
         y = base.ggml_mul_mat(context, weight, x)
         self._graph = base.ggml_new_graph_custom(context, 4, False)
         base.ggml_build_forward_expand(self._graph, y)
@@ -270,9 +268,6 @@ class Library:
                 "weight: holds NaN or infinity; the checkpoint is damaged or not meant to be quantised"
             )
         rows, in_features = weight.shape
-        if kind.name == "F32":
-            packed.view(torch.float32).copy_(weight)
-            return
         done = self._base.ggml_quantize_chunk(
             kind.id, weight.data_ptr(), packed.data_ptr(), 0, rows, in_features, None
         )
@@ -280,9 +275,6 @@ class Library:
 
     def dequantize(self, kind: GgmlType, packed: torch.Tensor, weight: torch.Tensor) -> None:
         """packed uint8 [rows, row_bytes] into weight float32 [rows, in], both contiguous."""
-        if kind.name == "F32":
-            weight.copy_(packed.view(torch.float32))
-            return
         traits = self._base.ggml_get_type_traits(kind.id).contents
         _TO_FLOAT(traits.to_float)(packed.data_ptr(), weight.data_ptr(), weight.numel())
 
