@@ -8,6 +8,7 @@ reads it as it is, in a third of that. What comes out is a stock transformers to
 from pathlib import Path
 
 from flexinfer.formats.checkpoint import CheckpointError
+from flexinfer.formats.gguf_model import NO_TOKENIZER
 from flexinfer.imports import deferred
 from flexinfer.streaming.memory import return_freed_memory, trim_heap
 
@@ -27,6 +28,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     return_freed_memory()
     if not has_tokenizer(path):
+        if (path / NO_TOKENIZER).is_file():
+            why = (path / NO_TOKENIZER).read_text()
+            raise CheckpointError(
+                f"no tokenizer could be made from the GGUF file: {why}; load one of your own"
+            )
         raise CheckpointError(
             f"{path}: no tokenizer beside the weights; put its files there (tokenizer.json, ...)"
         )

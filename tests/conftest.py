@@ -16,7 +16,9 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 import flexinfer
+import flexinfer.formats.gguf_model
 import flexinfer.formats.skeleton
+from flexinfer.streaming.cache import cache_argument
 
 settings.register_profile("flexinfer", deadline=None)  # a busy machine is no failure
 settings.load_profile("flexinfer")
@@ -86,6 +88,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept of GGUF files is kept for this run alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(flexinfer.formats.gguf_model, "cache_dir", lambda: folder)
+        yield
+
+
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of a few tens of KiB in several pieces."""
@@ -149,8 +160,8 @@ def logits(
             model(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_argument(model.forward): cache},
                 **({} if model.config.model_type == "opt" else {"position_ids": positions}),
             ).logits
         )

@@ -181,7 +181,9 @@ def write_model(
 
 def _values(config: PretrainedConfig, facts: Family) -> dict[str, Any]:
     def of(*names: str) -> Any:
-        return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+        return next(
+            (getattr(config, name) for name in names if getattr(config, name, None) is not None), None
+        )
 
     rms, plain = of("rms_norm_eps"), of("norm_epsilon", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
     values = {
@@ -201,9 +203,7 @@ def _values(config: PretrainedConfig, facts: Family) -> dict[str, Any]:
     return {key: value for key, value in (values | facts.values).items() if value is not None}
 
 
-def _parameters(
-    model: PreTrainedModel, kinds: Sequence[str]
-) -> Iterator[tuple[str, nn.Parameter, str]]:
+def _parameters(model: PreTrainedModel, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Parameter, str]]:
     """Name, parameter and type; each matrix in the next of `kinds`."""
     kind_of = cycle(kinds)
     for name, parameter in model.named_parameters():
@@ -252,7 +252,9 @@ def _store(
 class WholeLinear(nn.Module):
     """A linear whose weight is whole in memory, as blocks, and multiplied in one call of the kernel."""
 
-    def __init__(self, stored: Stored, bias: torch.Tensor | None, in_features: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, stored: Stored, bias: torch.Tensor | None, in_features: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self._kernel = GgmlKernel(in_features, TYPES[stored.kind], dtype)
         self._blocks, self._order = torch.from_numpy(stored.data), stored.order
@@ -268,11 +270,21 @@ def whole_model(written: Written, dtype: torch.dtype = torch.float32) -> PreTrai
     model = AutoModelForCausalLM.from_pretrained(written.stock, dtype=dtype).eval()
     names = dict(written.stored)
     if model.config.tie_word_embeddings:
-        names["lm_head.weight"] = names["model.embed_tokens.weight" if "model.embed_tokens.weight" in names else "transformer.wte.weight"]
+        names["lm_head.weight"] = names[
+            "model.embed_tokens.weight" if "model.embed_tokens.weight" in names else "transformer.wte.weight"
+        ]
     for name, stored in names.items():
         path = name.removesuffix(".weight")
         module: Any = model.get_submodule(path) if name.endswith(".weight") else None
         if stored.kind in TYPES and isinstance(module, nn.Linear | Conv1D):
             in_features = module.nx if isinstance(module, Conv1D) else module.in_features
             model.set_submodule(path, WholeLinear(stored, module.bias, in_features, dtype))
+        elif isinstance(module, Conv1D):  # in a GGUF file its rows are outputs, as those of all linears
+            linear = nn.Linear(module.nx, module.nf, dtype=dtype)
+            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
+            model.set_submodule(path, linear)
+        elif isinstance(
+            module, nn.Linear
+        ):  # float32 made of float16 is a copy, and so aligned; a mapped one is as it lies
+            module.weight.data = module.weight.data.clone()
     return model

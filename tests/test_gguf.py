@@ -1,7 +1,6 @@
 """GGUF files: what is computed from them, in every family and budget."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +25,6 @@ def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
     return make
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
@@ -46,9 +40,7 @@ def test_floats_give_what_the_stock_model_gives(gguf_model: WriteGGUF, load: Loa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_give_about_what_their_numbers_give(
-    gguf_model: WriteGGUF, load: Load, family: str
-) -> None:
+def test_blocks_give_about_what_their_numbers_give(gguf_model: WriteGGUF, load: Load, family: str) -> None:
     """ggml rounds activations to 8 bit as well."""
     written = gguf_model(family)
     model, reference = load(written.file), stock(written.stock)
@@ -57,9 +49,7 @@ def test_blocks_give_about_what_their_numbers_give(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_budget_gives_the_bits_of_whole_weights(
-    gguf_model: WriteGGUF, load: Load, family: str
-) -> None:
+def test_every_budget_gives_the_bits_of_whole_weights(gguf_model: WriteGGUF, load: Load, family: str) -> None:
     written = gguf_model(family)
     model, reference = load(written.file), whole_model(written)
     assert model.flexinfer.plan.streamed_bytes == 0

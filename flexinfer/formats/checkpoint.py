@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if (
-    TYPE_CHECKING
-):  # what makes a tokenizer in a process of its own reads headers too, and has no room for torch
+if TYPE_CHECKING:  # not for the process that makes a tokenizer
     import torch
 
 SINGLE_FILE = "model.safetensors"
@@ -104,9 +102,7 @@ class Checkpoint:
     path: Path  # of the directory, or of the (first) GGUF file
     tensors: dict[str, TensorSpec]
     config_dir: Path  # where config.json and the tokenizer lie
-    architecture: str | None = (
-        None  # llama.cpp's name of it, for a GGUF file, whose tensors have llama.cpp's names
-    )
+    architecture: str | None = None  # llama.cpp's name of it, as the tensors' names are: for GGUF alone
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":

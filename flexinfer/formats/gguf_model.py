@@ -121,6 +121,8 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
         return
     command = [sys.executable, "-m", "flexinfer.formats.gguf_tokenizer", str(gguf.files[0]), str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stdout:
+        warnings.warn(f"{gguf.files[0]}: {done.stdout.strip()}", RuntimeWarning, stacklevel=2)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         (directory / NO_TOKENIZER).write_text(last)

@@ -47,9 +47,7 @@ def make_tokenizer(file: Path, directory: Path) -> None:
             ]
         )
     elif tokens["tokenizer_type"] == "gpt2" and kind not in GGUF_PRE_TOKENIZER_SPLITS and kind not in AS_GPT2:
-        print(
-            f"tokenizer.ggml.pre is {kind!r}, which is not known: text is cut as GPT-2 does", file=sys.stderr
-        )
+        print(f"tokenizer.ggml.pre is {kind!r}, which is not known: text is cut as GPT-2 does")
     if tokens["tokenizer_type"] == "llama":
         config.setdefault("add_bos_token", True)
     for name, theirs in SPECIAL.items():
