@@ -28,6 +28,8 @@ import numpy.typing as npt
 
 from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
 from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, read_gguf
+from flexinfer.machine import anonymous_bytes, available_bytes
+from flexinfer.plan import format_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +53,7 @@ ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
 CACHE_VERSION = 1  # of what is kept
+TOKENIZER_BYTES, TOKEN_BYTES = 70 << 20, 1200  # of the process that makes a tokenizer, and for each token
 
 
 def gguf_in(path: Path) -> Path | None:
@@ -116,9 +119,17 @@ def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
     """Have the tokenizer made in a process of its own. Where none can be made, the reason is left in its place."""
-    if gguf.metadata.get("tokenizer.ggml.model") in {None, "none", "no_vocab"}:
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, LongArray):
         (directory / NO_TOKENIZER).write_text("the file has none")
         return
+    needed_bytes = TOKENIZER_BYTES + TOKEN_BYTES * tokens.count
+    spare_bytes = available_bytes() - anonymous_bytes()
+    if spare_bytes < needed_bytes:
+        raise CheckpointError(
+            f"{gguf.files[0]}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
+            f"to spare; run `flexinfer plan {gguf.files[0]}` where there is more: it is kept in {directory.parent}"
+        )
     command = [sys.executable, "-m", "flexinfer.formats.gguf_tokenizer", str(gguf.files[0]), str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.stdout:
