@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from flexinfer.kernels.ggml import TYPES, GgmlKernel, dequantize_rows, quantize_rows
 
 MIX = ("Q4_K", "Q6_K", "Q5_0", "Q8_0", "Q4_0", "F16")
+CALIBRATED = {"IQ1_S", "IQ2_XS", "IQ2_XXS"}  # cannot be made of weights alone
 SHAPE: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -237,7 +238,7 @@ def _store(
     if facts.norms_plus_one and name.endswith("norm.weight"):
         rows = rows + 1
     if kind in TYPES:
-        blocks = quantize_rows(TYPES[kind], rows)
+        blocks = _random_blocks(kind, rows) if kind in CALIBRATED else quantize_rows(TYPES[kind], rows)
         data, numbers = blocks.numpy(), dequantize_rows(TYPES[kind], blocks, rows.shape[1])
     else:
         data = rows.numpy().astype({"F16": np.float16, "F32": np.float32}[kind])
@@ -247,6 +248,14 @@ def _store(
     in_order = numbers if order is None else numbers[order]
     parameter.copy_(in_order.T if transposed else in_order)
     return Stored(kind, data, order)
+
+
+def _random_blocks(kind: str, rows: torch.Tensor) -> torch.Tensor:
+    """Blocks [rows, row_bytes] of no numbers in particular, their scales small."""
+    count = rows.shape[1] // TYPES[kind].block_elements
+    blocks = torch.randint(0, 256, (len(rows), count, TYPES[kind].block_bytes), dtype=torch.uint8)
+    blocks[..., :2] = torch.tensor([0.001], dtype=torch.float16).view(torch.uint8)
+    return blocks.flatten(1)
 
 
 class WholeLinear(nn.Module):

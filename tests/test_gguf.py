@@ -1,13 +1,28 @@
 """GGUF files: what is computed from them, in every family and budget."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import Load, logits, prompt, resize_to_share, stock
 from gguf_models import FAMILIES, MIX, Written, whole_model, write_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import flexinfer.kernels.ggml
+from flexinfer import CheckpointError
+from flexinfer.formats.gguf import BLOCKS
+from flexinfer.kernels.ggml import GgmlError
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 WriteGGUF = Callable[..., Written]
 
 
@@ -60,3 +75,169 @@ def test_every_budget_gives_the_bits_of_whole_weights(gguf_model: WriteGGUF, loa
         assert model.flexinfer.plan.streamed_bytes > 0
         for batch, theirs in expected.items():
             assert torch.equal(logits(model, prompt(batch)), theirs), share
+
+
+def divisors(config: transformers.PretrainedConfig, name: str) -> torch.Tensor:
+    """What the rotary frequencies of `name` are divided by, as llama.cpp's converter writes it for Llama 3."""
+    scaled, _ = ROPE_INIT_FUNCTIONS[name](config, device=None)
+    width = config.hidden_size // config.num_attention_heads
+    theta = config.rope_parameters["rope_theta"]
+    unscaled = theta ** -(torch.arange(0, width, 2).float() / width)
+    return unscaled / scaled
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "long_factor": [1.0 + 0.25 * i for i in range(32)],
+    "short_factor": [1.0 + 0.01 * i for i in range(32)],
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.25,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def scaled_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], name: str) -> None:
+    """What llama.cpp's converter adds to the file for `rope`."""
+    if rope is LLAMA3:
+        config = FAMILIES["llama"].config(rope_parameters=LLAMA3)
+        writer.add_tensor("rope_freqs.weight", divisors(config, "llama3").numpy())
+    elif rope is LONG:
+        for length in ("long", "short"):
+            factors = np.array(LONG[f"{length}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{length}.weight", factors)
+        writer.add_uint32(f"{name}.rope.scaling.original_context_length", 16)
+        writer.add_float32(f"{name}.rope.scaling.attn_factor", 1.25)
+    else:
+        writer.add_string(f"{name}.rope.scaling.type", rope["rope_type"])
+        writer.add_float32(f"{name}.rope.scaling.factor", rope["factor"])
+        writer.add_uint32(f"{name}.rope.scaling.original_context_length", 32)
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("llama", LLAMA3),
+        ("phi3", LONG),
+        ("qwen2", YARN),
+        ("llama", {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}),
+    ],
+    ids=["llama3", "longrope", "yarn", "linear"],
+)
+@pytest.mark.parametrize("tokens", [7, 40])
+def test_scaled_rotations(tmp_path: Path, load: Load, family: str, rope: dict[str, Any], tokens: int) -> None:
+    more = {"original_max_position_embeddings": 16} if rope is LONG else {}
+    written = write_model(
+        tmp_path,
+        family,
+        ("F32",),
+        change=lambda writer: scaled_rope(writer, rope, family),
+        rope_parameters=rope,
+        **more,
+    )
+    model, reference = load(written.file), stock(written.stock)
+    ids = prompt(1, tokens)
+    assert relative_error(logits(model, ids), logits(reference, ids)) < 1e-5
+
+
+def test_a_rotation_that_is_not_known_is_refused(tmp_path: Path, load: Load) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", np.linspace(1, 7, 32, dtype=np.float32))
+
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight scales the rotation"):
+        load(write_model(tmp_path, "llama", change=add).file)
+
+
+@pytest.mark.parametrize("kind", [encoding.name for encoding in BLOCKS.values()])
+def test_every_type_of_blocks(tmp_path: Path, load: Load, kind: str) -> None:
+    written = write_model(tmp_path, "llama", (kind,), num_hidden_layers=1)
+    model, reference = load(written.file), whole_model(written)
+    expected = logits(reference, prompt(2))
+    assert torch.equal(logits(model, prompt(2)), expected)
+    assert bool(expected.isfinite().all())
+    resize_to_share(model, 0.3)
+    assert torch.equal(logits(model, prompt(2)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_computing_in_half_precision(gguf_model: WriteGGUF, load: Load, dtype: torch.dtype) -> None:
+    written = gguf_model("llama", ("Q4_K", "Q8_0"))
+    model, reference = load(written.file, dtype=dtype), whole_model(written, dtype)
+    assert model.dtype == dtype
+    expected = logits(reference, prompt(2))
+    assert torch.equal(logits(model, prompt(2)), expected)
+    resize_to_share(model, 0.3)
+    assert torch.equal(logits(model, prompt(2)), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("io_threads", [0, 3])
+@pytest.mark.parametrize("policy", ["none", "algorithm1", "unbalanced"])
+def test_policies_threads_and_tied_heads(
+    gguf_model: WriteGGUF, load: Load, tied: bool, io_threads: int, policy: str
+) -> None:
+    written = gguf_model("llama", tie_word_embeddings=tied)
+    model = load(written.file, policy=policy, io_threads=io_threads, window="2 layers")
+    if policy != "none":
+        resize_to_share(model, 0.5)
+    assert model.flexinfer.plan.streamed_bytes > 0
+    assert torch.equal(logits(model, prompt()), logits(whole_model(written), prompt()))
+
+
+def test_generating_is_the_same_in_every_budget(gguf_model: WriteGGUF, load: Load) -> None:
+    model = load(gguf_model("qwen3").file)
+    ids = prompt(2)
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **call)
+    for share in (0.0, 0.6):
+        resize_to_share(model, share)
+        assert torch.equal(model.generate(ids, **call), expected)
+
+
+def test_ggml_is_not_there(gguf_model: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(pid: int) -> None:
+        raise GgmlError("ggml is not installed; run `pip install`")
+
+    monkeypatch.setattr(flexinfer.kernels.ggml, "_library", missing)
+    files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError, match="pip install"):
+        load(gguf_model("llama").file)
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_hub_id_with_a_file_is_taken_from_the_cache(gguf_model: WriteGGUF, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = repository / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    for name in ("small.gguf", "other.gguf"):
+        shutil.copy(gguf_model("llama").file, snapshot / name)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    program = (
+        "import flexinfer\n"
+        "model = flexinfer.from_pretrained('someone/tiny', '2GiB', gguf_file='small.gguf', context=32)\n"
+        "print(type(model).__name__)\n"
+        "model.flexinfer.close()\n"
+    )
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "FLEXINFER_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "LlamaForCausalLM", done.stderr

@@ -18,13 +18,8 @@ SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padd
 END_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 EACH_DIGIT = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"}  # of an answer
-WHOLE_WORDS = {
-    "falcon3",
-    "llama-bpe",
-    "llama-v3",
-    "llama3",
-    "tekken",
-}  # a word of the vocabulary is never cut; texts begin with BOS
+# Of these a word of the vocabulary is never cut, and a text begins with BOS unless it is said otherwise.
+WHOLE_WORDS = {"falcon3", "llama-bpe", "llama-v3", "llama3", "tekken"}
 AS_GPT2 = {"default", "gpt-2", "jais", "mpt", "olmo", "phi-2"}
 
 
