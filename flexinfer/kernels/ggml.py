@@ -1,29 +1,32 @@
 """ggml's kernels: quantised rows as they lie in a GGUF file, multiplied where they are. The one module that calls ggml.
 
-A row of a weight is `in_features` numbers in blocks of 32 or 256, each block with its scales: a few bytes that ggml alone has to
-understand. Activations are float32; ggml quantises them itself (to 8 bit, a row at a time) before it multiplies, as llama.cpp does.
+A row of a weight is `in_features` numbers in blocks of 32 or 256, each block with its scales: bytes that ggml alone has to understand.
+Activations are float32; ggml quantises them itself (to 8 bit, a row at a time) before it multiplies, as llama.cpp does.
 
-How it is called. One graph of one product is built once; types, shapes and addresses are set before each call, so nothing is built
-or kept per shape. ggml works in a thread pool of its own, which sleeps between calls: it does not spin while the disk is
-awaited or torch computes. Calls come one at a time (a lock); the interpreter is free meanwhile.
+How it is called. A graph of one product is built once for each thread; type, shape and addresses are set before each call, so nothing is kept
+per shape. The threads are torch's own: each multiplies its share of the output rows, with ggml on one thread. A pool of ggml's beside torch's
+would have to share the cores with threads of torch that spin for some milliseconds after each operation: twice the time (docs/log.md).
+Calls come one at a time (a lock); the interpreter is free meanwhile.
 
-What does not change a bit: cutting a weight by output rows, the address of its bytes, the number of threads. Activation rows do not depend on
-one another either, but from 8 rows on ggml takes another way for types in blocks of 256 (TILED_ROWS), whose sums are in
-another order. So row i of a batch equals the single row where both have fewer rows than that, or both have at least as many; and always for
-types in blocks of 32.
+What changes no bit: cutting a weight by output rows, the address of its bytes, the number of threads. (Tested on x86 with every kernel of the
+library; on ARM with i8mm ggml takes rows in pairs, so there it holds for even cuts.) Activation rows do not depend on one another, but ggml may have
+two ways with sums in another order: for types in blocks of 256 one for fewer than 8 activation rows and one for more, for IQ4_NL one
+for a single row and one for more. Row i of a batch equals row i of another batch that goes the same way.
 
-Cost: each byte is read once, and bound by memory at a few rows; at many rows by arithmetic. More than WORK_ROWS rows are multiplied in
-equal parts, so that what ggml writes meanwhile (quantised activations, float32 outputs) stays bounded: see `work_bytes`.
+Cost: each byte is read once, so it is bound by memory at a few activation rows, and by arithmetic at many. More than WORK_ROWS
+rows are multiplied in equal parts, so that what ggml writes meanwhile stays bounded: see `work_bytes`.
 
-Who ships ggml: the wheel of transcribe-cpp-native has it with kernels for every kind of CPU, chosen when it is loaded; docs/log.md says
-why that one. Not here: files (flexinfer.formats) and memory (the caller owns the bytes).
+Who ships ggml: the wheel of transcribe-cpp-native has it with kernels for every kind of CPU, of which the best is chosen here; docs/log.md says why
+that one. Not here: files (flexinfer.formats) and memory (the caller owns the bytes). bf16, fp16 and fp32 have
+torch's kernels (flexinfer.kernels.dense): with ggml's a cut by rows would change bits.
 """
 
 import ctypes
 import importlib.util
-import os
 import threading
+from collections.abc import Iterator
 from ctypes import (
+    CFUNCTYPE,
     POINTER,
     Structure,
     byref,
@@ -34,12 +37,14 @@ from ctypes import (
     c_int32,
     c_int64,
     c_size_t,
+    c_uint,
     c_uint32,
     c_void_p,
 )
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,9 +53,9 @@ from flexinfer.streaming.memory import Buffer
 PACKAGE = "transcribe_cpp_native"
 INSTALL = "pip install transcribe-cpp-native==0.4.1"
 VERSION = "0.26."  # of ggml: the structures below are laid out as in its header
-TILED_ROWS = 8  # activation rows from which on types in blocks of 256 are multiplied in tiles
+F32 = 0  # ggml's number for the type of activations and outputs
 WORK_ROWS = 512  # activation rows that are multiplied at a time
-F32_ID = 0  # of the type of activations and outputs
+SHARE_ROWS = 16  # output rows of a thread are a multiple of this: float32 outputs of one cache line
 ONE_THREAD_WORK = 1 << 19  # products of fewer multiplications are not worth waking another thread
 
 
@@ -69,38 +74,41 @@ class GgmlType:
 
     def row_bytes(self, in_features: int) -> int:
         """Bytes of a row. Raises: GgmlError if the row does not end with a block."""
-        if in_features % self.block_elements:
+        blocks, rest = divmod(in_features, self.block_elements)
+        if rest:
             raise GgmlError(f"{self.name}: rows of {in_features} are no multiple of {self.block_elements}")
-        return in_features // self.block_elements * self.block_bytes
+        return blocks * self.block_bytes
 
 
-# The names and numbers are those of the GGUF format.
-_TYPES = (
-    GgmlType("Q4_0", 2, 32, 18),
-    GgmlType("Q4_1", 3, 32, 20),
-    GgmlType("Q5_0", 6, 32, 22),
-    GgmlType("Q5_1", 7, 32, 24),
-    GgmlType("Q8_0", 8, 32, 34),
-    GgmlType("Q2_K", 10, 256, 84),
-    GgmlType("Q3_K", 11, 256, 110),
-    GgmlType("Q4_K", 12, 256, 144),
-    GgmlType("Q5_K", 13, 256, 176),
-    GgmlType("Q6_K", 14, 256, 210),
-    GgmlType("IQ1_S", 19, 256, 50),
-    GgmlType("IQ1_M", 29, 256, 56),
-    GgmlType("IQ2_XXS", 16, 256, 66),
-    GgmlType("IQ2_XS", 17, 256, 74),
-    GgmlType("IQ2_S", 22, 256, 82),
-    GgmlType("IQ3_XXS", 18, 256, 98),
-    GgmlType("IQ3_S", 21, 256, 110),
-    GgmlType("IQ4_NL", 20, 32, 18),
-    GgmlType("IQ4_XS", 23, 256, 136),
-    GgmlType("TQ1_0", 34, 256, 54),
-    GgmlType("TQ2_0", 35, 256, 66),
-    GgmlType("MXFP4", 39, 32, 17),
-    GgmlType("NVFP4", 40, 64, 36),
-)
-TYPES = {one.name: one for one in _TYPES}
+# Names and numbers are those of the GGUF format.
+TYPES = {
+    kind.name: kind
+    for kind in (
+        GgmlType("Q4_0", 2, 32, 18),
+        GgmlType("Q4_1", 3, 32, 20),
+        GgmlType("Q5_0", 6, 32, 22),
+        GgmlType("Q5_1", 7, 32, 24),
+        GgmlType("Q8_0", 8, 32, 34),
+        GgmlType("Q2_K", 10, 256, 84),
+        GgmlType("Q3_K", 11, 256, 110),
+        GgmlType("Q4_K", 12, 256, 144),
+        GgmlType("Q5_K", 13, 256, 176),
+        GgmlType("Q6_K", 14, 256, 210),
+        GgmlType("IQ1_S", 19, 256, 50),
+        GgmlType("IQ1_M", 29, 256, 56),
+        GgmlType("IQ2_XXS", 16, 256, 66),
+        GgmlType("IQ2_XS", 17, 256, 74),
+        GgmlType("IQ2_S", 22, 256, 82),
+        GgmlType("IQ3_XXS", 18, 256, 98),
+        GgmlType("IQ3_S", 21, 256, 110),
+        GgmlType("IQ4_NL", 20, 32, 18),
+        GgmlType("IQ4_XS", 23, 256, 136),
+        GgmlType("TQ1_0", 34, 256, 54),
+        GgmlType("TQ2_0", 35, 256, 66),
+        GgmlType("MXFP4", 39, 32, 17),
+        GgmlType("NVFP4", 40, 64, 36),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +136,10 @@ class GgmlKernel:
         return 0
 
     def work_bytes(self, activation_rows: int, output_rows: int) -> int:
-        """Quantised activations and ggml's tiles; in another dtype than float32 also a copy of both sides in that."""
+        """What ggml writes besides the output; and where that is not float32, a copy of both sides in float32."""
         rows = min(activation_rows, WORK_ROWS)
-        copied_bytes = 0 if self.dtype == torch.float32 else 4 * rows * (self.in_features + output_rows)
-        return library().work_bytes(self.type, self.in_features, output_rows, rows) + copied_bytes
+        copies_bytes = 0 if self.dtype == torch.float32 else 4 * rows * (self.in_features + output_rows)
+        return library().work_bytes(self.type, self.in_features, output_rows, rows) + copies_bytes
 
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         """uint8 [rows, row_bytes], at any address."""
@@ -140,43 +148,47 @@ class GgmlKernel:
     def multiply(
         self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        assert view.shape == (rows, self.row_bytes)
-        assert view.is_contiguous()
         flat = x.reshape(-1, self.in_features)  # [activation rows, in]
-        y = x.new_empty(flat.shape[0], rows)
-        parts = -(-flat.shape[0] // WORK_ROWS)
-        for part, out in zip(flat.tensor_split(parts), y.tensor_split(parts), strict=True) if parts else ():
-            product = out if out.dtype == torch.float32 else torch.empty(out.shape)
-            library().multiply(self.type, view, part.float().contiguous(), product)
-            if bias is not None:
-                product += bias
-            if product is not out:
-                out.copy_(product)
+        y = x.new_empty(len(flat), rows)
+        if len(flat) <= WORK_ROWS:
+            self._multiply(flat, view, y, bias)
+        else:
+            parts = -(-len(flat) // WORK_ROWS)
+            for part, out in zip(flat.tensor_split(parts), y.tensor_split(parts), strict=True):
+                self._multiply(part, view, out, bias)
         return y.view(*x.shape[:-1], rows)
+
+    def _multiply(
+        self, x: torch.Tensor, view: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """y [n, rows] = x [n, in] times the rows in `view`, plus `bias`; sums in float32, rounded once."""
+        product = y if y.dtype == torch.float32 else torch.empty(y.shape)
+        library().multiply(self.type, view, x.float().contiguous(), product)
+        if bias is not None:
+            product += bias
+        if product is not y:
+            y.copy_(product)
 
 
 def quantize_rows(kind: GgmlType, weight: torch.Tensor) -> torch.Tensor:
-    """weight float32 [rows, in_features] in blocks of `kind`: uint8 [rows, row_bytes]. Uses one thread; may be called from several.
+    """weight [rows, in_features] in blocks of `kind`: uint8 [rows, row_bytes]. Uses one thread; may be called from several.
 
     Raises: GgmlError for a type that needs calibration, rows that do not end with a block, and numbers that are not finite.
     """
-    rows, in_features = weight.shape
-    packed = torch.empty(rows, kind.row_bytes(in_features), dtype=torch.uint8)
+    packed = torch.empty(len(weight), kind.row_bytes(weight.shape[1]), dtype=torch.uint8)
     library().quantize(kind, weight.float().contiguous(), packed)
     return packed
 
 
 def dequantize_rows(kind: GgmlType, packed: torch.Tensor, in_features: int) -> torch.Tensor:
     """uint8 [rows, row_bytes] as float32 [rows, in_features]. Uses one thread; may be called from several."""
-    assert packed.dtype == torch.uint8
-    assert packed.shape[1] == kind.row_bytes(in_features)
-    weight = torch.empty(packed.shape[0], in_features)
+    weight = torch.empty(len(packed), in_features)
     library().dequantize(kind, packed.contiguous(), weight)
     return weight
 
 
 def rehearse() -> None:
-    """Do once what every run does once: load ggml, start its threads, multiply few rows and many."""
+    """Do once what every run does once: load ggml, set its graphs up, multiply few rows and many."""
     for name in ("Q4_0", "Q4_K"):
         kernel = GgmlKernel(1024, TYPES[name], torch.float32)
         view = torch.zeros(1024, kernel.row_bytes, dtype=torch.uint8)
@@ -184,13 +196,9 @@ def rehearse() -> None:
             kernel.multiply(torch.ones(activation_rows, kernel.in_features), view, len(view), None)
 
 
+@cache
 def library() -> "Library":
     """ggml, loaded by the first who asks. Raises: GgmlError where it is not installed."""
-    return _library(os.getpid())  # threads do not survive a fork
-
-
-@cache
-def _library(pid: int) -> "Library":
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise GgmlError(f"ggml is not installed, which multiplies the weights of GGUF files; run `{INSTALL}`")
@@ -203,13 +211,12 @@ class Library:
     def __init__(self, folder: Path) -> None:
         try:
             base = ctypes.CDLL(str(folder / "libggml-base.so"))
-            cpu = ctypes.CDLL(str(_best(folder)))
+            cpu = ctypes.CDLL(str(best_kernels(folder)))
         except OSError as error:
             raise GgmlError(f"ggml cannot be loaded ({error}); run `{INSTALL}`") from error
-        signatures = (
+        signatures: tuple[tuple[Any, Any, list[Any]], ...] = (
             (base.ggml_version, c_char_p, []),
             (base.ggml_init, c_void_p, [_Init]),
-            (base.ggml_tensor_overhead, c_size_t, []),
             (base.ggml_new_tensor_2d, c_void_p, [c_void_p, c_int, c_int64, c_int64]),
             (base.ggml_mul_mat, c_void_p, [c_void_p, c_void_p, c_void_p]),
             (base.ggml_new_graph_custom, c_void_p, [c_void_p, c_size_t, c_bool]),
@@ -222,42 +229,40 @@ class Library:
             (cpu.ggml_threadpool_new, c_void_p, [POINTER(_PoolParams)]),
             (cpu.ggml_graph_plan, _Plan, [c_void_p, c_int, c_void_p]),
             (cpu.ggml_graph_compute, c_int, [c_void_p, POINTER(_Plan)]),
-             )  # fmt: skip
+        )  # fmt: skip
         for function, result, arguments in signatures:
             function.restype, function.argtypes = result, arguments
         self.version = base.ggml_version().decode()
         if not self.version.startswith(VERSION):
             raise GgmlError(f"ggml {self.version} is installed, flexinfer knows {VERSION}x; run `{INSTALL}`")
-        self._base, self._cpu = base, cpu
-        self._lock = threading.Lock()
-        self._pools: dict[int, int] = {}  # by number of threads
         cpu.ggml_cpu_init()
-        context = base.ggml_init(_Init(16384, None, True))
-        weight, x = (base.ggml_new_tensor_2d(context, F32_ID, 1, 1) for _ in range(2))
-        y = base.ggml_mul_mat(context, weight, x)
-        self._graph = base.ggml_new_graph_custom(context, 4, False)
-        base.ggml_build_forward_expand(self._graph, y)
-        self._weight, self._x, self._y = (_Tensor.from_address(address) for address in (weight, x, y))
-        assert self._y.src[:2] == [weight, x]
+        self._base, self._cpu = base, cpu
+        self._team = _Team()
+        self._products = [_Product(base, cpu)]  # one for each thread
+        self._lock = threading.Lock()
 
     def multiply(self, kind: GgmlType, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y [n, rows] = x [n, in] times the rows of `weight`; x and y float32, all contiguous."""
-        n, in_features = x.shape
-        rows = y.shape[1]
+        """y [n, rows] = x [n, in] times the rows in `weight`; x and y float32, all contiguous."""
+        (n, in_features), rows = x.shape, y.shape[1]
+        assert weight.shape == (rows, kind.row_bytes(in_features))
         threads = torch.get_num_threads() if n * rows * in_features >= ONE_THREAD_WORK else 1
         with self._lock:
-            plan = self._plan(kind, in_features, rows, n, threads)
-            work = torch.empty(plan.work_size, dtype=torch.uint8)
-            plan.work_data = work.data_ptr()
-            self._weight.data, self._x.data, self._y.data = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-            status = self._cpu.ggml_graph_compute(self._graph, byref(plan))
-        if status:
-            raise RuntimeError(f"ggml: status {status} for {kind.name}, {n} x {in_features} x {rows}")
+            products = self._shares(kind, in_features, rows, n, threads)
+            addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
+            work = [product.at(*addresses) for product in products]
+            self._team.run(products)
+            del work
+        for product in products:
+            if product.status:
+                raise RuntimeError(
+                    f"ggml: status {product.status} for {kind.name}, {n} x {in_features} x {rows}"
+                )
 
     def work_bytes(self, kind: GgmlType, in_features: int, rows: int, n: int) -> int:
         """Memory that `multiply` takes besides x and y."""
         with self._lock:
-            return self._plan(kind, in_features, rows, n, torch.get_num_threads()).work_size
+            products = self._shares(kind, in_features, rows, n, torch.get_num_threads())
+            return sum(product.plan.work_size for product in products)
 
     def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """weight float32 [rows, in] into packed uint8 [rows, row_bytes], both contiguous."""
@@ -267,52 +272,112 @@ class Library:
             raise GgmlError(
                 "weight: holds NaN or infinity; the checkpoint is damaged or not meant to be quantised"
             )
-        rows, in_features = weight.shape
         done = self._base.ggml_quantize_chunk(
-            kind.id, weight.data_ptr(), packed.data_ptr(), 0, rows, in_features, None
+            kind.id, weight.data_ptr(), packed.data_ptr(), 0, *weight.shape, None
         )
         assert done == packed.numel()
 
     def dequantize(self, kind: GgmlType, packed: torch.Tensor, weight: torch.Tensor) -> None:
         """packed uint8 [rows, row_bytes] into weight float32 [rows, in], both contiguous."""
+        assert packed.dtype == torch.uint8
+        assert packed.shape == (len(weight), kind.row_bytes(weight.shape[1]))
         traits = self._base.ggml_get_type_traits(kind.id).contents
         _TO_FLOAT(traits.to_float)(packed.data_ptr(), weight.data_ptr(), weight.numel())
 
-    def _plan(self, kind: GgmlType, in_features: int, rows: int, n: int, threads: int) -> "_Plan":
-        """Give the graph its shape: weight [rows, in] of `kind`, x [n, in], y [n, rows]."""
-        row_bytes = kind.row_bytes(in_features)
+    def _shares(self, kind: GgmlType, in_features: int, rows: int, n: int, threads: int) -> "list[_Product]":
+        """Products that make up [n, in] x [in, rows], one for each thread; fewer where there are not enough rows."""
+        share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
+        starts = range(0, rows, share)
+        while len(self._products) < len(starts):
+            self._products.append(_Product(self._base, self._cpu))
+        products = self._products[: len(starts)]
+        for product, start in zip(products, starts, strict=True):
+            product.shape(kind, in_features, start, min(share, rows - start), rows, n)
+        return products
+
+
+class _Product:
+    """A graph of one product, for one thread: y [n, start : start + rows] = x [n, in] times rows from `start` of a weight."""
+
+    def __init__(self, base: ctypes.CDLL, cpu: ctypes.CDLL) -> None:
+        context = base.ggml_init(_Init(16384, None, True))  # for good: the structures alone, no numbers
+        weight, x = (base.ggml_new_tensor_2d(context, F32, 1, 1) for _ in range(2))
+        y = base.ggml_mul_mat(context, weight, x)
+        self._graph = base.ggml_new_graph_custom(context, 4, False)
+        base.ggml_build_forward_expand(self._graph, y)
+        self._weight, self._x, self._y = (_Tensor.from_address(address) for address in (weight, x, y))
+        assert self._y.src[:2] == [weight, x]
+        params = _PoolParams()
+        base.ggml_threadpool_params_init(byref(params), 1)  # one thread, the calling one
+        self._pool = cpu.ggml_threadpool_new(byref(params))
+        self._make_plan, self._compute = cpu.ggml_graph_plan, cpu.ggml_graph_compute
+        self._start = 0
+        self.status = 0
+
+    def shape(self, kind: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int) -> None:
+        """Say which part of which product this is."""
+        self._start = start
         self._weight.type = kind.id
-        self._weight.ne[:2], self._weight.nb[:] = (
-            (in_features, rows),
-            (kind.block_bytes, row_bytes, rows * row_bytes, rows * row_bytes),
-        )
-        self._x.ne[:2], self._x.nb[:] = (
-            (in_features, n),
-            (4, 4 * in_features, 4 * n * in_features, 4 * n * in_features),
-        )
-        self._y.ne[:2], self._y.nb[:] = (rows, n), (4, 4 * rows, 4 * n * rows, 4 * n * rows)
-        return self._cpu.ggml_graph_plan(self._graph, threads, self._pool(threads))
+        for tensor, inner, outer, unit_bytes, line_bytes in (
+            (self._weight, in_features, rows, kind.block_bytes, kind.row_bytes(in_features)),
+            (self._x, in_features, n, 4, 4 * in_features),
+            (self._y, rows, n, 4, 4 * all_rows),
+        ):
+            tensor.ne[:2] = inner, outer
+            tensor.nb[:] = unit_bytes, line_bytes, outer * line_bytes, outer * line_bytes
+        self.plan = self._make_plan(self._graph, 1, self._pool)
 
-    def _pool(self, threads: int) -> int:
-        if threads not in self._pools:
-            params = _PoolParams()
-            self._base.ggml_threadpool_params_init(byref(params), threads)
-            params.poll = 0  # sleep at once between calls
-            self._pools[threads] = self._cpu.ggml_threadpool_new(byref(params))
-        return self._pools[threads]
+    def at(self, weight: int, x: int, y: int) -> torch.Tensor:
+        """Say where the whole weight, x and y begin. Returns the memory to work in, to be kept until it is computed."""
+        self._weight.data = weight + self._start * self._weight.nb[1]
+        self._x.data, self._y.data = x, y + 4 * self._start
+        work = torch.empty(self.plan.work_size, dtype=torch.uint8)
+        self.plan.work_data = work.data_ptr()
+        return work
+
+    def compute(self) -> None:
+        self.status = self._compute(self._graph, byref(self.plan))
 
 
-def _best(folder: Path) -> Path:
-    """The library of ggml's kernels that this CPU runs, and likes best by ggml's own count."""
+class _Team:
+    """Runs products on the threads of torch's OpenMP library, by the interface that compilers call for `#pragma omp parallel`."""
+
+    def __init__(self) -> None:
+        torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+        self._waiting: Iterator[_Product] = iter(())
+        self._job = CFUNCTYPE(None, c_void_p)(lambda _: self._take())
+        # With the interpreter held, so that the others wait for it until this thread computes; then without.
+        self._start = ctypes.PyDLL(str(torch_cpu)).GOMP_parallel_start
+        self._start.restype, self._start.argtypes = None, [CFUNCTYPE(None, c_void_p), c_void_p, c_uint]
+        self._end = ctypes.CDLL(str(torch_cpu)).GOMP_parallel_end
+        self._end.restype = None
+
+    def run(self, products: "list[_Product]") -> None:
+        """Compute them all; one in this thread. The threads take them one by one, so it does not matter how many come."""
+        self._waiting = iter(products)
+        if len(products) == 1:
+            self._take()
+            return
+        try:  # whatever is raised in here (Ctrl-C) is raised once the first call has returned
+            self._start(self._job, None, len(products))
+            self._take()
+        finally:
+            self._end()
+
+    def _take(self) -> None:
+        for product in self._waiting:  # a list's iterator: two threads never get the same one
+            product.compute()
+
+
+def best_kernels(folder: Path) -> Path:
+    """The library of ggml's kernels that suits this CPU best, by ggml's own score; 0 says it cannot run it."""
     scores = {}
     for path in sorted(folder.glob("libggml-cpu*.so")):
-        score = getattr(ctypes.CDLL(str(path)), "ggml_backend_score", None)
+        score = getattr(ctypes.CDLL(str(path)), "ggml_backend_score", None)  # none: built for one CPU
         scores[path] = 1 if score is None else score()
     best = max(scores, key=scores.__getitem__, default=None)
     if best is None or not scores[best]:
-        raise GgmlError(
-            f"{folder}: ggml has no kernels for this CPU; run `{INSTALL} --no-binary :all:` to build it"
-        )
+        raise GgmlError(f"{folder}: ggml has no kernels for this CPU; run `{INSTALL} --no-binary :all:`")
     return best
 
 
@@ -374,4 +439,4 @@ class _Traits(Structure):
     )
 
 
-_TO_FLOAT = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
+_TO_FLOAT = CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
