@@ -24,7 +24,7 @@ torch's kernels (flexinfer.kernels.dense): with ggml's a cut by rows would chang
 import ctypes
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -237,8 +237,10 @@ class Library:
             raise GgmlError(f"ggml {self.version} is installed, flexinfer knows {VERSION}x; run `{INSTALL}`")
         cpu.ggml_cpu_init()
         self._base, self._cpu = base, cpu
-        self._team = _Team()
-        self._products = [_Product(base, cpu)]  # one for each thread
+        self._team = _Team(cpu.ggml_graph_compute)
+        self._products: list[_Product] = []  # one for each thread
+        self._shaped: tuple[GgmlType, int, int, int, int] | None = None  # what they have the shape of now
+        self._shared: list[_Product] = []  # those that take part in it
         self._lock = threading.Lock()
 
     def multiply(self, kind: GgmlType, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -249,20 +251,17 @@ class Library:
         with self._lock:
             products = self._shares(kind, in_features, rows, n, threads)
             addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-            work = [product.at(*addresses) for product in products]
-            self._team.run(products)
-            del work
-        for product in products:
-            if product.status:
-                raise RuntimeError(
-                    f"ggml: status {product.status} for {kind.name}, {n} x {in_features} x {rows}"
-                )
+            for product in products:
+                product.place(*addresses)
+            failed = self._team.run(products)
+        if failed:
+            raise RuntimeError(f"ggml: could not multiply {kind.name}, {n} x {in_features} x {rows}")
 
     def work_bytes(self, kind: GgmlType, in_features: int, rows: int, n: int) -> int:
         """Memory that `multiply` takes besides x and y."""
         with self._lock:
             products = self._shares(kind, in_features, rows, n, torch.get_num_threads())
-            return sum(product.plan.work_size for product in products)
+            return sum(product.work_bytes for product in products)
 
     def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """weight float32 [rows, in] into packed uint8 [rows, row_bytes], both contiguous."""
@@ -286,14 +285,19 @@ class Library:
 
     def _shares(self, kind: GgmlType, in_features: int, rows: int, n: int, threads: int) -> "list[_Product]":
         """Products that make up [n, in] x [in, rows], one for each thread; fewer where there are not enough rows."""
+        wanted = (kind, in_features, rows, n, threads)
+        if wanted == self._shaped:  # as a rule: queries, keys and values; gate and up
+            return self._shared
+        self._shaped = None
         share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
         starts = range(0, rows, share)
         while len(self._products) < len(starts):
             self._products.append(_Product(self._base, self._cpu))
-        products = self._products[: len(starts)]
-        for product, start in zip(products, starts, strict=True):
+        self._shared = self._products[: len(starts)]
+        for product, start in zip(self._shared, starts, strict=True):
             product.shape(kind, in_features, start, min(share, rows - start), rows, n)
-        return products
+        self._shaped = wanted
+        return self._shared
 
 
 class _Product:
@@ -310,63 +314,77 @@ class _Product:
         params = _PoolParams()
         base.ggml_threadpool_params_init(byref(params), 1)  # one thread, the calling one
         self._pool = cpu.ggml_threadpool_new(byref(params))
-        self._make_plan, self._compute = cpu.ggml_graph_plan, cpu.ggml_graph_compute
-        self._start = 0
-        self.status = 0
+        self._make_plan = cpu.ggml_graph_plan
+        self._start_row = self._row_bytes = 0
+        self.work_bytes = 0
 
     def shape(self, kind: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int) -> None:
-        """Say which part of which product this is."""
-        self._start = start
+        """Say which part of which product this is. Memory to work in is kept until the next one."""
+        self._start_row, self._row_bytes = start, kind.row_bytes(in_features)
         self._weight.type = kind.id
         for tensor, inner, outer, unit_bytes, line_bytes in (
-            (self._weight, in_features, rows, kind.block_bytes, kind.row_bytes(in_features)),
+            (self._weight, in_features, rows, kind.block_bytes, self._row_bytes),
             (self._x, in_features, n, 4, 4 * in_features),
             (self._y, rows, n, 4, 4 * all_rows),
         ):
             tensor.ne[:2] = inner, outer
             tensor.nb[:] = unit_bytes, line_bytes, outer * line_bytes, outer * line_bytes
-        self.plan = self._make_plan(self._graph, 1, self._pool)
+        plan = self._make_plan(self._graph, 1, self._pool)
+        self.work_bytes = plan.work_size
+        self._work = torch.empty(0, dtype=torch.uint8)
+        self._work = torch.empty(plan.work_size, dtype=torch.uint8)
+        plan.work_data = self._work.data_ptr()
+        self.call = self._graph, byref(plan)
 
-    def at(self, weight: int, x: int, y: int) -> torch.Tensor:
-        """Say where the whole weight, x and y begin. Returns the memory to work in, to be kept until it is computed."""
-        self._weight.data = weight + self._start * self._weight.nb[1]
-        self._x.data, self._y.data = x, y + 4 * self._start
-        work = torch.empty(self.plan.work_size, dtype=torch.uint8)
-        self.plan.work_data = work.data_ptr()
-        return work
-
-    def compute(self) -> None:
-        self.status = self._compute(self._graph, byref(self.plan))
+    def place(self, weight: int, x: int, y: int) -> None:
+        """Say where the whole weight, x and y begin."""
+        self._weight.data = weight + self._start_row * self._row_bytes
+        self._x.data = x
+        self._y.data = y + 4 * self._start_row
 
 
 class _Team:
     """Runs products on the threads of torch's OpenMP library, by the interface that compilers call for `#pragma omp parallel`."""
 
-    def __init__(self) -> None:
-        torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    def __init__(self, compute: Callable[..., int]) -> None:
+        torch_cpu = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+        self._compute = compute
         self._waiting: Iterator[_Product] = iter(())
-        self._job = CFUNCTYPE(None, c_void_p)(lambda _: self._take())
+        self._failed = False
+        self._joined = _JOB(self._join)
+        self._job = ctypes.cast(self._joined, c_void_p)
+        self._known = threading.local()
         # With the interpreter held, so that the others wait for it until this thread computes; then without.
-        self._start = ctypes.PyDLL(str(torch_cpu)).GOMP_parallel_start
-        self._start.restype, self._start.argtypes = None, [CFUNCTYPE(None, c_void_p), c_void_p, c_uint]
-        self._end = ctypes.CDLL(str(torch_cpu)).GOMP_parallel_end
+        self._start = ctypes.PyDLL(torch_cpu).GOMP_parallel_start
+        self._start.restype, self._start.argtypes = None, [c_void_p, c_void_p, c_uint]
+        self._end = ctypes.CDLL(torch_cpu).GOMP_parallel_end
         self._end.restype = None
 
-    def run(self, products: "list[_Product]") -> None:
-        """Compute them all; one in this thread. The threads take them one by one, so it does not matter how many come."""
-        self._waiting = iter(products)
+    def run(self, products: "list[_Product]") -> bool:
+        """Compute them all, one of them in this thread. Returns whether one failed."""
+        self._waiting, self._failed = iter(products), False
         if len(products) == 1:
             self._take()
-            return
-        try:  # whatever is raised in here (Ctrl-C) is raised once the first call has returned
-            self._start(self._job, None, len(products))
-            self._take()
-        finally:
-            self._end()
+        else:
+            try:  # what is raised in here (Ctrl-C) is raised after the first call
+                self._start(self._job, None, len(products))
+                self._take()
+            finally:
+                self._end()
+        return self._failed
+
+    def _join(self, _: None) -> None:
+        """What a thread of torch's does, which Python does not know."""
+        if not hasattr(self._known, "yes"):
+            ctypes.pythonapi.PyGILState_Ensure()  # never undone: else Python forgets the thread, which takes 14 us
+            self._known.yes = True
+        self._take()
 
     def _take(self) -> None:
-        for product in self._waiting:  # a list's iterator: two threads never get the same one
-            product.compute()
+        """Compute what nobody has taken yet. The iterator of a list never gives two threads the same."""
+        for product in self._waiting:
+            if self._compute(*product.call):
+                self._failed = True
 
 
 def best_kernels(folder: Path) -> Path:
@@ -439,4 +457,5 @@ class _Traits(Structure):
     )
 
 
+_JOB = CFUNCTYPE(None, c_void_p)
 _TO_FLOAT = CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
