@@ -108,6 +108,12 @@ FAMILIES = {
         {"rope.dimension_count": 32},
         norms_plus_one=True,
     ),
+    "falcon": Family(
+        lambda **over: transformers.FalconConfig(
+            **SHAPE | ROPE | {"layer_norm_epsilon": 1e-4, "ffn_hidden_size": 512, "num_kv_heads": 1} | over
+        ),
+        {"attention.head_count_kv": 1, "feed_forward_length": 512},
+    ),
     "gpt2": Family(
         lambda **over: transformers.GPT2Config(**GPT2 | TOKENS | {"layer_norm_epsilon": 1e-4} | over)
     ),
@@ -279,9 +285,9 @@ def whole_model(written: Written, dtype: torch.dtype = torch.float32) -> PreTrai
     model = AutoModelForCausalLM.from_pretrained(written.stock, dtype=dtype).eval()
     names = dict(written.stored)
     if model.config.tie_word_embeddings:
-        names["lm_head.weight"] = names[
-            "model.embed_tokens.weight" if "model.embed_tokens.weight" in names else "transformer.wte.weight"
-        ]
+        table = model.get_input_embeddings()
+        tied = next(name for name, module in model.named_modules() if module is table)
+        names["lm_head.weight"] = names[f"{tied}.weight"]
     for name, stored in names.items():
         path = name.removesuffix(".weight")
         module: Any = model.get_submodule(path) if name.endswith(".weight") else None

@@ -53,7 +53,7 @@ ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
 CACHE_VERSION = 1  # of what is kept
-TOKENIZER_BYTES, TOKEN_BYTES = 70 << 20, 1200  # of the process that makes a tokenizer, and for each token
+TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100  # of the process that makes a tokenizer, and for each token
 
 
 def gguf_in(path: Path) -> Path | None:
@@ -234,13 +234,12 @@ def _completed(gguf: GGUF) -> dict[str, Any]:
             "n_inner": _of(gguf, "feed_forward_length"),
         }
     elif name == "falcon":
-        if "blk.0.attn_norm_2.weight" in gguf.tensors:
+        if _of(gguf, "attention.head_count_kv") != 1 or "blk.0.attn_norm_2.weight" in gguf.tensors:
             raise CheckpointError(
-                f"{gguf.files[0]}: a falcon with two norms a layer (40B), whose rows llama.cpp sorts anew; it cannot be run yet"
+                f"{gguf.files[0]}: a falcon with several heads of keys (40B), whose rows llama.cpp sorts anew; it cannot be run yet"
             )
         more |= {
             "layer_norm_epsilon": epsilon,
-            "multi_query": _of(gguf, "attention.head_count_kv") == 1,
             "ffn_hidden_size": _of(gguf, "feed_forward_length"),
         }
     return more

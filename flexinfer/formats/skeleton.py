@@ -312,7 +312,7 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     """The linears that can be streamed: those of the decoder stack, and the output head.
 
     The stack is the `nn.ModuleList` with the most parameters. Subclasses of `nn.Linear` may compute something else, so
-    only `nn.Linear` itself and `Conv1D` are taken.
+    only `nn.Linear` itself, `Conv1D` and what is known to be the same are taken.
     """
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
@@ -323,7 +323,7 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     found = []
     for layer, decoder_layer in enumerate(stack):
         for role, module in decoder_layer.named_modules():
-            if type(module) in {nn.Linear, Conv1D}:
+            if type(module) in {nn.Linear, Conv1D} or _multiplies_alike(module):
                 kind: Kind = "attention" if "attn" in role or "attention" in role else "ffn"
                 found.append(Linear(f"{stack_name}.{layer}.{role}", module, role, layer, kind))
     head = model.get_output_embeddings()
@@ -331,6 +331,11 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
         name = next(name for name, module in model.named_modules() if module is head)
         found.append(Linear(name, head, name, len(stack), "head"))
     return found
+
+
+def _multiplies_alike(module: nn.Module) -> bool:
+    """Whether a linear of another class is an `nn.Linear` in all but name: Falcon's is, without a bias."""
+    return type(module).__name__ == "FalconLinear" and module.bias is None
 
 
 def _match(
