@@ -54,9 +54,10 @@ PACKAGE = "transcribe_cpp_native"
 INSTALL = "pip install transcribe-cpp-native==0.4.1"
 VERSION = "0.26."  # of ggml: the structures below are laid out as in its header
 F32 = 0  # ggml's number for the type of activations and outputs
-WORK_ROWS = 512  # activation rows that are multiplied at a time
+WORK_ROWS = 256  # activation rows that are multiplied at a time
 SHARE_ROWS = 16  # output rows of a thread are a multiple of this: float32 outputs of one cache line
-ONE_THREAD_WORK = 1 << 19  # products of fewer multiplications are not worth waking another thread
+FEW_ROWS = 8  # up to so many activation rows the memory to work in is kept from call to call
+ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
 
 
 class GgmlError(ValueError):
@@ -254,6 +255,8 @@ class Library:
             for product in products:
                 product.place(*addresses)
             failed = self._team.run(products)
+            if n > FEW_ROWS:
+                self._forget()
         if failed:
             raise RuntimeError(f"ggml: could not multiply {kind.name}, {n} x {in_features} x {rows}")
 
@@ -261,7 +264,9 @@ class Library:
         """Memory that `multiply` takes besides x and y."""
         with self._lock:
             products = self._shares(kind, in_features, rows, n, torch.get_num_threads())
-            return sum(product.work_bytes for product in products)
+            nbytes = sum(product.work.nbytes for product in products)
+            self._forget()
+            return nbytes
 
     def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """weight float32 [rows, in] into packed uint8 [rows, row_bytes], both contiguous."""
@@ -288,7 +293,7 @@ class Library:
         wanted = (kind, in_features, rows, n, threads)
         if wanted == self._shaped:  # as a rule: queries, keys and values; gate and up
             return self._shared
-        self._shaped = None
+        self._forget()
         share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
         starts = range(0, rows, share)
         while len(self._products) < len(starts):
@@ -298,6 +303,12 @@ class Library:
             product.shape(kind, in_features, start, min(share, rows - start), rows, n)
         self._shaped = wanted
         return self._shared
+
+    def _forget(self) -> None:
+        """Give back the memory that products have worked in."""
+        self._shaped = None
+        for product in self._shared:
+            product.work = torch.empty(0, dtype=torch.uint8)
 
 
 class _Product:
@@ -316,10 +327,9 @@ class _Product:
         self._pool = cpu.ggml_threadpool_new(byref(params))
         self._make_plan = cpu.ggml_graph_plan
         self._start_row = self._row_bytes = 0
-        self.work_bytes = 0
 
     def shape(self, kind: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int) -> None:
-        """Say which part of which product this is. Memory to work in is kept until the next one."""
+        """Say which part of which product this is. Takes the memory to work in."""
         self._start_row, self._row_bytes = start, kind.row_bytes(in_features)
         self._weight.type = kind.id
         for tensor, inner, outer, unit_bytes, line_bytes in (
@@ -330,10 +340,8 @@ class _Product:
             tensor.ne[:2] = inner, outer
             tensor.nb[:] = unit_bytes, line_bytes, outer * line_bytes, outer * line_bytes
         plan = self._make_plan(self._graph, 1, self._pool)
-        self.work_bytes = plan.work_size
-        self._work = torch.empty(0, dtype=torch.uint8)
-        self._work = torch.empty(plan.work_size, dtype=torch.uint8)
-        plan.work_data = self._work.data_ptr()
+        self.work = torch.empty(plan.work_size, dtype=torch.uint8)
+        plan.work_data = self.work.data_ptr()
         self.call = self._graph, byref(plan)
 
     def place(self, weight: int, x: int, y: int) -> None:

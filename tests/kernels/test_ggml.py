@@ -1,6 +1,7 @@
 """ggml's kernels: right numbers, the same bits however a weight is cut, laid and shared out, and clear errors."""
 
 import importlib.util
+import itertools
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,17 +30,21 @@ from flexinfer.streaming.memory import Buffer
 IN = 512
 ROWS = 75
 NEED_CALIBRATION = {"IQ1_S", "IQ2_XXS", "IQ2_XS"}
+SLOW_TO_MAKE = {"IQ1_M", "IQ2_S"}
 every_type = pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
 
 
 def random_rows(kind: GgmlType, rows: int = ROWS, in_features: int = IN) -> torch.Tensor:
-    """Rows of random weights; where ggml cannot quantise them, random blocks with a small scale."""
-    if kind.name not in NEED_CALIBRATION:
+    """Rows of random weights; where ggml cannot quantise them, or needs long, random blocks with a small scale."""
+    if kind.name not in NEED_CALIBRATION | SLOW_TO_MAKE:
         return quantize_rows(kind, torch.randn(rows, in_features))
     blocks = torch.randint(
         256, (rows, in_features // kind.block_elements, kind.block_bytes), dtype=torch.uint8
     )
-    blocks[..., :2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+    if kind.name == "IQ1_M":  # the exponent of its scale
+        blocks[..., -1] = blocks[..., -1] & 0x0F | 0x20
+    else:
+        blocks[..., :2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
     return blocks.view(rows, -1)
 
 
@@ -91,7 +96,7 @@ def test_cutting_and_moving_rows_changes_no_bit(kind: GgmlType, activation_rows:
     whole = kernel.multiply(x, packed, ROWS, None)
     for cuts, offset in (((0, 1, 34, ROWS), 2), ((0, 16, 61, ROWS), 34)):
         parts = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             buffer = Buffer((stop - start) * kernel.row_bytes + offset, lock=False)
             view = kernel.view(buffer, offset, stop - start)
             view.copy_(packed[start:stop])
@@ -155,15 +160,18 @@ def test_an_interrupt_comes_through_and_leaves_nothing_behind() -> None:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    def until_interrupted(microseconds: int) -> None:
+        signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
+        while True:
+            multiply(TYPES["Q4_K"], x, packed)
+
     packed, x = random_rows(TYPES["Q4_K"], 1024, 1024), torch.randn(4, 1024)
     expected = multiply(TYPES["Q4_K"], x, packed)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for microseconds in range(100, 3000, 100):
-            signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
             with pytest.raises(KeyboardInterrupt):
-                while True:
-                    multiply(TYPES["Q4_K"], x, packed)
+                until_interrupted(microseconds)
             assert torch.equal(multiply(TYPES["Q4_K"], x, packed), expected)
     finally:
         signal.signal(signal.SIGALRM, before)
