@@ -69,7 +69,9 @@ class PassMeter:
         layers: Sequence[LayerShape],
         products: Sequence[Product],
         scale: int = 1,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
+        self._kv_dtype = kv_dtype or dtype
         self._scale = scale  # bytes of the dtype that is computed in to those of `dtype`
         self._config, self._dtype, self._layers, self._products = config, dtype, layers, products
         self._model: PreTrainedModel | None = None
@@ -104,7 +106,7 @@ class PassMeter:
         if shape not in self._found:
             if self._model is None:
                 self._model = meta_model(self._config, self._dtype)
-            found = pass_memory(self._model, self._layers, self._products, shape)
+            found = pass_memory(self._model, self._layers, self._products, shape, self._kv_dtype)
             self._found[shape] = PassMemory(found.start_bytes * self._scale, found.peak_bytes * self._scale)
         return self._found[shape]
 
@@ -118,7 +120,11 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def pass_memory(
-    model: PreTrainedModel, layers: Sequence[LayerShape], products: Sequence[Product], shape: PassShape
+    model: PreTrainedModel,
+    layers: Sequence[LayerShape],
+    products: Sequence[Product],
+    shape: PassShape,
+    kv_dtype: torch.dtype,
 ) -> PassMemory:
     """What a pass of `shape` through `model`, which is on the meta device, would allocate. `layers` as in the cache."""
     config = model.config.get_text_config(decoder=True)
@@ -126,7 +132,7 @@ def pass_memory(
     rows = shape.batch * shape.new_tokens
     keys = shape.past_tokens + shape.new_tokens
     with deferred(), torch.device("meta"), torch.no_grad():
-        cache, reserved = _cache(model, layers, shape)
+        cache, reserved = _cache(model, layers, shape, kv_dtype)
         ids = torch.zeros(shape.batch, shape.new_tokens, dtype=torch.long)
         can_keep_fewer = "logits_to_keep" in inspect.signature(model.forward).parameters
         keep: dict[str, Any] = {"logits_to_keep": shape.kept} if can_keep_fewer else {}
@@ -169,7 +175,7 @@ def _copied_bytes(product: Product, rows: int, itemsize: int) -> int:
 
 
 def _cache(
-    model: PreTrainedModel, layers: Sequence[LayerShape], shape: PassShape
+    model: PreTrainedModel, layers: Sequence[LayerShape], shape: PassShape, kv_dtype: torch.dtype
 ) -> tuple[DynamicCache, list[torch.Tensor]]:
     """A cache on the meta device that holds `past_tokens`: reserved layers with their memory, and transformers' own for sliding
     windows."""
@@ -182,7 +188,7 @@ def _cache(
             return torch.empty(shape.batch, of[0], tokens, of[1], dtype=model.dtype)
 
         if layer.window is None:
-            room = (states(length, layer.value), states(length, layer.key))
+            room = (states(length, layer.value).to(kv_dtype), states(length, layer.key).to(kv_dtype))
             memory.extend(room)
             reserved = ReservedLayer(partial(_of_pair, room))
             if i < len(cache.layers):

@@ -100,6 +100,7 @@ def from_pretrained(
     logits_to_keep: int = 1,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype = "auto",
+    kv_dtype: str | torch.dtype = "auto",
     follow: bool = False,
     trace: bool | str | Path = False,
     progress: Progress | None = None,
@@ -127,6 +128,8 @@ def from_pretrained(
         tokenizer: one that the program has loaded already. None: the plan keeps room for the one beside the weights, which
             `model.flexinfer.tokenizer` loads.
         dtype: "auto" (the checkpoint's; float32 for GGUF), or what to compute in.
+        kv_dtype: what the KV cache is kept in; "auto" is `dtype`, and float16 for GGUF, as in llama.cpp. Layers with a sliding window
+            are kept in `dtype`.
         follow: give memory back when the machine or the control group runs short, and take it again later, up to `memory`.
         trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`); a path has `close()` write it
             there too, for https://ui.perfetto.dev.
@@ -156,7 +159,7 @@ def from_pretrained(
     checkpoint = Checkpoint.open(resolve(path_or_hub_id, gguf_file))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
     try:
-        skeleton = build_skeleton(checkpoint, dtype)
+        skeleton = build_skeleton(checkpoint, dtype, kv_dtype)
     except NotStreamableError as error:
         skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, context, error)
     recorder = Trace(max_events=MAX_EVENTS if trace else 0, progress=progress)  # its memory is measured too
@@ -265,7 +268,7 @@ class Engine:
             budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2,
         )
         self.plan = self._make_plan(budget_bytes, skeleton)
-        self._kv = KVReserve(self._layers, self.context, skeleton.dtype)
+        self._kv = KVReserve(self._layers, self.context, skeleton.kv_dtype)
         self._place_modules(skeleton)
         self._loaded_bytes = anonymous_bytes()
         self._explained = self.stats()
@@ -781,7 +784,7 @@ def fixed_memory(
     skeleton: Skeleton, measured: MemoryOfProcess, context: int, logits_to_keep: int = 1
 ) -> Fixed:
     """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
-    itemsize = skeleton.dtype.itemsize
+    itemsize = skeleton.kv_dtype.itemsize
     state = skeleton.model.state_dict()
     return Fixed(
         process_bytes=measured.anonymous_bytes + measured.file_bytes,

@@ -40,6 +40,12 @@ def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
     return make
 
 
+@pytest.fixture
+def load(load: Load) -> Load:
+    """With the KV cache of a stock model, float32: what is compared to one here is the weights."""
+    return lambda *given, **options: load(*given, **{"kv_dtype": options.get("dtype", "float32")} | options)
+
+
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
@@ -205,6 +211,23 @@ def test_generating_is_the_same_in_every_budget(gguf_model: WriteGGUF, load: Loa
     for share in (0.0, 0.6):
         resize_to_share(model, share)
         assert torch.equal(model.generate(ids, **call), expected)
+
+
+def test_the_kv_cache_is_kept_in_half_the_bytes(gguf_model: WriteGGUF, load: Load) -> None:
+    written = gguf_model("llama", ("Q8_0",))
+    exact, model = load(written.file), load(written.file, kv_dtype="auto")
+    assert 2 * model.flexinfer.plan.kv_bytes == exact.flexinfer.plan.kv_bytes
+    expected = logits(model, prompt(2))
+    assert 0 < relative_error(expected, logits(exact, prompt(2))) < 0.05
+    for share in (0.0, 0.6):
+        resize_to_share(model, share)
+        assert torch.equal(logits(model, prompt(2)), expected)
+    beams = {"num_beams": 3, "max_new_tokens": 9, "do_sample": False}
+    mask = torch.ones_like(prompt())
+    first = model.generate(prompt(), attention_mask=mask, **beams)
+    assert torch.equal(model.generate(prompt(), attention_mask=mask, **beams), first)
+    with pytest.raises(ValueError, match="kv_dtype='bananas'"):
+        load(written.file, kv_dtype="bananas")
 
 
 def test_ggml_is_not_there(gguf_model: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

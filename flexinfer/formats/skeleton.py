@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -95,6 +96,7 @@ class Skeleton:
     kernels: dict[str, Kernel]  # by the name of the weight
     row_orders: dict[str, torch.Tensor]  # of weights whose rows the file has in another order
     cache_layers: list[LayerShape]
+    kv_dtype: torch.dtype  # what the KV cache is kept in
     meter: PassMeter
 
     @property
@@ -127,7 +129,9 @@ class Skeleton:
         return next(name for name, module in self.model.named_modules() if module is embedding)
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> Skeleton:
+def build_skeleton(
+    checkpoint: Checkpoint, dtype: str | torch.dtype = "auto", kv_dtype: str | torch.dtype = "auto"
+) -> Skeleton:
     """The empty model for `checkpoint`, with every parameter matched to a tensor. Reads no weights.
 
     Raises CheckpointError when config.json is of no causal LM, tensors are missing or have the wrong shape, or the
@@ -141,6 +145,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
         ) from error
     packed = _packed_format(config)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
+    kept_dtype = _dtype(kv_dtype, "kv_dtype") or (torch.float16 if checkpoint.architecture else compute_dtype)
+    if kept_dtype.itemsize > compute_dtype.itemsize:
+        kept_dtype = compute_dtype
     try:
         with deferred(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
@@ -165,7 +172,8 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
         kernels={weight.name: kernel for weight, kernel in parts},
         row_orders=row_orders,
         cache_layers=cache_layers,
-        meter=PassMeter(config, compute_dtype, cache_layers, products),
+        kv_dtype=kept_dtype,
+        meter=PassMeter(config, compute_dtype, cache_layers, products, kv_dtype=kept_dtype),
     )
     for name, spec in skeleton.resident.items():
         if spec.encoding.torch_name is None or spec.transposed:
@@ -224,20 +232,21 @@ def _packed_format(config: PretrainedConfig) -> PackedFormat | None:
     return PackedFormat.from_config(quantization)
 
 
+def _dtype(dtype: str | torch.dtype, what: str) -> torch.dtype | None:
+    """The dtype that argument `what` names; None for "auto". Raises ValueError for one that cannot be computed in."""
+    if dtype == "auto":
+        return None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named not in {torch.bfloat16, torch.float16, torch.float32}:
+        raise ValueError(
+            f"{what}={dtype!r} is not supported; choose 'auto', 'bfloat16', 'float16' or 'float32'"
+        )
+    return cast(torch.dtype, named)
+
+
 def _compute_dtype(dtype: str | torch.dtype, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    if isinstance(dtype, str) and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(
-                f"dtype={dtype!r} is no torch dtype; choose 'auto', 'bfloat16', 'float16' or 'float32'"
-            )
-        dtype = named
-    if isinstance(dtype, torch.dtype):
-        if dtype not in {torch.bfloat16, torch.float16, torch.float32}:
-            raise ValueError(
-                f"dtype={dtype} is not supported; choose 'auto', 'bfloat16', 'float16' or 'float32'"
-            )
-        return dtype
+    if (asked := _dtype(dtype, "dtype")) is not None:
+        return asked
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return next(
@@ -304,6 +313,7 @@ def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
         kernels={},
         row_orders={},
         cache_layers=layers,
+        kv_dtype=compute_dtype,
         meter=_resident_meter(config, compute_dtype, layers),
     )
 
