@@ -231,10 +231,10 @@ def test_the_kv_cache_is_kept_in_half_the_bytes(gguf_model: WriteGGUF, load: Loa
 
 
 def test_ggml_is_not_there(gguf_model: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(pid: int) -> None:
+    def missing() -> None:
         raise GgmlError("ggml is not installed; run `pip install`")
 
-    monkeypatch.setattr(flexinfer.kernels.ggml, "_library", missing)
+    monkeypatch.setattr(flexinfer.kernels.ggml, "library", missing)
     files = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ValueError, match="pip install"):
         load(gguf_model("llama").file)
