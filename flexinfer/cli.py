@@ -97,7 +97,14 @@ def parser() -> argparse.ArgumentParser:
         "--read-timeout", type=float, metavar="SECONDS", help="give a read up after so long (default: never)"
     )
     options.add_argument("--context", type=int, help="tokens the KV cache is sized for")
-    options.add_argument("--dtype", default="auto", help="what to compute in (default: the checkpoint's)")
+    options.add_argument(
+        "--dtype", default="auto", help="what to compute in (default: the checkpoint's; float32 for GGUF)"
+    )
+    options.add_argument(
+        "--kv-dtype",
+        default="auto",
+        help="what the KV cache is kept in (default: as --dtype; float16 for GGUF)",
+    )
 
     sampling = argparse.ArgumentParser(add_help=False)
     options = sampling.add_argument_group("decoding")
@@ -484,6 +491,7 @@ def _load_model(
         logits_to_keep=(arguments.prompt_lookup or 0) + 1,
         tokenizer=tokenizer,
         dtype=arguments.dtype,
+        kv_dtype=arguments.kv_dtype,
         trace=arguments.trace or False,
         progress=bars.progress,
     )
@@ -533,7 +541,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
         from flexinfer.streaming.reader import FileReader
 
         checkpoint = Checkpoint.open(resolve(arguments.model, arguments.gguf_file))
-        skeleton = build_skeleton(checkpoint, arguments.dtype)
+        skeleton = build_skeleton(checkpoint, arguments.dtype, arguments.kv_dtype)
         memory = arguments.memory
         given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
         measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)

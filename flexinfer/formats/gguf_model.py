@@ -66,7 +66,10 @@ def gguf_in(path: Path) -> Path | None:
         return path.with_name(f"{named[1]}-00001-of-{named[3]}.gguf") if named else path
     if not path.is_dir() or (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return None
-    found = {gguf_in(file) for file in path.glob("*.gguf")}
+    models = [
+        file for file in path.glob("*.gguf") if not file.name.startswith("mmproj")
+    ]  # that is for pictures
+    found = {gguf_in(file) for file in models}
     if len(found) > 1:
         names = ", ".join(sorted(file.name for file in found if file))
         raise CheckpointError(f"{path}: holds several models: {names}; name one of them with gguf_file=")
