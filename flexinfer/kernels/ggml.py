@@ -362,10 +362,15 @@ class _Team:
         self._joined = _JOB(self._join)
         self._job = ctypes.cast(self._joined, c_void_p)
         self._known = threading.local()
-        # With the interpreter held, so that the others wait for it until this thread computes; then without.
-        self._start = ctypes.PyDLL(torch_cpu).GOMP_parallel_start
+        try:
+            # With the interpreter held, so that the others wait for it until this thread computes; then without.
+            self._start = ctypes.PyDLL(torch_cpu).GOMP_parallel_start
+            self._end = ctypes.CDLL(torch_cpu).GOMP_parallel_end
+        except AttributeError as error:
+            raise GgmlError(
+                "torch: this build has no OpenMP, whose threads multiply; install PyTorch's own"
+            ) from error
         self._start.restype, self._start.argtypes = None, [c_void_p, c_void_p, c_uint]
-        self._end = ctypes.CDLL(torch_cpu).GOMP_parallel_end
         self._end.restype = None
 
     def run(self, products: "list[_Product]") -> bool:
