@@ -15,12 +15,14 @@ import numpy as np
 import torch
 import transformers
 from conftest import TOKENS, VOCAB
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flexinfer.kernels.ggml import TYPES, GgmlKernel, dequantize_rows, quantize_rows
 
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 MIX = ("Q4_K", "Q6_K", "Q5_0", "Q8_0", "Q4_0", "F16")
 CALIBRATED = {"IQ1_S", "IQ2_XS", "IQ2_XXS"}  # cannot be made of weights alone
 SHAPE: dict[str, Any] = {
@@ -303,3 +305,23 @@ def whole_model(written: Written, dtype: torch.dtype = torch.float32) -> PreTrai
         ):  # float32 made of float16 is a copy, and so aligned; a mapped one is as it lies
             module.weight.data = module.weight.data.clone()
     return model
+
+
+def byte_level(writer: gguf.GGUFWriter, pre: str = "gpt-2") -> None:
+    """Add a tokenizer of bytes and a few words, and a chat template."""
+    tokens = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        "abab",
+        "12",
+        "<|im_end|>",
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b", "ab ab", "1 2"])
+    writer.add_token_types([3, 3, 3, *(1 for _ in tokens[3:-1]), 3])
+    writer.add_chat_template(TEMPLATE)

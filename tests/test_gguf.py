@@ -1,5 +1,7 @@
 """GGUF files: what is computed from them, in every family and budget."""
 
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -14,11 +16,12 @@ import pytest
 import torch
 import transformers
 from conftest import Load, logits, prompt, resize_to_share, stock
-from gguf_models import FAMILIES, MIX, Written, whole_model, write_model
+from gguf_models import FAMILIES, MIX, Written, byte_level, whole_model, write_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import flexinfer.kernels.ggml
 from flexinfer import CheckpointError
+from flexinfer.cli import main
 from flexinfer.formats.gguf import BLOCKS
 from flexinfer.kernels.ggml import GgmlError
 
@@ -264,3 +267,27 @@ def test_a_hub_id_with_a_file_is_taken_from_the_cache(gguf_model: WriteGGUF, tmp
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
+
+
+def test_every_command_takes_a_file(
+    tmp_path: Path, small_pieces: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write_model(
+        tmp_path, "llama", change=byte_level, vocab_size=300, max_position_embeddings=512, num_hidden_layers=1
+    )
+    engine = ["--memory", "2GiB", "--context", "96"]
+    by_file = [str(written.file), *engine]
+    by_name = [str(tmp_path), "--gguf-file", written.file.name, *engine]
+    outputs = []
+    for model in (by_file, by_name):
+        assert main(["generate", *model, "--max-new-tokens", "8", "--json", "abab"]) == 0
+        outputs.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert outputs[0] == outputs[1]
+    assert main(["plan", *by_file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(written.file)
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
+    assert main(["chat", *by_file, "--max-new-tokens", "4"]) == 0
+    assert main(["quantize", str(written.file), str(tmp_path / "copy")]) == 2
+    assert "start from the original checkpoint" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "none.gguf"), "ab"]) == 2
+    assert "no such" in capsys.readouterr().err

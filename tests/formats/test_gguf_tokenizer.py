@@ -5,8 +5,7 @@ from typing import Any
 
 import gguf
 import pytest
-from gguf_models import write_model
-from tokenizers import pre_tokenizers
+from gguf_models import byte_level, write_model
 from transformers import AutoTokenizer
 
 import flexinfer.formats.gguf_model
@@ -15,26 +14,6 @@ from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.tokenizer import load_tokenizer, tokenizer_bytes
 
 TEXTS = ("hello world", "  two  spaces", "abab 12345\n<end>ab", "caf\u00e9")
-TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-
-
-def byte_level(writer: gguf.GGUFWriter, pre: str = "gpt-2") -> None:
-    tokens = [
-        "<pad>",
-        "<s>",
-        "</s>",
-        *sorted(pre_tokenizers.ByteLevel.alphabet()),
-        "ab",
-        "abab",
-        "12",
-        "<|im_end|>",
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["a b", "ab ab", "1 2"])
-    writer.add_token_types([3, 3, 3, *(1 for _ in tokens[3:-1]), 3])
-    writer.add_chat_template(TEMPLATE)
 
 
 def sentencepiece(writer: gguf.GGUFWriter) -> None:
