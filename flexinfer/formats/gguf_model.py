@@ -101,7 +101,13 @@ def _config_dir(gguf: GGUF) -> Path:
         return kept
     config = config_of(gguf)
     unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{unfinished}: config and tokenizer of {gguf.files[0]} cannot be kept there ({error.strerror}); "
+            "set FLEXINFER_CACHE to a directory that can be written to"
+        ) from error
     try:
         (unfinished / "config.json").write_text(json.dumps(config, indent=1))
         (unfinished / "generation_config.json").write_text(json.dumps(_generation_config(config)))
@@ -133,8 +139,15 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
             f"{gguf.files[0]}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
             f"to spare; run `flexinfer plan {gguf.files[0]}` where there is more: it is kept in {directory.parent}"
         )
-    command = [sys.executable, "-m", "flexinfer.formats.gguf_tokenizer", str(gguf.files[0]), str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = [sys.executable, "-P", "-m", "flexinfer.formats.gguf_tokenizer"]
+    done = subprocess.run(
+        [*program, str(gguf.files[0].resolve()), str(directory.resolve())],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # the modules of this process
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.stdout:
         warnings.warn(f"{gguf.files[0]}: {done.stdout.strip()}", RuntimeWarning, stacklevel=2)
     if done.returncode:

@@ -123,3 +123,10 @@ def test_where_memory_is_too_little_for_it_this_is_said_first(
     monkeypatch.setattr(flexinfer.formats.gguf_model, "available_bytes", lambda: 0)
     with pytest.raises(CheckpointError, match=r"to make its tokenizer takes \d+ MiB of memory, once"):
         Checkpoint.open(made(tmp_path, byte_level))
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(flexinfer.formats.gguf_model, "cache_dir", lambda: tmp_path / "file")
+    with pytest.raises(CheckpointError, match="set FLEXINFER_CACHE"):
+        Checkpoint.open(made(tmp_path, byte_level))
