@@ -8,10 +8,10 @@ per shape. The threads are torch's own: each multiplies its share of the output 
 would have to share the cores with threads of torch that spin for some milliseconds after each operation: twice the time (docs/log.md).
 Calls come one at a time (a lock); the interpreter is free meanwhile.
 
-What changes no bit: cutting a weight by output rows, the address of its bytes, the number of threads. (Tested on x86 with every kernel of the
-library; on ARM with i8mm ggml takes rows in pairs, so there it holds for even cuts.) Activation rows do not depend on one another, but ggml may have
-two ways with sums in another order: for types in blocks of 256 one for fewer than 8 activation rows and one for more, for IQ4_NL one
-for a single row and one for more. Row i of a batch equals row i of another batch that goes the same way.
+What changes no bit: cutting a weight by output rows, the address of its bytes, the number of threads. (Tested on x86 with six of the library's
+kernels; on ARM with i8mm ggml takes rows in pairs, so there it should hold for even cuts.) Activation rows do not depend on one another, but ggml may
+have two ways, with sums in another order: types in blocks of 256 go one way below 8 activation rows and another from 8 on, IQ4_NL
+(without AVX2 also Q4_0 and Q8_0) one way for a single row and another for more. Row i of a batch equals row i of a batch that goes the same way.
 
 Cost: each byte is read once, so it is bound by memory at a few activation rows, and by arithmetic at many. More than WORK_ROWS
 rows are multiplied in equal parts, so that what ggml writes meanwhile stays bounded: see `work_bytes`.
