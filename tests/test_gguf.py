@@ -86,6 +86,17 @@ def test_every_budget_gives_the_bits_of_whole_weights(gguf_model: WriteGGUF, loa
             assert torch.equal(logits(model, prompt(batch)), theirs), share
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_biases_of_rows_in_another_order(gguf_model: WriteGGUF, load: Load, kind: str) -> None:
+    written = gguf_model("llama", (kind,), attention_bias=True, mlp_bias=True)
+    model = load(written.file)
+    reference = stock(written.stock) if kind == "F32" else whole_model(written)
+    resize_to_share(model, 0.4)
+    ours, theirs = logits(model, prompt(2)), logits(reference, prompt(2))
+    assert relative_error(ours, theirs) < 1e-5
+    assert kind == "F32" or torch.equal(ours, theirs)
+
+
 def divisors(config: transformers.PretrainedConfig, name: str) -> torch.Tensor:
     """What the rotary frequencies of `name` are divided by, as llama.cpp's converter writes it for Llama 3."""
     scaled, _ = ROPE_INIT_FUNCTIONS[name](config, device=None)
