@@ -1,24 +1,30 @@
-"""ggml's kernels: quantised rows as they lie in a GGUF file, multiplied where they are. The one module that calls ggml.
+"""ggml's kernels: rows as they lie in a GGUF file, multiplied where they are. All calls of ggml are here.
 
-A row of a weight is `in_features` numbers in blocks of 32 or 256, each block with its scales: bytes that ggml alone has to understand.
-Activations are float32; ggml quantises them itself (to 8 bit, a row at a time) before it multiplies, as llama.cpp does.
+A row of a weight is `in_features` numbers in blocks of 32 or 256, each block with its scales: bytes
+that ggml alone has to understand. Activations are float32; ggml quantises them itself (to 8 bit, a
+row at a time) before it multiplies, as llama.cpp does.
 
-How it is called. A graph of one product is built once for each thread; type, shape and addresses are set before each call, so nothing is kept
-per shape. The threads are torch's own: each multiplies its share of the output rows, with ggml on one thread. A pool of ggml's beside torch's
-would have to share the cores with threads of torch that spin for some milliseconds after each operation: twice the time (docs/log.md).
-Calls come one at a time (a lock); the interpreter is free meanwhile.
+How it is called. A graph of one product is built once for each thread; type, shape and addresses
+are set before each call, so nothing is kept per shape. The threads are torch's own: each multiplies
+its share of the output rows, with ggml on one thread. A pool of ggml's beside torch's would have to
+share the cores with threads of torch that spin for some milliseconds after each operation: twice
+the time (docs/log.md). Calls come one at a time (a lock); the interpreter is free meanwhile.
 
-What changes no bit: cutting a weight by output rows, the address of its bytes, the number of threads. (Tested on x86 with six of the library's
-kernels; on ARM with i8mm ggml takes rows in pairs, so there it should hold for even cuts.) Activation rows do not depend on one another, but ggml may
-have two ways, with sums in another order: types in blocks of 256 go one way below 8 activation rows and another from 8 on, IQ4_NL
-(without AVX2 also Q4_0 and Q8_0) one way for a single row and another for more. Row i of a batch equals row i of a batch that goes the same way.
+What changes no bit: cutting a weight by output rows, the address of its bytes, the number of
+threads. (Tested on x86 with six of the library's kernels; on ARM with i8mm ggml takes rows in
+pairs, so there it should hold for even cuts.) Activation rows do not depend on one another, but
+ggml may have two ways, with sums in another order: types in blocks of 256 go one way below 8
+activation rows and another from 8 on, IQ4_NL (without AVX2 also Q4_0 and Q8_0) one way for a single
+row and another for more. Row i of a batch equals row i of a batch that goes the same way.
 
-Cost: each byte is read once, so it is bound by memory at a few activation rows, and by arithmetic at many. More than WORK_ROWS
-rows are multiplied in equal parts, so that what ggml writes meanwhile stays bounded: see `work_bytes`.
+Cost: each byte is read once, so it is bound by memory at a few activation rows, and by arithmetic
+at many. More than WORK_ROWS rows are multiplied in equal parts, so that what ggml writes meanwhile
+stays bounded: see `work_bytes`.
 
-Who ships ggml: the wheel of transcribe-cpp-native has it with kernels for every kind of CPU, of which the best is chosen here; docs/log.md says why
-that one. Not here: files (flexinfer.formats) and memory (the caller owns the bytes). bf16, fp16 and fp32 have
-torch's kernels (flexinfer.kernels.dense): with ggml's a cut by rows would change bits.
+Who ships ggml: the wheel of transcribe-cpp-native has it with kernels for every kind of CPU, of
+which the best is chosen here; docs/log.md says why that one. Not here: files (flexinfer.formats)
+and memory (the caller owns the bytes). bf16, fp16 and fp32 have torch's kernels
+(flexinfer.kernels.dense): with ggml's a cut by rows would change bits.
 """
 
 import ctypes
@@ -137,7 +143,7 @@ class GgmlKernel:
         return 0
 
     def work_bytes(self, activation_rows: int, output_rows: int) -> int:
-        """What ggml writes besides the output; and where that is not float32, a copy of both sides in float32."""
+        """What ggml works in; where the dtype is not float32, a copy of both sides in float32 too."""
         rows = min(activation_rows, WORK_ROWS)
         copies_bytes = 0 if self.dtype == torch.float32 else 4 * rows * (self.in_features + output_rows)
         return library().work_bytes(self.type, self.in_features, output_rows, rows) + copies_bytes
@@ -162,7 +168,7 @@ class GgmlKernel:
     def _multiply(
         self, x: torch.Tensor, view: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """y [n, rows] = x [n, in] times the rows in `view`, plus `bias`; sums in float32, rounded once."""
+        """y [n, rows] = x [n, in] times the rows in `view`, plus `bias`; rounded once."""
         product = y if y.dtype == torch.float32 else torch.empty(y.shape)
         library().multiply(self.type, view, x.float().contiguous(), product)
         if bias is not None:
@@ -172,9 +178,10 @@ class GgmlKernel:
 
 
 def quantize_rows(kind: GgmlType, weight: torch.Tensor) -> torch.Tensor:
-    """weight [rows, in_features] in blocks of `kind`: uint8 [rows, row_bytes]. Uses one thread; may be called from several.
+    """weight [rows, in_features] in blocks of `kind`: uint8 [rows, row_bytes]. Threads may share it out.
 
-    Raises: GgmlError for a type that needs calibration, rows that do not end with a block, and numbers that are not finite.
+    Raises: GgmlError for a type that needs calibration, for rows that do not end with a block, and
+    for numbers that are not finite.
     """
     packed = torch.empty(len(weight), kind.row_bytes(weight.shape[1]), dtype=torch.uint8)
     library().quantize(kind, weight.float().contiguous(), packed)
@@ -182,14 +189,14 @@ def quantize_rows(kind: GgmlType, weight: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize_rows(kind: GgmlType, packed: torch.Tensor, in_features: int) -> torch.Tensor:
-    """uint8 [rows, row_bytes] as float32 [rows, in_features]. Uses one thread; may be called from several."""
+    """uint8 [rows, row_bytes] as float32 [rows, in_features]. Threads may share it out."""
     weight = torch.empty(len(packed), in_features)
     library().dequantize(kind, packed.contiguous(), weight)
     return weight
 
 
 def rehearse() -> None:
-    """Do once what every run does once: load ggml, set its graphs up, multiply few rows and many."""
+    """Do once what every run does once: load ggml, set graphs up, multiply few rows and many."""
     for name in ("Q4_0", "Q4_K"):
         kernel = GgmlKernel(1024, TYPES[name], torch.float32)
         view = torch.zeros(1024, kernel.row_bytes, dtype=torch.uint8)
@@ -289,7 +296,7 @@ class Library:
         _TO_FLOAT(traits.to_float)(packed.data_ptr(), weight.data_ptr(), weight.numel())
 
     def _shares(self, kind: GgmlType, in_features: int, rows: int, n: int, threads: int) -> "list[_Product]":
-        """Products that make up [n, in] x [in, rows], one for each thread; fewer where there are not enough rows."""
+        """Products that make up [n, in] x [in, rows], one for each thread if there are enough rows."""
         wanted = (kind, in_features, rows, n, threads)
         if wanted == self._shaped:  # as a rule: queries, keys and values; gate and up
             return self._shared
@@ -312,7 +319,7 @@ class Library:
 
 
 class _Product:
-    """A graph of one product, for one thread: y [n, start : start + rows] = x [n, in] times rows from `start` of a weight."""
+    """A graph of one product, for one thread: some columns of y, x times some rows of a weight."""
 
     def __init__(self, base: ctypes.CDLL, cpu: ctypes.CDLL) -> None:
         context = base.ggml_init(_Init(16384, None, True))  # for good: the structures alone, no numbers
@@ -352,7 +359,7 @@ class _Product:
 
 
 class _Team:
-    """Runs products on the threads of torch's OpenMP library, by the interface that compilers call for `#pragma omp parallel`."""
+    """Runs products on torch's OpenMP threads, as compiled code does for `#pragma omp parallel`."""
 
     def __init__(self, compute: Callable[..., int]) -> None:
         torch_cpu = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
@@ -394,14 +401,14 @@ class _Team:
         self._take()
 
     def _take(self) -> None:
-        """Compute what nobody has taken yet. The iterator of a list never gives two threads the same."""
+        """Compute what nobody has taken yet: a list's iterator gives each product once."""
         for product in self._waiting:
             if self._compute(*product.call):
                 self._failed = True
 
 
 def best_kernels(folder: Path) -> Path:
-    """The library of ggml's kernels that suits this CPU best, by ggml's own score; 0 says it cannot run it."""
+    """The kernels that suit this CPU best, by ggml's own score; 0 says that it cannot run them."""
     scores = {}
     for path in sorted(folder.glob("libggml-cpu*.so")):
         score = getattr(ctypes.CDLL(str(path)), "ggml_backend_score", None)  # none: built for one CPU
