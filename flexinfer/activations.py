@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexinfer.imports import deferred
+from flexinfer.kernels import Kernel
 from flexinfer.plan import PassShape, Weight
 from flexinfer.streaming.cache import LayerShape, ReservedLayer
 from flexinfer.streaming.linear import JOINED_OUTPUT_BYTES
@@ -49,6 +50,15 @@ class PassMemory:
     peak_bytes: int  # the most during the pass and the choice of the next tokens, start_bytes included
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A linear of the model, as it is computed."""
+
+    weight: Weight
+    kernel: Kernel
+    reordered: bool  # whether its output is put in another order of rows
+
+
 class PassMeter:
     """Says what passes of a model take. Builds it on the meta device when it is first asked, and keeps what it found."""
 
@@ -57,11 +67,13 @@ class PassMeter:
         config: PretrainedConfig,
         dtype: torch.dtype,
         layers: Sequence[LayerShape],
-        weights: Sequence[Weight],
+        products: Sequence[Product],
         scale: int = 1,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
+        self._kv_dtype = kv_dtype or dtype
         self._scale = scale  # bytes of the dtype that is computed in to those of `dtype`
-        self._config, self._dtype, self._layers, self._weights = config, dtype, layers, weights
+        self._config, self._dtype, self._layers, self._products = config, dtype, layers, products
         self._model: PreTrainedModel | None = None
         self._found: dict[PassShape, PassMemory] = {}
 
@@ -94,7 +106,7 @@ class PassMeter:
         if shape not in self._found:
             if self._model is None:
                 self._model = meta_model(self._config, self._dtype)
-            found = pass_memory(self._model, self._layers, self._weights, shape)
+            found = pass_memory(self._model, self._layers, self._products, shape, self._kv_dtype)
             self._found[shape] = PassMemory(found.start_bytes * self._scale, found.peak_bytes * self._scale)
         return self._found[shape]
 
@@ -108,7 +120,11 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def pass_memory(
-    model: PreTrainedModel, layers: Sequence[LayerShape], weights: Sequence[Weight], shape: PassShape
+    model: PreTrainedModel,
+    layers: Sequence[LayerShape],
+    products: Sequence[Product],
+    shape: PassShape,
+    kv_dtype: torch.dtype,
 ) -> PassMemory:
     """What a pass of `shape` through `model`, which is on the meta device, would allocate. `layers` as in the cache."""
     config = model.config.get_text_config(decoder=True)
@@ -116,7 +132,7 @@ def pass_memory(
     rows = shape.batch * shape.new_tokens
     keys = shape.past_tokens + shape.new_tokens
     with deferred(), torch.device("meta"), torch.no_grad():
-        cache, reserved = _cache(model, layers, shape)
+        cache, reserved = _cache(model, layers, shape, kv_dtype)
         ids = torch.zeros(shape.batch, shape.new_tokens, dtype=torch.long)
         can_keep_fewer = "logits_to_keep" in inspect.signature(model.forward).parameters
         keep: dict[str, Any] = {"logits_to_keep": shape.kept} if can_keep_fewer else {}
@@ -130,7 +146,11 @@ def pass_memory(
     sampling_bytes = after_bytes + chosen * config.vocab_size * SAMPLING_BYTES
     padding_bytes = rows * keys * (MASK_BYTES + itemsize) if shape.batch > 1 else 0
     moved_bytes = max((layer.nbytes(shape.total_tokens, itemsize) for layer in layers), default=0)
-    copied_bytes = max((_copied_bytes(weight, rows, itemsize) for weight in weights), default=0)
+    kept_rows = shape.batch * shape.kept_tokens if can_keep_fewer else rows
+    copied_bytes = max(
+        (_copied_bytes(one, kept_rows if one.weight.kind == "head" else rows, itemsize) for one in products),
+        default=0,
+    )
     table_bytes = rows * config.hidden_size * itemsize  # the rows of the input embedding that were looked up
     peak_bytes = max(
         meter.peak_bytes + copied_bytes + table_bytes + padding_bytes,
@@ -140,16 +160,21 @@ def pass_memory(
     return PassMemory(start_bytes, peak_bytes)
 
 
-def _copied_bytes(weight: Weight, rows: int, itemsize: int) -> int:
-    """What `StreamedLinear` holds at most besides the output: one part of it, and a piece as the kernel may copy it."""
+def _copied_bytes(product: Product, rows: int, itemsize: int) -> int:
+    """What `StreamedLinear` holds at most besides the output: one part of it, a piece as the kernel may copy it, what the
+    kernel works in, and the output once more to put its rows in order."""
+    weight = product.weight
     piece = max(weight.pieces, key=lambda piece: piece.nbytes)
     piece_rows = piece.row_stop - piece.row_start
-    output_bytes = rows * weight.pieces[-1].row_stop * itemsize
-    return min(output_bytes, max(JOINED_OUTPUT_BYTES, rows * piece_rows * itemsize)) + piece.copied_bytes
+    output_rows = weight.pieces[-1].row_stop
+    output_bytes = rows * output_rows * itemsize
+    part_bytes = min(output_bytes, max(JOINED_OUTPUT_BYTES, rows * piece_rows * itemsize))
+    work_bytes = part_bytes + piece.copied_bytes + product.kernel.work_bytes(rows, output_rows)
+    return max(work_bytes, output_bytes if product.reordered else 0)
 
 
 def _cache(
-    model: PreTrainedModel, layers: Sequence[LayerShape], shape: PassShape
+    model: PreTrainedModel, layers: Sequence[LayerShape], shape: PassShape, kv_dtype: torch.dtype
 ) -> tuple[DynamicCache, list[torch.Tensor]]:
     """A cache on the meta device that holds `past_tokens`: reserved layers with their memory, and transformers' own for sliding
     windows."""
@@ -162,7 +187,7 @@ def _cache(
             return torch.empty(shape.batch, of[0], tokens, of[1], dtype=model.dtype)
 
         if layer.window is None:
-            room = (states(length, layer.value), states(length, layer.key))
+            room = (states(length, layer.value).to(kv_dtype), states(length, layer.key).to(kv_dtype))
             memory.extend(room)
             reserved = ReservedLayer(partial(_of_pair, room))
             if i < len(cache.layers):

@@ -67,7 +67,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     engine = argparse.ArgumentParser(add_help=False)
-    engine.add_argument("model", metavar="MODEL", help="checkpoint directory, or Hugging Face Hub id")
+    engine.add_argument(
+        "model", metavar="MODEL", help="checkpoint directory, GGUF file, or Hugging Face Hub id"
+    )
+    engine.add_argument("--gguf-file", metavar="NAME", help="which GGUF file of that directory or Hub id")
     options = engine.add_argument_group("memory and reading")
     options.add_argument(
         "--memory",
@@ -94,7 +97,14 @@ def parser() -> argparse.ArgumentParser:
         "--read-timeout", type=float, metavar="SECONDS", help="give a read up after so long (default: never)"
     )
     options.add_argument("--context", type=int, help="tokens the KV cache is sized for")
-    options.add_argument("--dtype", default="auto", help="what to compute in (default: the checkpoint's)")
+    options.add_argument(
+        "--dtype", default="auto", help="what to compute in (default: the checkpoint's; float32 for GGUF)"
+    )
+    options.add_argument(
+        "--kv-dtype",
+        default="auto",
+        help="what the KV cache is kept in (default: as --dtype; float16 for GGUF)",
+    )
 
     sampling = argparse.ArgumentParser(add_help=False)
     options = sampling.add_argument_group("decoding")
@@ -176,7 +186,7 @@ def generate(arguments: argparse.Namespace) -> int:
         raise ValueError("prompt='' is empty; give some text, as an argument or on standard input")
     with Bars() as bars:
         bars.spin(f"loading {arguments.model}")
-        tokenizer = _load_tokenizer(arguments.model)
+        tokenizer = _load_tokenizer(arguments.model, arguments.gguf_file)
         inputs = tokenizer(prompt, return_tensors="pt")
         prompt_tokens = inputs["input_ids"].shape[1]
         needed = prompt_tokens + arguments.max_new_tokens + (arguments.prompt_lookup or 0)
@@ -209,7 +219,7 @@ def chat(arguments: argparse.Namespace) -> int:
     _decoding(arguments)  # what is wrong with the options is said before the model is loaded
     with Bars() as bars:
         bars.spin(f"loading {arguments.model}")
-        tokenizer = _load_tokenizer(arguments.model)
+        tokenizer = _load_tokenizer(arguments.model, arguments.gguf_file)
         if not tokenizer.chat_template:
             raise ValueError(f"{arguments.model} has no chat template; use `flexinfer generate`")
         with _load_model(arguments, tokenizer, arguments.context, bars) as model:
@@ -442,7 +452,7 @@ def speed_line(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
+def _load_tokenizer(model: str, gguf_file: str | None) -> "PreTrainedTokenizerBase":
     """The tokenizer; loaded before the model, so that its memory counts as the process's."""
     from transformers.utils import logging
 
@@ -451,7 +461,7 @@ def _load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     from flexinfer.tokenizer import load_tokenizer
 
     logging.set_verbosity_error()
-    return load_tokenizer(Checkpoint.open(resolve(model)).path)
+    return load_tokenizer(Checkpoint.open(resolve(model, gguf_file)).config_dir)
 
 
 @contextlib.contextmanager
@@ -468,6 +478,7 @@ def _load_model(
     model = flexinfer.from_pretrained(
         arguments.model,
         arguments.memory,
+        gguf_file=arguments.gguf_file,
         policy=arguments.policy,
         window=arguments.window,
         io_threads=arguments.io_threads,
@@ -478,6 +489,7 @@ def _load_model(
         logits_to_keep=(arguments.prompt_lookup or 0) + 1,
         tokenizer=tokenizer,
         dtype=arguments.dtype,
+        kv_dtype=arguments.kv_dtype,
         trace=arguments.trace or False,
         progress=bars.progress,
     )
@@ -526,7 +538,8 @@ def show_plan(arguments: argparse.Namespace) -> int:
         from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
         from flexinfer.streaming.reader import FileReader
 
-        skeleton = build_skeleton(Checkpoint.open(resolve(arguments.model)), arguments.dtype)
+        checkpoint = Checkpoint.open(resolve(arguments.model, arguments.gguf_file))
+        skeleton = build_skeleton(checkpoint, arguments.dtype, arguments.kv_dtype)
         memory = arguments.memory
         given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
         measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)

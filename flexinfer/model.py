@@ -35,6 +35,7 @@ from flexinfer.formats.skeleton import (
     NotStreamableError,
     Skeleton,
     build_skeleton,
+    decoder_of,
     load_resident,
     resident_bytes,
     resolve,
@@ -89,6 +90,7 @@ def from_pretrained(
     path_or_hub_id: str | Path,
     memory: str | int = "auto",
     *,
+    gguf_file: str | None = None,
     policy: str = "balanced",
     window: str | int | None = None,
     io_threads: int = 2,
@@ -99,6 +101,7 @@ def from_pretrained(
     logits_to_keep: int = 1,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype = "auto",
+    kv_dtype: str | torch.dtype = "auto",
     follow: bool = False,
     trace: bool | str | Path = False,
     progress: Progress | None = None,
@@ -106,9 +109,10 @@ def from_pretrained(
     """Load a causal LM that streams its weights from disk inside a memory budget.
 
     Args:
-        path_or_hub_id: a checkpoint directory (safetensors), or a Hugging Face Hub id, taken from the local cache when
-            it is there.
+        path_or_hub_id: a checkpoint directory (safetensors), a GGUF file or a directory with one, or a Hugging Face Hub id, taken
+            from the local cache when it is there.
         memory: budget of the whole process, "4GiB" or bytes; "auto" takes what the machine or its cgroup has to spare.
+        gguf_file: the name of a GGUF file in that directory or on the Hub; of a split one, the first part.
         policy: what to keep in memory: "balanced" (ours), "unbalanced", "attention-first", "ffn-first", "algorithm1"
             (the paper's), "none".
         window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
@@ -124,7 +128,9 @@ def from_pretrained(
             the batch or the number of beams, the number of candidates and one, or the length of a text that is scored.
         tokenizer: one that the program has loaded already. None: the plan keeps room for the one beside the weights, which
             `model.flexinfer.tokenizer` loads.
-        dtype: "auto" (the checkpoint's), or what to compute in.
+        dtype: "auto" (the checkpoint's; float32 for GGUF), or what to compute in.
+        kv_dtype: what the KV cache is kept in; "auto" is `dtype`, and float16 for GGUF, as in llama.cpp. Layers with a sliding window
+            are kept in `dtype`.
         follow: give memory back when the machine or the control group runs short, and take it again later, up to `memory`.
         trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`); a path has `close()` write it
             there too, for https://ui.perfetto.dev.
@@ -152,10 +158,10 @@ def from_pretrained(
     trace_file = trace_path(trace)
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
     bound_kernel_caches()
-    checkpoint = Checkpoint.open(resolve(path_or_hub_id))
+    checkpoint = Checkpoint.open(resolve(path_or_hub_id, gguf_file))
     budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
     try:
-        skeleton = build_skeleton(checkpoint, dtype)
+        skeleton = build_skeleton(checkpoint, dtype, kv_dtype)
     except NotStreamableError as error:
         skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, context, error)
     recorder = Trace(max_events=MAX_EVENTS if trace else 0, progress=progress)  # its memory is measured too
@@ -222,7 +228,7 @@ class Engine:
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
-        self._path, self._config, self._dtype = skeleton.checkpoint.path, skeleton.config, skeleton.dtype
+        self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
         self._fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
         self._file_bytes = measured.file_bytes
@@ -264,7 +270,7 @@ class Engine:
             budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2,
         )
         self.plan = self._make_plan(budget_bytes, skeleton)
-        self._kv = KVReserve(self._layers, self.context, skeleton.dtype)
+        self._kv = KVReserve(self._layers, self.context, skeleton.kv_dtype)
         self._place_modules(skeleton)
         self._loaded_bytes = anonymous_bytes()
         self._explained = self.stats()
@@ -323,6 +329,7 @@ class Engine:
                 self._trace,
                 self._lock,
                 self._between_linears,
+                skeleton.row_orders.get(weight.name),
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
@@ -330,11 +337,12 @@ class Engine:
             embedding: Any = model.get_input_embeddings()
             name = skeleton.embedding_name
             spec = skeleton.specs[name + ".weight"]
-            rows = StreamedEmbedding(embedding, self._row_reader(spec), spec, dtype, self._lock)
+            decode = decoder_of(spec)
+            rows = StreamedEmbedding(embedding, self._row_reader(spec), decode, spec, dtype, self._lock)
             model.set_submodule(name, rows)
 
     def _row_reader(self, spec: TensorSpec) -> Callable[[int, memoryview], int]:
-        row_bytes = spec.shape[1] * spec.torch_dtype.itemsize
+        row_bytes = spec.row_bytes
 
         def read_row(row: int, into: memoryview) -> int:
             assert self._reader is not None
@@ -586,12 +594,12 @@ class Engine:
         with self._lock:
             if self._tokenizer is None:
                 if self._rest_bytes is None:
-                    self._tokenizer = load_tokenizer(self._path)
+                    self._tokenizer = load_tokenizer(self._config_dir)
                 else:  # memory is full by now: make room for the loading, then see what it took
-                    loading = replace(self._fixed, tokenizer_bytes=loading_bytes(self._path))
+                    loading = replace(self._fixed, tokenizer_bytes=loading_bytes(self._config_dir))
                     self._apply(self._make_plan(self.plan.budget_bytes, fixed=loading))
                     start = anonymous_bytes()
-                    self._tokenizer = load_tokenizer(self._path)
+                    self._tokenizer = load_tokenizer(self._config_dir)
                     taken = max(0, anonymous_bytes() - start)
                     self._fixed = replace(self._fixed, process_bytes=self._fixed.process_bytes + taken)
                     self._apply(self._make_plan(self.plan.budget_bytes))
@@ -739,7 +747,8 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
         if spec.nbytes
         else 0
     )
-    return buffer.tensor(position, spec.torch_dtype, spec.shape).to(dtype, copy=True)
+    tensor = buffer.tensor(position, spec.torch_dtype, spec.shape)
+    return tensor.add(spec.added).to(dtype) if spec.added else tensor.to(dtype, copy=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -754,10 +763,10 @@ class MemoryOfProcess:
     @classmethod
     def measure(cls, skeleton: Skeleton, *, with_tokenizer: bool) -> "MemoryOfProcess":
         """Measured after what every run does once, on a model of a few kilobytes, has been done."""
-        file_bytes = rehearse_once(skeleton.dtype, skeleton.attention)
+        file_bytes = rehearse_once(skeleton.dtype, skeleton.attention, skeleton.in_blocks)
         gc.collect()  # the dry run's model
         trim_heap()
-        path = skeleton.checkpoint.path
+        path = skeleton.checkpoint.config_dir
         tokenizer = (tokenizer_bytes(path), loading_bytes(path)) if with_tokenizer else (0, 0)
         return cls(anonymous_bytes(), file_bytes, *tokenizer)
 
@@ -805,7 +814,7 @@ def fixed_memory(
     skeleton: Skeleton, measured: MemoryOfProcess, context: int, logits_to_keep: int = 1
 ) -> Fixed:
     """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
-    itemsize = skeleton.dtype.itemsize
+    itemsize = skeleton.kv_dtype.itemsize
     state = skeleton.model.state_dict()
     kv_bytes = sum(layer.nbytes(context, itemsize) for layer in skeleton.cache_layers)
     activation_bytes = skeleton.meter.planned_bytes(context, logits_to_keep)

@@ -27,18 +27,23 @@ SHAPE: dict[str, Any] = {
 
 
 @cache
-def rehearse_once(dtype: torch.dtype, attention: str) -> int:
+def rehearse_once(dtype: torch.dtype, attention: str, in_blocks: bool = False) -> int:
     """Rehearse, and let go of the library pages that importing has touched. Returns the bytes of those that a pass needs.
 
-    Once a process for each dtype and kind of attention.
+    Once a process for each dtype and kind of attention, and for weights in ggml's blocks or not.
     """
-    rehearse(dtype, attention)
+    rehearse(dtype, attention, in_blocks)
     page_out_libraries()
-    return touched_file_bytes(partial(rehearse, dtype, attention))
+    return touched_file_bytes(partial(rehearse, dtype, attention, in_blocks))
 
 
-def rehearse(dtype: torch.dtype, attention: str) -> None:
-    """Generate two tokens with a model of random weights, by the kernels for `dtype` and the given kind of attention."""
+def rehearse(dtype: torch.dtype, attention: str, in_blocks: bool = False) -> None:
+    """Generate two tokens with a model of random weights, by the kernels for `dtype` and the given kind of attention; and
+    multiply with weights `in_blocks`."""
+    if in_blocks:
+        from flexinfer.kernels import ggml  # loads a library
+
+        ggml.rehearse()
     config = LlamaConfig(**SHAPE | {"attn_implementation": attention})
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()

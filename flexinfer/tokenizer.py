@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexinfer.formats.checkpoint import CheckpointError
+from flexinfer.formats.gguf_model import NO_TOKENIZER
 from flexinfer.imports import deferred
 from flexinfer.streaming.memory import return_freed_memory, trim_heap
 
@@ -31,6 +32,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     return_freed_memory()
     if not has_tokenizer(path):
+        if (path / NO_TOKENIZER).is_file():
+            why = (path / NO_TOKENIZER).read_text()
+            raise CheckpointError(
+                f"no tokenizer could be made from the GGUF file: {why}; load one of your own"
+            )
         raise CheckpointError(
             f"{path}: no tokenizer beside the weights; put its files there (tokenizer.json, ...)"
         )

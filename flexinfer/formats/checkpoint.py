@@ -1,21 +1,23 @@
-"""Read-only index of a safetensors checkpoint: which tensor lies where.
+"""Read-only index of a checkpoint: which tensor lies where.
 
 A checkpoint is a directory with `config.json` and either `model.safetensors` or shards named by
-`model.safetensors.index.json`. Opening one reads the headers alone (a few KB a file) and checks every offset against
-the file, so that a damaged checkpoint is refused before memory is planned. The bytes themselves are read later, by
-`flexinfer.streaming.prefetch`, straight from the offsets found here: nothing is converted and no second copy is made.
+`model.safetensors.index.json`; or a GGUF file (flexinfer.formats.gguf). Opening one reads the headers alone (a few KB a file) and
+checks every offset against the file, so that a damaged checkpoint is refused before memory is planned. The bytes themselves are read
+later, by `flexinfer.streaming.prefetch`, straight from the offsets found here: nothing is converted and no second copy is made.
 
 Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, JSON header, data).
 """
 
+import importlib
 import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # not for the process that makes a tokenizer
+    import torch
 
 from flexinfer.messages import shown
 
@@ -24,17 +26,41 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format; of any JSON that is read here
 MAX_DIMENSIONS = 64  # of a tensor: as many as torch can take
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How numbers are stored: so many in so many bytes."""
+
+    name: str
+    block_elements: int
+    block_bytes: int
+    torch_name: str | None = None  # torch's name of the dtype; None where it has none, as for blocks of ggml
+
+    @property
+    def is_float(self) -> bool:
+        """Whether torch computes with the numbers as they are stored."""
+        return self.name in FLOAT_NAMES
+
+    def nbytes(self, elements: int) -> int:
+        """Bytes that `elements`, a multiple of the block, take."""
+        return elements // self.block_elements * self.block_bytes
+
+
+FLOAT_NAMES = frozenset({"BF16", "F16", "F32"})
+ENCODINGS = {
+    name: Encoding(name, 1, nbytes, torch_name)
+    for name, nbytes, torch_name in (
+        ("F64", 8, "float64"),
+        ("F32", 4, "float32"),
+        ("F16", 2, "float16"),
+        ("BF16", 2, "bfloat16"),
+        ("I64", 8, "int64"),
+        ("I32", 4, "int32"),
+        ("I16", 2, "int16"),
+        ("I8", 1, "int8"),
+        ("U8", 1, "uint8"),
+        ("BOOL", 1, "bool"),
+    )
 }
 
 
@@ -44,47 +70,68 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where one tensor lies. `offset_bytes` counts from the start of `file`."""
+    """Where one tensor lies, and how it differs from the model's parameter. `offset_bytes` counts from the start of `file`."""
 
-    name: str
+    name: str  # in the file
     file: Path
     offset_bytes: int
     nbytes: int
-    dtype: str  # safetensors' name of the type, such as "BF16"
-    shape: tuple[int, ...]
+    encoding: Encoding
+    shape: tuple[int, ...]  # of its elements; its last dimension is made of whole blocks
+    added: float = 0.0  # to each element, to get the parameter
+    row_order: tuple[int, ...] | None = None  # row i of the parameter is row row_order[i] in the file
+    transposed: bool = False  # the rows of the file are the columns of the parameter
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.dtype]
+    def dtype(self) -> str:
+        """The name of the encoding, such as "BF16"."""
+        return self.encoding.name
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        assert self.encoding.torch_name is not None
+        dtype: torch.dtype = getattr(importlib.import_module("torch"), self.encoding.torch_name)
+        return dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.encoding.nbytes(self.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a checkpoint directory, by name."""
+    """The tensors of a checkpoint, by name."""
 
-    path: Path
+    path: Path  # of the directory, or of the (first) GGUF file
     tensors: dict[str, TensorSpec]
+    config_dir: Path  # where config.json and the tokenizer lie
+    architecture: str | None = None  # llama.cpp's name of it, as the tensors' names are: for GGUF alone
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """Index the checkpoint in directory `path`.
+        """Index the checkpoint in directory `path`, or the GGUF file `path`, or the only one in the directory.
 
         Raises CheckpointError when it is not a checkpoint, a shard is missing or truncated, a header lies about sizes
-        or overlaps, the index points outside the directory, or a tensor has a dtype that is not supported.
+        or overlaps, the index points outside the directory, or a tensor has a type that is not supported.
         """
         path = Path(path)
+        from flexinfer.formats.gguf_model import gguf_in, open_gguf  # they need the classes above
+
+        gguf_file = gguf_in(path)
+        if gguf_file is not None:
+            return open_gguf(gguf_file)
         if not path.is_dir():
             raise CheckpointError(
-                f"{path}: no such directory; expected a Hugging Face checkpoint (config.json and *.safetensors)"
+                f"{path}: no such directory or .gguf file; expected a Hugging Face checkpoint (config.json and *.safetensors)"
             )
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{path}: not a checkpoint: config.json is missing; save it with model.save_pretrained()"
             )
         if (path / INDEX_FILE).is_file():
-            return cls(path, _read_index(path))
+            return cls(path, _read_index(path), path)
         if (path / SINGLE_FILE).is_file():
-            return cls(path, {spec.name: spec for spec in read_header(path / SINGLE_FILE)})
+            return cls(path, {spec.name: spec for spec in read_header(path / SINGLE_FILE)}, path)
         other = sorted(
             p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
         )
@@ -206,15 +253,15 @@ def _tensor_spec(file: Path, name: str, entry: Any, data_start: int) -> TensorSp
         raise CheckpointError(
             f"{file}: tensor {shown(name)} has no proper dtype, shape and data_offsets; download it again"
         )
-    if dtype not in TORCH_DTYPES:
+    if dtype not in ENCODINGS:
         raise CheckpointError(
-            f"{file}: tensor {shown(name)} has dtype {shown(dtype)}, supported are {', '.join(TORCH_DTYPES)}; "
+            f"{file}: tensor {shown(name)} has dtype {shown(dtype)}, supported are {', '.join(ENCODINGS)}; "
             "convert the checkpoint"
         )
-    expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    expected = ENCODINGS[dtype].nbytes(math.prod(shape))
     if stop - start != expected:
         raise CheckpointError(
             f"{file}: tensor {shown(name)} of shape {shown(list(shape))} and {dtype} needs {shown(expected)} bytes, the "
             f"header gives it {stop - start}; download it again"
         )
-    return TensorSpec(name, file, data_start + start, expected, dtype, shape)
+    return TensorSpec(name, file, data_start + start, expected, ENCODINGS[dtype], shape)

@@ -48,11 +48,11 @@ def refusing(file: Path, what: str) -> Iterator[None]:
 
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The configuration of `checkpoint`. Raises CheckpointError when transformers knows no such model, or must not build it."""
-    file = checkpoint.path / CONFIG_FILE
+    file = checkpoint.config_dir / CONFIG_FILE
     _check(file, _read(file), checkpoint)
     with refusing(file, "not a model that transformers knows"):
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            checkpoint.path, trust_remote_code=False, local_files_only=True
+            checkpoint.config_dir, trust_remote_code=False, local_files_only=True
         )
         values = config.to_dict()
     _check(file, values, checkpoint)  # the defaults as well

@@ -133,7 +133,12 @@ def quantize(
         raise QuantizeError(
             f"{src}: is quantised already (by {method!r}); start from the original checkpoint"
         )
-    job = _Job(fmt, build_skeleton(Checkpoint.open(src)))
+    source = Checkpoint.open(src)
+    if source.architecture is not None:
+        raise QuantizeError(
+            f"{src}: a GGUF file runs as it is; to make a smaller copy, start from the original checkpoint"
+        )
+    job = _Job(fmt, build_skeleton(source))
     if not job.linears:
         raise QuantizeError(
             f"{src}: none of its linears can be packed: {next(iter(job.kept.values()), 'it has none')}"

@@ -7,14 +7,15 @@ nothing. Reads headers, never weights.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
-from flexinfer.activations import PassMeter, meta_model
+from flexinfer.activations import PassMeter, Product, meta_model
 from flexinfer.imports import deferred
 
 with deferred():
@@ -25,7 +26,7 @@ with deferred():
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.pytorch_utils import Conv1D
 
-from flexinfer.formats.checkpoint import Checkpoint, CheckpointError, TensorSpec
+from flexinfer.formats.checkpoint import FLOAT_NAMES, Checkpoint, CheckpointError, TensorSpec
 from flexinfer.formats.config import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -33,6 +34,8 @@ from flexinfer.formats.config import (
     refusing,
     set_generation_config,
 )
+from flexinfer.formats.gguf import SPLIT_NAME
+from flexinfer.formats.gguf_model import specs_of
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
 from flexinfer.kernels.packed import (
@@ -46,30 +49,42 @@ from flexinfer.kernels.packed import (
 from flexinfer.messages import shown
 from flexinfer.plan import Kind, Piece, Weight
 from flexinfer.streaming.cache import LayerShape
-from flexinfer.streaming.memory import round_up
+from flexinfer.streaming.memory import Buffer, round_up
 from flexinfer.streaming.reader import padded_bytes
 
 PIECE_BYTES = 4 << 20  # large enough for the disk, small enough that a window of several is little memory
 ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
-FLOAT_DTYPES = {"BF16", "F16", "F32"}
 TABLES_BYTES = 64 << 20  # that masks, positions and other tables of a model may take, whatever its weights
 
 
-def resolve(path_or_hub_id: str | Path) -> Path:
-    """The checkpoint directory: a local one, or a snapshot in the Hugging Face cache (downloaded if need be)."""
-    if Path(path_or_hub_id).is_dir():
-        return Path(path_or_hub_id)
+def resolve(path_or_hub_id: str | Path, gguf_file: str | None = None) -> Path:
+    """The checkpoint directory, or the GGUF file: a local one, or in the Hugging Face cache (downloaded if need be).
+
+    gguf_file: the file's name in the directory or on the Hub, as transformers' argument of that name.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path / (gguf_file or "")
+    if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
+        return path
     name = str(path_or_hub_id)
-    if isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such directory, and not a Hub id of the form 'owner/name'")
+    local = isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    if local or name.count("/") != 1:
+        raise CheckpointError(
+            f"{name}: no such directory, and not a Hub id of the form 'owner/name', or a .gguf file"
+        )
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    if gguf_file is not None:
+        wanted = [SPLIT_NAME.sub(r"\1-*-of-\3.gguf", gguf_file)]
     try:
-        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True)) / (
+            gguf_file or ""
+        )
         Checkpoint.open(cached)  # all of it: a tokenizer that was loaded alone leaves a part of a snapshot
         return cached
     except Exception as why:
         try:
-            return Path(snapshot_download(name, allow_patterns=wanted))
+            return Path(snapshot_download(name, allow_patterns=wanted)) / (gguf_file or "")
         except Exception as error:
             raise CheckpointError(
                 f"{name}: neither a directory, nor whole in the Hugging Face cache ({why}), nor to be had from the Hub ({error})"
@@ -89,7 +104,9 @@ class Skeleton:
     specs: dict[str, TensorSpec]  # by the model's parameter name
     weights: list[Weight]  # the streamable ones, in order of use
     kernels: dict[str, Kernel]  # by the name of the weight
+    row_orders: dict[str, torch.Tensor]  # of weights whose rows the file has in another order
     cache_layers: list[LayerShape]
+    kv_dtype: torch.dtype  # what the KV cache is kept in
     meter: PassMeter
 
     @property
@@ -100,6 +117,11 @@ class Skeleton:
     def attention(self) -> str:
         """How attention is computed: transformers' name of it."""
         return self.model.config.get_text_config()._attn_implementation or "eager"
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether weights lie in ggml's blocks."""
+        return any(spec.encoding.torch_name is None for spec in self.specs.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,16 +139,21 @@ class Skeleton:
         return next(name for name, module in self.model.named_modules() if module is embedding)
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> Skeleton:
+def build_skeleton(
+    checkpoint: Checkpoint, dtype: str | torch.dtype = "auto", kv_dtype: str | torch.dtype = "auto"
+) -> Skeleton:
     """The empty model for `checkpoint`, with every parameter matched to a tensor. Reads no weights.
 
     Sizes are compared on the meta device, before anything is allocated by them. Raises CheckpointError when config.json is of no
     causal LM, tensors are missing or have the wrong shape, or the weights would have to be converted to fit.
     """
-    file = checkpoint.path / CONFIG_FILE
+    file = checkpoint.config_dir / CONFIG_FILE
     config = load_config(checkpoint)
     packed = _packed_format(config, file)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
+    kept_dtype = _dtype(kv_dtype, "kv_dtype") or (torch.float16 if checkpoint.architecture else compute_dtype)
+    if kept_dtype.itemsize > compute_dtype.itemsize:
+        kept_dtype = compute_dtype
     with refusing(file, "no causal LM"):
         shapes = meta_model(config, compute_dtype)
     with refusing(file, "a model that cannot be streamed"):
@@ -135,20 +162,64 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") ->
         with deferred(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, trust_remote_code=False)
         model.eval().requires_grad_(False)
-        set_generation_config(model, checkpoint.path)
+        set_generation_config(model, checkpoint.config_dir)
         linears = {linear.name: linear for linear in find_linears(model)}
         order, cache_layers = _dry_run(shapes, linears.keys())
         parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
-    return Skeleton(
+    row_orders = _row_orders(specs, weights)
+    products = [Product(weight, kernel, weight.name in row_orders) for weight, kernel in parts]
+    skeleton = Skeleton(
         model=model,
         checkpoint=checkpoint,
         specs=specs,
         weights=weights,
         kernels={weight.name: kernel for weight, kernel in parts},
+        row_orders=row_orders,
         cache_layers=cache_layers,
-        meter=PassMeter(config, compute_dtype, cache_layers, weights),
+        kv_dtype=kept_dtype,
+        meter=PassMeter(config, compute_dtype, cache_layers, products, kv_dtype=kept_dtype),
     )
+    for name, spec in skeleton.resident.items():
+        if spec.encoding.torch_name is None or spec.transposed:
+            raise CheckpointError(
+                f"{spec.file}: {spec.name!r} ({name}) is {spec.dtype} and no weight of a linear; this kind of model cannot be run yet"
+            )
+    return skeleton
+
+
+def _row_orders(specs: dict[str, TensorSpec], weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
+    """An index of rows for each weight that wants one. Layers share them."""
+    orders = {weight.name: specs[weight.name].row_order for weight in weights}
+    indices = {order: torch.tensor(order) for order in set(orders.values()) if order is not None}
+    return {name: indices[order] for name, order in orders.items() if order is not None}
+
+
+def decoder_of(spec: TensorSpec) -> Callable[[Buffer, int], torch.Tensor]:
+    """What makes numbers [in_features] of the bytes of one row of `spec`, which begin at a position of a buffer."""
+    width = spec.shape[-1]
+    if spec.encoding.torch_name is not None:
+        return lambda buffer, position: buffer.tensor(position, spec.torch_dtype, (width,))
+    from flexinfer.kernels.ggml import TYPES, dequantize_rows  # loads a library
+
+    def decode(buffer: Buffer, position: int) -> torch.Tensor:
+        row = buffer.tensor(position, torch.uint8, (1, spec.row_bytes))
+        return dequantize_rows(TYPES[spec.encoding.name], row, width)[0]
+
+    return decode
+
+
+def _kernel(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel:
+    """What multiplies rows of `spec`."""
+    if spec.encoding.is_float:
+        return DenseKernel(in_features, spec.torch_dtype, dtype)
+    if spec.encoding.torch_name is not None:
+        raise CheckpointError(
+            f"{spec.file}: {spec.name!r} has dtype {spec.dtype}; the weight of a linear can be {', '.join(sorted(FLOAT_NAMES))}"
+        )
+    from flexinfer.kernels.ggml import TYPES, GgmlKernel  # loads a library
+
+    return GgmlKernel(in_features, TYPES[spec.encoding.name], dtype)
 
 
 def _check_tables(model: PreTrainedModel, checkpoint: Checkpoint, file: Path) -> None:
@@ -180,24 +251,25 @@ def _packed_format(config: PretrainedConfig, file: Path) -> PackedFormat | None:
         raise CheckpointError(f"{file}: {error}") from error
 
 
+def _dtype(dtype: str | torch.dtype, what: str) -> torch.dtype | None:
+    """The dtype that argument `what` names; None for "auto". Raises ValueError for one that cannot be computed in."""
+    if dtype == "auto":
+        return None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named not in {torch.bfloat16, torch.float16, torch.float32}:
+        raise ValueError(
+            f"{what}={dtype!r} is not supported; choose 'auto', 'bfloat16', 'float16' or 'float32'"
+        )
+    return cast(torch.dtype, named)
+
+
 def _compute_dtype(dtype: str | torch.dtype, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    if isinstance(dtype, str) and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(
-                f"dtype={dtype!r} is no torch dtype; choose 'auto', 'bfloat16', 'float16' or 'float32'"
-            )
-        dtype = named
-    if isinstance(dtype, torch.dtype):
-        if dtype not in {torch.bfloat16, torch.float16, torch.float32}:
-            raise ValueError(
-                f"dtype={dtype} is not supported; choose 'auto', 'bfloat16', 'float16' or 'float32'"
-            )
-        return dtype
+    if (asked := _dtype(dtype, "dtype")) is not None:
+        return asked
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return next(
-        (spec.torch_dtype for spec in checkpoint.tensors.values() if spec.dtype in FLOAT_DTYPES),
+        (spec.torch_dtype for spec in checkpoint.tensors.values() if spec.encoding.is_float),
         torch.float32,
     )
 
@@ -227,7 +299,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype, context: in
     context = context or 2048
     weights_bytes = sum(
         math.prod(spec.shape)
-        * (compute_dtype.itemsize if spec.dtype in FLOAT_DTYPES else spec.torch_dtype.itemsize)
+        * (compute_dtype.itemsize if spec.encoding.is_float else spec.torch_dtype.itemsize)
         for spec in checkpoint.tensors.values()
     )
     kv_bytes = sum(layer.nbytes(context, compute_dtype.itemsize) for layer in layers)
@@ -240,7 +312,7 @@ def _resident_facts(
 ) -> tuple[PretrainedConfig, torch.dtype, list[LayerShape]]:
     config = load_config(checkpoint)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
-    with refusing(checkpoint.path / CONFIG_FILE, "no causal LM"):
+    with refusing(checkpoint.config_dir / CONFIG_FILE, "no causal LM"):
         return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[1]
 
 
@@ -271,7 +343,9 @@ def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
         specs={},
         weights=[],
         kernels={},
+        row_orders={},
         cache_layers=layers,
+        kv_dtype=compute_dtype,
         meter=_resident_meter(config, compute_dtype, layers),
     )
 
@@ -280,7 +354,7 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     """The linears that can be streamed: those of the decoder stack, and the output head.
 
     The stack is the `nn.ModuleList` with the most parameters. Subclasses of `nn.Linear` may compute something else, so
-    only `nn.Linear` itself and `Conv1D` are taken.
+    only `nn.Linear` itself, `Conv1D` and what is known to be the same are taken.
     """
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
@@ -291,7 +365,7 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     found = []
     for layer, decoder_layer in enumerate(stack):
         for role, module in decoder_layer.named_modules():
-            if type(module) in {nn.Linear, Conv1D}:
+            if type(module) in {nn.Linear, Conv1D} or _multiplies_alike(module):
                 kind: Kind = "attention" if "attn" in role or "attention" in role else "ffn"
                 found.append(Linear(f"{stack_name}.{layer}.{role}", module, role, layer, kind))
     head = model.get_output_embeddings()
@@ -301,10 +375,44 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     return found
 
 
+def _multiplies_alike(module: nn.Module) -> bool:
+    """Whether a linear of another class is an `nn.Linear` in all but name: Falcon's is, without a bias."""
+    return type(module).__name__ == "FalconLinear" and module.bias is None
+
+
 def _match(
     model: PreTrainedModel, checkpoint: Checkpoint, packed: PackedFormat | None
 ) -> dict[str, TensorSpec]:
-    """The tensor of each parameter and persistent buffer, by transformers' own renaming rules."""
+    """The tensor of each parameter and persistent buffer."""
+    state = model.state_dict()
+    specs = specs_of(model, checkpoint) if checkpoint.architecture else _renamed(model, checkpoint)
+    if model.config.get_text_config().tie_word_embeddings:
+        for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
+            if source in specs and (target not in specs or packed is None):
+                specs[target] = specs[source]
+    if missing := sorted(
+        name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs
+    ):
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
+            "the checkpoint is incomplete or of another model"
+        )
+    for name, spec in specs.items():
+        shape = tuple(state[name].shape)
+        if packed is not None and spec.dtype == "U8":  # only bytes; how many is seen when its blocks are cut
+            fits = math.prod(shape) * packed.bits // 8 <= spec.nbytes
+        else:
+            fits = spec.shape == (shape[::-1] if spec.transposed else shape)
+        if not fits:
+            raise CheckpointError(
+                f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
+                "the two do not belong together"
+            )
+    return specs
+
+
+def _renamed(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """The tensors that the file has for the model, by transformers' own renaming rules."""
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -324,30 +432,6 @@ def _match(
             f"{checkpoint.path}: {shown(converted[0])} and {len(converted) - 1} more tensors are stored apart and joined when "
             f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they cannot be streamed yet"
         )
-    if model.config.get_text_config().tie_word_embeddings:
-        for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
-            if source in specs and (target not in specs or packed is None):
-                specs[target] = specs[source]
-    if missing := sorted(
-        name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs
-    ):
-        raise CheckpointError(
-            f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
-            "the checkpoint is incomplete or of another model"
-        )
-    for name, spec in specs.items():
-        shape = state[name].shape
-        if (
-            packed is not None and spec.dtype == "U8"
-        ):  # only bytes; exactly how many is seen when its blocks are cut
-            fits = shape.numel() * packed.bits // 8 <= spec.nbytes
-        else:
-            fits = tuple(shape) == spec.shape
-        if not fits:
-            raise CheckpointError(
-                f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
-                "the two do not belong together"
-            )
     return specs
 
 
@@ -384,7 +468,6 @@ def _weight_of(
     name = linear.name + ".weight"
     spec = specs[name]
     out_features, in_features = linear.features
-    kernel: Kernel
     if packed is not None and spec.dtype == "U8":
         needed_bytes = packed_nbytes(packed, out_features, in_features)
         if spec.nbytes != needed_bytes:
@@ -392,21 +475,17 @@ def _weight_of(
                 f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs {needed_bytes}; "
                 "quantise the original again"
             )
-        kernel = PackedKernel(in_features, packed)
+        kernel: Kernel = PackedKernel(in_features, packed)
         cuts = [
             (b.row_start, b.row_stop, b.offset_bytes, b.nbytes)
             for b in blocks(packed, out_features, in_features)
         ]
     else:
-        if spec.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{spec.file}: {name!r} has dtype {spec.dtype}; the weight of a linear can be {', '.join(sorted(FLOAT_DTYPES))}"
-            )
-        row_bytes = in_features * spec.torch_dtype.itemsize
-        if isinstance(linear.module, Conv1D):
+        row_bytes = spec.encoding.nbytes(in_features)
+        if isinstance(linear.module, Conv1D) and not spec.transposed:
             kernel, rows = Conv1DKernel(in_features, spec.torch_dtype, dtype), out_features
         else:
-            kernel = DenseKernel(in_features, spec.torch_dtype, dtype)
+            kernel = _kernel(spec, in_features, dtype)
             count = -(-out_features * row_bytes // PIECE_BYTES)
             rows = round_up(-(-out_features // count), ROW_MULTIPLE)
         starts = range(0, out_features, rows)

@@ -31,6 +31,10 @@ class Kernel(Protocol):
         """Memory that `multiply` may take for copies of `nbytes` of a file."""
         ...
 
+    def work_bytes(self, activation_rows: int, output_rows: int) -> int:
+        """Memory that `multiply` works in, besides its input, its output and copies of the weight."""
+        ...
+
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         """`rows` output rows whose bytes begin at `position` of `buffer`; no copy."""
         ...

@@ -43,6 +43,10 @@ class DenseKernel:
         copies = 1 if self.file_dtype == self.dtype else 2
         return copies * self.resident_bytes(nbytes)
 
+    def work_bytes(self, activation_rows: int, output_rows: int) -> int:
+        """torch's own, small and of any size: in the margin."""
+        return 0
+
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         return buffer.tensor(position, self.file_dtype, (rows, self.in_features))
 
@@ -72,6 +76,10 @@ class Conv1DKernel:
         """In another dtype than the file's one copy; and one more where torch lays the weight out anew (see StreamedLinear)."""
         copies = 1 if self.file_dtype == self.dtype else 2
         return copies * self.resident_bytes(nbytes)
+
+    def work_bytes(self, activation_rows: int, output_rows: int) -> int:
+        """torch's own, small and of any size: in the margin."""
+        return 0
 
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         return buffer.tensor(position, self.file_dtype, (self.in_features, rows))

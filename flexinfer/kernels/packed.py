@@ -394,6 +394,10 @@ class PackedKernel:
         """Weights unpacked for many rows, and their products before they are rounded."""
         return 2 * SCRATCH_WEIGHTS * 4
 
+    def work_bytes(self, activation_rows: int, output_rows: int) -> int:
+        """torch's own, small and of any size: in the margin."""
+        return 0
+
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         return buffer.bytes[position:]
 

@@ -2,7 +2,8 @@
 
 transformers' `DynamicLayer` grows by concatenation: each token copies the cache and holds both copies for a moment. Here
 a layer is a view into memory that was set aside at load time, so a long generation takes no more than a short one. The
-values and their order are the same. Sliding-window layers stay transformers' own: the window bounds them.
+values and their order are the same, unless the memory is of a smaller dtype: then they are rounded when they are kept, and a layer's
+are copied to the dtype of the attention when it is computed. Sliding-window layers stay transformers' own: the window bounds them.
 """
 
 import weakref
@@ -39,7 +40,7 @@ class ContextError(ValueError):
 
 
 class ReservedLayer(DynamicLayer):
-    """A full-attention layer whose keys and values lie in reserved memory."""
+    """A full-attention layer whose keys and values lie in reserved memory, perhaps in another dtype than is computed in."""
 
     def __init__(self, reserve: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
         super().__init__()
@@ -74,7 +75,8 @@ class ReservedLayer(DynamicLayer):
         self._key_memory[:, :, start:stop] = key_states
         self._value_memory[:, :, start:stop] = value_states
         self._show(stop)
-        return self._kept()
+        keys, values = self._kept()
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     def _kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         length = self._length

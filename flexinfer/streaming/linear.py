@@ -110,8 +110,10 @@ class StreamedLinear(nn.Module):
         trace: Trace,
         lock: threading.RLock,
         see_to_memory: Callable[[], None],
+        row_order: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        self._row_order = row_order  # [out_features]: row i of the output is row row_order[i] of the file
         self._see_to_memory = see_to_memory  # called before each use: it may attach other memory
         self.spec = weight
         self.kernel = kernel
@@ -139,6 +141,10 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
+        y = self._in_file_order(x)
+        return y if self._row_order is None else y.index_select(-1, self._row_order)
+
+    def _in_file_order(self, x: torch.Tensor) -> torch.Tensor:
         with self._lock:
             self._see_to_memory()
             if self._detached is not None:
@@ -194,12 +200,14 @@ class StreamedEmbedding(nn.Module):
     """The input embedding, its rows read from disk as they are looked up (a few KB a token).
 
     `stock` is the module it replaces: it looks the rows up, scaled or not, in a table of just those that are asked for.
+    `decode` makes numbers of the bytes of a row, which begin at a position of a buffer.
     """
 
     def __init__(
         self,
         stock: nn.Embedding,
         read_row: Callable[[int, memoryview], int],
+        decode: Callable[[Buffer, int], torch.Tensor],
         spec: TensorSpec,
         dtype: torch.dtype,
         lock: threading.RLock,
@@ -213,9 +221,9 @@ class StreamedEmbedding(nn.Module):
             stock
         ]  # in a list, so that it is no submodule and its weight no parameter of the model
         self._lock = lock
-        self._read_row = read_row
-        self._file_dtype, self._dtype = spec.torch_dtype, dtype
-        self._row = Buffer(self.embedding_dim * spec.torch_dtype.itemsize + 2 * PAGE_BYTES, lock=False)
+        self._read_row, self._decode = read_row, decode
+        self._dtype = dtype
+        self._row = Buffer(spec.row_bytes + 2 * PAGE_BYTES, lock=False)
         self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -234,7 +242,7 @@ class StreamedEmbedding(nn.Module):
                 except BaseException:  # a read that was given up may come back and write
                     self._row = Buffer(self._row.nbytes, lock=False)
                     raise
-                table[i] = self._row.tensor(position, self._file_dtype, (self.embedding_dim,))
+                table[i] = self._decode(self._row, position)
             stock = self._stock[0]
             stock.weight = nn.Parameter(table, requires_grad=False)
             output = stock(inverse)

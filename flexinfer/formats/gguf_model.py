@@ -1,0 +1,384 @@
+"""What a GGUF file says of its model: config, tokenizer, and which tensor is which parameter.
+
+By transformers' own mapping (integrations.ggml, modeling_gguf_pytorch_utils) and the name map of the `gguf` package, and completed where they
+leave out what llama.cpp computes with: the width of a head, scaled rotary frequencies, soft caps. Config and tokenizer are kept in
+a small directory, ~/.cache/flexinfer/gguf/<digest>, which then plays the part of a checkpoint's directory; the tokenizer is made
+once, in a process of its own (flexinfer.formats.gguf_tokenizer), because taking a vocabulary apart takes memory that would not come back.
+
+Where llama.cpp stores a weight in another order of rows, or a norm plus one, this is said of the tensor and put right when it is used.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
+from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, read_gguf
+from flexinfer.machine import anonymous_bytes, available_bytes
+from flexinfer.plan import format_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODEL_TYPES = {  # llama.cpp's name of an architecture -> transformers'
+    "falcon": "falcon",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "nemotron": "nemotron",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+}
+ROTATES_A_PART = {"nemotron", "phi3", "stablelm"}  # of each head, by the config
+LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # the size whose attention is scaled in another way
+ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
+CACHE_VERSION = 1  # of what is kept
+TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100  # of the process that makes a tokenizer, and for each token
+
+
+def gguf_in(path: Path) -> Path | None:
+    """The (first) GGUF file that `path` is or holds; None where it holds none, or safetensors too.
+
+    Raises CheckpointError when there are several to choose from.
+    """
+    if path.is_file() and path.suffix == ".gguf":
+        named = SPLIT_NAME.fullmatch(path.name)
+        return path.with_name(f"{named[1]}-00001-of-{named[3]}.gguf") if named else path
+    if not path.is_dir() or (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
+        return None
+    models = [
+        file for file in path.glob("*.gguf") if not file.name.startswith("mmproj")
+    ]  # that is for pictures
+    found = {gguf_in(file) for file in models}
+    if len(found) > 1:
+        names = ", ".join(sorted(file.name for file in found if file))
+        raise CheckpointError(f"{path}: holds several models: {names}; name one of them with gguf_file=")
+    return next(iter(found), None)
+
+
+def open_gguf(file: Path) -> Checkpoint:
+    """The checkpoint in `file` and its parts; its config and tokenizer are made now, unless they are kept from an earlier time.
+
+    Raises CheckpointError when the file is damaged or of an architecture that cannot be run.
+    """
+    gguf = read_gguf(file)
+    return Checkpoint(file, gguf.tensors, _config_dir(gguf), gguf.architecture)
+
+
+def cache_dir() -> Path:
+    """$FLEXINFER_CACHE, or ~/.cache/flexinfer."""
+    return Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser()
+
+
+def _config_dir(gguf: GGUF) -> Path:
+    """The directory of config.json and the tokenizer: written whole or not at all, whoever else asks for it now."""
+    facts = [str(CACHE_VERSION), version("transformers")]
+    for file in gguf.files:
+        stat = file.stat()
+        facts.append(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
+    kept = cache_dir() / "gguf" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+    if (kept / "config.json").is_file():
+        return kept
+    config = config_of(gguf)
+    unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{unfinished}: config and tokenizer of {gguf.files[0]} cannot be kept there ({error.strerror}); "
+            "set FLEXINFER_CACHE to a directory that can be written to"
+        ) from error
+    try:
+        (unfinished / "config.json").write_text(json.dumps(config, indent=1))
+        (unfinished / "generation_config.json").write_text(json.dumps(_generation_config(config)))
+        _make_tokenizer(gguf, unfinished)
+        try:
+            unfinished.rename(kept)
+        except OSError:
+            if not (kept / "config.json").is_file():  # nobody else has made it
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return kept
+
+
+def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in TOKEN_IDS.values() if name in config}
+
+
+def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
+    """Have the tokenizer made in a process of its own. Where none can be made, the reason is left in its place."""
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, LongArray):
+        (directory / NO_TOKENIZER).write_text("the file has none")
+        return
+    needed_bytes = TOKENIZER_BYTES + TOKEN_BYTES * tokens.count
+    spare_bytes = available_bytes() - anonymous_bytes()
+    if spare_bytes < needed_bytes:
+        raise CheckpointError(
+            f"{gguf.files[0]}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
+            f"to spare; run `flexinfer plan {gguf.files[0]}` where there is more: it is kept in {directory.parent}"
+        )
+    program = [sys.executable, "-P", "-m", "flexinfer.formats.gguf_tokenizer"]
+    done = subprocess.run(
+        [*program, str(gguf.files[0].resolve()), str(directory.resolve())],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # the modules of this process
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.stdout:
+        warnings.warn(f"{gguf.files[0]}: {done.stdout.strip()}", RuntimeWarning, stacklevel=2)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        (directory / NO_TOKENIZER).write_text(last)
+        warnings.warn(
+            f"{gguf.files[0]}: no tokenizer could be made from it ({last})", RuntimeWarning, stacklevel=2
+        )
+
+
+# ---- config
+
+
+def config_of(gguf: GGUF) -> dict[str, Any]:
+    """What config.json would say. Raises CheckpointError for an architecture that cannot be run."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    name = gguf.architecture
+    if any("_exps." in tensor for tensor in gguf.tensors):
+        raise CheckpointError(
+            f"{gguf.files[0]}: {name} with experts (a mixture), which cannot be streamed yet; {_what_works()}"
+        )
+    if name not in MODEL_TYPES or name not in GGUF_CONFIG_MAPPING:
+        raise CheckpointError(f"{gguf.files[0]}: the architecture {name!r} cannot be run; {_what_works()}")
+    if "token_embd.weight" not in gguf.tensors:
+        raise CheckpointError(f"{gguf.files[0]}: has no tensor token_embd.weight; it is incomplete")
+    renames: dict[str, str | None] = GGUF_CONFIG_MAPPING[name]  # type: ignore[assignment]
+    known = {theirs: _of(gguf, key) for key, theirs in renames.items() if theirs}
+    config = {theirs: value for theirs, value in known.items() if value is not None}
+    config.pop("rope_theta", None)
+    ids = {theirs: gguf.metadata.get(f"tokenizer.ggml.{ours}_token_id") for ours, theirs in TOKEN_IDS.items()}
+    return (
+        config
+        | {theirs: value for theirs, value in ids.items() if value is not None}
+        | {"model_type": MODEL_TYPES[name], "dtype": "float32"}
+        | {"vocab_size": gguf.tensors["token_embd.weight"].shape[0]}
+        | {"tie_word_embeddings": "output.weight" not in gguf.tensors}
+        | _completed(gguf)
+    )
+
+
+def _what_works() -> str:
+    return f"these can: {', '.join(sorted(MODEL_TYPES))}"
+
+
+def _of(gguf: GGUF, key: str) -> Any:
+    """A value of the architecture. One for each layer is one for all, or refused."""
+    value = gguf.of_architecture(key)
+    if isinstance(value, list) and len(set(value)) == 1:
+        return value[0]
+    if isinstance(value, list | LongArray):
+        raise CheckpointError(
+            f"{gguf.files[0]}: {gguf.architecture}.{key} differs from layer to layer, which cannot be run yet"
+        )
+    return value
+
+
+def _completed(gguf: GGUF) -> dict[str, Any]:
+    """What transformers' mapping leaves out, as llama.cpp reads it."""
+    name = gguf.architecture
+    hidden, heads = _needed(gguf, "embedding_length"), _needed(gguf, "attention.head_count")
+    layers = _needed(gguf, "block_count")
+    width = _of(gguf, "attention.key_length") or hidden // heads
+    rotated = _of(gguf, "rope.dimension_count") or width
+    epsilon = _of(gguf, "attention.layer_norm_epsilon")
+    rope = _rope_parameters(gguf, rotated)
+    more: dict[str, Any] = {"rope_parameters": rope}
+    if name in {"llama", "qwen3", "gemma2", "gemma3", "nemotron"}:
+        more["head_dim"] = width
+    if name in ROTATES_A_PART:
+        more["partial_rotary_factor"] = rope["partial_rotary_factor"] = rotated / width
+    elif rotated != width and name != "gpt2":
+        raise CheckpointError(
+            f"{gguf.files[0]}: {name} with {rotated} of {width} numbers of a head rotated, which cannot be run"
+        )
+    if name == "llama":
+        more["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+        more["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
+    elif name in LAYERS_OF_27B:
+        more["query_pre_attn_scalar"] = hidden // heads if layers == LAYERS_OF_27B[name] else width
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if (cap := _of(gguf, key)) is not None:
+                more[key] = cap
+        if name == "gemma3":
+            local = {"rope_type": "default", "rope_theta": _of(gguf, "rope.freq_base_swa") or 10_000.0}
+            more["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    elif name == "phi3":
+        original = _of(gguf, "rope.scaling.original_context_length")
+        more |= {"sliding_window": None} | (
+            {"original_max_position_embeddings": original} if original else {}
+        )
+    elif name == "stablelm":
+        more["use_qkv_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+        more["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in gguf.tensors
+    elif name == "nemotron":
+        more["norm_eps"] = epsilon
+    elif name == "gpt2":
+        more = {
+            "n_positions": _needed(gguf, "context_length"),
+            "n_inner": _of(gguf, "feed_forward_length"),
+        }
+    elif name == "falcon":
+        if _of(gguf, "attention.head_count_kv") != 1 or "blk.0.attn_norm_2.weight" in gguf.tensors:
+            raise CheckpointError(
+                f"{gguf.files[0]}: a falcon with several heads of keys (40B), whose rows llama.cpp sorts anew; it cannot be run yet"
+            )
+        more |= {
+            "layer_norm_epsilon": epsilon,
+            "ffn_hidden_size": _of(gguf, "feed_forward_length"),
+        }
+    return more
+
+
+def _needed(gguf: GGUF, key: str) -> int:
+    value = _of(gguf, key)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{gguf.files[0]}: {gguf.architecture}.{key} is {value!r}, not a number from 1: damaged; download it again"
+        )
+    return value
+
+
+def _rope_parameters(gguf: GGUF, rotated: int) -> dict[str, Any]:
+    """How positions are rotated, in transformers' words."""
+    theta = float(_of(gguf, "rope.freq_base") or 10_000.0)
+    kind, factor = _of(gguf, "rope.scaling.type"), _of(gguf, "rope.scaling.factor")
+    original = _of(gguf, "rope.scaling.original_context_length")
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if "rope_freqs.weight" in gguf.tensors:
+        return parameters | _llama3(gguf, theta, rotated)
+    if "rope_factors_long.weight" in gguf.tensors:
+        return parameters | {
+            "rope_type": "longrope",
+            "long_factor": _numbers(gguf.tensors["rope_factors_long.weight"]),
+            "short_factor": _numbers(gguf.tensors["rope_factors_short.weight"]),
+            "original_max_position_embeddings": original or _needed(gguf, "context_length"),
+            "attention_factor": _of(gguf, "rope.scaling.attn_factor"),
+        }
+    if kind in {None, "none"} or not factor or factor == 1:
+        return parameters
+    if kind == "linear":
+        return parameters | {"rope_type": "linear", "factor": factor}
+    if kind == "yarn" and original:
+        return parameters | {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }
+    raise CheckpointError(f"{gguf.files[0]}: rope.scaling.type {kind!r} cannot be run")
+
+
+def _llama3(gguf: GGUF, theta: float, rotated: int) -> dict[str, Any]:
+    """Llama 3's scaling of frequencies, found from the divisors that llama.cpp keeps of it."""
+    divisors = np.array(_numbers(gguf.tensors["rope_freqs.weight"]))
+    factor = float(divisors.max())
+    if np.allclose(divisors, 1):
+        return {}
+    lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)  # of each wave, in tokens
+    for original in (1 << power for power in range(10, 21)):
+        share = np.clip((original / lengths - 1) / 3, 0, 1)
+        if len(divisors) == len(lengths) and np.allclose(
+            divisors, 1 / ((1 - share) / factor + share), rtol=1e-3
+        ):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+    raise CheckpointError(
+        f"{gguf.files[0]}: rope_freqs.weight scales the rotation in a way that is not Llama 3's; it cannot be run"
+    )
+
+
+def _numbers(spec: TensorSpec) -> list[float]:
+    """The numbers of a short tensor of float32."""
+    if spec.dtype != "F32" or len(spec.shape) != 1 or spec.nbytes > 1 << 16:
+        raise CheckpointError(f"{spec.file}: {spec.name} is no short row of F32: damaged; download it again")
+    with spec.file.open("rb") as stream:
+        stream.seek(spec.offset_bytes)
+        return list(struct.unpack(f"<{spec.shape[0]}f", stream.read(spec.nbytes)))
+
+
+# ---- tensors
+
+
+def specs_of(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """The tensor of each parameter that the file has. Raises CheckpointError when it has tensors that the model has no place for."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
+    names = get_tensor_name_map(number, model.config.num_hidden_layers)
+    processor = TENSOR_PROCESSORS.get(str(checkpoint.architecture), TensorProcessor)(model.config.to_dict())
+    orders: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: all layers share them
+    specs: dict[str, TensorSpec] = {}
+    for parameter in model.state_dict():
+        module, _, leaf = parameter.rpartition(".")
+        name = f"{names.get_name(module)}.{leaf}"
+        if name in checkpoint.tensors:
+            spec = _corrected(checkpoint.tensors[name], processor)
+            if spec.row_order is not None:
+                spec = replace(spec, row_order=orders.setdefault(spec.row_order, spec.row_order))
+            specs[parameter] = spec
+    used = {spec.name for spec in specs.values()} | ROPE_TENSORS
+    if unused := [name for name in checkpoint.tensors if name not in used]:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}, such as {unused[0]!r}; "
+            "this kind of model cannot be run yet"
+        )
+    return specs
+
+
+def _corrected(spec: TensorSpec, processor: Any) -> TensorSpec:
+    """`spec` with what transformers does to its numbers, found by having it done to the numbers of the rows."""
+    if spec.name == "output.weight":
+        return spec
+    rows = np.arange(spec.shape[0], dtype=np.float64)
+    column = rows.reshape(-1, *(1 for _ in spec.shape[1:]))  # [rows, 1] or [rows]
+    done: npt.NDArray[np.float64] = processor.process(weights=column, name=spec.name).weights
+    if done.shape == column.shape[::-1] and len(spec.shape) == 2 and done.shape != column.shape:
+        return replace(spec, transposed=True)
+    if done.shape == column.shape:
+        moved: Sequence[float] = done.ravel().tolist()
+        added = moved[0]
+        if moved == (rows + added).tolist():
+            return replace(spec, added=added)
+        if sorted(moved) == rows.tolist():
+            # A bias is added before the rows are put in order: both are in the file's.
+            return replace(spec, row_order=tuple(map(int, moved))) if len(spec.shape) == 2 else spec
+    raise CheckpointError(
+        f"{spec.file}: {spec.name}: transformers converts it in a way that cannot be streamed"
+    )

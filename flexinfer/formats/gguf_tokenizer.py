@@ -1,0 +1,89 @@
+"""Makes the tokenizer that a GGUF file describes: `python -m flexinfer.formats.gguf_tokenizer FILE DIRECTORY`.
+
+A process of its own, without torch: building a vocabulary of 260,000 tokens takes some hundred megabytes, which would stay. By transformers'
+own conversion, completed where it does not know how a vocabulary cuts text before its merges.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenizers import pre_tokenizers, processors
+
+from flexinfer.formats.gguf import read_gguf
+
+ARRAYS = ("tokens", "scores", "token_type", "merges", "precompiled_charsmap")
+SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+END_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+EACH_DIGIT = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
+ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"}  # of an answer
+# Of these a word of the vocabulary is never cut, and a text begins with BOS unless it is said otherwise.
+WHOLE_WORDS = {"falcon3", "llama-bpe", "llama-v3", "llama3", "tekken"}
+AS_GPT2 = {"default", "gpt-2", "jais", "mpt", "olmo", "phi-2"}
+
+
+def make_tokenizer(file: Path, directory: Path) -> None:
+    """Write tokenizer.json and, with the chat template, tokenizer_config.json; add to generation_config.json what ends an answer.
+
+    Raises ValueError for a kind of tokenizer that is not known.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_PRE_TOKENIZER_SPLITS,
+        GGUF_TOKENIZER_MAPPING,
+        convert_gguf_tokenizer,
+    )
+
+    gguf = read_gguf(file, [f"tokenizer.ggml.{name}" for name in ARRAYS])
+    values: dict[str, dict[str, Any]] = {
+        group: {
+            theirs: gguf.metadata[f"tokenizer.{key}"]
+            for key, theirs in renames.items()
+            if f"tokenizer.{key}" in gguf.metadata
+        }
+        for group, renames in GGUF_TOKENIZER_MAPPING.items()
+    }
+    tokens, config = values["tokenizer"], values["tokenizer_config"]
+    backend, _ = convert_gguf_tokenizer(gguf.architecture, tokens)
+    kind = tokens.get("pre_tokenizer_type")
+    if kind in EACH_DIGIT:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    elif tokens["tokenizer_type"] == "gpt2" and kind not in GGUF_PRE_TOKENIZER_SPLITS and kind not in AS_GPT2:
+        print(f"tokenizer.ggml.pre is {kind!r}, which is not known: text is cut as GPT-2 does")
+    if kind in WHOLE_WORDS:
+        backend.model.ignore_merges = True
+    if kind in WHOLE_WORDS or tokens["tokenizer_type"] == "llama":
+        config.setdefault("add_bos_token", True)
+    for name, theirs in SPECIAL.items():
+        number = gguf.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        config[theirs] = None if number is None else tokens["tokens"][number]
+    before = [config["bos_token"]] if config.pop("add_bos_token", False) and config["bos_token"] else []
+    after = [config["eos_token"]] if config.pop("add_eos_token", False) and config["eos_token"] else []
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[
+            *before,
+            "$A",
+            *after,
+            *(f"{token}:1" for token in before),
+            "$B:1",
+            *(f"{token}:1" for token in after),
+        ],
+        special_tokens=[(token, tokens["tokens"].index(token)) for token in before + after],
+    )
+    backend.save(str(directory / "tokenizer.json"), pretty=False)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ends = {number for number, token in enumerate(tokens["tokens"]) if token in ENDS}
+    ends |= {gguf.metadata[key] for key in END_KEYS if key in gguf.metadata}
+    generation = directory / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": sorted(ends)}))
+
+
+if __name__ == "__main__":
+    make_tokenizer(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,481 @@
+"""ggml's kernels: rows as they lie in a GGUF file, multiplied where they are. All calls of ggml are here.
+
+A row of a weight is `in_features` numbers in blocks of 32 or 256, each block with its scales: bytes
+that ggml alone has to understand. Activations are float32; ggml quantises them itself (to 8 bit, a
+row at a time) before it multiplies, as llama.cpp does.
+
+How it is called. A graph of one product is built once for each thread; type, shape and addresses
+are set before each call, so nothing is kept per shape. The threads are torch's own: each multiplies
+its share of the output rows, with ggml on one thread. A pool of ggml's beside torch's would have to
+share the cores with threads of torch that spin for some milliseconds after each operation: twice
+the time (docs/log.md). Calls come one at a time (a lock); the interpreter is free meanwhile.
+
+What changes no bit: cutting a weight by output rows, the address of its bytes, the number of
+threads. (Tested on x86 with six of the library's kernels; on ARM with i8mm ggml takes rows in
+pairs, so there it should hold for even cuts.) Activation rows do not depend on one another, but
+ggml may have two ways, with sums in another order: types in blocks of 256 go one way below 8
+activation rows and another from 8 on, IQ4_NL (without AVX2 also Q4_0 and Q8_0) one way for a single
+row and another for more. Row i of a batch equals row i of a batch that goes the same way.
+
+Cost: each byte is read once, so it is bound by memory at a few activation rows, and by arithmetic
+at many. More than WORK_ROWS rows are multiplied in equal parts, so that what ggml writes meanwhile
+stays bounded: see `work_bytes`.
+
+Who ships ggml: the wheel of transcribe-cpp-native has it with kernels for every kind of CPU, of
+which the best is chosen here; docs/log.md says why that one. Not here: files (flexinfer.formats)
+and memory (the caller owns the bytes). bf16, fp16 and fp32 have torch's kernels
+(flexinfer.kernels.dense): with ggml's a cut by rows would change bits.
+"""
+
+import ctypes
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint,
+    c_uint32,
+    c_void_p,
+)
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexinfer.streaming.memory import Buffer
+
+PACKAGE = "transcribe_cpp_native"
+INSTALL = "pip install transcribe-cpp-native==0.4.1"
+VERSION = "0.26."  # of ggml: the structures below are laid out as in its header
+F32 = 0  # ggml's number for the type of activations and outputs
+WORK_ROWS = 256  # activation rows that are multiplied at a time
+SHARE_ROWS = 16  # output rows of a thread are a multiple of this: float32 outputs of one cache line
+FEW_ROWS = 8  # up to so many activation rows the memory to work in is kept from call to call
+ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
+
+
+class GgmlError(ValueError):
+    """ggml is not there, or is asked for what it cannot do."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlType:
+    """How numbers lie in a file: `block_elements` of them in `block_bytes` bytes."""
+
+    name: str
+    id: int  # in GGUF files, and in ggml
+    block_elements: int
+    block_bytes: int
+
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of a row. Raises: GgmlError if the row does not end with a block."""
+        blocks, rest = divmod(in_features, self.block_elements)
+        if rest:
+            raise GgmlError(f"{self.name}: rows of {in_features} are no multiple of {self.block_elements}")
+        return blocks * self.block_bytes
+
+
+# Names and numbers are those of the GGUF format.
+TYPES = {
+    kind.name: kind
+    for kind in (
+        GgmlType("Q4_0", 2, 32, 18),
+        GgmlType("Q4_1", 3, 32, 20),
+        GgmlType("Q5_0", 6, 32, 22),
+        GgmlType("Q5_1", 7, 32, 24),
+        GgmlType("Q8_0", 8, 32, 34),
+        GgmlType("Q2_K", 10, 256, 84),
+        GgmlType("Q3_K", 11, 256, 110),
+        GgmlType("Q4_K", 12, 256, 144),
+        GgmlType("Q5_K", 13, 256, 176),
+        GgmlType("Q6_K", 14, 256, 210),
+        GgmlType("IQ1_S", 19, 256, 50),
+        GgmlType("IQ1_M", 29, 256, 56),
+        GgmlType("IQ2_XXS", 16, 256, 66),
+        GgmlType("IQ2_XS", 17, 256, 74),
+        GgmlType("IQ2_S", 22, 256, 82),
+        GgmlType("IQ3_XXS", 18, 256, 98),
+        GgmlType("IQ3_S", 21, 256, 110),
+        GgmlType("IQ4_NL", 20, 32, 18),
+        GgmlType("IQ4_XS", 23, 256, 136),
+        GgmlType("TQ1_0", 34, 256, 54),
+        GgmlType("TQ2_0", 35, 256, 66),
+        GgmlType("MXFP4", 39, 32, 17),
+        GgmlType("NVFP4", 40, 64, 36),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlKernel:
+    """Rows of `in_features` numbers of one of ggml's types, as they lie in a GGUF file."""
+
+    in_features: int
+    type: GgmlType
+    dtype: torch.dtype  # what the model computes in
+    joins: bool = True
+
+    @property
+    def row_bytes(self) -> int:
+        return self.type.row_bytes(self.in_features)
+
+    @property
+    def resident(self) -> "GgmlKernel":
+        return self
+
+    def resident_bytes(self, nbytes: int) -> int:
+        return nbytes
+
+    def copied_bytes(self, nbytes: int) -> int:
+        """None: rows are read where they lie."""
+        return 0
+
+    def work_bytes(self, activation_rows: int, output_rows: int) -> int:
+        """What ggml works in; where the dtype is not float32, a copy of both sides in float32 too."""
+        rows = min(activation_rows, WORK_ROWS)
+        copies_bytes = 0 if self.dtype == torch.float32 else 4 * rows * (self.in_features + output_rows)
+        return library().work_bytes(self.type, self.in_features, output_rows, rows) + copies_bytes
+
+    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
+        """uint8 [rows, row_bytes], at any address."""
+        return buffer.tensor(position, torch.uint8, (rows, self.row_bytes))
+
+    def multiply(
+        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features)  # [activation rows, in]
+        y = x.new_empty(len(flat), rows)
+        if len(flat) <= WORK_ROWS:
+            self._multiply(flat, view, y, bias)
+        else:
+            parts = -(-len(flat) // WORK_ROWS)
+            for part, out in zip(flat.tensor_split(parts), y.tensor_split(parts), strict=True):
+                self._multiply(part, view, out, bias)
+        return y.view(*x.shape[:-1], rows)
+
+    def _multiply(
+        self, x: torch.Tensor, view: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """y [n, rows] = x [n, in] times the rows in `view`, plus `bias`; rounded once."""
+        product = y if y.dtype == torch.float32 else torch.empty(y.shape)
+        library().multiply(self.type, view, x.float().contiguous(), product)
+        if bias is not None:
+            product += bias
+        if product is not y:
+            y.copy_(product)
+
+
+def quantize_rows(kind: GgmlType, weight: torch.Tensor) -> torch.Tensor:
+    """weight [rows, in_features] in blocks of `kind`: uint8 [rows, row_bytes]. Threads may share it out.
+
+    Raises: GgmlError for a type that needs calibration, for rows that do not end with a block, and
+    for numbers that are not finite.
+    """
+    packed = torch.empty(len(weight), kind.row_bytes(weight.shape[1]), dtype=torch.uint8)
+    library().quantize(kind, weight.float().contiguous(), packed)
+    return packed
+
+
+def dequantize_rows(kind: GgmlType, packed: torch.Tensor, in_features: int) -> torch.Tensor:
+    """uint8 [rows, row_bytes] as float32 [rows, in_features]. Threads may share it out."""
+    weight = torch.empty(len(packed), in_features)
+    library().dequantize(kind, packed.contiguous(), weight)
+    return weight
+
+
+def rehearse() -> None:
+    """Do once what every run does once: load ggml, set graphs up, multiply few rows and many."""
+    for name in ("Q4_0", "Q4_K"):
+        kernel = GgmlKernel(1024, TYPES[name], torch.float32)
+        view = torch.zeros(1024, kernel.row_bytes, dtype=torch.uint8)
+        for activation_rows in (1, 64):
+            kernel.multiply(torch.ones(activation_rows, kernel.in_features), view, len(view), None)
+
+
+@cache
+def library() -> "Library":
+    """ggml, loaded by the first who asks. Raises: GgmlError where it is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise GgmlError(f"ggml is not installed, which multiplies the weights of GGUF files; run `{INSTALL}`")
+    return Library(Path(spec.submodule_search_locations[0]) / "_native")
+
+
+class Library:
+    """ggml as it lies in `folder`: libggml-base.so, and a libggml-cpu-*.so for each kind of CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            base = ctypes.CDLL(str(folder / "libggml-base.so"))
+            cpu = ctypes.CDLL(str(best_kernels(folder)))
+        except OSError as error:
+            raise GgmlError(f"ggml cannot be loaded ({error}); run `{INSTALL}`") from error
+        signatures: tuple[tuple[Any, Any, list[Any]], ...] = (
+            (base.ggml_version, c_char_p, []),
+            (base.ggml_init, c_void_p, [_Init]),
+            (base.ggml_new_tensor_2d, c_void_p, [c_void_p, c_int, c_int64, c_int64]),
+            (base.ggml_mul_mat, c_void_p, [c_void_p, c_void_p, c_void_p]),
+            (base.ggml_new_graph_custom, c_void_p, [c_void_p, c_size_t, c_bool]),
+            (base.ggml_build_forward_expand, None, [c_void_p, c_void_p]),
+            (base.ggml_threadpool_params_init, None, [POINTER(_PoolParams), c_int]),
+            (base.ggml_quantize_requires_imatrix, c_bool, [c_int]),
+            (base.ggml_quantize_chunk, c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+            (base.ggml_get_type_traits, POINTER(_Traits), [c_int]),
+            (cpu.ggml_cpu_init, None, []),
+            (cpu.ggml_threadpool_new, c_void_p, [POINTER(_PoolParams)]),
+            (cpu.ggml_graph_plan, _Plan, [c_void_p, c_int, c_void_p]),
+            (cpu.ggml_graph_compute, c_int, [c_void_p, POINTER(_Plan)]),
+        )  # fmt: skip
+        for function, result, arguments in signatures:
+            function.restype, function.argtypes = result, arguments
+        self.version = base.ggml_version().decode()
+        if not self.version.startswith(VERSION):
+            raise GgmlError(f"ggml {self.version} is installed, flexinfer knows {VERSION}x; run `{INSTALL}`")
+        cpu.ggml_cpu_init()
+        self._base, self._cpu = base, cpu
+        self._team = _Team(cpu.ggml_graph_compute)
+        self._products: list[_Product] = []  # one for each thread
+        self._shaped: tuple[GgmlType, int, int, int, int] | None = None  # what they have the shape of now
+        self._shared: list[_Product] = []  # those that take part in it
+        self._lock = threading.Lock()
+
+    def multiply(self, kind: GgmlType, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y [n, rows] = x [n, in] times the rows in `weight`; x and y float32, all contiguous."""
+        (n, in_features), rows = x.shape, y.shape[1]
+        assert weight.shape == (rows, kind.row_bytes(in_features))
+        threads = torch.get_num_threads() if n * rows * in_features >= ONE_THREAD_WORK else 1
+        with self._lock:
+            products = self._shares(kind, in_features, rows, n, threads)
+            addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
+            for product in products:
+                product.place(*addresses)
+            failed = self._team.run(products)
+            if n > FEW_ROWS:
+                self._forget()
+        if failed:
+            raise RuntimeError(f"ggml: could not multiply {kind.name}, {n} x {in_features} x {rows}")
+
+    def work_bytes(self, kind: GgmlType, in_features: int, rows: int, n: int) -> int:
+        """Memory that `multiply` takes besides x and y."""
+        with self._lock:
+            products = self._shares(kind, in_features, rows, n, torch.get_num_threads())
+            nbytes = sum(product.work.nbytes for product in products)
+            self._forget()
+            return nbytes
+
+    def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
+        """weight float32 [rows, in] into packed uint8 [rows, row_bytes], both contiguous."""
+        if self._base.ggml_quantize_requires_imatrix(kind.id):
+            raise GgmlError(f"{kind.name}: cannot be made without calibration; choose another type")
+        if not bool(torch.isfinite(weight).all()):
+            raise GgmlError(
+                "weight: holds NaN or infinity; the checkpoint is damaged or not meant to be quantised"
+            )
+        done = self._base.ggml_quantize_chunk(
+            kind.id, weight.data_ptr(), packed.data_ptr(), 0, *weight.shape, None
+        )
+        assert done == packed.numel()
+
+    def dequantize(self, kind: GgmlType, packed: torch.Tensor, weight: torch.Tensor) -> None:
+        """packed uint8 [rows, row_bytes] into weight float32 [rows, in], both contiguous."""
+        assert packed.dtype == torch.uint8
+        assert packed.shape == (len(weight), kind.row_bytes(weight.shape[1]))
+        traits = self._base.ggml_get_type_traits(kind.id).contents
+        _TO_FLOAT(traits.to_float)(packed.data_ptr(), weight.data_ptr(), weight.numel())
+
+    def _shares(self, kind: GgmlType, in_features: int, rows: int, n: int, threads: int) -> "list[_Product]":
+        """Products that make up [n, in] x [in, rows], one for each thread if there are enough rows."""
+        wanted = (kind, in_features, rows, n, threads)
+        if wanted == self._shaped:  # as a rule: queries, keys and values; gate and up
+            return self._shared
+        self._forget()
+        share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
+        starts = range(0, rows, share)
+        while len(self._products) < len(starts):
+            self._products.append(_Product(self._base, self._cpu))
+        self._shared = self._products[: len(starts)]
+        for product, start in zip(self._shared, starts, strict=True):
+            product.shape(kind, in_features, start, min(share, rows - start), rows, n)
+        self._shaped = wanted
+        return self._shared
+
+    def _forget(self) -> None:
+        """Give back the memory that products have worked in."""
+        self._shaped = None
+        for product in self._shared:
+            product.work = torch.empty(0, dtype=torch.uint8)
+
+
+class _Product:
+    """A graph of one product, for one thread: some columns of y, x times some rows of a weight."""
+
+    def __init__(self, base: ctypes.CDLL, cpu: ctypes.CDLL) -> None:
+        context = base.ggml_init(_Init(16384, None, True))  # for good: the structures alone, no numbers
+        weight, x = (base.ggml_new_tensor_2d(context, F32, 1, 1) for _ in range(2))
+        y = base.ggml_mul_mat(context, weight, x)
+        self._graph = base.ggml_new_graph_custom(context, 4, False)
+        base.ggml_build_forward_expand(self._graph, y)
+        self._weight, self._x, self._y = (_Tensor.from_address(address) for address in (weight, x, y))
+        assert self._y.src[:2] == [weight, x]
+        params = _PoolParams()
+        base.ggml_threadpool_params_init(byref(params), 1)  # one thread, the calling one
+        self._pool = cpu.ggml_threadpool_new(byref(params))
+        self._make_plan = cpu.ggml_graph_plan
+        self._start_row = self._row_bytes = 0
+
+    def shape(self, kind: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int) -> None:
+        """Say which part of which product this is. Takes the memory to work in."""
+        self._start_row, self._row_bytes = start, kind.row_bytes(in_features)
+        self._weight.type = kind.id
+        for tensor, inner, outer, unit_bytes, line_bytes in (
+            (self._weight, in_features, rows, kind.block_bytes, self._row_bytes),
+            (self._x, in_features, n, 4, 4 * in_features),
+            (self._y, rows, n, 4, 4 * all_rows),
+        ):
+            tensor.ne[:2] = inner, outer
+            tensor.nb[:] = unit_bytes, line_bytes, outer * line_bytes, outer * line_bytes
+        plan = self._make_plan(self._graph, 1, self._pool)
+        self.work = torch.empty(plan.work_size, dtype=torch.uint8)
+        plan.work_data = self.work.data_ptr()
+        self.call = self._graph, byref(plan)
+
+    def place(self, weight: int, x: int, y: int) -> None:
+        """Say where the whole weight, x and y begin."""
+        self._weight.data = weight + self._start_row * self._row_bytes
+        self._x.data = x
+        self._y.data = y + 4 * self._start_row
+
+
+class _Team:
+    """Runs products on torch's OpenMP threads, as compiled code does for `#pragma omp parallel`."""
+
+    def __init__(self, compute: Callable[..., int]) -> None:
+        torch_cpu = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+        self._compute = compute
+        self._waiting: Iterator[_Product] = iter(())
+        self._failed = False
+        self._joined = _JOB(self._join)
+        self._job = ctypes.cast(self._joined, c_void_p)
+        self._known = threading.local()
+        try:
+            # With the interpreter held, so that the others wait for it until this thread computes; then without.
+            self._start = ctypes.PyDLL(torch_cpu).GOMP_parallel_start
+            self._end = ctypes.CDLL(torch_cpu).GOMP_parallel_end
+        except AttributeError as error:
+            raise GgmlError(
+                "torch: this build has no OpenMP, whose threads multiply; install PyTorch's own"
+            ) from error
+        self._start.restype, self._start.argtypes = None, [c_void_p, c_void_p, c_uint]
+        self._end.restype = None
+
+    def run(self, products: "list[_Product]") -> bool:
+        """Compute them all, one of them in this thread. Returns whether one failed."""
+        self._waiting, self._failed = iter(products), False
+        if len(products) == 1:
+            self._take()
+        else:
+            try:  # what is raised in here (Ctrl-C) is raised after the first call
+                self._start(self._job, None, len(products))
+                self._take()
+            finally:
+                self._end()
+        return self._failed
+
+    def _join(self, _: None) -> None:
+        """What a thread of torch's does, which Python does not know."""
+        if not hasattr(self._known, "yes"):
+            ctypes.pythonapi.PyGILState_Ensure()  # never undone: else Python forgets the thread, which takes 14 us
+            self._known.yes = True
+        self._take()
+
+    def _take(self) -> None:
+        """Compute what nobody has taken yet: a list's iterator gives each product once."""
+        for product in self._waiting:
+            if self._compute(*product.call):
+                self._failed = True
+
+
+def best_kernels(folder: Path) -> Path:
+    """The kernels that suit this CPU best, by ggml's own score; 0 says that it cannot run them."""
+    scores = {}
+    for path in sorted(folder.glob("libggml-cpu*.so")):
+        score = getattr(ctypes.CDLL(str(path)), "ggml_backend_score", None)  # none: built for one CPU
+        scores[path] = 1 if score is None else score()
+    best = max(scores, key=scores.__getitem__, default=None)
+    if best is None or not scores[best]:
+        raise GgmlError(f"{folder}: ggml has no kernels for this CPU; run `{INSTALL} --no-binary :all:`")
+    return best
+
+
+class _Init(Structure):
+    _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+class _Tensor(Structure):
+    _fields_ = (
+        ("type", c_int),
+        ("buffer", c_void_p),
+        ("ne", c_int64 * 4),  # elements of each dimension, the innermost first
+        ("nb", c_size_t * 4),  # bytes from one to the next
+        ("op", c_int),
+        ("op_params", c_int32 * 16),
+        ("flags", c_int32),
+        ("src", c_void_p * 10),
+        ("view_src", c_void_p),
+        ("view_offs", c_size_t),
+        ("data", c_void_p),
+        ("name", c_char * 64),
+        ("extra", c_void_p),
+        ("padding", c_char * 8),
+    )
+
+
+class _Plan(Structure):
+    _fields_ = (
+        ("work_size", c_size_t),
+        ("work_data", c_void_p),
+        ("n_threads", c_int),
+        ("threadpool", c_void_p),
+        ("abort_callback", c_void_p),
+        ("abort_callback_data", c_void_p),
+        ("use_ref", c_bool),
+    )
+
+
+class _PoolParams(Structure):
+    _fields_ = (
+        ("cpumask", c_bool * 512),
+        ("n_threads", c_int),
+        ("prio", c_int),
+        ("poll", c_uint32),
+        ("strict_cpu", c_bool),
+        ("paused", c_bool),
+    )
+
+
+class _Traits(Structure):
+    _fields_ = (
+        ("type_name", c_char_p),
+        ("blck_size", c_int64),
+        ("blck_size_interleave", c_int64),
+        ("type_size", c_size_t),
+        ("is_quantized", c_bool),
+        ("to_float", c_void_p),
+        ("from_float_ref", c_void_p),
+    )
+
+
+_JOB = CFUNCTYPE(None, c_void_p)
+_TO_FLOAT = CFUNCTYPE(None, c_void_p, c_void_p, c_int64)

@@ -1,0 +1,327 @@
+"""Small random models as GGUF files, and what they must compute: the tests of everything that reads GGUF use them.
+
+A model of transformers with random weights is written as llama.cpp's converter would write it (names, order of rows, norms plus one), each
+matrix in the next of the given types. Beside it is kept the same model in stock form, its weights being what the blocks stand for.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from conftest import TOKENS, VOCAB
+from tokenizers import pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flexinfer.kernels.ggml import TYPES, GgmlKernel, dequantize_rows, quantize_rows
+
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+MIX = ("Q4_K", "Q6_K", "Q5_0", "Q8_0", "Q4_0", "F16")
+CALIBRATED = {"IQ1_S", "IQ2_XS", "IQ2_XXS"}  # cannot be made of weights alone
+SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    **TOKENS,
+}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+RMS = {"rms_norm_eps": 1e-4}
+WINDOW = {"head_dim": 128, "sliding_window": 8, "query_pre_attn_scalar": 128}
+CAPS = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+GPT2 = {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 512, "vocab_size": VOCAB}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model of transformers, and what its GGUF header says that is not the same in all."""
+
+    config: Callable[..., PretrainedConfig]
+    values: dict[str, Any] = field(default_factory=dict)
+    architecture: str = ""  # llama.cpp's name, where it is another
+    permuted: bool = False  # rows of Q and K
+    norms_plus_one: bool = False
+
+
+FAMILIES = {
+    "llama": Family(
+        lambda **over: transformers.LlamaConfig(**SHAPE | ROPE | RMS | over),
+        {"rope.dimension_count": 64},
+        permuted=True,
+    ),
+    "mistral": Family(
+        lambda **over: transformers.MistralConfig(
+            **SHAPE | ROPE | RMS | {"head_dim": 64, "sliding_window": None} | over
+        ),
+        {"rope.dimension_count": 64},
+        architecture="llama",
+        permuted=True,
+    ),
+    "qwen2": Family(lambda **over: transformers.Qwen2Config(**SHAPE | ROPE | RMS | over)),
+    "qwen3": Family(
+        lambda **over: transformers.Qwen3Config(**SHAPE | ROPE | RMS | {"head_dim": 128} | over),
+        {"attention.key_length": 128, "attention.value_length": 128},
+    ),
+    "gemma2": Family(
+        lambda **over: transformers.Gemma2Config(**SHAPE | ROPE | RMS | WINDOW | CAPS | over),
+        {"attention.key_length": 128, "attention.sliding_window": 8} | CAPS,
+        norms_plus_one=True,
+    ),
+    "gemma3": Family(
+        lambda **over: transformers.Gemma3TextConfig(
+            **SHAPE | RMS | WINDOW | {"rope_parameters": TWO_ROPES, "num_hidden_layers": 6} | over
+        ),
+        {"attention.key_length": 128, "attention.sliding_window": 8}
+        | {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        norms_plus_one=True,
+    ),
+    "phi3": Family(
+        lambda **over: transformers.Phi3Config(**SHAPE | ROPE | RMS | over), {"rope.dimension_count": 64}
+    ),
+    "starcoder2": Family(
+        lambda **over: transformers.Starcoder2Config(**SHAPE | ROPE | {"norm_epsilon": 1e-4} | over)
+    ),
+    "stablelm": Family(
+        lambda **over: transformers.StableLmConfig(
+            **SHAPE | {"layer_norm_eps": 1e-4, "use_qkv_bias": True, "partial_rotary_factor": 0.25} | over,
+            rope_parameters=ROPE["rope_parameters"] | {"partial_rotary_factor": 0.25},
+        ),
+        {"rope.dimension_count": 16},
+    ),
+    "nemotron": Family(
+        lambda **over: transformers.NemotronConfig(
+            **SHAPE | {"norm_eps": 1e-4, "head_dim": 64, "partial_rotary_factor": 0.5} | over,
+            rope_parameters=ROPE["rope_parameters"] | {"partial_rotary_factor": 0.5},
+        ),
+        {"rope.dimension_count": 32},
+        norms_plus_one=True,
+    ),
+    "falcon": Family(
+        lambda **over: transformers.FalconConfig(
+            **SHAPE | ROPE | {"layer_norm_epsilon": 1e-4, "ffn_hidden_size": 512, "num_kv_heads": 1} | over
+        ),
+        {"attention.head_count_kv": 1, "feed_forward_length": 512},
+    ),
+    "gpt2": Family(
+        lambda **over: transformers.GPT2Config(**GPT2 | TOKENS | {"layer_norm_epsilon": 1e-4} | over)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as it lies in the file."""
+
+    kind: str
+    data: np.ndarray  # uint8 [rows, row_bytes] for blocks
+    order: torch.Tensor | None  # row i of the parameter is row order[i] here
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model as a GGUF file, the same as a stock checkpoint, and the matrices in the file by parameter."""
+
+    file: Path
+    stock: Path
+    stored: dict[str, Stored]
+
+
+def write_model(
+    path: Path,
+    family: str,
+    kinds: Sequence[str] = MIX,
+    *,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
+    split_tensors: int = 0,
+    **config: Any,
+) -> Written:
+    """Write a random model of `family` into directory `path`. `change` may add to the header."""
+    facts = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(facts.config(**config), dtype=torch.float32).eval()
+    settings = model.config
+    architecture = facts.architecture or family
+    writer = gguf.GGUFWriter(
+        None if split_tensors else path / "model.gguf", architecture, split_max_tensors=split_tensors
+    )
+    for key, value in _values(settings, facts).items():
+        name = key if "." in key and key.startswith("tokenizer") else f"{architecture}.{key}"
+        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
+            type(value)
+        ](name, value)
+    if change is not None:
+        change(writer)
+    stored: dict[str, Stored] = {}
+    with torch.no_grad():
+        for name, parameter, kind in _parameters(model, kinds):
+            parameter += 0.1 * torch.randn_like(parameter)
+            stored[name] = _store(name, parameter, kind, facts, settings, model)
+            writer.add_tensor(
+                _name(architecture, settings.num_hidden_layers, name),
+                stored[name].data,
+                raw_dtype=gguf.GGMLQuantizationType[kind],
+            )
+    model.tie_weights()
+    model.save_pretrained(path / "stock")
+    if split_tensors:
+        writer.write_header_to_file(path / "model.gguf")
+    else:
+        writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first = sorted(path.glob("model*.gguf"))[0]
+    return Written(first, path / "stock", stored)
+
+
+def _values(config: PretrainedConfig, facts: Family) -> dict[str, Any]:
+    def of(*names: str) -> Any:
+        return next(
+            (getattr(config, name) for name in names if getattr(config, name, None) is not None), None
+        )
+
+    rms, plain = of("rms_norm_eps"), of("norm_epsilon", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+    values = {
+        "context_length": 128,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": of("intermediate_size", "n_inner"),
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": of("num_key_value_heads"),
+        "attention.layer_norm_rms_epsilon": rms,
+        "attention.layer_norm_epsilon": None if rms else plain,
+        "rope.freq_base": 5000.0 if of("rope_parameters") else None,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+    }
+    return {key: value for key, value in (values | facts.values).items() if value is not None}
+
+
+def _parameters(model: PreTrainedModel, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Name, parameter and type; each matrix in the next of `kinds`."""
+    kind_of = cycle(kinds)
+    for name, parameter in model.named_parameters():
+        matrix = parameter.dim() == 2 and ".wpe." not in name
+        yield name, parameter, next(kind_of) if matrix else "F32"
+
+
+def _name(architecture: str, layers: int, parameter: str) -> str:
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    module, _, leaf = parameter.rpartition(".")
+    return f"{gguf.get_tensor_name_map(number, layers).get_name(module)}.{leaf}"
+
+
+def _store(
+    name: str,
+    parameter: nn.Parameter,
+    kind: str,
+    facts: Family,
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+) -> Stored:
+    """The parameter as the file has it; it is changed into what that stands for."""
+    transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and parameter.dim() == 2
+    rows = (parameter.data.T if transposed else parameter.data).contiguous()
+    order = None
+    heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
+    for projection, count in heads.items():
+        if facts.permuted and f".{projection}." in name:
+            there = torch.arange(len(rows)).view(count, 2, -1).transpose(1, 2).flatten()  # file row -> row
+            order, rows = there.argsort(), rows[there]
+    if facts.norms_plus_one and name.endswith("norm.weight"):
+        rows = rows + 1
+    if kind in TYPES:
+        blocks = _random_blocks(kind, rows) if kind in CALIBRATED else quantize_rows(TYPES[kind], rows)
+        data, numbers = blocks.numpy(), dequantize_rows(TYPES[kind], blocks, rows.shape[1])
+    else:
+        data = rows.numpy().astype({"F16": np.float16, "F32": np.float32}[kind])
+        numbers = torch.from_numpy(data.astype(np.float32))
+    if facts.norms_plus_one and name.endswith("norm.weight"):
+        numbers = numbers - 1
+    in_order = numbers if order is None else numbers[order]
+    parameter.copy_(in_order.T if transposed else in_order)
+    return Stored(kind, data, order)
+
+
+def _random_blocks(kind: str, rows: torch.Tensor) -> torch.Tensor:
+    """Blocks [rows, row_bytes] of no numbers in particular, their scales small."""
+    count = rows.shape[1] // TYPES[kind].block_elements
+    blocks = torch.randint(0, 256, (len(rows), count, TYPES[kind].block_bytes), dtype=torch.uint8)
+    blocks[..., :2] = torch.tensor([0.001], dtype=torch.float16).view(torch.uint8)
+    return blocks.flatten(1)
+
+
+class WholeLinear(nn.Module):
+    """A linear whose weight is whole in memory, as blocks, and multiplied in one call of the kernel."""
+
+    def __init__(
+        self, stored: Stored, bias: torch.Tensor | None, in_features: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._kernel = GgmlKernel(in_features, TYPES[stored.kind], dtype)
+        self._blocks, self._order = torch.from_numpy(stored.data), stored.order
+        self._bias = bias if bias is None or stored.order is None else bias[stored.order.argsort()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._kernel.multiply(x, self._blocks, len(self._blocks), self._bias)
+        return y if self._order is None else y[..., self._order]
+
+
+def whole_model(written: Written, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The stock model, each of its linears in blocks replaced by a `WholeLinear`."""
+    model = AutoModelForCausalLM.from_pretrained(written.stock, dtype=dtype).eval()
+    names = dict(written.stored)
+    if model.config.tie_word_embeddings:
+        table = model.get_input_embeddings()
+        tied = next(name for name, module in model.named_modules() if module is table)
+        names["lm_head.weight"] = names[f"{tied}.weight"]
+    for name, stored in names.items():
+        path = name.removesuffix(".weight")
+        module: Any = model.get_submodule(path) if name.endswith(".weight") else None
+        if stored.kind in TYPES and isinstance(module, nn.Linear | Conv1D):
+            in_features = module.nx if isinstance(module, Conv1D) else module.in_features
+            model.set_submodule(path, WholeLinear(stored, module.bias, in_features, dtype))
+        elif isinstance(module, Conv1D):  # in a GGUF file its rows are outputs, as those of all linears
+            linear = nn.Linear(module.nx, module.nf, dtype=dtype)
+            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
+            model.set_submodule(path, linear)
+        elif isinstance(
+            module, nn.Linear
+        ):  # float32 made of float16 is a copy, and so aligned; a mapped one is as it lies
+            module.weight.data = module.weight.data.clone()
+    return model
+
+
+def byte_level(writer: gguf.GGUFWriter, pre: str = "gpt-2") -> None:
+    """Add a tokenizer of bytes and a few words, and a chat template."""
+    tokens = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        "abab",
+        "12",
+        "<|im_end|>",
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b", "ab ab", "1 2"])
+    writer.add_token_types([3, 3, 3, *(1 for _ in tokens[3:-1]), 3])
+    writer.add_chat_template(TEMPLATE)
