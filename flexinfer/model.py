@@ -763,7 +763,9 @@ class MemoryOfProcess:
     @classmethod
     def measure(cls, skeleton: Skeleton, *, with_tokenizer: bool) -> "MemoryOfProcess":
         """Measured after what every run does once, on a model of a few kilobytes, has been done."""
-        file_bytes = rehearse_once(skeleton.dtype, skeleton.attention, skeleton.in_blocks)
+        file_bytes = rehearse_once(
+            skeleton.dtype, skeleton.attention, dense=skeleton.dense, in_blocks=skeleton.in_blocks
+        )
         gc.collect()  # the dry run's model
         trim_heap()
         path = skeleton.checkpoint.config_dir

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flexinfer.imports import deferred
+from flexinfer.kernels.dense import fill_kernel_caches
 from flexinfer.machine import touched_file_bytes
 from flexinfer.streaming.memory import page_out_libraries
 
@@ -27,12 +28,14 @@ SHAPE: dict[str, Any] = {
 
 
 @cache
-def rehearse_once(dtype: torch.dtype, attention: str, in_blocks: bool = False) -> int:
+def rehearse_once(dtype: torch.dtype, attention: str, *, dense: bool, in_blocks: bool) -> int:
     """Rehearse, and let go of the library pages that importing has touched. Returns the bytes of those that a pass needs.
 
-    Once a process for each dtype and kind of attention, and for weights in ggml's blocks or not.
+    Once a process for each dtype and kind of attention, and for weights that are floats (`dense`) or in ggml's blocks or both.
     """
     rehearse(dtype, attention, in_blocks)
+    if dense:
+        fill_kernel_caches(dtype)
     page_out_libraries()
     return touched_file_bytes(partial(rehearse, dtype, attention, in_blocks))
 

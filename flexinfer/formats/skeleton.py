@@ -119,6 +119,11 @@ class Skeleton:
         return self.model.config.get_text_config()._attn_implementation or "eager"
 
     @property
+    def dense(self) -> bool:
+        """Whether weights are multiplied as floats, by torch's own kernels."""
+        return any(isinstance(kernel, DenseKernel | Conv1DKernel) for kernel in self.kernels.values())
+
+    @property
     def in_blocks(self) -> bool:
         """Whether weights lie in ggml's blocks."""
         return any(spec.encoding.torch_name is None for spec in self.specs.values())

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from flexinfer.streaming.memory import Buffer
 
 # Each keeps up to 1,024 otherwise. A pass has some thirty shapes of pieces.
-KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+KEPT_KERNELS = 48
+KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 
 def bound_kernel_caches() -> None:
@@ -18,8 +19,16 @@ def bound_kernel_caches() -> None:
     Half a megabyte each: prompts of 300 different lengths left 570 MB behind (docs/log.md). Both read their bounds from the
     environment when the first such product runs, so this comes before; what the user has set stays.
     """
-    for name, value in KERNEL_CACHES.items():
-        os.environ.setdefault(name, value)
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KEPT_KERNELS))
+
+
+def fill_kernel_caches(dtype: torch.dtype) -> None:
+    """Have as many kernels compiled as are kept, so that the memory they take is there to be measured."""
+    if dtype != torch.float32:
+        weight = torch.ones(1024, 1024, dtype=dtype)
+        for rows in range(2, 2 + KEPT_KERNELS):
+            F.linear(weight[:rows], weight)
 
 
 @dataclass(frozen=True, slots=True)
