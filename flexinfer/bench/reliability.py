@@ -38,7 +38,7 @@ def load(results_dir: Path, kind: str) -> list[dict[str, Any]]:
 def soak_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A row for each family: cases by outcome, calls by outcome, how full the groups were, how near the plan came to the peak.
 
-    Of a case that was run again, after an error, the last run.
+    Of a case that was run again, after it had ended badly, the last run.
     """
     rows = []
     for one in {(one["case"]["seed"], one["case"]["number"]): one for one in records}.values():

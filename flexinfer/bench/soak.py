@@ -3,7 +3,7 @@
 A case is drawn from (seed, number) alone. One process computes its reference, stock transformers with all weights resident, and
 learns the smallest budget. Another, in a memory group of exactly the case's budget and no swap, loads the model with flexinfer and makes
 the same calls, one after another. Outputs are compared token by token, logits bit by bit. A call that is to be refused must be refused before
-anything runs. One JSON line a case goes to the record; finished cases are skipped, so that a soak can be gone on with.
+anything runs. One JSON line a case goes to the record; finished cases are skipped, so that a soak can be gone on with; those that ended badly are run again.
 
     python -m flexinfer.bench.soak 1000 --record results/reliability/soak.jsonl
     python -m flexinfer.bench.soak --large --record results/reliability/large.jsonl
@@ -553,7 +553,7 @@ def soak(
     if record_file is not None and record_file.exists():
         records = map(json.loads, record_file.read_text().splitlines())
         finished = {
-            (one["case"]["seed"], one["case"]["number"]): one for one in records if one["outcome"] != "error"
+            (one["case"]["seed"], one["case"]["number"]): one for one in records if one["outcome"] not in BAD
         }
     scratch = default_cache_dir() / "soak"
     scratch.mkdir(parents=True, exist_ok=True)
