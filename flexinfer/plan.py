@@ -231,7 +231,8 @@ def make_plan(
     spare_bytes = budget_bytes - fixed.nbytes
     slot_bytes = max((piece.memory_bytes for piece in pieces), default=0)
 
-    if sum(weight.locked_bytes for weight in weights) <= spare_bytes and policy != "none":
+    all_fits = sum(weight.locked_bytes for weight in weights) <= spare_bytes
+    if all_fits and (policy != "none" or not pieces):
         slots, locked = 0, {weight.name: len(weight.pieces) for weight in weights}
     else:
         smallest_bytes = smallest_budget_bytes(weights, fixed)

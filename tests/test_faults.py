@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, logits, prompt, stock
+from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 from transformers import PreTrainedModel
 
 import flexinfer.streaming.prefetch
@@ -273,3 +273,21 @@ def test_closing_while_another_thread_generates(checkpoint: MakeCheckpoint, load
     assert len(errors) == 1
     assert "closed" in errors[0]
     assert threading.active_count() == before
+
+
+def test_a_resize_whose_reads_fail_leaves_a_model_that_works(checkpoint: MakeCheckpoint, load: Load) -> None:
+    model = load(checkpoint())
+    expected = logits(model, prompt())
+    resize_to_share(model, 0.1)
+    reader, real = model.flexinfer._reader, model.flexinfer._reader.read
+
+    def fail(*_: object) -> int:
+        raise ReadError(errno.EIO, "a disk that has a moment")
+
+    reader.read = fail
+    with pytest.raises(ReadError, match="has a moment"):
+        resize_to_share(model, 0.9)
+    reader.read = real
+    assert torch.equal(logits(model, prompt()), expected)
+    resize_to_share(model, 0.9)
+    assert torch.equal(logits(model, prompt()), expected)

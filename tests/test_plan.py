@@ -226,7 +226,7 @@ def test_at_true_shapes_balanced_uses_98_percent_and_algorithm1_does_not(shape: 
     lock_bytes = int(share * sum(w.locked_bytes for w in weights))
     balanced = plan_for(weights, lock_bytes)
     assert balanced.unused_bytes <= 0.02 * lock_bytes
-    assert balanced.streamed_bytes <= plan_for(weights, lock_bytes, "algorithm1").streamed_bytes + 4 << 20
+    assert balanced.streamed_bytes <= plan_for(weights, lock_bytes, "algorithm1").streamed_bytes + (4 << 20)
 
 
 def test_algorithm1_thresholds_as_printed() -> None:
@@ -420,3 +420,13 @@ def test_windows() -> None:
 def test_policy_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match=r"policy='bananas'.*algorithm1.*balanced"):
         plan_for(stack(LLAMA, 1), 0, "bananas")
+
+
+def test_a_model_with_nothing_to_stream_has_a_plan_under_every_policy() -> None:
+    fixed = Fixed(process_bytes=10, resident_bytes=20, kv_bytes=5, activation_bytes=5, margin_bytes=1)
+    costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=0.0)
+    for policy in POLICIES:
+        plan = make_plan([], fixed, 100, costs, policy=policy)
+        assert (plan.streamed_bytes, plan.locked_bytes, plan.slots, plan.unused_bytes) == (0, 0, 0, 59)
+        with pytest.raises(BudgetError, match="at least 41 bytes"):
+            make_plan([], fixed, 40, costs, policy=policy)

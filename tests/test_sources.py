@@ -13,6 +13,7 @@ from conftest import SHAPE, TOKENS, MakeCheckpoint
 from transformers import AutoModelForCausalLM
 
 import flexinfer
+import flexinfer.formats.skeleton
 from flexinfer import BudgetError, CheckpointError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -87,3 +88,21 @@ def test_another_quantiser_is_refused(checkpoint: MakeCheckpoint, tmp_path: Path
     config.save_pretrained(tmp_path / "model")
     with pytest.raises(CheckpointError, match="quantised by 'gptq'"):
         flexinfer.from_pretrained(tmp_path / "model", memory="8GiB")
+
+
+def test_a_part_of_a_snapshot_is_completed(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after AutoTokenizer.from_pretrained alone."""
+    whole, part, asked = checkpoint("llama"), tmp_path / "part", []
+    part.mkdir()
+    shutil.copy(whole / "config.json", part)
+
+    def download(name: str, local_files_only: bool = False, **_: object) -> str:
+        asked.append(local_files_only)
+        return str(part if local_files_only else whole)
+
+    monkeypatch.setattr(flexinfer.formats.skeleton, "snapshot_download", download)
+    with flexinfer.from_pretrained("someone/tiny", memory="2GiB", context=32).flexinfer as engine:
+        assert engine.plan.total_bytes > 0
+    assert asked == [True, False]

@@ -280,6 +280,8 @@ class Limits:
                 )
             except LimitError as error:
                 notes.append(str(error))
+            except OSError as error:  # a device that the kernel does not throttle
+                notes.append(f"read_bytes_per_s: reads of {self.path} cannot be limited here ({error})")
         if self.applied.memory_bytes is None and self.applied.read_bytes_per_s is None:
             self.applied = Applied("unlimited")
         self.applied = replace(self.applied, note="; ".join(notes))

@@ -55,8 +55,15 @@ def test_a_cell_of_ours_is_a_valid_record_with_its_bound(tmp_path: Path) -> None
     layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512 + 2 * 256
     assert record.total_weight_bytes == 2 * (4 * layer + 8192 * 256 + 256)
     assert record.kv_bytes == 4 * 4 * 2 * 64 * 64
-    assert record.ratio is not None
-    assert 0 < record.ratio <= 1
+    assert record.tokens_per_s is not None
+    assert record.bound_tokens_per_s is not None
+    assert record.compute_s_per_pass is not None
+    assert record.bandwidth_bytes_per_s is not None
+    resident_bytes = (1 << 30) - record.process_bytes - record.kv_bytes
+    missing_bytes = max(0, record.total_weight_bytes - resident_bytes)
+    seconds = max(record.compute_s_per_pass, missing_bytes / record.bandwidth_bytes_per_s)
+    assert record.bound_tokens_per_s == pytest.approx(1 / seconds)
+    assert record.ratio == pytest.approx(record.tokens_per_s * seconds)
     assert record.engine["stats"]["passes"] >= 5
     assert record.limits.method == ("unlimited" if PLACE.memory is None else PLACE.method)
     assert record.limits.memory_bytes == (None if PLACE.memory is None else 1 << 30)

@@ -1,5 +1,6 @@
 """Limits bind, are counted, are stated as they are, and leave nothing behind, however the run ends."""
 
+import errno
 import json
 import os
 import signal
@@ -217,3 +218,23 @@ print(json.dumps(read_bytes() - before))
 
 def file_system_in_memory(path: Path) -> bool:
     return os.major(path.stat().st_dev) == 0
+
+
+@needs_io
+@needs_memory
+def test_a_device_that_cannot_be_throttled_is_noted_and_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(Limits, "_limit_reads", refuse)
+    with Limits(memory_bytes=1 << 30, read_bytes_per_s=1 << 20, path=tmp_path) as limits:
+        assert limits.applied.read_bytes_per_s is None
+        assert limits.applied.memory_bytes == 1 << 30
+        assert "cannot be limited here" in limits.applied.note
+        done = subprocess.run(
+            limits.command([sys.executable, "-c", "print(1)"]), capture_output=True, check=True
+        )
+    assert done.stdout == b"1\n"
