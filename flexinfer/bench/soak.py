@@ -410,12 +410,12 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
     explained = 0
     for call in case.calls:
         shape = shape_of(call, case)
-        said = model.flexinfer.planned_bytes(shape) if shape else 0
         passes = model.flexinfer.stats()["passes"]
         try:
             outputs.append(CALLS[call.kind](model, call, case))
             refusals.append(None)
-            explained = max(explained, said)
+            if shape is not None:  # by the plan as it is now: the first pass has made it anew
+                explained = max(explained, model.flexinfer.planned_bytes(shape))
         except (flexinfer.BudgetError, ContextError) as error:
             outputs.append(None)
             refusals.append(str(error)[:300])
