@@ -546,11 +546,15 @@ def _process(
 
 
 def soak(
-    cases: Iterable[Case], generations: int, record_file: Path | None, verbose: bool = False
+    cases: Iterable[Case],
+    generations: int,
+    record_file: Path | None,
+    verbose: bool = False,
+    again: bool = False,
 ) -> Counter[str]:
     """Run `cases`, of one seed, until `generations` texts or logits have been asked for, those of the record included. Returns outcomes, counted."""
     finished: dict[tuple[int, int], dict[str, Any]] = {}
-    if record_file is not None and record_file.exists():
+    if record_file is not None and record_file.exists() and not again:
         records = map(json.loads, record_file.read_text().splitlines())
         finished = {
             (one["case"]["seed"], one["case"]["number"]): one for one in records if one["outcome"] not in BAD
@@ -593,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("generations", type=int, nargs="?", default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("--only", type=int, nargs="+", help="run these cases alone, again if need be")
     parser.add_argument("--large", action="store_true", help="run the twelve cases with large vocabularies")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("--role", help=argparse.SUPPRESS)
@@ -604,13 +608,9 @@ def main(argv: list[str] | None = None) -> int:
         report = reference(case, Path(path)) if role == "reference" else child(case, Path(path), memory)
         print(json.dumps(report))
         return 0
-    if arguments.only is not None:
-        scratch = default_cache_dir() / "soak"
-        record = run_case(draw(arguments.seed, arguments.only), scratch, arguments.verbose)
-        print(json.dumps(record, indent=1))
-        return int(record["outcome"] in BAD)
-    cases = large() if arguments.large else (draw(arguments.seed, number) for number in itertools.count())
-    outcomes = soak(cases, arguments.generations, arguments.record, arguments.verbose)
+    numbers = arguments.only or itertools.count()
+    cases = large() if arguments.large else (draw(arguments.seed, number) for number in numbers)
+    outcomes = soak(cases, arguments.generations, arguments.record, arguments.verbose, bool(arguments.only))
     return int(any(outcomes[bad] for bad in BAD))
 
 
