@@ -202,6 +202,7 @@ class Engine:
 
     plan: Plan
     context: int  # tokens the KV cache holds, over all sequences of a batch
+    file_bytes: int  # pages of libraries that a pass touches, part of the plan's process_bytes
 
     def __init__(
         self,
@@ -231,7 +232,7 @@ class Engine:
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
         self._fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
-        self._file_bytes = measured.file_bytes
+        self.file_bytes = measured.file_bytes
         self._tokenizer = tokenizer
         self._linears: dict[str, StreamedLinear] = {}
         self._locked: dict[str, list[LockedPieces]] = {}
@@ -616,7 +617,7 @@ class Engine:
             "pass_s": trace.pass_s,
             "compute_s": trace.pass_s - trace.wait_s,
             "wait_s": trace.wait_s,
-            "peak_bytes": peak_bytes() - max(0, file_bytes() - self._file_bytes),
+            "peak_bytes": peak_bytes() - max(0, file_bytes() - self.file_bytes),
             "resyncs": trace.resyncs,
             "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
             "memory_stall_s": memory_stall_s(),
