@@ -5,7 +5,7 @@ import re
 import pytest
 from bench_samples import ROOT
 
-from flexinfer.bench import figures
+from flexinfer.bench import figures, reliability
 from flexinfer.bench.records import Record
 
 RESULTS = ROOT / "results"
@@ -64,6 +64,8 @@ def test_the_engines_own_runs_stay_in_their_budget(machines: dict[str, list[Reco
 
 def test_every_figure_of_every_machine_is_there_as_png_and_svg(machines: dict[str, list[Record]]) -> None:
     wanted = {figures.file_name(name, machine) for name in FIGURES for machine in machines}
+    for line in reliability.load(RESULTS, "pressure"):
+        wanted.add(figures.file_name("reliability", reliability.machine(line)))
     folder = RESULTS / "figures"
     assert {file.name for file in folder.iterdir()} == {
         name + end for name in wanted for end in (".png", ".svg")
