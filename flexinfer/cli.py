@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -152,13 +153,14 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=show_plan)
 
     command = commands.add_parser(
-        "quantize", parents=[machine], help="make a 4- or 8-bit copy of a checkpoint, tensor by tensor"
+        "quantize", parents=[machine], help="make a smaller copy of a checkpoint (GGUF), tensor by tensor"
     )
     command.add_argument("source", metavar="SRC", help="checkpoint directory, or Hub id")
     command.add_argument("destination", metavar="DST", help="directory of the copy; must not exist")
-    command.add_argument("--bits", type=int, default=4, choices=(4, 8))
     command.add_argument(
-        "--group-size", type=int, help="weights that share a scale, 4 bit only: 32, 64 (default), 128 or 256"
+        "--type",
+        default="q4_k",
+        help="ggml's type of blocks: q4_0, q4_1, q5_0, q5_1, q8_0, q2_k to q6_k, iq4_nl, iq4_xs, iq3_s (default: q4_k)",
     )
     command.set_defaults(run=quantize_copy)
 
@@ -681,31 +683,34 @@ def quantize_copy(arguments: argparse.Namespace) -> int:
     try:
         with Bars() as bars:
             bars.spin(f"reading {arguments.source}")
-            from flexinfer.formats.quantize import quantize
+            from flexinfer.formats.quantize import MODEL_FILE, quantize
             from flexinfer.formats.skeleton import resolve
 
             source = resolve(arguments.source)
         report = quantize(
             source,
             Path(arguments.destination),
-            arguments.bits,
-            arguments.group_size,
+            arguments.type,
             progress=sys.stderr.isatty() and not arguments.json,
         )
     except (KeyboardInterrupt, Terminated) as stop:
-        _note("stopped; the same command goes on after the last finished file")
+        _note("stopped; the same command goes on after the last finished tensor")
         return _exit_code(stop)
     if arguments.json:
         print(json.dumps(asdict(report), default=str))
         return 0
     print(
         f"{report.path}: {format_size(report.source_bytes)} -> {format_size(report.nbytes)} in {report.seconds:.0f} s; "
-        f"{len(report.packed)} linears in {arguments.bits} bit"
+        f"{', '.join(f'{count} tensors {kind}' for kind, count in Counter(t.kind for t in report.packed).most_common())}"
     )
     worst = report.worst
     print(f"largest relative error of a weight: {worst.relative_error:.4f} ({worst.name})")
     for name, reason in report.kept.items():
         print(f"left as it is: {name}: {reason}")
+    reader = f"llama.cpp too ({report.architecture})" if report.architecture else "flexinfer"
+    print(f"{report.path / MODEL_FILE}: for {reader}")
+    for note in report.notes:
+        print(f"note: {note}")
     return 0
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
-from flexinfer.kernels.packed import PackedError, PackedFormat, PackedKernel, cpu_layout, packed_nbytes
+from flexinfer.kernels.ggml import TYPES, GgmlError, GgmlKernel, library
 from flexinfer.machine import available_bytes
 from flexinfer.plan import format_size
 from flexinfer.streaming.memory import Buffer
@@ -51,7 +51,7 @@ class Facts:
     load: float  # processes that wanted a core in the last minute
     torch_threads: int
     vector_width: str  # as torch names the CPU's capability
-    int4_layout: str  # of packed 4-bit weights
+    ggml: str  # its version and the kernels that it has for this CPU, or why there is none
     memory_bytes: int  # for one process: free, or its cgroup's limit
     path: str
     file_system: str
@@ -107,7 +107,7 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
         load=load,
         torch_threads=torch.get_num_threads(),
         vector_width=torch.backends.cpu.get_cpu_capability(),
-        int4_layout=_layout(),
+        ggml=_ggml(),
         memory_bytes=available_bytes(),
         path=str(path.resolve()),
         file_system=_file_system(path),
@@ -138,11 +138,11 @@ def advice(facts: Facts) -> list[str]:
         )
     best = max((*facts.direct_bytes_per_s.values(), *facts.buffered_bytes_per_s.values()))
     lines.append(f"Every GB of weights that is not in memory costs {1e9 / best:.2f} s a token.")
-    if "int4" in facts.kernel_bytes_per_s:
-        half_s = max(EXAMPLE_BYTES / 2 / best, EXAMPLE_BYTES / facts.kernel_bytes_per_s["int4"])
+    if "Q4_K" in facts.kernel_bytes_per_s:
+        half_s = max(EXAMPLE_BYTES / 2 / best, EXAMPLE_BYTES / facts.kernel_bytes_per_s["Q4_K"])
         lines.append(
             f"A 7B model in 4 bit (3.8 GB), half of it in memory: at most {1 / half_s:.2g} tokens/s; in memory as a whole "
-            f"{facts.kernel_bytes_per_s['int4'] / EXAMPLE_BYTES:.2g}."
+            f"{facts.kernel_bytes_per_s['Q4_K'] / EXAMPLE_BYTES:.2g}."
         )
     if not facts.direct_works:
         lines.append(
@@ -217,7 +217,7 @@ def facts_table(facts: Facts) -> Table:
             f"{facts.kernel_bytes_per_s[name] / 1e9:.1f} GB/s of weights at 1 row; {by_rows[1] * 1e3:.2f} ms at 1 row, "
             f"{by_rows[many] * 1e3:.1f} ms at {many}",
         )
-    table.add_row("4-bit layout", facts.int4_layout)
+    table.add_row("ggml", facts.ggml)
     rights = [name for name, has in (("memory", facts.cgroup_memory), ("reads", facts.cgroup_reads)) if has]
     table.add_row("control groups", f"{facts.cgroup_method}: can limit {' and '.join(rights) or 'nothing'}")
     return table
@@ -274,9 +274,9 @@ def _read_speed(file: Path, size_bytes: int, threads: int, *, direct: bool) -> f
 def _kernel(name: str) -> tuple[Kernel, torch.dtype, int]:
     """The kernel of a kind of weight, what it computes in, and the bytes of a weight of KERNEL_SHAPE."""
     out_features, in_features = KERNEL_SHAPE
-    if name in {"int4", "int8"}:
-        fmt = PackedFormat.for_this_cpu(4 if name == "int4" else 8)
-        return PackedKernel(in_features, fmt), torch.bfloat16, packed_nbytes(fmt, out_features, in_features)
+    if name in TYPES:
+        kernel = GgmlKernel(in_features, TYPES[name], torch.float32)
+        return kernel, torch.float32, out_features * kernel.row_bytes
     dtype: torch.dtype = getattr(torch, name)
     return DenseKernel(in_features, dtype, dtype), dtype, out_features * in_features * dtype.itemsize
 
@@ -288,11 +288,12 @@ def _weight_bytes(name: str) -> int:
 def _kernels() -> dict[str, dict[int, float]]:
     """Seconds of each kernel for a weight of KERNEL_SHAPE, by activation rows: medians."""
     seconds: dict[str, dict[int, float]] = {}
-    for name in ("bfloat16", "float32", "int4", "int8"):
-        try:
-            kernel, dtype, nbytes = _kernel(name)
-        except PackedError:
-            continue
+    names: tuple[str, ...] = ("bfloat16", "float32")
+    with contextlib.suppress(GgmlError):
+        library()
+        names += ("Q4_0", "Q4_K", "Q8_0")
+    for name in names:
+        kernel, dtype, nbytes = _kernel(name)
         buffer = Buffer(4 * nbytes, lock=False)  # several weights, so that none stays in the CPU's cache
         buffer.bytes.zero_()
         seconds[name] = {rows: _kernel_s(kernel, dtype, buffer, nbytes, rows) for rows in REPEATS}
@@ -300,30 +301,20 @@ def _kernels() -> dict[str, dict[int, float]]:
 
 
 def _kernel_s(kernel: Kernel, dtype: torch.dtype, buffer: Buffer, nbytes: int, rows: int) -> float:
-    from flexinfer.kernels.packed import blocks
-
     out_features, in_features = KERNEL_SHAPE
     x = torch.ones(rows, in_features, dtype=dtype)
-    if isinstance(kernel, PackedKernel):
-        parts = [
-            (b.offset_bytes, b.row_stop - b.row_start)
-            for b in blocks(kernel.format, out_features, in_features)
-        ]
-    else:
-        parts = [(0, out_features)]
     samples = []
     for i in range(REPEATS[rows]):
         start_s = perf_counter()
-        for offset, count in parts:
-            kernel.multiply(x, kernel.view(buffer, i % 4 * nbytes + offset, count), count, None)
+        kernel.multiply(x, kernel.view(buffer, i % 4 * nbytes, out_features), out_features, None)
         samples.append(perf_counter() - start_s)
     return sorted(samples)[len(samples) // 2]
 
 
-def _layout() -> str:
+def _ggml() -> str:
     try:
-        return cpu_layout()
-    except PackedError as error:
+        return f"{library().version}, {library().kernels}"
+    except GgmlError as error:
         return str(error)
 
 

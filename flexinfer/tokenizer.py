@@ -20,7 +20,7 @@ with deferred():
 FILE = "tokenizer.json"
 OTHER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model")
 # For each byte of tokenizer.json (docs/log.md), and of the other files where there is none: those two are estimates
-BYTES_IN_MEMORY, BYTES_WHILE_LOADING = 4.8, 12.5
+BYTES_IN_MEMORY, BYTES_WHILE_LOADING = 4.8, 10.0
 OTHER_BYTES_IN_MEMORY, OTHER_BYTES_WHILE_LOADING = 50.0, 110.0
 SMALLEST_BYTES = 2 << 20
 

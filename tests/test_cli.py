@@ -354,14 +354,15 @@ def test_plan_shows_tables(model_dir: Path, capsys: pytest.CaptureFixture[str]) 
         assert text in shown
 
 
-@pytest.mark.parametrize("bits", ["4", "8"])
+@pytest.mark.parametrize("kind", ["q4_0", "Q8_0"])
 def test_quantize_makes_a_copy_that_generates(
-    bits: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
-    report = run_json(capsys, "quantize", str(model_dir), str(copy), "--bits", bits)
+    report = run_json(capsys, "quantize", str(model_dir), str(copy), "--type", kind)
     assert report["nbytes"] < report["source_bytes"]
-    assert len(report["packed"]) == 4 * 7 + 1
+    assert len(report["packed"]) == 4 * 7 + 2
+    assert report["architecture"] == "llama"
     result = run_json(capsys, "generate", str(copy), "abc", "--max-new-tokens", "4")
     assert result["tokens"] == 4
 
@@ -383,7 +384,7 @@ FACTS = Facts(
     load=0.0,
     torch_threads=4,
     vector_width="AVX2",
-    int4_layout="avx2",
+    ggml="0.26.0, libggml-cpu-haswell.so",
     memory_bytes=8 << 30,
     path="/models",
     file_system="ext4",
@@ -393,8 +394,8 @@ FACTS = Facts(
     write_bytes_per_s=1e9,
     direct_bytes_per_s={1: 0.9e9, 2: 1e9, 4: 1e9},
     buffered_bytes_per_s={1: 0.8e9, 2: 0.8e9, 4: 0.8e9},
-    kernel_bytes_per_s={"bfloat16": 10e9, "int4": 5e9},
-    kernel_s={"bfloat16": {1: 1e-3, 64: 1e-2}, "int4": {1: 1e-3, 64: 1e-1}},
+    kernel_bytes_per_s={"bfloat16": 10e9, "Q4_K": 5e9},
+    kernel_s={"bfloat16": {1: 1e-3, 64: 1e-2}, "Q4_K": {1: 1e-3, 64: 1e-1}},
     lock_limit_bytes=None,
     lock_works=True,
     cgroup_method="v2",
@@ -418,7 +419,7 @@ def test_advice_of_a_good_machine_is_what_to_expect_and_no_more() -> None:
         ({"direct_works": False, "direct_note": "refused", "direct_bytes_per_s": {}}, "page cache"),
         ({"buffered_bytes_per_s": {1: 3e9, 2: 3e9, 4: 3e9}}, "--buffered"),
         ({"direct_bytes_per_s": {1: 1e9, 2: 1e9, 4: 2e9}}, "--io-threads 4"),
-        ({"kernel_bytes_per_s": {"bfloat16": 10e9, "int4": 0.5e9}}, "The int4 kernel"),
+        ({"kernel_bytes_per_s": {"bfloat16": 10e9, "Q4_K": 0.5e9}}, "The Q4_K kernel"),
         ({"memory_bytes": 1 << 30}, "Only 1.00 GiB"),
         ({"lock_works": False, "lock_limit_bytes": 8 << 20}, "ulimit -l"),
         ({"cgroup_reads": False}, "unlimited"),

@@ -173,7 +173,7 @@ def test_a_stopped_quantize_leaves_nothing_that_loads_and_goes_on(
         "llama", torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3
     )
     target, partial = tmp_path / "copy", tmp_path / "copy.partial"
-    process = start("quantize", str(source), str(target), "--bits", "4")
+    process = start("quantize", str(source), str(target), "--type", "q4_k")
     deadline_s = time.monotonic() + TIMEOUT_S
     while not list(partial.glob("*.unfinished")):
         assert process.poll() is None
@@ -181,11 +181,14 @@ def test_a_stopped_quantize_leaves_nothing_that_loads_and_goes_on(
         time.sleep(0.001)
     process.send_signal(number)
     got, lines = ended(process)
-    assert (got, lines) == (128 + number, ["stopped; the same command goes on after the last finished file"])
+    assert (got, lines) == (
+        128 + number,
+        ["stopped; the same command goes on after the last finished tensor"],
+    )
     assert not target.exists()
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)
-    again = start("quantize", str(source), str(target), "--bits", "4")
+    again = start("quantize", str(source), str(target), "--type", "q4_k")
     assert ended(again)[0] == 0
     assert Checkpoint.open(target).tensors
     assert not partial.exists()

@@ -134,7 +134,7 @@ def _config_seeds(folder: Path) -> list[bytes]:
     for family in (*SMALL_MODELS, PACKED):
         path = folder / family
         if family == PACKED:
-            quantize(folder / "llama", path, bits=8, progress=False)
+            quantize(folder / "llama", path, "q8_0", progress=False)
         else:
             small_checkpoint(family, path)
         files = [path / "config.json", path / "generation_config.json"]

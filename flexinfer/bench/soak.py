@@ -1,7 +1,7 @@
 """A soak: random models, budgets and calls, each in a control group of exactly its budget; nothing may be killed, wrong, hung or left.
 
-A case is drawn from (seed, number) alone. One process computes its reference, stock transformers with all weights resident, and
-learns the smallest budget. Another, in a memory group of exactly the case's budget and no swap, loads the model with flexinfer and makes
+A case is drawn from (seed, number) alone. One process computes its reference, stock transformers with all weights resident (for weights in ggml's
+blocks, which that cannot multiply, flexinfer with all of them resident), and learns the smallest budget. Another, in a memory group of exactly the case's budget and no swap, loads the model with flexinfer and makes
 the same calls, one after another. Outputs are compared token by token, logits bit by bit. A call that is to be refused must be refused before
 anything runs. One JSON line a case goes to the record; finished cases are skipped, so that a soak can be gone on with; those that ended badly are run again.
 
@@ -55,7 +55,9 @@ POLICIES = ("balanced", "balanced", "unbalanced", "attention-first", "ffn-first"
 CALLS_OF_A_CASE = 16
 NO_GENERATIONS = ("tokenize", "resize")  # calls that give no text and no logits
 DRAFTED = 3  # tokens that a draft model says ahead
+BLOCKS = (None, None, "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl")  # what a checkpoint is quantised to
 SHARES = (0.0, 0.15, 0.5, 0.8, 1.0)
+RESIDENT_MEMORY = "12GiB"  # holds any case whole
 LARGE_SEED = -1  # of the cases that are not drawn
 
 
@@ -92,6 +94,7 @@ class Case:
     tokenizer: bool  # whether the checkpoint has one, and it is used
     share: float  # of the weights, on top of the smallest budget
     calls: tuple[Call, ...]
+    blocks: str | None = None  # ggml's type, of a GGUF file
 
 
 def draw(seed: int, number: int) -> Case:
@@ -135,6 +138,7 @@ def draw(seed: int, number: int) -> Case:
         tokenizer=tokenizer,
         share=chance.choice((*SHARES, round(chance.random(), 2))),
         calls=tuple(calls),
+        blocks=chance.choice(BLOCKS),
     )
 
 
@@ -230,10 +234,10 @@ def _score(use_cache: bool) -> Callable[..., Any]:
 
 def _resize(model: Any, call: Call, case: Case) -> Any:
     """Another budget within the group; the reference has none."""
-    if hasattr(model, "flexinfer"):
+    budget = int(os.environ["FLEXINFER_SOAK_MEMORY"])
+    if budget:
         plan = model.flexinfer.plan
         spare = plan.locked_bytes + plan.unused_bytes
-        budget = int(os.environ["FLEXINFER_SOAK_MEMORY"])
         less = random.Random(call.seed).random() * spare
         model.flexinfer.resize(budget if call.seed % 2 else int(plan.budget_bytes - less))
     return None
@@ -308,7 +312,22 @@ def make_tokenizer(case: Case, path: Path) -> None:
 
 
 def make_checkpoint(case: Case, path: Path) -> None:
-    """Write the model of `case`; every parameter is random."""
+    """Write the model of `case` to directory `path`; every parameter is random."""
+    if case.blocks is None:
+        make_floats(case, path)
+        return
+    from flexinfer.formats.quantize import quantize
+
+    floats = path.with_name(path.name + "-floats")
+    try:
+        make_floats(case, floats)
+        quantize(floats, path, case.blocks, progress=False)
+    finally:
+        shutil.rmtree(floats, ignore_errors=True)
+
+
+def make_floats(case: Case, path: Path) -> None:
+    """Write the model of `case` as safetensors."""
     import torch
     import transformers
 
@@ -361,9 +380,15 @@ def reference(case: Case, path: Path) -> dict[str, Any]:
     except flexinfer.BudgetError as error:
         smallest = needed_bytes(error)
     gc.collect()
-    dtype = getattr(torch, case.file_dtype if case.dtype == "auto" else case.dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    if case.blocks is None:
+        dtype = getattr(torch, case.file_dtype if case.dtype == "auto" else case.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+    else:
+        resident = load_options(case) | {"policy": "balanced", "context": 4 * case.context}
+        model = flexinfer.from_pretrained(path, RESIDENT_MEMORY, **resident)
+        total = model.flexinfer.plan.total_bytes
+        assert not model.flexinfer.plan.streamed_bytes
     return {
         "smallest_bytes": smallest,
         "weights_bytes": total,
@@ -417,7 +442,8 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
             outputs.append(CALLS[call.kind](model, call, case))
             refusals.append(None)
             if call.kind == "tokenize" and not loaded:
-                loaded, explained = True, max(explained, held + loading_bytes(path))
+                loaded = True  # room for it is made first, where there is none
+                explained = max(explained, min(held + loading_bytes(path), model.flexinfer.plan.budget_bytes))
             if shape is not None:  # by the plan as it is now: the first pass has made it anew
                 explained = max(explained, model.flexinfer.planned_bytes(shape))
         except (flexinfer.BudgetError, ContextError) as error:
@@ -584,7 +610,7 @@ def soak(
         outcomes.update(f"call {one}" for one in record.get("outcomes", []))
         left_s = (perf_counter() - start_s) / max(new, 1) * max(0, generations - made)
         print(
-            f"case {case.number} {case.family} {case.file_dtype}/{case.dtype} vocabulary {case.vocab} share {case.share}: "
+            f"case {case.number} {case.family} {case.blocks or case.file_dtype}/{case.dtype} vocabulary {case.vocab} share {case.share}: "
             f"{record['outcome']}; {made} of {generations} generations, {dict(outcomes)}, {left_s / 60:.0f} min left",
             flush=True,
         )

@@ -105,7 +105,12 @@ class Checkpoint:
     path: Path  # of the directory, or of the (first) GGUF file
     tensors: dict[str, TensorSpec]
     config_dir: Path  # where config.json and the tokenizer lie
-    architecture: str | None = None  # llama.cpp's name of it, as the tensors' names are: for GGUF alone
+    architecture: str | None = None  # llama.cpp's name of it, where the tensors' names are llama.cpp's
+
+    @property
+    def in_gguf(self) -> bool:
+        """Whether it is a GGUF file."""
+        return self.path.suffix == ".gguf"
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":

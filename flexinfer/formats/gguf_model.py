@@ -32,7 +32,7 @@ from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.plan import format_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 MODEL_TYPES = {  # llama.cpp's name of an architecture -> transformers'
     "falcon": "falcon",
@@ -51,6 +51,7 @@ ROTATES_A_PART = {"nemotron", "phi3", "stablelm"}  # of each head, by the config
 LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # the size whose attention is scaled in another way
 ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+NAMES_KEY = "flexinfer.names"  # whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
 CACHE_VERSION = 1  # of what is kept
 TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100  # of the process that makes a tokenizer, and for each token
@@ -82,7 +83,15 @@ def open_gguf(file: Path) -> Checkpoint:
     Raises CheckpointError when the file is damaged or of an architecture that cannot be run.
     """
     gguf = read_gguf(file)
-    return Checkpoint(file, gguf.tensors, _config_dir(gguf), gguf.architecture)
+    whose = gguf.metadata.get(NAMES_KEY)
+    if whose == "transformers":
+        if not (file.parent / "config.json").is_file():
+            raise CheckpointError(
+                f"{file}: has no config.json beside it, as `flexinfer quantize` has put there; copy the whole directory"
+            )
+        return Checkpoint(file, gguf.tensors, file.parent)
+    beside = whose is not None and (file.parent / "config.json").is_file()
+    return Checkpoint(file, gguf.tensors, file.parent if beside else _config_dir(gguf), gguf.architecture)
 
 
 def cache_dir() -> Path:
@@ -338,18 +347,17 @@ def _numbers(spec: TensorSpec) -> list[float]:
 def specs_of(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     """The tensor of each parameter that the file has. Raises CheckpointError when it has tensors that the model has no place for."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
     names = get_tensor_name_map(number, model.config.num_hidden_layers)
-    processor = TENSOR_PROCESSORS.get(str(checkpoint.architecture), TensorProcessor)(model.config.to_dict())
+    processor = processor_of(str(checkpoint.architecture), model.config)
     orders: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: all layers share them
     specs: dict[str, TensorSpec] = {}
     for parameter in model.state_dict():
         module, _, leaf = parameter.rpartition(".")
         name = f"{names.get_name(module)}.{leaf}"
         if name in checkpoint.tensors:
-            spec = _corrected(checkpoint.tensors[name], processor)
+            spec = corrected(checkpoint.tensors[name], processor)
             if spec.row_order is not None:
                 spec = replace(spec, row_order=orders.setdefault(spec.row_order, spec.row_order))
             specs[parameter] = spec
@@ -362,7 +370,14 @@ def specs_of(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, Tens
     return specs
 
 
-def _corrected(spec: TensorSpec, processor: Any) -> TensorSpec:
+def processor_of(architecture: str, config: "PretrainedConfig") -> Any:
+    """What transformers changes the tensors of `architecture` with."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config.to_dict())
+
+
+def corrected(spec: TensorSpec, processor: Any) -> TensorSpec:
     """`spec` with what transformers does to its numbers, found by having it done to the numbers of the rows."""
     if spec.name == "output.weight":
         return spec

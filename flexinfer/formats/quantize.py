@@ -1,63 +1,95 @@
-"""Make a packed (int4 or int8) copy of a safetensors checkpoint, tensor by tensor.
+"""Make a smaller copy of a safetensors checkpoint: a GGUF file of ggml's blocks, tensor by tensor.
 
-Every linear of the decoder, and lm_head, becomes one packed tensor (packed.py); embeddings, norms and biases
-are copied byte for byte. The copy is again a safetensors directory: tensors in order of use, packed ones first
-in each shard and aligned to pages, so that a block is one direct read.
+The copy is a directory: `model.gguf`, and beside it config.json and the tokenizer's files as they were. Where llama.cpp knows the architecture the
+file has its names and a whole header, so that it can be read alone, by llama.cpp too; of other families it has
+transformers' names, and only flexinfer reads it: which of the two, and why, is in the report. Every linear, lm_head and the embedding
+become blocks of the type that is asked for, or of the nearest in blocks of 32 where their rows are no multiple of 256 (`kind_for`), the head of at
+least Q6_K; norms and biases become float32. Tensors lie in order of use.
 
-The source is read one block of rows a core at a time; memory holds these blocks and their float32 copies, whatever
-the size of the model. Work is written to DST.partial and renamed to DST when complete; a run that was killed goes on
-after its last finished shard when the same command is given again, and so does one whose disk became full. Cost: reading the source once, writing the
-copy once, and quantising (round to nearest, in the range that fits each group best) at some 100 MB of bf16 a second
-on two cores.
+The source is read a block of rows a core at a time (a whole weight where rows have to be put in another order); memory holds these blocks and
+their float32 copies, whatever the size of the model. ggml quantises the same on every CPU. Work is written to DST.partial and renamed to DST when complete; a run that was killed
+goes on after its last finished tensor when the same command is given again, and so does one whose disk became full. Cost: reading the source
+once, writing the copy once, and on two cores some 800 (Q4_0), 400 (Q8_0), 50 (Q6_K) or 25 (Q4_K) million weights a second.
 
-Not here: calibrated methods such as GPTQ and AWQ. What the copy costs in quality is reported per tensor, and as
-perplexity by flexinfer/bench/perplexity.py.
+Not here: importance matrices, and so the types that need one. What the copy costs in quality is reported per tensor, and as perplexity by
+flexinfer/bench/perplexity.py.
 """
 
 import errno
 import fcntl
-import functools
 import itertools
 import json
 import math
 import os
 import shutil
-import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, TensorSpec, read_json
+from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, TensorSpec, read_json
+from flexinfer.formats.gguf import TYPES, read_gguf
+from flexinfer.formats.gguf_header import (
+    ARCHITECTURES,
+    Entry,
+    HeaderError,
+    Stored,
+    difference,
+    header_values,
+    rope_tensors,
+    stored_tensors,
+    write_header,
+)
+from flexinfer.formats.gguf_model import NAMES_KEY, config_of
+from flexinfer.formats.gguf_vocabulary import vocabulary
 from flexinfer.formats.skeleton import Skeleton, build_skeleton
 from flexinfer.kernels.dense import Conv1DKernel
-from flexinfer.kernels.packed import (
-    ALIGNMENT_BYTES,
-    Block,
-    PackedFormat,
-    blocks,
-    can_pack,
-    dequantize,
-    measure_dequantize_rows,
-    pack_rows,
-    packed_nbytes,
-)
+from flexinfer.kernels.ggml import TYPES as GGML_TYPES
+from flexinfer.kernels.ggml import dequantize_rows, quantize_rows
 from flexinfer.plan import format_size
 
-SHARD_BYTES = 512 * 2**20  # what a killed run loses at most
-COPY_BYTES = 4 * 2**20
-MARGIN_BYTES = 64 * 2**20  # of the disk that stay free: headers, tokenizer files, the file system's own
+MODEL_FILE = "model.gguf"
+UNFINISHED_FILE = (
+    MODEL_FILE + ".unfinished"
+)  # has all its length from the start, so it must not be taken for a model
+DEFAULT_KIND = "Q4_K"
+KINDS = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "IQ3_S",
+)
+KINDS_OF_32 = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"} | dict.fromkeys(
+    ("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS"), "IQ4_NL"
+)
+HEAD_KIND = (
+    "Q6_K"  # of the output head, tied or not, where fewer bits are asked for: it costs little and gives most
+)
+BLOCK_WEIGHTS = 1 << 20  # quantised at a time
+COPY_BYTES = 4 << 20
+SYNC_BYTES = 64 << 20  # of the copy: what a killed run loses at most, beside the tensor it was at
+MARGIN_BYTES = 64 << 20  # of the disk that stay free: header, tokenizer files, the file system's own
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-STATE_FILE = "quantize_state.json"  # in DST.partial: what is being made of what
+STATE_FILE = "quantize_state.json"  # in DST.partial: what is being made of what, and how far it is
 REPORT_FILE = "quantize_report.json"
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
 NOT_COPIED = {"config.json", INDEX_FILE, REPORT_FILE}
@@ -69,11 +101,12 @@ class QuantizeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """What quantising one linear did to its weights."""
+    """What quantising one tensor did to its weights."""
 
-    name: str
-    shape: tuple[int, int]  # (out_features, in_features)
-    nbytes: int  # packed
+    name: str  # the model's, of the parameter
+    kind: str  # ggml's type
+    shape: tuple[int, int]  # (rows, in_features)
+    nbytes: int
     relative_error: float  # Frobenius norm of the difference over that of the weights
     max_error: float  # largest absolute difference
 
@@ -83,48 +116,52 @@ class Report:
     """What `quantize` made; kept as quantize_report.json beside the weights."""
 
     path: Path
-    format: PackedFormat
+    kind: str
     source_bytes: int  # of the tensors the model uses
-    nbytes: int  # of the copy
+    nbytes: int  # of the copy's
     seconds: float  # of the last run
     packed: list[TensorReport]
-    kept: dict[str, str]  # linears left as they are: name -> reason
+    kept: dict[str, str]  # weights left as they are: name -> reason
+    architecture: str | None  # llama.cpp's name, where it can read the file
+    notes: list[str]  # why it cannot, or what it reads in another way
 
     @property
     def worst(self) -> TensorReport:
-        """The packed tensor with the largest relative error."""
+        """The tensor with the largest relative error."""
         return max(self.packed, key=lambda tensor: tensor.relative_error)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor to be written."""
-
-    name: str
-    dtype: str  # safetensors' name of the type
-    shape: tuple[int, ...]
-    nbytes: int
+def kind_for(kind: str, in_features: int) -> str | None:
+    """The type of blocks that rows of `in_features` can be cut into: `kind`, or the nearest of 32; None where there is none."""
+    if in_features % GGML_TYPES[kind].block_elements == 0:
+        return kind
+    return KINDS_OF_32.get(kind) if in_features % 32 == 0 else None
 
 
-def quantize(
-    src: str | Path, dst: str | Path, bits: int = 4, group_size: int | None = None, progress: bool = True
-) -> Report:
-    """Write a packed copy of checkpoint directory `src` to directory `dst`, which must not exist yet.
+def head_kind(kind: str) -> str:
+    """The type of the output head in a copy of `kind`: at least HEAD_KIND."""
+    bits = {
+        name: GGML_TYPES[name].block_bytes / GGML_TYPES[name].block_elements for name in (kind, HEAD_KIND)
+    }
+    return max(bits, key=lambda name: bits[name])
 
-    bits: 4 or 8. group_size: weights that share a scale and a zero, 4 bit only; 64 unless given. progress: show a bar, where
-    stderr is a terminal.
 
-    Raises: QuantizeError or PackedError (both ValueError) for arguments that do not go together, a destination that
-    exists or is too full (or becomes so: the same call goes on later), a checkpoint that is quantised already or whose linears the kernels cannot take;
-    CheckpointError when `src` is no checkpoint, or a damaged one.
+def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progress: bool = True) -> Report:
+    """Write a copy of checkpoint directory `src` in ggml's blocks to directory `dst`, which must not exist yet.
+
+    kind: ggml's type, in any case, of KINDS. progress: show a bar, where stderr is a terminal.
+
+    Raises: QuantizeError (a ValueError) for a type that there is not, a destination that exists or is too full (or becomes so: the same call goes on
+    later), a checkpoint that is quantised already or has no weight that can be cut into blocks; CheckpointError when `src` is no checkpoint,
+    or a damaged one; GgmlError for weights that are not finite.
     """
     start_s = time.perf_counter()
     src, dst = Path(src), Path(dst)
-    if bits == 8 and group_size is not None:
-        raise QuantizeError(
-            f"group_size: got {group_size} with bits=8, which scales whole rows; leave it out"
-        )
-    fmt = PackedFormat.for_this_cpu(bits, group_size or 64)
+    kind = kind.upper()
+    if kind not in KINDS:
+        raise QuantizeError(f"type {kind!r}: there are {', '.join(KINDS).lower()}")
+    if dst.suffix == ".gguf":
+        raise QuantizeError(f"{dst}: DST is a directory, the file in it is {MODEL_FILE}; leave .gguf out")
     if dst.exists():
         raise QuantizeError(f"{dst}: exists already; choose another directory, or remove it first")
     config = read_json(src / "config.json") if (src / "config.json").is_file() else {}
@@ -134,15 +171,11 @@ def quantize(
             f"{src}: is quantised already (by {method!r}); start from the original checkpoint"
         )
     source = Checkpoint.open(src)
-    if source.architecture is not None:
+    if source.in_gguf:
         raise QuantizeError(
             f"{src}: a GGUF file runs as it is; to make a smaller copy, start from the original checkpoint"
         )
-    job = _Job(fmt, build_skeleton(source))
-    if not job.linears:
-        raise QuantizeError(
-            f"{src}: none of its linears can be packed: {next(iter(job.kept.values()), 'it has none')}"
-        )
+    skeleton = build_skeleton(source)
 
     partial = dst.with_name(dst.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -151,150 +184,313 @@ def quantize(
             fcntl.flock(state_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise QuantizeError(f"{partial}: another run is writing it; wait for it to finish") from error
-        fmt = _resume(partial, state_file, src, fmt)
-        names = shard_names(len(job.shards))
-        notes = {name: _read_notes(partial / name) for name in names}
-        missing_bytes = sum(
-            entry.nbytes
-            for name, shard in zip(names, job.shards, strict=True)
-            if notes[name] is None
-            for entry in shard
-        )
-        nbytes = sum(entry.nbytes for shard in job.shards for entry in shard)
+        state = _State(state_file, source, kind)
+        state.resume(partial)
+        unfinished = partial / UNFINISHED_FILE
+        job = _Job(skeleton, kind, unfinished)
+        if not job.packed:
+            raise QuantizeError(
+                f"{src}: none of its weights can be packed: {next(iter(job.kept.values()), 'it has none')}"
+            )
+        missing_bytes = sum(entry.nbytes for entry in job.entries[len(state.done) :])
+        nbytes = sum(entry.nbytes for entry in job.entries)
         check_free_disk(partial, missing_bytes)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn())
         shown = Progress(
             *columns, console=Console(stderr=True), disable=not (progress and sys.stderr.isatty())
         )
-        with shown as bar, _one_thread_each() as pool:
-            task = bar.add_task(f"{bits} bit", total=nbytes, completed=nbytes - missing_bytes)
-            for name, shard in zip(names, job.shards, strict=True):
-                if notes[name] is None:
-                    with _full_disk_explained(partial, missing_bytes):
-                        notes[name] = job.write(
-                            partial / name, shard, pool, functools.partial(bar.advance, task)
-                        )
-                    missing_bytes -= sum(entry.nbytes for entry in shard)
-        report_of = {report.name: report for reports in notes.values() for report in reports or []}
+        with (
+            shown as bar,
+            _one_thread_each() as pool,
+            unfinished.open("r+b", buffering=0) as file,
+        ):
+            task = bar.add_task(kind, total=nbytes, completed=nbytes - missing_bytes)
+            unsynced_bytes = 0
+            for number, entry in enumerate(job.entries[len(state.done) :], start=len(state.done)):
+                with _full_disk_explained(partial, missing_bytes):
+                    state.done.append(job.write(file, entry, pool, lambda count: bar.advance(task, count)))
+                    unsynced_bytes += entry.nbytes
+                    if unsynced_bytes >= SYNC_BYTES or number == len(job.entries) - 1:
+                        os.fsync(file.fileno())
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                        state.save()
+                        unsynced_bytes = 0
+                missing_bytes -= entry.nbytes
         report = Report(
             path=dst,
-            format=fmt,
-            source_bytes=job.source_bytes,
+            kind=kind,
+            source_bytes=sum(
+                spec.nbytes for spec in {spec.name: spec for spec in skeleton.specs.values()}.values()
+            ),
             nbytes=nbytes,
             seconds=time.perf_counter() - start_s,
-            packed=[report_of[name] for name in job.linears],
+            packed=[tensor for tensor in state.done if tensor is not None],
             kept=job.kept,
+            architecture=job.architecture,
+            notes=job.notes,
         )
         with _full_disk_explained(partial, 0):
-            _finish(partial, src, config, job, report)
+            _finish(partial, src, config, report)
         (partial / STATE_FILE).unlink()
         partial.rename(dst)
     return report
 
 
-class _Job:
-    """What is to be written, and the bytes of each entry."""
+class _State:
+    """What an unfinished directory is being made of, and how far: kept in it, so that the same command goes on."""
 
-    def __init__(self, fmt: PackedFormat, skeleton: Skeleton) -> None:
-        self._fmt = fmt
-        self.linears: dict[str, tuple[int, int]] = {}  # name in the copy -> (out_features, in_features)
+    def __init__(self, file: Any, source: Checkpoint, kind: str) -> None:
+        self._file = file
+        self._facts: dict[str, Any] = {
+            "source": str(source.path.resolve()),
+            "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files},
+            "kind": kind,
+            "gguf": version("gguf"),  # which writes the header
+        }
+        self.done: list[TensorReport | None] = []  # for each tensor that is on disk
+
+    def resume(self, partial: Path) -> None:
+        """Take up what an earlier run of the same job left in `partial`; remove what one of another job did."""
+        (partial / "config.json").unlink(missing_ok=True)  # until it is complete, nothing may load it
+        self._file.seek(0)
+        try:
+            earlier = json.loads(self._file.read())
+            if earlier["facts"] == self._facts and (partial / UNFINISHED_FILE).is_file():
+                self.done = [
+                    None if row is None else TensorReport(**row | {"shape": tuple(row["shape"])})
+                    for row in earlier["done"]
+                ]
+                return
+        except (ValueError, KeyError, TypeError):
+            pass  # a new directory, or a state cut off while it was written
+        for file in partial.iterdir():
+            if file.name != STATE_FILE:
+                file.unlink()
+        self.save()
+
+    def save(self) -> None:
+        text = json.dumps({"facts": self._facts, "done": [row and asdict(row) for row in self.done]})
+        self._file.seek(0)
+        self._file.truncate(0)
+        self._file.write(text)
+        self._file.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where the numbers of an entry come from."""
+
+    parameter: str  # the model's name
+    spec: TensorSpec
+    transposed: bool  # the rows of the entry are the columns of the source
+    order: tuple[int, ...] | None  # row i of the source is row order[i] of the entry
+    added: float  # what the source is more than the entry
+
+
+class _Job:
+    """What is to be written, where it comes from, and the file's header, which is written by making a job."""
+
+    def __init__(self, skeleton: Skeleton, kind: str, file: Path) -> None:
+        self._skeleton, self._kind = skeleton, kind
+        self._heads = [weight.name for weight in skeleton.weights if weight.kind == "head"]
         self.kept: dict[str, str] = {}
-        self._sources: dict[str, TensorSpec] = {}  # by the name in the copy
-        self._transposed: set[str] = set()
-        parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
-        embedding = skeleton.specs[skeleton.embedding_name + ".weight"]
-        entries = [_copied_entry(embedding)]
-        self._sources[embedding.name] = embedding
-        for weight in skeleton.weights:
-            spec = skeleton.specs[weight.name]
-            size = tuple(parameters[weight.name].shape)
-            transposed = isinstance(skeleton.kernels[weight.name], Conv1DKernel)
-            out_features, in_features = size[::-1] if transposed else size
-            if not can_pack(fmt, in_features):
-                unit = fmt.group_size if fmt.bits == 4 else 32
-                self.kept[weight.name] = f"its rows of {in_features} weights are no multiple of {unit}"
-                continue
-            tied = spec.name == embedding.name
-            name = weight.name if tied else spec.name
-            self.linears[name] = (out_features, in_features)
-            self._sources[name] = spec
-            if transposed:
-                self._transposed.add(name)
-            entries.append(packed_entry(fmt, name, out_features, in_features))
-        for spec in skeleton.specs.values():
-            if spec.name not in self._sources:
-                self._sources[spec.name] = spec
-                entries.append(_copied_entry(spec))
-        self.source_bytes = sum(
-            spec.nbytes for spec in {spec.name: spec for spec in skeleton.specs.values()}.values()
-        )
-        self.shards = plan_shards(entries, SHARD_BYTES)
+        self.packed: set[str] = set()  # names of entries in blocks
+        self.notes: list[str] = []
+        self._sources: dict[str, _Source] = {}
+        self._extra = rope_tensors(skeleton.config)
+        self.architecture = ARCHITECTURES.get(skeleton.config.model_type)
+        fresh = file.with_name(file.name + ".header")
+        try:
+            if self.architecture is None:
+                raise HeaderError(f"llama.cpp's header of a {skeleton.config.model_type} is not known here")
+            self.entries = self._write_header(fresh)
+            self._fill_extra(fresh)
+            if lost := difference(skeleton.config, config_of(read_gguf(fresh))):
+                raise HeaderError(lost)
+        except (HeaderError, CheckpointError) as error:
+            self.notes = [f"only flexinfer reads it: {error}"]
+            self.architecture, self._extra = None, {}
+            self.entries = self._write_header(fresh)
+        if file.exists():  # of an earlier run of the same job: the header is the same
+            fresh.unlink()
+        else:
+            fresh.rename(file)
+
+    def _write_header(self, file: Path) -> list[Entry]:
+        """Write the header, in llama.cpp's words if `architecture` is one of its names, else in transformers'."""
+        self._sources, self.packed, self.kept = {}, set(), {}
+        skeleton, name = self._skeleton, self.architecture
+        stored = stored_tensors(skeleton.model, name, self._in_order_of_use()) if name else {}
+        entries = [_entry(tensor, "F32", numbers.shape) for tensor, numbers in self._extra.items()]
+        for parameter in self._in_order_of_use():
+            entries.append(self._entry(parameter, stored.get(parameter, Stored(parameter))))
+        values: dict[str, Any] = {
+            "general.file_type": _file_type(self._kind),
+            "general.quantization_version": 2,
+        }
+        values["general.name"] = skeleton.checkpoint.path.resolve().name
+        values[NAMES_KEY] = "llama.cpp" if name else "transformers"
+        if name:
+            values |= header_values(skeleton.config, name)
+            try:
+                words, notes = vocabulary(skeleton.checkpoint.config_dir, skeleton.config.vocab_size)
+                values, self.notes = values | words, notes
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                self.notes = [f"the file alone has no tokenizer ({error})"]
+        return write_header(file, name or skeleton.config.model_type, values, entries)
+
+    def _in_order_of_use(self) -> Iterator[str]:
+        """The parameters, each tensor of the source once: the embedding, what is not a linear, then the linears."""
+        specs, seen = self._skeleton.specs, set()
+        embedding = self._skeleton.embedding_name + ".weight"
+        for parameter in (
+            embedding,
+            *self._skeleton.resident,
+            *(weight.name for weight in self._skeleton.weights),
+        ):
+            if specs[parameter].name not in seen:
+                seen.add(specs[parameter].name)
+                yield parameter
+
+    def _entry(self, parameter: str, stored: Stored) -> Entry:
+        spec, kernel = self._skeleton.specs[parameter], self._skeleton.kernels.get(parameter)
+        matrix = kernel is not None or parameter == self._skeleton.embedding_name + ".weight"
+        by_columns = isinstance(kernel, Conv1DKernel)  # its weight is [in, out]
+        shape, kind = spec.shape, None
+        if matrix:
+            in_features = spec.shape[0] if by_columns else spec.shape[1]
+            head = any(self._skeleton.specs[one].name == spec.name for one in self._heads)
+            kind = kind_for(head_kind(self._kind) if head else self._kind, in_features)
+            if kind is None:
+                self.kept[parameter] = f"its rows of {in_features} weights are no multiple of 32"
+        transposed = stored.transposed or (by_columns and kind is not None)
+        if transposed:
+            shape = shape[::-1]
+        if kind is not None:
+            self.packed.add(stored.name)
+        else:
+            kind = _plain_kind(spec, matrix)
+        self._sources[stored.name] = _Source(parameter, spec, transposed, stored.order, stored.added)
+        return _entry(stored.name, kind, shape)
+
+    def _fill_extra(self, file: Path) -> None:
+        with file.open("r+b") as stream:
+            for entry in self.entries[: len(self._extra)]:
+                stream.seek(entry.offset_bytes)
+                stream.write(self._extra[entry.name].tobytes())
 
     def write(
-        self, path: Path, shard: Sequence[Entry], pool: ThreadPoolExecutor, advance: Callable[[int], None]
-    ) -> list[TensorReport]:
-        """Write a shard, and beside it what packing did to its tensors; `path` appears when both are complete."""
-        reports: list[TensorReport] = []
+        self, file: BinaryIO, entry: Entry, pool: ThreadPoolExecutor, advance: Callable[[int], object]
+    ) -> TensorReport | None:
+        """Write the bytes of one entry; what packing did to it, if it is packed."""
+        offset_bytes = entry.offset_bytes
+        errors = _Errors()
+        for chunk in self._chunks(entry, pool, errors):
+            _write_all(file.fileno(), chunk, offset_bytes)
+            offset_bytes += len(chunk)
+            advance(len(chunk))
+        assert offset_bytes == entry.offset_bytes + entry.nbytes, entry
+        if entry.name not in self.packed:
+            return None
+        shape = (entry.shape[0], entry.shape[1])
+        parameter = self._sources[entry.name].parameter
+        return TensorReport(parameter, entry.kind, shape, entry.nbytes, errors.relative, errors.largest)
 
-        def chunks(entry: Entry) -> Iterator[memoryview]:
-            for chunk in self._chunks(entry, reports, pool):
-                yield chunk
-                advance(len(chunk))
-
-        unfinished = _unfinished(path)
-        try:
-            write_shard(unfinished, shard, chunks)
-            _write_json(_notes_path(path), [asdict(report) for report in reports])
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
-        unfinished.rename(path)
-        return reports
-
-    def _chunks(
-        self, entry: Entry, reports: list[TensorReport], pool: ThreadPoolExecutor
-    ) -> Iterator[memoryview]:
-        """The bytes of one entry; adds to `reports` what packing did to it."""
-        spec = self._sources[entry.name]
-        if entry.name not in self.linears:
-            for start in range(0, spec.nbytes, COPY_BYTES):
-                yield memoryview(_read(spec, start, min(COPY_BYTES, spec.nbytes - start)))
+    def _chunks(self, entry: Entry, pool: ThreadPoolExecutor, errors: "_Errors") -> Iterator[memoryview]:
+        if entry.name in self._extra:
+            yield memoryview(self._extra[entry.name].tobytes())
             return
-        out_features, in_features = self.linears[entry.name]
-        squared_error = squared_norm = max_error = 0.0
-        todo = iter(blocks(self._fmt, out_features, in_features))
+        rows_of = _rows_of(self._sources[entry.name], entry.shape)
+        row_weights = math.prod(entry.shape[1:])
+        step = max(1, BLOCK_WEIGHTS // row_weights)
+        cuts = [(start, min(start + step, entry.shape[0])) for start in range(0, entry.shape[0], step)]
+        if entry.name not in self.packed:
+            dtype: torch.dtype = getattr(torch, str(TYPES[_type_number(entry.kind)].torch_name))
+            for cut in cuts:
+                yield rows_of(*cut).to(dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
+            return
+        todo = iter(cuts)
         running = deque(
-            pool.submit(self._pack, entry.name, block) for block in itertools.islice(todo, _cores())
+            pool.submit(_pack, entry.kind, rows_of, *cut) for cut in itertools.islice(todo, _cores())
         )
         while running:
-            data, block_error, block_norm, block_max = running.popleft().result()
-            running.extend(pool.submit(self._pack, entry.name, block) for block in itertools.islice(todo, 1))
-            squared_error, squared_norm = squared_error + block_error**2, squared_norm + block_norm**2
-            max_error = max(max_error, block_max)
-            yield data.numpy().data
-        relative_error = math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
-        reports.append(
-            TensorReport(entry.name, (out_features, in_features), entry.nbytes, relative_error, max_error)
-        )
+            data, *found = running.popleft().result()
+            running.extend(pool.submit(_pack, entry.kind, rows_of, *cut) for cut in itertools.islice(todo, 1))
+            errors.add(*found)
+            yield data.numpy().data.cast("B")
 
-    def _pack(self, name: str, block: Block) -> tuple[torch.Tensor, float, float, float]:
-        """A packed block; the norms of its error and of its weights, and the largest error."""
-        weight = self._rows(name, block.row_start, block.row_stop).float()
-        data, norm = pack_rows(self._fmt, weight), float(weight.norm())
-        error = weight.sub_(dequantize(self._fmt, data, *weight.shape))
-        return data, float(error.norm()), norm, float(error.abs_().max())
 
-    def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Output rows [start, stop) of a weight: [stop - start, in_features]."""
-        spec = self._sources[name]
-        if name in self._transposed:  # the rows of the file are inputs: read it whole
-            data = torch.frombuffer(_read(spec, 0, spec.nbytes), dtype=spec.torch_dtype)
-            return data.view(spec.shape)[:, start:stop].T
-        row_bytes = spec.nbytes // spec.shape[0]
-        data = torch.frombuffer(
-            _read(spec, start * row_bytes, (stop - start) * row_bytes), dtype=spec.torch_dtype
+@dataclass(slots=True)
+class _Errors:
+    """Sums over the blocks of a tensor."""
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    largest: float = 0.0
+
+    def add(self, error: float, norm: float, largest: float) -> None:
+        self.squared_error += error**2
+        self.squared_norm += norm**2
+        self.largest = max(self.largest, largest)
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+
+def _pack(
+    kind: str, rows_of: Callable[[int, int], torch.Tensor], start: int, stop: int
+) -> tuple[torch.Tensor, float, float, float]:
+    """Rows in blocks; the norms of the error and of the weights, and the largest error."""
+    weight = rows_of(start, stop).float()
+    data, norm = quantize_rows(GGML_TYPES[kind], weight), float(weight.norm())
+    error = weight - dequantize_rows(GGML_TYPES[kind], data, weight.shape[1])
+    return data, float(error.norm()), norm, float(error.abs().max())
+
+
+def _rows_of(source: _Source, shape: tuple[int, ...]) -> Callable[[int, int], torch.Tensor]:
+    """A function that reads rows [start, stop) of an entry of `shape`."""
+    spec = source.spec
+    row_bytes = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        data = _read(spec, start * row_bytes, (stop - start) * row_bytes)
+        rows = (
+            torch.frombuffer(data, dtype=spec.torch_dtype) if data else torch.empty(0, dtype=spec.torch_dtype)
         )
-        return data.view(stop - start, -1)
+        return rows.view(stop - start, *spec.shape[1:])
+
+    if source.transposed or source.order is not None:  # another order of rows: read it whole, once
+        whole = read(0, spec.shape[0])
+        whole = whole.T.contiguous() if source.transposed else whole
+        if source.order is not None:
+            whole = whole[torch.tensor(source.order).argsort()]
+        return lambda start, stop: whole[start:stop]
+    if source.added:
+        return lambda start, stop: read(start, stop).float() - source.added
+    return read
+
+
+def _entry(name: str, kind: str, shape: tuple[int, ...]) -> Entry:
+    return Entry(name, kind, shape, TYPES[_type_number(kind)].nbytes(math.prod(shape)))
+
+
+def _type_number(kind: str) -> int:
+    return next(number for number, encoding in TYPES.items() if encoding.name == kind)
+
+
+def _plain_kind(spec: TensorSpec, matrix: bool) -> str:
+    """The type of what is not packed: weights of linears as they are, other numbers as float32, which llama.cpp wants of them."""
+    if spec.encoding.is_float:
+        return spec.encoding.name if matrix else "F32"
+    return {"U8": "I8", "BOOL": "I8"}.get(spec.encoding.name, spec.encoding.name)
+
+
+def _file_type(kind: str) -> int:
+    from gguf import LlamaFileType
+
+    names = (f"MOSTLY_{kind}", f"MOSTLY_{kind}_M", f"MOSTLY_{kind}_S")
+    return int(next(LlamaFileType[name] for name in names if name in LlamaFileType.__members__))
 
 
 @contextmanager
@@ -311,7 +507,7 @@ def _full_disk_explained(partial: Path, missing_bytes: int) -> Iterator[None]:
         )
         raise QuantizeError(
             f"{partial}: {error.strerror}: {how_much}make room there and give the same command again, "
-            "it goes on after the last finished file"
+            "it goes on after the last finished tensor"
         ) from error
 
 
@@ -333,134 +529,17 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _resume(partial: Path, state_file: Any, src: Path, fmt: PackedFormat) -> PackedFormat:
-    """Make `partial` hold only what an earlier run of the same job left; returns the format of that job."""
-    state: dict[str, Any] = {
-        "source": str(src.resolve()),
-        "files": {
-            file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in Checkpoint.open(src).files
-        },
-        "format": fmt.to_config(),
-    }
-    (partial / "config.json").unlink(missing_ok=True)  # until it is complete, nothing may load it
-    for file in partial.glob("*" + _unfinished(partial).suffix):
-        file.unlink()
-    state_file.seek(0)
-    try:
-        earlier = json.loads(state_file.read())
-        rows = earlier["format"]["dequantize_rows"]  # measured, so it may differ from run to run
-        if earlier == state | {"format": state["format"] | {"dequantize_rows": rows}}:
-            return PackedFormat.from_config(earlier["format"])
-    except (ValueError, KeyError, TypeError):
-        pass  # a new directory, or a state cut off while it was written
-    for file in partial.iterdir():
-        if file.name != STATE_FILE:
-            file.unlink()
-    fmt = measure_dequantize_rows(fmt)
-    state_file.truncate(0)
-    json.dump(state | {"format": fmt.to_config()}, state_file)
-    state_file.flush()
-    return fmt
-
-
-def _notes_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".json")
-
-
-def _read_notes(shard: Path) -> list[TensorReport] | None:
-    """What packing did to the tensors of a shard that an earlier run finished; None if it did not."""
-    try:
-        rows = json.loads(_notes_path(shard).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return [TensorReport(**row | {"shape": tuple(row["shape"])}) for row in rows] if shard.exists() else None
-
-
-def _finish(partial: Path, src: Path, config: dict[str, Any], job: _Job, report: Report) -> None:
-    """Write everything but the weights; config.json, without which nothing loads, last. Notes of shards go after that, so
-    that a run which ends before finds them.
-    """
+def _finish(partial: Path, src: Path, config: dict[str, Any], report: Report) -> None:
+    """Write everything but the weights, and at last let the file have its name: until then nothing loads."""
     for file in src.iterdir():
         if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
             shutil.copyfile(file, partial / file.name)
-    write_index(partial, job.shards)
     _write_json(partial / REPORT_FILE, asdict(report) | {"path": str(report.path)})
-    _write_json(partial / "config.json", config | {"quantization_config": report.format.to_config()})
-    for name in shard_names(len(job.shards)):
-        _notes_path(partial / name).unlink()
-
-
-def packed_entry(fmt: PackedFormat, name: str, out_features: int, in_features: int) -> Entry:
-    """The entry of a packed linear."""
-    nbytes = packed_nbytes(fmt, out_features, in_features)
-    return Entry(name, "U8", (nbytes,), nbytes)
-
-
-def plan_shards(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:
-    """Cut the tensors, given in order of use, into shards of about `shard_bytes`.
-
-    Within a shard, tensors that fill whole pages come first, so that all of them start at a page; the others
-    follow, wider dtypes first, so that each is aligned to its own.
-    """
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + entry.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(entry)
-    return [
-        sorted(shard, key=lambda entry: (entry.nbytes % ALIGNMENT_BYTES != 0, -_item_bytes(entry)))
-        for shard in shards
-    ]
-
-
-def shard_names(count: int) -> list[str]:
-    """File names of a checkpoint of `count` shards, as transformers names them."""
-    return [f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
-
-
-def write_shard(
-    path: Path,
-    entries: Sequence[Entry],
-    chunks: Callable[[Entry], Iterable[memoryview | bytes]],
-) -> None:
-    """Write one safetensors file whose data starts at a page, and wait until it is on disk.
-
-    chunks: yields the bytes of an entry, piece by piece.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset_bytes = 0
-    for entry in entries:
-        stop_bytes = offset_bytes + entry.nbytes
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset_bytes, stop_bytes],
-        }
-        offset_bytes = stop_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
-    with path.open("wb", buffering=0) as file:
-        _write_all(file.fileno(), struct.pack("<Q", len(text)) + text)
-        for entry in entries:
-            written_bytes = 0
-            for chunk in chunks(entry):
-                _write_all(file.fileno(), chunk)
-                written_bytes += len(chunk)
-            assert written_bytes == entry.nbytes, (entry, written_bytes)
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def write_index(directory: Path, shards: Sequence[Sequence[Entry]]) -> None:
-    """Write model.safetensors.index.json for shards named by shard_names."""
-    weight_map = {
-        entry.name: name
-        for name, shard in zip(shard_names(len(shards)), shards, strict=True)
-        for entry in shard
-    }
-    total_bytes = sum(entry.nbytes for shard in shards for entry in shard)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(directory / INDEX_FILE, index)
+    _write_json(
+        partial / "config.json",
+        {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": "float32"},
+    )
+    (partial / UNFINISHED_FILE).rename(partial / MODEL_FILE)
 
 
 def free_disk_bytes(directory: Path) -> int:
@@ -481,10 +560,6 @@ def check_free_disk(directory: Path, needed_bytes: int) -> None:
         )
 
 
-def _copied_entry(spec: TensorSpec) -> Entry:
-    return Entry(spec.name, spec.dtype, spec.shape, spec.nbytes)
-
-
 def _read(spec: TensorSpec, start: int, nbytes: int) -> bytearray:
     """Bytes [start, start + nbytes) of a tensor."""
     data = bytearray(nbytes)
@@ -497,25 +572,14 @@ def _read(spec: TensorSpec, start: int, nbytes: int) -> bytearray:
     return data
 
 
-def _unfinished(path: Path) -> Path:
-    """Where a file is written until it is complete."""
-    return path.with_name(path.name + ".unfinished")
-
-
 def _write_json(path: Path, value: object) -> None:
-    unfinished = _unfinished(path)
+    unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     unfinished.rename(path)
 
 
-def _item_bytes(entry: Entry) -> int:
-    count = 1
-    for size in entry.shape:
-        count *= size
-    return entry.nbytes // max(1, count)
-
-
-def _write_all(descriptor: int, data: memoryview | bytes) -> None:
+def _write_all(descriptor: int, data: memoryview, offset_bytes: int) -> None:
     view = memoryview(data)
     while len(view):
-        view = view[os.write(descriptor, view) :]
+        written = os.pwrite(descriptor, view, offset_bytes)
+        view, offset_bytes = view[written:], offset_bytes + written

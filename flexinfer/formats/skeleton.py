@@ -8,7 +8,7 @@ nothing. Reads headers, never weights.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -38,14 +38,6 @@ from flexinfer.formats.gguf import SPLIT_NAME
 from flexinfer.formats.gguf_model import specs_of
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
-from flexinfer.kernels.packed import (
-    QUANT_METHOD,
-    PackedError,
-    PackedFormat,
-    PackedKernel,
-    blocks,
-    packed_nbytes,
-)
 from flexinfer.messages import shown
 from flexinfer.plan import Kind, Piece, Weight
 from flexinfer.streaming.cache import LayerShape
@@ -154,15 +146,15 @@ def build_skeleton(
     """
     file = checkpoint.config_dir / CONFIG_FILE
     config = load_config(checkpoint)
-    packed = _packed_format(config, file)
+    _refuse_quantized(config, file)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
-    kept_dtype = _dtype(kv_dtype, "kv_dtype") or (torch.float16 if checkpoint.architecture else compute_dtype)
+    kept_dtype = _dtype(kv_dtype, "kv_dtype") or (torch.float16 if checkpoint.in_gguf else compute_dtype)
     if kept_dtype.itemsize > compute_dtype.itemsize:
         kept_dtype = compute_dtype
     with refusing(file, "no causal LM"):
         shapes = meta_model(config, compute_dtype)
     with refusing(file, "a model that cannot be streamed"):
-        specs = _match(shapes, checkpoint, packed)
+        specs = _match(shapes, checkpoint)
         _check_tables(shapes, checkpoint, file)
         with deferred(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, trust_remote_code=False)
@@ -170,7 +162,7 @@ def build_skeleton(
         set_generation_config(model, checkpoint.config_dir)
         linears = {linear.name: linear for linear in find_linears(model)}
         order, cache_layers = _dry_run(shapes, linears.keys())
-        parts = [_weight_of(linears[name], specs, packed, compute_dtype) for name in order]
+        parts = [_weight_of(linears[name], specs, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
     row_orders = _row_orders(specs, weights)
     products = [Product(weight, kernel, weight.name in row_orders) for weight, kernel in parts]
@@ -238,22 +230,17 @@ def _check_tables(model: PreTrainedModel, checkpoint: Checkpoint, file: Path) ->
         )
 
 
-def _packed_format(config: PretrainedConfig, file: Path) -> PackedFormat | None:
-    """The packing of a checkpoint that `flexinfer quantize` wrote, or None. Refuses other quantised checkpoints."""
+def _refuse_quantized(config: PretrainedConfig, file: Path) -> None:
+    """Raise CheckpointError for safetensors that somebody's quantisation has changed."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
-        return None
+        return
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if method != QUANT_METHOD:
-        raise CheckpointError(
-            f"{file}: quantization_config: this checkpoint is quantised by {shown(method)}, which is not supported; take the "
-            "original checkpoint and, if it should be small, run `flexinfer quantize SRC DST --bits 4`"
-        )
-    del config.quantization_config
-    try:
-        return PackedFormat.from_config(quantization)
-    except PackedError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    by = "an earlier version of flexinfer" if method == "flexinfer" else shown(method)
+    raise CheckpointError(
+        f"{file}: quantization_config: this checkpoint is quantised by {by}, which is not supported; take the "
+        "original checkpoint and, if it should be small, run `flexinfer quantize SRC DST --type q4_k`"
+    )
 
 
 def _dtype(dtype: str | torch.dtype, what: str) -> torch.dtype | None:
@@ -385,15 +372,13 @@ def _multiplies_alike(module: nn.Module) -> bool:
     return type(module).__name__ == "FalconLinear" and module.bias is None
 
 
-def _match(
-    model: PreTrainedModel, checkpoint: Checkpoint, packed: PackedFormat | None
-) -> dict[str, TensorSpec]:
+def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     """The tensor of each parameter and persistent buffer."""
     state = model.state_dict()
     specs = specs_of(model, checkpoint) if checkpoint.architecture else _renamed(model, checkpoint)
     if model.config.get_text_config().tie_word_embeddings:
         for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
-            if source in specs and (target not in specs or packed is None):
+            if source in specs:
                 specs[target] = specs[source]
     if missing := sorted(
         name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs
@@ -404,11 +389,7 @@ def _match(
         )
     for name, spec in specs.items():
         shape = tuple(state[name].shape)
-        if packed is not None and spec.dtype == "U8":  # only bytes; how many is seen when its blocks are cut
-            fits = math.prod(shape) * packed.bits // 8 <= spec.nbytes
-        else:
-            fits = spec.shape == (shape[::-1] if spec.transposed else shape)
-        if not fits:
+        if spec.shape != (shape[::-1] if spec.transposed else shape):
             raise CheckpointError(
                 f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
                 "the two do not belong together"
@@ -432,6 +413,10 @@ def _renamed(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor
             specs[name] = spec
         elif target in state:
             specs[target] = spec
+    for name, spec in specs.items():  # blocks lie by output rows, whatever the module does
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, Conv1D) and spec.encoding.torch_name is None:
+            specs[name] = replace(spec, transposed=True)
     if converted:
         raise NotStreamableError(
             f"{checkpoint.path}: {shown(converted[0])} and {len(converted) - 1} more tensors are stored apart and joined when "
@@ -467,44 +452,24 @@ def _dry_run(model: PreTrainedModel, linears: Collection[str]) -> tuple[list[str
     return once + [name for name in linears if name not in once], layers
 
 
-def _weight_of(
-    linear: Linear, specs: dict[str, TensorSpec], packed: PackedFormat | None, dtype: torch.dtype
-) -> tuple[Weight, Kernel]:
+def _weight_of(linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype) -> tuple[Weight, Kernel]:
     name = linear.name + ".weight"
     spec = specs[name]
     out_features, in_features = linear.features
-    if packed is not None and spec.dtype == "U8":
-        needed_bytes = packed_nbytes(packed, out_features, in_features)
-        if spec.nbytes != needed_bytes:
-            raise CheckpointError(
-                f"{spec.file}: packed tensor {name!r} has {spec.nbytes} bytes, its shape needs {needed_bytes}; "
-                "quantise the original again"
-            )
-        kernel: Kernel = PackedKernel(in_features, packed)
-        cuts = [
-            (b.row_start, b.row_stop, b.offset_bytes, b.nbytes)
-            for b in blocks(packed, out_features, in_features)
-        ]
+    row_bytes = spec.encoding.nbytes(in_features)
+    if isinstance(linear.module, Conv1D) and not spec.transposed:
+        kernel: Kernel = Conv1DKernel(in_features, spec.torch_dtype, dtype)
+        rows = out_features
     else:
-        row_bytes = spec.encoding.nbytes(in_features)
-        if isinstance(linear.module, Conv1D) and not spec.transposed:
-            kernel, rows = Conv1DKernel(in_features, spec.torch_dtype, dtype), out_features
-        else:
-            kernel = _kernel(spec, in_features, dtype)
-            count = -(-out_features * row_bytes // PIECE_BYTES)
-            rows = round_up(-(-out_features // count), ROW_MULTIPLE)
-        starts = range(0, out_features, rows)
-        cuts = [
-            (i, min(i + rows, out_features), i * row_bytes, min(rows, out_features - i) * row_bytes)
-            for i in starts
-        ]
+        kernel = _kernel(spec, in_features, dtype)
+        count = -(-out_features * row_bytes // PIECE_BYTES)
+        rows = round_up(-(-out_features // count), ROW_MULTIPLE)
     pieces = []
-    for start, stop, offset_bytes, nbytes in cuts:
-        offset_bytes += spec.offset_bytes
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        offset_bytes, nbytes = spec.offset_bytes + start * row_bytes, (stop - start) * row_bytes
         memory_bytes = padded_bytes(offset_bytes, nbytes)
         stays = kernel.resident is kernel
-        locked_bytes = memory_bytes if stays else round_up(kernel.resident_bytes(nbytes))
-        copied_bytes = kernel.copied_bytes(nbytes)
         pieces.append(
             Piece(
                 name,
@@ -515,8 +480,8 @@ def _weight_of(
                 offset_bytes,
                 nbytes,
                 memory_bytes,
-                locked_bytes,
-                copied_bytes,
+                locked_bytes=memory_bytes if stays else round_up(kernel.resident_bytes(nbytes)),
+                copied_bytes=kernel.copied_bytes(nbytes),
             )
         )
     return Weight(name, linear.role, linear.layer, linear.kind, tuple(pieces)), kernel

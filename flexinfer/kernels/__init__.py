@@ -14,11 +14,6 @@ class Kernel(Protocol):
     def in_features(self) -> int: ...
 
     @property
-    def joins(self) -> bool:
-        """Whether pieces that follow one another in memory can be multiplied as one."""
-        ...
-
-    @property
     def resident(self) -> "Kernel":
         """The kernel of rows that stay: this one, or that of the dtype to which they are converted once."""
         ...

@@ -38,7 +38,6 @@ class DenseKernel:
     in_features: int
     file_dtype: torch.dtype
     dtype: torch.dtype  # what the model computes in
-    joins: bool = True
 
     @property
     def resident(self) -> "DenseKernel":
@@ -72,7 +71,6 @@ class Conv1DKernel:
     in_features: int
     file_dtype: torch.dtype
     dtype: torch.dtype
-    joins: bool = True
 
     @property
     def resident(self) -> "Conv1DKernel":

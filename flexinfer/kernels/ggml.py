@@ -125,7 +125,6 @@ class GgmlKernel:
     in_features: int
     type: GgmlType
     dtype: torch.dtype  # what the model computes in
-    joins: bool = True
 
     @property
     def row_bytes(self) -> int:
@@ -219,7 +218,8 @@ class Library:
     def __init__(self, folder: Path) -> None:
         try:
             base = ctypes.CDLL(str(folder / "libggml-base.so"))
-            cpu = ctypes.CDLL(str(best_kernels(folder)))
+            kernels = best_kernels(folder)
+            cpu = ctypes.CDLL(str(kernels))
         except OSError as error:
             raise GgmlError(f"ggml cannot be loaded ({error}); run `{INSTALL}`") from error
         signatures: tuple[tuple[Any, Any, list[Any]], ...] = (
@@ -241,6 +241,7 @@ class Library:
         for function, result, arguments in signatures:
             function.restype, function.argtypes = result, arguments
         self.version = base.ggml_version().decode()
+        self.kernels = kernels.name  # the file of those that suit this CPU
         if not self.version.startswith(VERSION):
             raise GgmlError(f"ggml {self.version} is installed, flexinfer knows {VERSION}x; run `{INSTALL}`")
         cpu.ggml_cpu_init()

@@ -2,7 +2,7 @@
 
 A `StreamedLinear` stands where the model had an `nn.Linear` (or GPT-2's `Conv1D`). It computes each piece with the very
 kernel the stock module would use on the whole weight and joins the outputs: output rows do not depend on one another, so
-the bits are the same. Packed 4- and 8-bit weights differ in the kernel alone (flexinfer.kernels.packed).
+the bits are the same. Weights in ggml's blocks differ in the kernel alone (flexinfer.kernels.ggml).
 
 It knows neither files nor budgets: it is handed buffers (flexinfer.streaming.memory) and asks the window (flexinfer.streaming.prefetch).
 """
@@ -43,19 +43,12 @@ class LockedPieces:
         self.buffer.release_from(self.positions[count - 1] + self.kernel.resident_bytes(last.nbytes))
         return replace(self, pieces=self.pieces[:count], positions=self.positions[:count])
 
-    def rows(self) -> list["LockedRows"]:
-        """What there is to multiply: all of it as one, or piece by piece where the kernel cannot join them."""
+    def rows(self) -> "LockedRows":
+        """What there is to multiply, all of it as one."""
         counts = [piece.row_stop - piece.row_start for piece in self.pieces]
-        nbytes = [piece.nbytes for piece in self.pieces]
-        parts = zip(self.pieces, self.positions, counts, nbytes, strict=True)
-        resident = self.kernel.resident
-        if self.kernel.joins:
-            view = resident.view(self.buffer, self.positions[0], sum(counts))
-            return [LockedRows(self.pieces[0].row_start, sum(counts), max(counts), sum(nbytes), view)]
-        return [
-            LockedRows(piece.row_start, count, count, size, resident.view(self.buffer, position, count))
-            for piece, position, count, size in parts
-        ]
+        view = self.kernel.resident.view(self.buffer, self.positions[0], sum(counts))
+        nbytes = sum(piece.nbytes for piece in self.pieces)
+        return LockedRows(self.pieces[0].row_start, sum(counts), max(counts), nbytes, view)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +124,7 @@ class StreamedLinear(nn.Module):
     ) -> None:
         """Take the leading rows from `locked` and the others, at their places in the schedule, from `prefetcher`."""
         assert prefetcher is not None or not streamed
-        self._locked = [rows for pieces in locked for rows in pieces.rows()]
+        self._locked = [pieces.rows() for pieces in locked]
         self._streamed, self._prefetcher = streamed, prefetcher
         self._detached: str | None = None
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 import pytest
 import torch
 from conftest import Load, MakeCheckpoint, logits, prompt
@@ -18,44 +19,12 @@ from safetensors import safe_open
 
 import flexinfer.formats.quantize
 from flexinfer.formats.checkpoint import Checkpoint, CheckpointError
-from flexinfer.formats.quantize import QuantizeError, Report, quantize
-from flexinfer.kernels.packed import ALIGNMENT_BYTES, PackedError, PackedFormat, dequantize
-
-BITS = pytest.mark.parametrize("bits", [4, 8])
+from flexinfer.formats.quantize import KINDS, QuantizeError, Report, kind_for, quantize
+from flexinfer.kernels.ggml import TYPES, dequantize_rows
 
 
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flexinfer.formats.quantize, "measure_dequantize_rows", lambda fmt: fmt)
-
-
-def make(source: Path, target: Path, bits: int = 4, **options: Any) -> Report:
-    return quantize(source, target, bits, progress=False, **options)
-
-
-@BITS
-def test_report_is_the_error_against_the_original(
-    checkpoint: MakeCheckpoint, tmp_path: Path, bits: int
-) -> None:
-    source = checkpoint("llama", torch.bfloat16, intermediate_size=192)
-    report = make(source, tmp_path / "packed", bits)
-    originals, copies = Checkpoint.open(source).tensors, Checkpoint.open(tmp_path / "packed").tensors
-    assert not report.kept
-    assert {tensor.name for tensor in report.packed} == {
-        name for name, spec in copies.items() if spec.dtype == "U8"
-    }
-    assert report.nbytes == sum(spec.nbytes for spec in copies.values())
-    assert report.source_bytes == sum(spec.nbytes for spec in originals.values())
-    for tensor in report.packed:
-        weight = load_tensor(originals[tensor.name].file, tensor.name).float()
-        block = load_tensor(copies[tensor.name].file, tensor.name)
-        difference = dequantize(report.format, block, *tensor.shape) - weight
-        assert tensor.relative_error == pytest.approx(float(difference.norm() / weight.norm()))
-        assert tensor.max_error == pytest.approx(float(difference.abs().max()))
-        assert 0 < tensor.relative_error < (0.15 if bits == 4 else 0.015)
-    assert report.worst.relative_error == max(tensor.relative_error for tensor in report.packed)
-    saved = json.loads((tmp_path / "packed" / "quantize_report.json").read_text())
-    assert saved == json.loads(json.dumps(asdict(report) | {"path": str(report.path)}))
+def make(source: Path, target: Path, kind: str = "q4_0") -> Report:
+    return quantize(source, target, kind, progress=False)
 
 
 def load_tensor(file: Path, name: str) -> torch.Tensor:
@@ -63,95 +32,134 @@ def load_tensor(file: Path, name: str) -> torch.Tensor:
         return tensors.get_tensor(name)
 
 
-@BITS
-def test_what_is_no_linear_is_copied_byte_for_byte(
-    checkpoint: MakeCheckpoint, tmp_path: Path, bits: int
+def blocks_of(path: Path, name: str) -> torch.Tensor:
+    """The numbers of a tensor of the copy: float32 [rows, in_features]."""
+    spec = Checkpoint.open(path).tensors[name]
+    data = torch.frombuffer(bytearray(spec.file.read_bytes()), dtype=torch.uint8)
+    packed = data[spec.offset_bytes : spec.offset_bytes + spec.nbytes].view(spec.shape[0], -1)
+    return dequantize_rows(TYPES[spec.dtype], packed, spec.shape[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_report_is_the_error_against_the_original(
+    checkpoint: MakeCheckpoint, tmp_path: Path, kind: str
 ) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(checkpoint("qwen2", torch.bfloat16, intermediate_size=192), source)
-    (source / "tokenizer.json").write_text("{}")
-    make(source, tmp_path / "packed", bits)
-    originals = Checkpoint.open(source).tensors
-    for name, spec in Checkpoint.open(tmp_path / "packed").tensors.items():
-        if spec.dtype != "U8":
-            assert torch.equal(load_tensor(spec.file, name), load_tensor(originals[name].file, name))
-    for name in ("generation_config.json", "tokenizer.json"):
-        assert (tmp_path / "packed" / name).read_bytes() == (source / name).read_bytes()
+    source = checkpoint("qwen2", torch.bfloat16, hidden_size=256, intermediate_size=96)
+    report = make(source, tmp_path / "copy", kind.lower())
+    originals, copies = Checkpoint.open(source).tensors, Checkpoint.open(tmp_path / "copy").tensors
+    assert not report.kept
+    assert report.architecture == "qwen2"
+    names = {"model.layers.0.mlp.gate_proj.weight": "blk.0.ffn_gate.weight"}
+    names |= {"model.layers.1.mlp.down_proj.weight": "blk.1.ffn_down.weight"}
+    assert report.nbytes == sum(spec.nbytes for spec in copies.values())
+    assert report.source_bytes == sum(spec.nbytes for spec in originals.values())
+    for tensor in report.packed:
+        if tensor.name not in names:
+            continue
+        assert tensor.kind == copies[names[tensor.name]].dtype
+        assert tensor.kind == (kind if "gate" in tensor.name else kind_for(kind, 96))
+        weight = load_tensor(originals[tensor.name].file, tensor.name).float()
+        difference = blocks_of(tmp_path / "copy", names[tensor.name]) - weight
+        assert tensor.relative_error == pytest.approx(float(difference.norm() / weight.norm()))
+        assert tensor.max_error == pytest.approx(float(difference.abs().max()))
+        assert 0 < tensor.relative_error < 0.4
+    assert report.worst.relative_error == max(tensor.relative_error for tensor in report.packed)
+    saved = json.loads((tmp_path / "copy" / "quantize_report.json").read_text())
+    assert saved == json.loads(json.dumps(asdict(report) | {"path": str(report.path)}))
 
 
-def test_packed_tensors_start_at_pages_in_order_of_use(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    make(checkpoint("llama", torch.bfloat16), tmp_path / "packed")
-    packed = [spec for spec in Checkpoint.open(tmp_path / "packed").tensors.values() if spec.dtype == "U8"]
-    assert all(spec.offset_bytes % ALIGNMENT_BYTES == 0 for spec in packed)
-    names = [spec.name for spec in sorted(packed, key=lambda spec: (spec.file, spec.offset_bytes))]
-    layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
-    assert layers == sorted(layers)
-    assert names[-1] == "lm_head.weight"
-    parts = [name.split(".")[-2] for name in names[:6]]
-    assert parts == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+def test_more_bits_err_less(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = checkpoint("llama", torch.bfloat16, hidden_size=256, intermediate_size=256)
+    errors = {kind: make(source, tmp_path / kind, kind).worst.relative_error for kind in KINDS}
+    for more, fewer in (
+        ("Q8_0", "Q6_K"),
+        ("Q6_K", "Q5_K"),
+        ("Q5_K", "Q4_K"),
+        ("Q4_K", "Q3_K"),
+        ("Q3_K", "Q2_K"),
+    ):
+        assert errors[more] < errors[fewer]
 
 
-def test_tied_embeddings_stay_and_the_head_becomes_a_tensor_of_its_own(
+def test_tensors_lie_in_order_of_use_and_tokenizer_files_are_copied(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    source = checkpoint("llama", torch.bfloat16, tie_word_embeddings=True)
-    assert "lm_head.weight" not in Checkpoint.open(source).tensors
-    make(source, tmp_path / "packed")
-    tensors = Checkpoint.open(tmp_path / "packed").tensors
-    assert tensors["lm_head.weight"].dtype == "U8"
-    assert tensors["model.embed_tokens.weight"].dtype == "BF16"
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama", torch.bfloat16, intermediate_size=192), source)
+    (source / "tokenizer.json").write_text("{}")
+    report = make(source, tmp_path / "copy")
+    assert report.notes == ["the file alone has no tokenizer ('model')"]
+    matrices = [spec for spec in Checkpoint.open(tmp_path / "copy").tensors.values() if len(spec.shape) == 2]
+    names = [spec.name for spec in sorted(matrices, key=lambda spec: spec.offset_bytes)]
+    parts = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    expected = [f"blk.{layer}.{part}.weight" for layer in range(4) for part in parts]
+    assert names == ["token_embd.weight", *expected, "output.weight"]
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_linears_the_kernels_cannot_take_are_kept_and_named(
+def test_a_tied_head_is_one_tensor(checkpoint: MakeCheckpoint, tmp_path: Path, load: Load) -> None:
+    make(checkpoint("llama", torch.bfloat16, tie_word_embeddings=True), tmp_path / "copy")
+    assert "output.weight" not in Checkpoint.open(tmp_path / "copy").tensors
+    assert logits(load(tmp_path / "copy"), prompt()).isfinite().all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_has_at_least_six_bits(checkpoint: MakeCheckpoint, tmp_path: Path, tied: bool) -> None:
+    source = checkpoint("llama", torch.bfloat16, hidden_size=256, tie_word_embeddings=tied)
+    for kind, head in (("q4_0", "Q6_K"), ("q4_k", "Q6_K"), ("q6_k", "Q6_K"), ("q8_0", "Q8_0")):
+        make(source, tmp_path / kind, kind)
+        tensors = Checkpoint.open(tmp_path / kind).tensors
+        assert tensors["token_embd.weight" if tied else "output.weight"].dtype == head
+        assert tensors["token_embd.weight"].dtype == (head if tied else kind.upper())
+
+
+def test_weights_that_cannot_be_cut_into_blocks_are_kept_and_named(
     checkpoint: MakeCheckpoint, tmp_path: Path, load: Load
 ) -> None:
-    source = checkpoint("llama", torch.bfloat16)  # intermediate_size 176 is no multiple of 64
-    report = make(source, tmp_path / "packed")
+    source = checkpoint("llama", torch.bfloat16)  # intermediate_size 176 is no multiple of 32
+    report = make(source, tmp_path / "copy")
     assert list(report.kept) == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)]
     assert "176" in report.kept["model.layers.0.mlp.down_proj.weight"]
-    assert logits(load(tmp_path / "packed"), prompt()).isfinite().all()
+    assert Checkpoint.open(tmp_path / "copy").tensors["blk.0.ffn_down.weight"].dtype == "BF16"
+    assert logits(load(tmp_path / "copy"), prompt()).isfinite().all()
 
 
-def test_transposed_linears_are_packed_too(checkpoint: MakeCheckpoint, tmp_path: Path, load: Load) -> None:
-    source = checkpoint("gpt2", torch.bfloat16)
-    report = make(source, tmp_path / "packed", 8)
-    shapes = {tensor.name.partition(".h.0.")[2]: tensor.shape for tensor in report.packed}
-    assert shapes["mlp.c_fc.weight"] == (256, 64)
-    assert shapes["mlp.c_proj.weight"] == (64, 256)
-    expected, found = logits(load(source), prompt()), logits(load(tmp_path / "packed"), prompt())
-    assert (found - expected).norm() < 0.1 * expected.norm()
-
-
-@pytest.mark.parametrize("stop_at", [1, 3])
+@pytest.mark.parametrize("stop_at", [0, 1, 7])
 def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(flexinfer.formats.quantize, "SYNC_BYTES", 1)
     whole = make(source, tmp_path / "whole")
-    target, partial = tmp_path / "packed", tmp_path / "packed.partial"
-    write_shard, written = flexinfer.formats.quantize.write_shard, []
+    target, partial = tmp_path / "copy", tmp_path / "copy.partial"
+    write, written = flexinfer.formats.quantize._Job.write, []
 
-    def write_and_die(path: Path, entries: Any, chunks: Any) -> None:
+    def write_and_die(job: Any, file: Any, entry: Any, *rest: Any) -> Any:
         if len(written) == stop_at:
-            path.write_bytes(b"half a shard")
+            os.pwrite(file.fileno(), b"half a tensor", entry.offset_bytes)
             raise KeyboardInterrupt
-        written.append(path.name)
-        write_shard(path, entries, chunks)
+        written.append(entry.name)
+        return write(job, file, entry, *rest)
 
-    monkeypatch.setattr(flexinfer.formats.quantize, "write_shard", write_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        make(source, target)
+    with monkeypatch.context() as patched:
+        patched.setattr(flexinfer.formats.quantize._Job, "write", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            make(source, target)
     assert not target.exists()
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)
-    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
-    assert len(finished) == stop_at
 
-    monkeypatch.setattr(flexinfer.formats.quantize, "write_shard", write_shard)
+    again: list[str] = []
+
+    def write_and_count(job: Any, file: Any, entry: Any, *rest: Any) -> Any:
+        again.append(entry.name)
+        return write(job, file, entry, *rest)
+
+    monkeypatch.setattr(flexinfer.formats.quantize._Job, "write", write_and_count)
     report = make(source, target)
+    assert not set(written) & set(again)
     assert not partial.exists()
-    assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
     assert report.packed == whole.packed
     names = sorted(file.name for file in (tmp_path / "whole").iterdir())
     assert sorted(file.name for file in target.iterdir()) == names
@@ -164,7 +172,6 @@ def test_what_a_run_with_other_arguments_left_is_not_used(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
     with monkeypatch.context() as patched:
 
         def die(*_: Any) -> None:
@@ -172,48 +179,116 @@ def test_what_a_run_with_other_arguments_left_is_not_used(
 
         patched.setattr(flexinfer.formats.quantize, "_finish", die)
         with pytest.raises(KeyboardInterrupt):
-            make(source, tmp_path / "packed", 8)
-    report = make(source, tmp_path / "packed", 4)
-    assert report.packed == make(source, tmp_path / "fresh", 4).packed
+            make(source, tmp_path / "copy", "q8_0")
+    report = make(source, tmp_path / "copy", "q4_0")
+    assert report.packed == make(source, tmp_path / "fresh", "q4_0").packed
 
 
 def test_the_source_is_read_a_block_at_a_time(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = checkpoint("llama", torch.bfloat16, vocab_size=4096)
+    source = checkpoint("qwen2", torch.bfloat16, vocab_size=4096)
     sizes: list[int] = []
     read = flexinfer.formats.quantize._read
-    monkeypatch.setattr(flexinfer.formats.quantize, "COPY_BYTES", 16384)
-    monkeypatch.setattr("flexinfer.kernels.packed.BLOCK_BYTES", 8192)
+    monkeypatch.setattr(flexinfer.formats.quantize, "BLOCK_WEIGHTS", 8192)
 
     def counted(spec: Any, start: int, nbytes: int) -> bytearray:
         sizes.append(nbytes)
         return read(spec, start, nbytes)
 
     monkeypatch.setattr(flexinfer.formats.quantize, "_read", counted)
-    make(source, tmp_path / "packed")
+    make(source, tmp_path / "copy")
     assert sum(sizes) == sum(spec.nbytes for spec in Checkpoint.open(source).tensors.values())
-    assert max(sizes) <= 4 * 8192  # 4 bits in a block are 16 in the source
+    assert max(sizes) <= 2 * 8192
 
 
-def test_bad_arguments(checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", [*gguf_models.FAMILIES])
+def test_a_copy_says_what_the_source_says(family: str, tmp_path: Path, load: Load) -> None:
+    """A source whose weights are numbers of blocks already: nothing is lost, and the file alone says the same as with its config.json."""
+    written = gguf_models.write_model(tmp_path, family, ["Q8_0"])
+    report = make(written.stock, tmp_path / "copy", "q8_0")
+    assert report.architecture == (gguf_models.FAMILIES[family].architecture or family), report.notes
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "copy" / "model.gguf", alone)
+    expected = logits(gguf_models.whole_model(written), prompt())
+    assert torch.equal(logits(load(tmp_path / "copy", kv_dtype="float32"), prompt()), expected)
+    assert torch.equal(logits(load(alone, kv_dtype="float32"), prompt()), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "opt"])
+def test_families_that_llama_cpp_has_no_words_for_here_are_for_flexinfer_alone(
+    checkpoint: MakeCheckpoint, tmp_path: Path, load: Load, family: str
+) -> None:
+    source = checkpoint(family, torch.float32)
+    report = make(source, tmp_path / "copy", "q8_0")
+    assert report.architecture is None
+    assert report.notes[0].startswith("only flexinfer reads it: llama.cpp's header")
+    expected, found = logits(load(source), prompt()), logits(load(tmp_path / "copy"), prompt())
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    (tmp_path / "copy" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json beside it"):
+        Checkpoint.open(tmp_path / "copy")
+
+
+def test_what_the_header_cannot_say_makes_it_for_flexinfer_alone(
+    checkpoint: MakeCheckpoint, tmp_path: Path, load: Load
+) -> None:
+    source = checkpoint("llama", torch.float32, hidden_act="gelu")
+    report = make(source, tmp_path / "copy", "q8_0")
+    assert report.architecture is None
+    assert report.notes == ["only flexinfer reads it: hidden_act is 'gelu', and 'silu' by llama.cpp's header"]
+    expected, found = logits(load(source), prompt()), logits(load(tmp_path / "copy"), prompt())
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+        | {"original_max_position_embeddings": 8192},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+)
+def test_a_scaled_rotation_is_in_the_header(
+    checkpoint: MakeCheckpoint, tmp_path: Path, load: Load, rope: dict[str, Any]
+) -> None:
+    source = checkpoint("llama", torch.float32, rope_parameters=rope)
+    report = make(source, tmp_path / "copy", "q8_0")
+    assert report.architecture == "llama", report.notes
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "copy" / "model.gguf", alone)
+    expected = logits(load(tmp_path / "copy"), prompt())
+    assert torch.allclose(logits(load(alone), prompt()), expected, atol=1e-5)
+
+
+def test_bad_arguments(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    with pytest.raises(QuantizeError, match="group_size: got 64 with bits=8"):
-        make(source, tmp_path / "packed", 8, group_size=64)
-    with pytest.raises(PackedError, match="bits: got 3"):
-        make(source, tmp_path / "packed", 3)
-    with pytest.raises(PackedError, match="group_size: got 48"):
-        make(source, tmp_path / "packed", 4, group_size=48)
+    with pytest.raises(QuantizeError, match="type 'Q9_9': there are q4_0, "):
+        make(source, tmp_path / "copy", "q9_9")
+    with pytest.raises(QuantizeError, match="type 'IQ2_XS'"):  # needs calibration
+        make(source, tmp_path / "copy", "iq2_xs")
     with pytest.raises(CheckpointError):
-        make(tmp_path / "nothing", tmp_path / "packed")
+        make(tmp_path / "nothing", tmp_path / "copy")
     with pytest.raises(QuantizeError, match="exists already"):
         make(source, tmp_path)
-    with pytest.raises(QuantizeError, match="none of its linears can be packed"):
-        make(source, tmp_path / "packed", 4, group_size=256)
-    assert not (tmp_path / "packed").exists()
-    make(source, tmp_path / "packed")
-    with pytest.raises(QuantizeError, match="is quantised already"):
-        make(tmp_path / "packed", tmp_path / "twice")
+    with pytest.raises(QuantizeError, match="DST is a directory"):
+        make(source, tmp_path / "copy.gguf")
+    odd = checkpoint("llama", torch.bfloat16, hidden_size=48, num_attention_heads=4)
+    with pytest.raises(QuantizeError, match="none of its weights can be packed"):
+        make(odd, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    make(source, tmp_path / "copy")
+    with pytest.raises(QuantizeError, match="a GGUF file runs as it is"):
+        make(tmp_path / "copy", tmp_path / "twice")
 
 
 def test_a_full_disk_is_refused_first(
@@ -234,49 +309,46 @@ def test_a_full_disk_is_refused_first(
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("after_bytes", [10, 60_000, 130_000])
+@pytest.mark.parametrize("after_bytes", [10, 30_000, 60_000])
 def test_a_disk_that_becomes_full_is_one_clear_error_and_the_work_goes_on(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, after_bytes: int
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(flexinfer.formats.quantize, "SYNC_BYTES", 1)
     whole = make(source, tmp_path / "whole")
-    target, partial = tmp_path / "packed", tmp_path / "packed.partial"
-    left = [after_bytes]
+    target, partial = tmp_path / "copy", tmp_path / "copy.partial"
+    left, pwrite = [after_bytes], os.pwrite
 
-    def write(descriptor: int, data: memoryview) -> int:
+    def write(descriptor: int, data: memoryview, offset_bytes: int) -> int:
         """What a full disk does: a part is written, then nothing."""
         if not left[0]:
             raise OSError(error, os.strerror(error))
         count = min(left[0], len(data))
         left[0] -= count
-        return os.pwrite(descriptor, data[:count], os.lseek(descriptor, 0, os.SEEK_END))
+        return pwrite(descriptor, data[:count], offset_bytes)
 
     with monkeypatch.context() as patched:
-        patched.setattr(flexinfer.formats.quantize.os, "write", write)
+        patched.setattr(flexinfer.formats.quantize.os, "pwrite", write)
         with pytest.raises(QuantizeError, match="make room there and give the same command again") as refused:
             make(source, target)
     assert os.strerror(error) in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not target.exists()
-    assert not list(partial.glob("*.unfinished"))
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)
-    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
-    assert len(finished) == {10: 0, 60_000: 1, 130_000: 2}[after_bytes]
+    done = json.loads((partial / "quantize_state.json").read_text())["done"]
+    assert (len(done) > 0) == (after_bytes > 10)
     assert make(source, target).packed == whole.packed
-    assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
-    assert sorted(file.name for file in target.iterdir()) == sorted(
-        file.name for file in (tmp_path / "whole").iterdir()
-    )
+    for file in target.iterdir():
+        if file.name != "quantize_report.json":
+            assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
 
 
-def test_a_disk_that_becomes_full_with_the_last_small_files_costs_no_shard(
+def test_a_disk_that_becomes_full_with_the_last_small_files_costs_no_tensor(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
-    target, partial = tmp_path / "packed", tmp_path / "packed.partial"
+    target, partial = tmp_path / "copy", tmp_path / "copy.partial"
     write_text = Path.write_text
 
     def write(path: Path, text: str, **options: Any) -> int:
@@ -291,11 +363,9 @@ def test_a_disk_that_becomes_full_with_the_last_small_files_costs_no_shard(
             make(source, target)
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)
-    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
-    assert len(finished) > 3
+    monkeypatch.setattr(flexinfer.formats.quantize._Job, "write", lambda *_: pytest.fail("written again"))
     make(source, target)
-    assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
-    assert not list(target.glob("*.unfinished"))
+    assert not [file.name for file in target.iterdir() if "unfinished" in file.name]
 
 
 @pytest.fixture
@@ -318,28 +388,26 @@ def test_a_disk_that_is_really_full_names_the_bytes_that_let_it_go_on(
     checkpoint: MakeCheckpoint, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.formats.quantize, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(flexinfer.formats.quantize, "SYNC_BYTES", 1)
     whole = make(source, tmp_path / "whole")
-    target, filler = small_disk / "packed", small_disk / "of another program"
-    write_shard, written = flexinfer.formats.quantize.write_shard, []
+    target, filler = small_disk / "copy", small_disk / "of another program"
+    write, written = flexinfer.formats.quantize._Job.write, []
 
-    def write(path: Path, entries: Any, chunks: Any) -> None:
-        if len(written) == 2:  # another program takes all but a part of what this file needs
-            with filler.open("wb") as file:
+    def write_on_a_full_disk(job: Any, file: Any, entry: Any, *rest: Any) -> Any:
+        if len(written) == 2:  # another program takes all but a part of what is still needed
+            with filler.open("wb") as other:
                 os.posix_fallocate(
-                    file.fileno(), 0, flexinfer.formats.quantize.free_disk_bytes(small_disk) - 20_480
+                    other.fileno(), 0, flexinfer.formats.quantize.free_disk_bytes(small_disk) - 20_480
                 )
-        written.append(path.name)
-        write_shard(path, entries, chunks)
+        written.append(entry.name)
+        return write(job, file, entry, *rest)
 
-    monkeypatch.setattr(flexinfer.formats.quantize, "write_shard", write)
+    monkeypatch.setattr(flexinfer.formats.quantize._Job, "write", write_on_a_full_disk)
     with pytest.raises(
         QuantizeError, match=r"No space left on device: \d+ bytes \(64 MiB\) are missing"
     ) as refused:
         make(source, target)
     assert not target.exists()
-    finished = list((small_disk / "packed.partial").glob("*.safetensors"))
-    assert len(finished) == 2
 
     found = re.search(r"(\d+) bytes", str(refused.value))
     assert found is not None
@@ -347,26 +415,25 @@ def test_a_disk_that_is_really_full_names_the_bytes_that_let_it_go_on(
         os.sysconf("SC_PAGE_SIZE"),
         flexinfer.formats.quantize.free_disk_bytes(small_disk),
     )
-    for enough, short_bytes in ((False, page_bytes), (True, 0)):
-        wanted_bytes = free_bytes + int(found[1]) - short_bytes
-        while flexinfer.formats.quantize.free_disk_bytes(small_disk) < wanted_bytes:
-            os.truncate(filler, filler.stat().st_size - page_bytes)
-        if enough:
-            assert make(source, target).packed == whole.packed
-        else:
-            with pytest.raises(QuantizeError, match="are missing"):
-                make(source, target)
-    for file in target.glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+    wanted_bytes = free_bytes + int(found[1]) + 2 * page_bytes  # the header is written again
+    while flexinfer.formats.quantize.free_disk_bytes(small_disk) < wanted_bytes:
+        os.truncate(filler, filler.stat().st_size - page_bytes)
+    assert make(source, target).packed == whole.packed
+    assert (target / "model.gguf").read_bytes() == (tmp_path / "whole" / "model.gguf").read_bytes()
 
 
-def test_the_copy_of_another_cpu_is_refused(checkpoint: MakeCheckpoint, tmp_path: Path, load: Load) -> None:
-    make(checkpoint("llama", torch.bfloat16), tmp_path / "packed")
-    file = tmp_path / "packed" / "config.json"
-    config = json.loads(file.read_text())
-    mine = config["quantization_config"]["layout"]
-    assert mine == PackedFormat.for_this_cpu(4).layout
-    config["quantization_config"]["layout"] = "avx512" if mine != "avx512" else "avx2"
-    file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="flexinfer quantize SRC DST --bits 4"):
-        load(tmp_path / "packed")
+def test_the_copy_of_an_earlier_version_is_refused(
+    checkpoint: MakeCheckpoint, tmp_path: Path, load: Load
+) -> None:
+    path = tmp_path / "old"
+    shutil.copytree(checkpoint("llama", torch.bfloat16), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "flexinfer"}})
+    )
+    with pytest.raises(
+        ValueError, match=r"an earlier version of flexinfer.*flexinfer quantize SRC DST --type q4_k"
+    ):
+        load(path)
+    with pytest.raises(QuantizeError, match="is quantised already"):
+        make(path, tmp_path / "copy")
