@@ -43,7 +43,7 @@ from typing import Any, Protocol
 INSTALL = "make baselines"
 REQUEST_BYTES = 4 << 20
 PREFILL_REPEATS = 3
-SPIN_COUNT = "6000"  # of libgomp: flexinfer.cli says why
+SPIN_COUNT = "6000"  # as flexinfer.cli, which says why; not imported, for its memory would count
 
 
 class UnsupportedError(RuntimeError):
