@@ -49,6 +49,15 @@ def sample_text() -> str:
     return "\n\n".join(topics[name] for name in TOPICS)
 
 
+def load(results_dir: Path) -> list[dict[str, Any]]:
+    """The records, oldest first. Says which command makes them where there are none."""
+    file = results_dir / QUALITY / "agreement.jsonl"
+    if not file.exists():
+        print(f"No records in {file}. Make them with:  make agreement")
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 # ---- in a process of its own each
 
 
@@ -57,8 +66,7 @@ def _flexinfer(model: Path, ids: Ids) -> Floats:
 
     import flexinfer
 
-    told: dict[str, int] = {"context": len(ids), "logits_to_keep": len(ids)}
-    loaded: Any = flexinfer.from_pretrained(model, MEMORY, **told)
+    loaded: Any = flexinfer.from_pretrained(model, MEMORY, context=len(ids), logits_to_keep=len(ids))
     with loaded.flexinfer, torch.inference_mode():
         return np.array(loaded(input_ids=torch.from_numpy(ids)[None]).logits[0].float())
 
@@ -203,11 +211,11 @@ def _sha256(file: Path) -> str:
 def main() -> None:
     """Measure, print one JSON line, and append it to the records."""
     if sys.argv[1:2] == ["--task"]:
-        task, model, target, told = sys.argv[2:]
+        task, file, target, told = sys.argv[2:]
         if task == "ids":
-            _write_ids(Path(model), int(told), Path(target))
+            _write_ids(Path(file), int(told), Path(target))
         else:
-            np.save(target, SYSTEMS[task](Path(model), np.load(told)))
+            np.save(target, SYSTEMS[task](Path(file), np.load(told)))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -218,7 +226,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=1000)
     parser.add_argument("--record", type=Path, default=Path("results") / QUALITY / "agreement.jsonl")
     arguments = parser.parse_args()
-    model = arguments.model
+    model: Path | None = arguments.model
     if model is None:
         find = "from flexinfer.bench.smollm2 import smollm2_gguf; print(smollm2_gguf())"
         done = subprocess.run([sys.executable, "-c", find], stdout=subprocess.PIPE, text=True, check=True)

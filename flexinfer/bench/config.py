@@ -184,12 +184,10 @@ class WorkloadConfig:
     max_seconds: float = 120.0  # a slow cell stops here with the tokens it has (one at least), and
     max_tokens: int = 64  # a fast one here
     context: int = 256  # tokens the KV cache is sized for
-    prefill_tokens: list[int] = field(
-        default_factory=list
-    )  # prompts whose prefill is timed when all is decoded
     timeout_s: float = (
         600.0  # the whole process, loading included; then it is killed and recorded as a timeout
     )
+    prefill_tokens: list[int] = field(default_factory=list)  # prompts whose prefill is timed
 
     def __post_init__(self) -> None:
         require(self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive")

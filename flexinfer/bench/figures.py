@@ -491,6 +491,28 @@ def residents(records: Sequence[Record], title: str) -> Figure | None:
     )
 
 
+def agreements(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row for each pair of systems in each record of flexinfer.bench.agreement, with the perplexity of both."""
+    rows = [
+        {
+            "CPU": line["provenance"]["cpu"],
+            "commit": line["provenance"]["git_commit"][:8],
+            "file": line["file"],
+            "positions": line["positions"],
+            "system": pair["of"],
+            "beside": pair["against"],
+            "same top token": pair["top1_equal"],
+            "mean KL [nats]": pair["mean_kl"],
+            "largest KL": pair["max_kl"],
+            "perplexity": line["perplexity"][pair["of"]],
+            "perplexity beside": line["perplexity"][pair["against"]],
+        }
+        for line in lines
+        for pair in line["pairs"]
+    ]
+    return pd.DataFrame(rows)
+
+
 def _bar(axes: Axes, place: int, system: str, label: str, value: float, low: float, high: float) -> None:
     """One system's bar, from the least to the greatest round."""
     look = LOOKS[system]

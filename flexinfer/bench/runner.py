@@ -268,7 +268,7 @@ def results_table(records: Iterable[Record]) -> Table:
         key = (cell.model.name, cell.system.format, cell.device.name, cell.budget_bytes, cell.system.label)
         groups[key].append(record)
     lengths = sorted({tokens for found in groups.values() for one in found for tokens in one.prefill_s})
-    prefills = [f"prefill of {tokens} [s]" for tokens in lengths]
+    prefills = [f"prefill of {tokens}, s" for tokens in lengths]
     table = Table(
         "model", "weights", "device", "budget", "system", "tokens/s", "of the bound", "rounds", *prefills
     )
