@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +39,7 @@ from typing import Any
 
 from flexinfer.bench import limits as limiting
 from flexinfer.bench import systems
-from flexinfer.bench.config import BITS_PER_WEIGHT, CellConfig, ModelConfig, from_dict
+from flexinfer.bench.config import BITS_PER_WEIGHT, GGUF_FORMATS, CellConfig, ModelConfig, from_dict
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.records import Limits, Provenance, Record
 
@@ -61,7 +60,10 @@ class CheckpointFacts:
     touched_bytes: int  # of all weights one token touches
     layer_bytes: int  # of the largest decoder layer
     other_bytes: int  # of the largest tensor outside the layers
-    kv_bytes_per_token: int
+    kv_bytes_per_token: (
+        int  # in 16 bits, which bf16 models and GGUF files have by default in every system here
+    )
+    bits: float  # per weight of all matrices
 
 
 def run_cell(cell: CellConfig) -> Record:
@@ -113,7 +115,7 @@ def run_cell(cell: CellConfig) -> Record:
         status=child.status,  # type: ignore[arg-type]
         message=child.message,
         cell=cell,
-        bits=BITS_PER_WEIGHT[cell.system.format],
+        bits=facts.bits,
         limits=Limits(
             method=applied.method,  # type: ignore[arg-type]
             memory_bytes=applied.memory_bytes,
@@ -129,6 +131,7 @@ def run_cell(cell: CellConfig) -> Record:
         passes=len(counted),
         token_s=[token["s"] for token in counted],
         token_bytes=[token["bytes"] for token in counted],
+        prefill_s=child.prefill_s,
         bytes_read=done.get("bytes_read"),
         load_s=child.last("loaded").get("load_s"),
         peak_memory_bytes=usage.peak_memory_bytes or done.get("peak_bytes"),
@@ -172,6 +175,14 @@ class Child:
     def counted(self) -> list[dict[str, Any]]:
         return [token for token in self.all("token") if token["counted"]]
 
+    @property
+    def prefill_s(self) -> dict[int, list[float]]:
+        """Seconds of each prefill, by the tokens of its prompt."""
+        found: dict[int, list[float]] = {}
+        for event in self.all("prefill"):
+            found.setdefault(event["tokens"], []).append(event["s"])
+        return found
+
 
 def run_child(job: dict[str, Any], timeout_s: float, limits: limiting.Limits | None = None) -> Child:
     """Run flexinfer.bench.systems with `job` in a fresh process, inside `limits`, asleep until it ends."""
@@ -187,6 +198,8 @@ def run_child(job: dict[str, Any], timeout_s: float, limits: limiting.Limits | N
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+    if "cache_dir" in job:  # where describe_checkpoint has left config and tokenizer of a GGUF file
+        environment["FLEXINFER_CACHE"] = job["cache_dir"]
     child = subprocess.Popen(
         limits.command(argv) if limits is not None else argv,
         stdin=subprocess.PIPE,
@@ -234,13 +247,15 @@ def describe_checkpoint(cell: CellConfig) -> CheckpointFacts:
 
 @cache
 def _described(told: str) -> str:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    cache_dir = str(Path(json.loads(told)["cache_dir"]).expanduser())
     done = subprocess.run(
         [sys.executable, "-m", "flexinfer.bench.cell"],
         input=told,
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env=os.environ | {"PYTHONPATH": path, "FLEXINFER_CACHE": cache_dir},
     )
     return done.stdout.splitlines()[-1]
 
@@ -252,6 +267,7 @@ def _job(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str, A
         "options": {name: value for name, value in cell.system.options.items() if name != "python"},
         "python": cell.system.options.get("python"),
         "model": facts.path,
+        "cache_dir": str(Path(cell.cache_dir).expanduser()),
         "copy": f"{facts.path}.airllm",
         "scratch": str(scratch),
         "core_set": core_set,
@@ -268,6 +284,7 @@ def _job(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str, A
         "min_tokens": workload.min_tokens,
         "min_seconds": workload.min_seconds,
         "max_seconds": workload.max_seconds,
+        "prefill_tokens": workload.prefill_tokens,
         "trace": cell.trace,
     }
 
@@ -316,7 +333,7 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
             "min_tokens": RESIDENT_TOKENS,
             "min_seconds": 0.0,
         }
-        job |= {"prompt_tokens": 4, "context": max(64, cell.workload.context)}
+        job |= {"prompt_tokens": 4, "context": max(64, cell.workload.context), "prefill_tokens": []}
         child = run_child(job, cell.workload.timeout_s)
         if child.status != "ok":
             return None, f"not measured: {child.message}"
@@ -341,7 +358,7 @@ def _failed(cell: CellConfig, status: str, message: str, origin: Provenance) -> 
         status=status,  # type: ignore[arg-type]
         message=message,
         cell=cell,
-        bits=BITS_PER_WEIGHT[cell.system.format],
+        bits=BITS_PER_WEIGHT.get(cell.system.format),
         limits=Limits(method="unlimited"),
         provenance=origin,
     )
@@ -367,20 +384,11 @@ def _tail(text: str | None, lines: int = 3, width: int = 600) -> str:
 
 
 def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFacts:
-    if format == "gguf":
-        return _describe_gguf(model, cache_dir)
-    from flexinfer.bench.smollm2 import make_smollm2
-    from flexinfer.bench.synth import make_checkpoint
+    """Opening a GGUF file leaves its config and tokenizer in the cache, so that no cell pays for them."""
     from flexinfer.formats.checkpoint import Checkpoint
 
-    makers: dict[str, Callable[[], Path]] = {
-        "synthetic": lambda: make_checkpoint(model, format, cache_dir),
-        "real": lambda: make_smollm2(cache_dir),
-        "path": lambda: Path(str(model.path)).expanduser(),
-    }
-    path = makers[model.kind]()
-    checkpoint = Checkpoint.open(path)
-    told = json.loads((path / "config.json").read_text())
+    checkpoint = Checkpoint.open(_make(model, format, Path(cache_dir).expanduser()))
+    told = json.loads((checkpoint.config_dir / "config.json").read_text())
     told |= told.get("text_config", {})
     layers: dict[str, int] = {}
     outside: dict[str, int] = {}
@@ -390,10 +398,12 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
         group[key] = group.get(key, 0) + spec.nbytes
     heads = told["num_attention_heads"]
     head_width = told.get("head_dim") or told["hidden_size"] // heads
-    embedding = sum(size for name, size in outside.items() if "embed" in name or name.endswith("wte.weight"))
-    tied = not any(name.startswith(("lm_head", "embed_out")) for name in outside)
+    embeddings = ("token_embd.weight", "wte.weight")
+    embedding = sum(size for name, size in outside.items() if "embed" in name or name.endswith(embeddings))
+    tied = not any(name.startswith(("lm_head", "embed_out", "output.")) for name in outside)
+    matrices = [spec for spec in checkpoint.tensors.values() if len(spec.shape) > 1]
     return CheckpointFacts(
-        path=str(path),
+        path=str(checkpoint.path),
         files=[str(file) for file in checkpoint.files],
         vocab=told["vocab_size"],
         layers=len(layers),
@@ -401,47 +411,25 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
         layer_bytes=max(layers.values()),
         other_bytes=max(outside.values()),
         kv_bytes_per_token=4 * len(layers) * (told.get("num_key_value_heads") or heads) * head_width,
+        bits=8 * sum(spec.nbytes for spec in matrices) / sum(math.prod(spec.shape) for spec in matrices),
     )
 
 
-def _describe_gguf(model: ModelConfig, cache_dir: str) -> CheckpointFacts:
-    import gguf
-
-    from flexinfer.bench.gguf import tensor_bytes, touched_bytes, write_synthetic
-
+def _make(model: ModelConfig, format: str, cache_dir: Path) -> Path:
+    """Where the checkpoint lies, made now unless it is there. It is a file for GGUF, a directory otherwise."""
     if model.kind == "path":
-        path = Path(str(model.path)).expanduser()
-    elif model.kind == "synthetic" and model.shape is not None:
-        digest = hashlib.sha256(json.dumps(asdict(model.shape), sort_keys=True).encode()).hexdigest()[:8]
-        path = Path(cache_dir).expanduser() / "synthetic" / f"{model.name}-gguf-{digest}" / "model.gguf"
-        write_synthetic(path, model.shape, model.name)
-    else:
-        raise ValueError(f"system.format=gguf: the model {model.name} comes as safetensors; use int4 or bf16")
-    reader = gguf.GGUFReader(path)
+        return Path(str(model.path)).expanduser()
+    if model.kind == "real":
+        from flexinfer.bench.smollm2 import make_smollm2, smollm2_gguf
 
-    def value(name: str) -> int:
-        field = reader.get_field(f"llama.{name}")
-        if field is None:
-            raise ValueError(
-                f"model.path={path}: the header has no llama.{name}; only Llama-like GGUF files are measured"
-            )
-        return int(field.contents())
+        return smollm2_gguf(cache_dir) if format in GGUF_FORMATS else make_smollm2(cache_dir)
+    if format in GGUF_FORMATS:
+        from flexinfer.bench.gguf import make_gguf
 
-    layers, heads = value("block_count"), value("attention.head_count")
-    vocab, hidden = next(
-        tuple(each.shape[::-1]) for each in reader.tensors if each.name == "token_embd.weight"
-    )
-    sizes = {str(each.name): int(each.n_bytes) for each in reader.tensors}
-    return CheckpointFacts(
-        path=str(path),
-        files=[str(path)],
-        vocab=int(vocab),
-        layers=layers,
-        touched_bytes=touched_bytes(path),
-        layer_bytes=sum(size for name, size in sizes.items() if name.startswith("blk.0.")),
-        other_bytes=max(tensor_bytes((int(vocab), int(hidden))), 0),
-        kv_bytes_per_token=4 * layers * value("attention.head_count_kv") * (int(hidden) // heads),
-    )
+        return make_gguf(model, format, cache_dir)
+    from flexinfer.bench.synth import make_checkpoint
+
+    return make_checkpoint(model, format, cache_dir)
 
 
 def main() -> int:

@@ -1,10 +1,10 @@
 """The paper's claims C1 to C9 against records: pure functions from records to verdicts, by criteria that are stated.
 
-A gain is a ratio of median speeds of two systems in the same model, device and budget. Criterion for a claimed range
+A gain is a ratio of median speeds of two systems on the same weights, device and budget. Criterion for a claimed range
 of gains (C1, C3 to C7): 'reproduced' when the best gain measured reaches the lower end of the paper's; where it gives
 one range for the least memory and one for more (C4, C5), the gain at the least memory must reach the first and the best the
 second; 'partly' when one of two is reached, or some gain is more than the noise (3 %, our choice); 'not' otherwise. C2, C8 and C9 have criteria of their own, in their functions. Claims
-are judged for each machine, model and device; nothing is judged that was not measured.
+are judged for each machine, model, weights and device; nothing is judged that was not measured.
 The bound says why a gain differs from the paper's: overlap can save no more than the smaller of computing and reading,
 so where the disk is slow against the kernels, or the other way round, there is little to gain for anyone.
 """
@@ -26,11 +26,12 @@ QUOTED_ROUNDS = 3  # DESIGN: Measuring
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one claim on one machine, model and device."""
+    """What became of one claim on one machine, model, weights and device."""
 
     claim: str
     machine: str
     model: str
+    weights: str
     device: str
     paper: str
     measured: str
@@ -39,7 +40,7 @@ class Verdict:
 
 
 def judge(found: Mapping[str, Sequence[Record]], paper: Mapping[str, Any]) -> list[Verdict]:
-    """A verdict for every claim of results/paper.json, on every machine, model and device there are records of.
+    """A verdict for every claim of results/paper.json, on every machine, model, weights and device there are records of.
 
     found: the records of each machine (figures.find_records).
     """
@@ -50,17 +51,18 @@ def judge(found: Mapping[str, Sequence[Record]], paper: Mapping[str, Any]) -> li
         answers = [_verdict(claim, said, part, decide) for part in parts]
         none = f"no records for it: python scripts/run.py +exp={paper[claim]['experiment']}"
         verdicts += [one for one in answers if one] or [
-            Verdict(claim, "", "", "", said, "", "not measured", none)
+            Verdict(claim, "", "", "", "", said, "", "not measured", none)
         ]
     return verdicts
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The records of one model on one device of one machine, and their summary."""
+    """The records of one model's weights on one device of one machine, and their summary."""
 
     machine: str
     model: str
+    weights: str
     device: str
     rows: pd.DataFrame
     records: list[Record]
@@ -93,16 +95,13 @@ class Part:
 
 def _parts(machine: str, records: Iterable[Record]) -> list[Part]:
     untraced = [one for one in records if not one.cell.trace]
-    return [
-        Part(
-            machine,
-            str(model),
-            str(device),
-            rows,
-            [one for one in untraced if (one.cell.model.name, one.cell.device.name) == (model, device)],
-        )
-        for (model, device), rows in summary(frame(untraced)).groupby(["model", "device"], sort=False)
-    ]
+    parts = []
+    for (model, weights, device), rows in summary(frame(untraced)).groupby(
+        ["model", "weights", "device"], sort=False
+    ):
+        found = [one for one in untraced if one.place[:3] == (model, weights, device)]
+        parts.append(Part(machine, str(model), str(weights), str(device), rows, found))
+    return parts
 
 
 def _judges(paper: Mapping[str, Any]) -> dict[str, Callable[[Part], tuple[str, str, str]]]:
@@ -129,12 +128,12 @@ def _verdict(
     rounds = int(part.rows.loc[part.rows["n"] > 0, "n"].min())
     if rounds < QUOTED_ROUNDS and claim != "C9":  # C9 compares tokens, not speeds
         why += f"; fewest rounds {rounds}: a first look, in which the disk's noise is as large as such gains"
-    return Verdict(claim, part.machine, part.model, part.device, said, measured, verdict, why)
+    return Verdict(claim, part.machine, part.model, part.weights, part.device, said, measured, verdict, why)
 
 
 def claims_frame(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """The verdicts as a table."""
-    heads = ["claim", "machine", "model", "device", "paper", "measured", "verdict", "why"]
+    heads = ["claim", "machine", "model", "weights", "device", "paper", "measured", "verdict", "why"]
     return pd.DataFrame([[getattr(one, head) for head in heads] for one in verdicts], columns=heads)
 
 
@@ -232,11 +231,11 @@ def _close(part: Part) -> tuple[str, str, str]:
 
 
 def _same_tokens(part: Part) -> tuple[str, str, str]:
-    """C9: every run of ours on the same model and format decodes the same tokens, at every budget and policy."""
-    runs: dict[str, list[Record]] = {}
+    """C9: every run of ours on the same weights and prompt decodes the same tokens, at every budget and policy."""
+    runs: dict[int, list[Record]] = {}
     for one in part.records:
         if one.cell.system.kind == "flexinfer" and one.status == "ok" and one.output_tokens:
-            runs.setdefault(one.cell.system.format, []).append(one)
+            runs.setdefault(one.cell.workload.prompt_tokens, []).append(one)
     compared = different = 0
     for found in runs.values():
         longest = max(found, key=lambda one: len(one.output_tokens))

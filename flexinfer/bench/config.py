@@ -4,13 +4,14 @@ Mechanism: plain dataclasses are the schema. scripts/run.py registers `RunConfig
 that an unknown key or a value of the wrong type in any YAML file or override fails at once; `OmegaConf.to_object` then
 makes these objects, whose `__post_init__` refuses values that cannot work. A `CellConfig` is one measurement (one model,
 system, device, budget, round); it goes to the child process and into its record as JSON, by `asdict` and `from_dict`.
-Cost model: the budget may be a fraction of the bytes of the model's weights at 4.5 bits (or 16); `weight_bytes` counts them from
-the shape. No I/O in here, and nothing of Hydra.
+Cost model: the budget may be a fraction of the bytes of the model's weights at the bits of its format; `weight_bytes` counts them
+from the shape. No I/O in here, and nothing of Hydra.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
@@ -20,8 +21,11 @@ from flexinfer.plan import parse_size
 MODEL_KINDS = ("synthetic", "real", "path")
 SYSTEM_KINDS = ("flexinfer", "llama_cpp", "transformers", "accelerate", "airllm", "ollm")
 KERNELS_OF = {"accelerate": "transformers", "airllm": "transformers", "ollm": "transformers"}
-FORMATS = ("int4", "bf16", "gguf")
-BITS_PER_WEIGHT = {"int4": 4.5, "gguf": 4.5, "bf16": 16.0}
+BITS_PER_WEIGHT = {"q4_0": 4.5, "q4_1": 5.0, "q4_k": 4.5, "bf16": 16.0}
+GGUF_FORMATS = ("q4_0", "q4_1", "q4_k", "gguf")  # gguf: a file by path, whatever types are in it
+FORMATS = (*GGUF_FORMATS, "bf16")
+SYNTHETIC_FORMATS = ("q4_0", "q4_k", "bf16")
+RECORDED_FORMATS = (*FORMATS, "int4")  # int4 had kernels of its own, beside a GGUF in Q4_0 for llama.cpp
 
 
 class ConfigError(ValueError):
@@ -77,8 +81,8 @@ class ModelConfig:
     name: str
     kind: str = "synthetic"  # synthetic | real | path
     formats: list[str] = field(
-        default_factory=lambda: ["int4", "gguf"]
-    )  # what can be had of it; the first is the default
+        default_factory=lambda: ["q4_0"]
+    )  # what can be had of it; the first that all systems of a comparison can run is the default
     shape: ShapeConfig | None = None  # None: kind=path, read from the files
     path: str | None = None  # a checkpoint directory, or a .gguf file; only with kind=path
 
@@ -88,7 +92,7 @@ class ModelConfig:
             bool(self.formats), "model.formats", self.formats, f"name at least one of {', '.join(FORMATS)}"
         )
         for name in self.formats:
-            require(name in FORMATS, "model.formats", name, f"one of {', '.join(FORMATS)}")
+            require(name in RECORDED_FORMATS, "model.formats", name, f"one of {', '.join(FORMATS)}")
         if self.kind == "path":
             require(
                 bool(self.path),
@@ -110,13 +114,13 @@ class SystemConfig:
     name: str
     label: str  # as figures print it
     kind: str = "flexinfer"  # flexinfer | llama_cpp | transformers | accelerate | airllm | ollm
-    format: str = "auto"  # int4 | bf16 | gguf; auto: the model's first that the kind can run
+    format: str = "auto"  # auto: that of the comparison; or one of FORMATS, for a system that runs no other
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the system's loader
 
     def __post_init__(self) -> None:
         require(self.kind in SYSTEM_KINDS, "system.kind", self.kind, f"one of {', '.join(SYSTEM_KINDS)}")
         require(
-            self.format in ("auto", *FORMATS),
+            self.format in ("auto", *RECORDED_FORMATS),
             "system.format",
             self.format,
             f"auto or one of {', '.join(FORMATS)}",
@@ -183,6 +187,7 @@ class WorkloadConfig:
     timeout_s: float = (
         600.0  # the whole process, loading included; then it is killed and recorded as a timeout
     )
+    prefill_tokens: list[int] = field(default_factory=list)  # prompts whose prefill is timed
 
     def __post_init__(self) -> None:
         require(self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive")
@@ -197,12 +202,14 @@ class WorkloadConfig:
             "0 to max_seconds",
         )
         require(self.timeout_s > 0, "workload.timeout_s", self.timeout_s, "must be positive")
-        needed = self.prompt_tokens + self.warmup_tokens + self.max_tokens
+        for tokens in self.prefill_tokens:
+            require(tokens > 0, "workload.prefill_tokens", tokens, "must be positive")
+        needed = max(self.prompt_tokens + self.warmup_tokens + self.max_tokens, *self.prefill_tokens, 0)
         require(
             self.context >= needed,
             "workload.context",
             self.context,
-            f"prompt and decoding need {needed} tokens",
+            f"prompts and decoding need {needed} tokens",
         )
 
     def enough(self, tokens: int, counted_s: float) -> bool:
@@ -230,10 +237,10 @@ class CellConfig:
         require(self.budget_bytes > 0, "budget_bytes", self.budget_bytes, "must be positive")
         require(self.round >= 0, "round", self.round, "must not be negative")
         require(
-            self.system.format in FORMATS,
+            self.system.format in RECORDED_FORMATS,
             "system.format",
             self.system.format,
-            "resolve it first: resolve_format",
+            "resolve it first: comparison_format",
         )
 
     @property
@@ -244,12 +251,14 @@ class CellConfig:
             del told[name]
         for group, name in (("system", "label"), ("device", "source"), ("workload", "name")):
             del told[group][name]
+        if not self.workload.prefill_tokens:  # older than the field are most records
+            del told["workload"]["prefill_tokens"]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(slots=True)
 class RunConfig:
-    """One comparison as Hydra composes it: the systems take turns at every budget, in every round."""
+    """One comparison as Hydra composes it: the systems take turns at every budget, in every round, on the same weights."""
 
     model: ModelConfig
     systems: dict[str, SystemConfig]
@@ -257,6 +266,7 @@ class RunConfig:
     budget: BudgetConfig
     workload: WorkloadConfig
     experiment: str = "adhoc"
+    format: str = "auto"  # of the weights, for all systems: auto: the model's first that all of them can run
     rounds: int = 1
     trace: bool = False
     resume: bool = True  # skip cells this machine has finished; false: measure them again, and keep both
@@ -270,6 +280,16 @@ class RunConfig:
         require(
             bool(self.systems), "system", [], "name at least one, such as system=[flexinfer,llama-cpp-mmap]"
         )
+        require(
+            self.format in ("auto", *FORMATS), "format", self.format, f"auto or one of {', '.join(FORMATS)}"
+        )
+        for where, names in (
+            ("model.formats", self.model.formats),
+            ("system.format", [one.format for one in self.systems.values() if one.format != "auto"]),
+        ):
+            can = SYNTHETIC_FORMATS if self.model.kind == "synthetic" else FORMATS
+            for name in names:
+                require(name in can, where, name, f"a {self.model.kind} model can be had in {', '.join(can)}")
         require(
             bool(re.fullmatch(r"[A-Za-z0-9_.-]+", self.experiment)),
             "experiment",
@@ -306,11 +326,21 @@ def from_dict(kind: Any, data: Any, where: str = "cell") -> Any:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def resolve_format(model: ModelConfig, system: SystemConfig) -> str | None:
-    """The format `system` runs `model` in, or None where the model does not come in any it can run."""
-    runs = {"flexinfer": ("int4", "bf16"), "llama_cpp": ("gguf",)}.get(system.kind, ("bf16",))
-    wanted = model.formats if system.format == "auto" else [system.format]
-    return next((name for name in wanted if name in runs and name in model.formats), None)
+def comparison_format(model: ModelConfig, systems: Iterable[SystemConfig], format: str = "auto") -> str:
+    """The format in which all `systems` run `model`, from one and the same file: `format`, or the model's first that they can.
+
+    Raises ConfigError naming the system that cannot, or the formats that there are.
+    """
+    left = list(model.formats) if format == "auto" else [format]
+    require(
+        set(left) <= set(model.formats), "format", format, f"{model.name} comes in {', '.join(model.formats)}"
+    )
+    for system in systems:
+        runs = {"flexinfer": FORMATS, "llama_cpp": GGUF_FORMATS}.get(system.kind, ("bf16",))
+        can = [name for name in left if name in runs and system.format in ("auto", name)]
+        require(bool(can), "system", system.name, f"cannot run {model.name} in {' or '.join(left)}")
+        left = can
+    return left[0]
 
 
 def weight_bytes(shape: ShapeConfig, format: str) -> int:

@@ -1,6 +1,6 @@
 """Figures and tables from records: one style for the whole repository. It measures nothing and writes no records.
 
-Mechanism: records become a table (`frame`), a table becomes one row for each model, device, budget and system (`summary`:
+Mechanism: records become a table (`frame`), a table becomes one row for each model, weights, device, budget and system (`summary`:
 the median of the rounds, their least and greatest, and how many). Every drawing function takes records and returns a
 matplotlib figure with units on its axes, y from 0 or logarithmic, the bound as a line, and a caption that says machine,
 limits, rounds and commit. Records that must not meet in one figure are refused (`check_comparable`).
@@ -96,10 +96,12 @@ def find_records(results_dir: Path, command: str) -> dict[str, list[Record]]:
 
 
 def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) -> dict[str, list[Record]]:
-    """Of every machine the records of `systems`, without those of the experiment `targets`, which has budgets of its own."""
+    """Of every machine the records of `systems`, without those of the experiments that have budgets of their own."""
     return {
         machine: [
-            one for one in records if one.cell.system.name in systems and one.cell.experiment != "targets"
+            one
+            for one in records
+            if one.cell.system.name in systems and one.cell.experiment not in ("targets", "resident")
         ]
         for machine, records in found.items()
     }
@@ -123,12 +125,12 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
         [
             {
                 "model": one.cell.model.name,
+                "weights": one.weights,
                 "device": one.cell.device.name,
                 "budget_bytes": one.cell.budget_bytes,
                 "budget_gib": one.cell.budget_bytes / GIB,
                 "system": one.cell.system.name,
                 "label": one.cell.system.label,
-                "format": one.cell.system.format,
                 "round": one.cell.round,
                 "status": one.status,
                 "tokens_per_s": one.tokens_per_s if one.status == "ok" else None,
@@ -149,12 +151,12 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
         columns=[
             *(
                 "model",
+                "weights",
                 "device",
                 "budget_bytes",
                 "budget_gib",
                 "system",
                 "label",
-                "format",
                 "round",
                 "status",
             ),
@@ -173,8 +175,8 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def summary(data: pd.DataFrame) -> pd.DataFrame:
-    """One row for each model, device, budget and system: median, least and greatest of the rounds, and their number."""
-    keys = ["model", "device", "budget_bytes", "budget_gib", "system", "label", "format", "resident"]
+    """One row for each model, weights, device, budget and system: median, least and greatest of the rounds, and their number."""
+    keys = ["model", "weights", "device", "budget_bytes", "budget_gib", "system", "label", "resident"]
     numbers = ("tokens_per_s", "bound", "ratio", "peak_gib", "weights_gib")
     grouped = data.astype(dict.fromkeys(numbers, float)).groupby(keys, sort=True)
     table = grouped.agg(
@@ -190,7 +192,8 @@ def summary(data: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
     order = {name: place for place, name in enumerate(LOOKS)}
     return table.sort_values(
-        ["model", "device", "budget_bytes", "system"], key=lambda s: s.map(order) if s.name == "system" else s
+        ["model", "weights", "device", "budget_bytes", "system"],
+        key=lambda s: s.map(order) if s.name == "system" else s,
     )
 
 
@@ -199,6 +202,7 @@ def show_table(table: pd.DataFrame) -> pd.DataFrame:
     shown = table[
         [
             "model",
+            "weights",
             "device",
             "budget_gib",
             "label",
@@ -348,7 +352,7 @@ def draw_bounds(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def throughput(records: Sequence[Record], title: str) -> Figure | None:
-    """Throughput against memory, logarithmic, with the bounds: a panel for each model and device, small models first."""
+    """Throughput against memory, logarithmic, with the bounds: a panel for each model, its weights and device, small models first."""
 
     def draw(axes: Axes, part: pd.DataFrame) -> None:
         draw_lines(axes, part)
@@ -378,8 +382,8 @@ def shares(records: Sequence[Record], title: str) -> Figure | None:
 
 
 def _parts(records: Sequence[Record]) -> list[tuple[str, pd.DataFrame]]:
-    """The summary of each model and device, with their name; small models first."""
-    groups = summary(frame(records)).groupby(["model", "device"], sort=False)
+    """The summary of each model, weights and device, with their name; small models first."""
+    groups = summary(frame(records)).groupby(["model", "weights", "device"], sort=False)
     parts = [(", ".join(name), part) for name, part in groups]
     return sorted(parts, key=lambda one: (one[1]["weights_gib"].max(), one[0]))
 
@@ -415,19 +419,8 @@ def bars(records: Sequence[Record], title: str) -> Figure | None:
     def draw(axes: Axes, part: pd.DataFrame) -> None:
         order = sorted(set(part["system"]), key=lambda one: (one == "flexinfer", looks.index(one)))
         for system, row in part.set_index("system").iterrows():
-            look, speed = LOOKS[str(system)], row["tokens_per_s"]
-            axes.bar(
-                order.index(str(system)),
-                speed,
-                0.9,
-                yerr=[[speed - row["low"]], [row["high"] - speed]],
-                capsize=3,
-                color=look.colour,
-                hatch=look.hatch,
-                edgecolor="black",
-                linewidth=0.5,
-                label=row["label"],
-            )
+            place = order.index(str(system))
+            _bar(axes, place, str(system), row["label"], row["tokens_per_s"], row["low"], row["high"])
         axes.axhline(part["bound"].max(), label="highest bound", **BOUND)
         axes.set(ylabel="throughput [tokens/s]", ylim=(0, None))
         axes.set_xticks([])
@@ -438,6 +431,103 @@ def bars(records: Sequence[Record], title: str) -> Figure | None:
         for budget, mine in part.groupby("budget_gib")
     ]
     return _panels(records, title, panels, draw, columns=4, size=(3.0, 2.6))
+
+
+def prefills(records: Iterable[Record]) -> pd.DataFrame:
+    """One row for each model, weights, device, system and length of a prompt: seconds of prefill over all rounds, tokens/s beside it."""
+    rows = [
+        {
+            "model": one.cell.model.name,
+            "weights": one.weights,
+            "device": one.cell.device.name,
+            "system": one.cell.system.name,
+            "label": one.cell.system.label,
+            "prompt_tokens": tokens,
+            "prefill_s": seconds,
+        }
+        for one in records
+        if one.status == "ok"
+        for tokens, found in one.prefill_s.items()
+        for seconds in found
+    ]
+    keys = ["model", "weights", "device", "system", "label", "prompt_tokens"]
+    data = pd.DataFrame(rows, columns=[*keys, "prefill_s"]).astype({"prefill_s": float})
+    return data.groupby(keys)["prefill_s"].agg(["median", "min", "max", "count"]).reset_index()
+
+
+def residents(records: Sequence[Record], title: str) -> Figure | None:
+    """With everything in memory: tokens/s, and prompt tokens per second of prefill, as bars: a line of panels for each model."""
+    lengths = prefills(records)
+    if lengths.empty:
+        return None
+    panels = []
+    for name, part in _parts(records):
+        speeds = part.assign(value=part["tokens_per_s"], low=part["low"], high=part["high"])
+        panels.append((f"{name}: decoding", speeds))
+        model, weights, device = part.iloc[0][["model", "weights", "device"]]
+        same = lengths[(lengths[["model", "weights", "device"]] == [model, weights, device]).all(axis=1)]
+        for tokens, timed in same.groupby("prompt_tokens"):
+            rates = {"value": "median", "low": "max", "high": "min"}
+            rates_of = timed.assign(**{name: tokens / timed[column] for name, column in rates.items()})
+            panels.append((f"prefill of {tokens} tokens", rates_of))
+
+    def draw(axes: Axes, part: pd.DataFrame) -> None:
+        order = sorted(set(part["system"]), key=list(LOOKS).index)
+        for system, row in part.set_index("system").iterrows():
+            _bar(
+                axes,
+                order.index(str(system)),
+                str(system),
+                row["label"],
+                row["value"],
+                row["low"],
+                row["high"],
+            )
+        axes.set(ylabel="[tokens/s]", ylim=(0, None))
+        axes.set_xticks([])
+
+    return _panels(
+        records, title, panels, draw, columns=1 + lengths["prompt_tokens"].nunique(), size=(3.0, 2.6)
+    )
+
+
+def agreements(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row for each pair of systems in each record of flexinfer.bench.agreement, with the perplexity of both."""
+    rows = [
+        {
+            "CPU": line["provenance"]["cpu"],
+            "commit": line["provenance"]["git_commit"][:8],
+            "file": line["file"],
+            "positions": line["positions"],
+            "system": pair["of"],
+            "beside": pair["against"],
+            "same top token": pair["top1_equal"],
+            "mean KL [nats]": pair["mean_kl"],
+            "largest KL": pair["max_kl"],
+            "perplexity": line["perplexity"][pair["of"]],
+            "perplexity beside": line["perplexity"][pair["against"]],
+        }
+        for line in lines
+        for pair in line["pairs"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def _bar(axes: Axes, place: int, system: str, label: str, value: float, low: float, high: float) -> None:
+    """One system's bar, from the least to the greatest round."""
+    look = LOOKS[system]
+    axes.bar(
+        place,
+        value,
+        0.9,
+        yerr=[[value - low], [high - value]],
+        capsize=3,
+        color=look.colour,
+        hatch=look.hatch,
+        edgecolor="black",
+        linewidth=0.5,
+        label=label,
+    )
 
 
 def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:
@@ -467,7 +557,7 @@ def one_pass(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
     """Figure 3: reads, waits and kernels of one pass, unbalanced locking above balanced, at the largest budget with both."""
     order = {"unbalanced": 0, "flexinfer": 1}
-    groups: dict[tuple[str, str, int], dict[str, Record]] = {}
+    groups: dict[tuple[str, str, str, int], dict[str, Record]] = {}
     for one in records:
         if one.events_file and one.status == "ok" and one.cell.system.name in order:
             groups.setdefault(one.place, {}).setdefault(one.cell.system.name, one)

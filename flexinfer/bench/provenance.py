@@ -20,6 +20,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "safetensors",
+    "transcribe_cpp_native",  # its ggml multiplies the blocks of GGUF files
     "llama_cpp_python",
     "gguf",
     "airllm",

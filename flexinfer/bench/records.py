@@ -33,7 +33,10 @@ from flexinfer.bench.config import CellConfig, from_dict
 from flexinfer.messages import one_line, shown
 
 SCHEMA_VERSION: Literal[1] = 1
-RELIABILITY = "reliability"  # the folder whose records are of other kinds (flexinfer.bench.reliability)
+RELIABILITY, QUALITY = (
+    "reliability",
+    "quality",
+)  # folders with lines of other kinds (flexinfer.bench.reliability, .agreement)
 DERIVED = ("cell_key", "tokens_per_s", "bound_tokens_per_s", "ratio")
 FINISHED = ("ok", "killed", "timeout", "unsupported")  # not done again; error and missing are
 
@@ -101,7 +104,7 @@ class Record(BaseModel):
     cell: Annotated[
         CellConfig, BeforeValidator(_known_fields)
     ]  # experiment, model, system, device, budget_bytes, workload, round
-    bits: float = Field(gt=0)  # per weight, scales and zeros included
+    bits: float | None = Field(default=None, gt=0)  # per weight of all matrices, scales and zeros included
     limits: Limits
     provenance: Provenance
     # raw samples, of the counted tokens (warm-up excluded)
@@ -112,6 +115,9 @@ class Record(BaseModel):
     bytes_read: Count | None = None  # by the process in all, loading and warm-up included
     load_s: float | None = Field(default=None, ge=0)
     peak_memory_bytes: Count | None = None  # from the cgroup, the page cache charged to it included
+    prefill_s: dict[Size, list[float]] = Field(
+        default_factory=dict
+    )  # prompt tokens -> seconds to the first token, every repeat
     output_tokens: list[Count] = Field(default_factory=list)  # ids, warm-up included, to compare systems
     # what the bound is made of
     total_weight_bytes: Size | None = None  # S
@@ -127,9 +133,16 @@ class Record(BaseModel):
     events_file: str | None = None  # its name, relative to the records file
 
     @property
-    def place(self) -> tuple[str, str, int]:
-        """Model, device and budget in bytes: systems are compared where these are the same."""
-        return self.cell.model.name, self.cell.device.name, self.cell.budget_bytes
+    def weights(self) -> str:
+        """What the weights are, as figures print it. Older records hold one comparison of two 4.5-bit formats."""
+        format = self.cell.system.format
+        old = format == "int4" or (format == "gguf" and self.cell.model.kind != "path")
+        return "int4 and Q4_0" if old else format.upper()
+
+    @property
+    def place(self) -> tuple[str, str, str, int]:
+        """Model, weights, device and budget in bytes: systems are compared where these are the same."""
+        return self.cell.model.name, self.weights, self.cell.device.name, self.cell.budget_bytes
 
     @property
     def kernels(self) -> tuple[str, str, str, str, int | None]:
@@ -187,6 +200,8 @@ class Record(BaseModel):
             )
         if any(seconds <= 0 for seconds in self.token_s):
             raise ValueError("token_s: seconds must be positive")
+        if any(seconds <= 0 for found in self.prefill_s.values() for seconds in found):
+            raise ValueError("prefill_s: seconds must be positive")
         if self.status == "ok" and not (self.passes and self.tokens >= self.passes):
             raise ValueError(
                 f"tokens: a record that is ok has counted tokens, this one {self.tokens} in {self.passes} passes"
@@ -247,7 +262,7 @@ def with_common_costs(records: Iterable[Record]) -> list[Record]:
     which everything fits knows it better than an extrapolation.
     """
     records = list(records)
-    rates: dict[tuple[str, str, int], float] = {}
+    rates: dict[tuple[str, str, str, int], float] = {}
     computes: dict[tuple[str, str, str, str, int | None], float] = {}
     for one in records:
         rate, limit = one.bandwidth_bytes_per_s or 0.0, one.limits.read_bytes_per_s or math.inf
@@ -316,7 +331,7 @@ def read_file(path: Path) -> list[Record]:
 
 
 def load_records(path: Path | str) -> list[Record]:
-    """The records of a .jsonl file, or of every one below a directory but RELIABILITY; run ids seen twice are refused."""
+    """The records of a .jsonl file, or of every one below a directory but RELIABILITY and QUALITY; run ids seen twice are refused."""
     path = Path(path)
     if not path.exists():
         raise RecordError(
@@ -324,7 +339,8 @@ def load_records(path: Path | str) -> list[Record]:
         )
     records: list[Record] = []
     seen: dict[str, Path] = {}
-    below = (file for file in sorted(path.rglob("*.jsonl")) if file.parent.name != RELIABILITY)
+    others = (RELIABILITY, QUALITY)
+    below = (file for file in sorted(path.rglob("*.jsonl")) if file.parent.name not in others)
     for file in below if path.is_dir() else [path]:
         for record in read_file(file):
             if record.run_id in seen:

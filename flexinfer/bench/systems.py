@@ -6,10 +6,11 @@ appends one JSON line per event to a file, so that a run that is killed leaves w
 flexinfer unless flexinfer is the system: its memory is the system's own.
 
 How each system is driven:
-- flexinfer: `flexinfer.from_pretrained` with the cell's budget; options are its keyword arguments.
+- flexinfer: `flexinfer.from_pretrained` with the cell's budget; options are its keyword arguments. On a GGUF file it
+  reads the same bytes as llama.cpp, and both multiply them by ggml.
 - llama_cpp: the package llama-cpp-python, compiled at installation (4 minutes on two cores) for the CPU it runs on. Wheels made
   elsewhere hold no AVX-512: with one, a resident pass of Llama2-7B in Q4_0 took 0.70 s on a CPU that has it. Option use_extra_bufts=false stops
-  repacking, as --no-repack does. The context is the workload's.
+  repacking, as --no-repack does: repacked weights are a copy in memory, so where the model does not fit it is killed or hangs. The context is the workload's.
 - transformers: `AutoModelForCausalLM.from_pretrained(dtype="auto")`, which maps the safetensors.
 - accelerate: the same with device_map="auto" and a CPU allowance of what the budget leaves after process, KV cache,
   one decoder layer and the largest other matrix, which its hooks load to compute; option cpu_bytes overrides.
@@ -17,11 +18,15 @@ How each system is driven:
   clock starts. Synthetic checkpoints have no tokenizer, so the subclass here loads none.
 - ollm: `Inference.load_model` on a CPU; what it lacks or refuses is its record.
 
+When all is decoded, prefills are timed, if the workload has any: each length PREFILL_REPEATS times, every one from an empty
+cache to the first token, with logits of the last position alone.
+
 What it does not do: limit itself. The groups are the parent's (flexinfer.bench.cell).
 """
 
 import contextlib
 import importlib
+import inspect
 import json
 import mmap
 import os
@@ -37,6 +42,8 @@ from typing import Any, Protocol
 
 INSTALL = "make baselines"
 REQUEST_BYTES = 4 << 20
+PREFILL_REPEATS = 3
+SPIN_COUNT = "6000"  # as flexinfer.cli, which says why; not imported, for its memory would count
 
 
 class UnsupportedError(RuntimeError):
@@ -50,7 +57,7 @@ class System(Protocol):
         """Open the model."""
 
     def start(self, prompt: list[int]) -> None:
-        """Take the prompt in; the first `step` may do the work."""
+        """Begin a new text with the prompt; the first `step` may do the work."""
 
     def step(self) -> int | None:
         """Decode one token greedily. Its id, or None where the system does not tell."""
@@ -75,6 +82,7 @@ class TorchSystem:
         self.model: Any = None
         self.cache: Any = None
         self.ids: list[int] = []
+        self.last_alone: dict[str, int] = {}
 
     def load(self) -> None:
         from transformers import AutoModelForCausalLM
@@ -86,10 +94,14 @@ class TorchSystem:
     def start(self, prompt: list[int]) -> None:
         from transformers import DynamicCache
 
-        self.ids, self.cache = prompt, DynamicCache(config=self.model.config)
+        self.ids, self.cache = prompt, None  # the old one goes first
+        self.cache = DynamicCache(config=self.model.config)
+        parameters = inspect.signature(self.model.forward).parameters
+        self.last_alone = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     def step(self) -> int | None:
-        out = self.model(input_ids=self.torch.tensor([self.ids]), cache=self.cache, use_cache=True)
+        ids = self.torch.tensor([self.ids])
+        out = self.model(input_ids=ids, cache=self.cache, use_cache=True, **self.last_alone)
         self.cache = out.cache
         token = int(out.logits[0, -1].argmax())
         self.ids = [token]
@@ -103,6 +115,10 @@ class TorchSystem:
 
 
 class FlexInfer(TorchSystem):
+    def __init__(self, job: dict[str, Any]) -> None:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+        super().__init__(job)
+
     def load(self) -> None:
         flexinfer = importlib.import_module("flexinfer")
         told: dict[str, Any] = {"memory": self.job["budget_bytes"], "context": self.job["context"]}
@@ -229,6 +245,7 @@ class LlamaCpp:
         self.sampler = self.api.llama_sampler_init_greedy()
 
     def start(self, prompt: list[int]) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         self.next = prompt
 
     def step(self) -> int | None:
@@ -296,6 +313,12 @@ def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
             break
         if counted >= job["min_tokens"] and counted_s >= job["min_seconds"]:
             break
+    for tokens in job["prefill_tokens"]:
+        for _ in range(PREFILL_REPEATS):
+            system.start(prompt_ids(tokens, job["vocab"]))
+            start_s = time.perf_counter()
+            system.step()
+            emit("prefill", tokens=tokens, s=time.perf_counter() - start_s)
     emit("engine", told=system.engine())
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     emit("done", bytes_read=bytes_read(), peak_bytes=peak_bytes)

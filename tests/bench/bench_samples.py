@@ -25,7 +25,7 @@ def make_cell(**changes: Any) -> CellConfig:
     told: dict[str, Any] = {
         "experiment": "test",
         "model": ModelConfig("tiny", shape=shape),
-        "system": SystemConfig("flexinfer", "FlexInfer", format="int4"),
+        "system": SystemConfig("flexinfer", "FlexInfer", format="q4_0"),
         "device": DeviceConfig("fixed", "ours", 500_000_000),
         "budget_bytes": 2**30,
         "workload": WorkloadConfig(),

@@ -29,7 +29,7 @@ SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2,
 
 def tiny_cell(tmp_path: Path, kind: str, format: str, budget_bytes: int, **options: Any) -> CellConfig:
     return make_cell(
-        model=ModelConfig("tiny", formats=["int4", "gguf", "bf16"], shape=SHAPE),
+        model=ModelConfig("tiny", formats=["q4_0", "bf16"], shape=SHAPE),
         system=SystemConfig(kind, kind, kind, format, options),
         device=DeviceConfig("native", "this machine", cores=1),
         budget_bytes=budget_bytes,
@@ -78,6 +78,25 @@ def test_a_cell_over_its_budget_is_a_record_of_a_kill(tmp_path: Path) -> None:
     assert record.peak_memory_bytes <= 40 << 20
     assert PLACE.memory is not None
     assert list(PLACE.memory.glob(f"flexinfer-{os.getpid()}-*")) == []
+
+
+def test_a_cell_on_a_gguf_file_leaves_its_config_to_the_helper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Config and tokenizer are made before the group is entered, so that no cell pays for them."""
+    monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path / "of-the-user"))
+    one = tiny_cell(tmp_path, "flexinfer", "q4_0", 1 << 30)
+    facts = cells.describe_checkpoint(one)
+    assert facts.path.endswith("model.gguf")
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "gguf").rglob("*.json")}
+    assert kept
+    record = cells.run_cell(one)
+    assert (record.status, record.message, record.bits) == ("ok", "", 4.5)
+    assert (
+        kept.items()
+        <= {file: file.stat().st_mtime_ns for file in (tmp_path / "gguf").rglob("*.json")}.items()
+    )
+    assert not (tmp_path / "of-the-user").exists()
 
 
 def test_a_budget_the_engine_refuses_is_its_own_words(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from flexinfer.bench.config import (
     ShapeConfig,
     SystemConfig,
     WorkloadConfig,
+    comparison_format,
     from_dict,
     resolve_budget_bytes,
-    resolve_format,
     weight_bytes,
 )
 from flexinfer.bench.runner import cells_of
@@ -142,6 +142,7 @@ def test_a_wrong_system_in_a_list_is_answered_with_the_right_ones(run_script: Mo
         ("budget.grid=[]", "budget.grid"),
         ("workload.min_tokens=100", "workload.min_tokens"),
         ("workload.context=10", "workload.context"),
+        ("workload.prefill_tokens=[512]", "workload.context"),
         ("device.cores=0", "device.cores"),
         ("model.shape.heads=7", "model.shape.heads"),
     ],
@@ -184,7 +185,7 @@ def test_systems_take_turns_within_a_round(load: Callable[..., RunConfig]) -> No
 
 def test_a_cell_survives_json() -> None:
     cell = make_cell(
-        system=SystemConfig("x", "X", format="int4", options={"window": "3 layers", "io_threads": 0})
+        system=SystemConfig("x", "X", format="q4_k", options={"window": "3 layers", "io_threads": 0})
     )
     assert from_dict(CellConfig, json.loads(json.dumps(asdict(cell)))) == cell
 
@@ -211,6 +212,7 @@ def test_the_key_of_a_cell_is_what_is_measured_and_not_who_asks() -> None:
         {"budget_bytes": 2**31},
         {"trace": True},
         {"workload": WorkloadConfig(min_tokens=4)},
+        {"workload": WorkloadConfig(prefill_tokens=[16])},
     ):
         assert cell.key != make_cell(**change).key
 
@@ -236,17 +238,52 @@ def test_seven_billion_weights_at_four_and_a_half_bits_are_3_7_gigabytes(
 ) -> None:
     shape = load("model=llama2-7b").model.shape
     assert shape is not None
-    assert weight_bytes(shape, "int4") == weight_bytes(shape, "gguf")
-    assert 3.7e9 < weight_bytes(shape, "int4") < 3.75e9
+    assert weight_bytes(shape, "q4_0") == weight_bytes(shape, "q4_k")
+    assert 3.7e9 < weight_bytes(shape, "q4_0") < 3.75e9
 
 
-def test_each_system_gets_a_format_it_can_run() -> None:
+def test_all_systems_of_a_comparison_run_one_format() -> None:
     shape = ShapeConfig(64, 128, 2, 4, 2, 256)
-    int4 = ModelConfig("m", formats=["int4", "gguf"], shape=shape)
-    bf16 = ModelConfig("m", formats=["bf16"], shape=shape)
+    model = ModelConfig("m", formats=["bf16", "q4_0", "q4_k"], shape=shape)
     ours, llama = SystemConfig("a", "A"), SystemConfig("b", "B", kind="llama_cpp")
-    assert [resolve_format(int4, ours), resolve_format(int4, llama)] == ["int4", "gguf"]
-    assert [resolve_format(bf16, ours), resolve_format(bf16, llama)] == ["bf16", None]
+    stock = SystemConfig("c", "C", kind="transformers", format="bf16")
+    assert comparison_format(model, [ours]) == "bf16"
+    assert comparison_format(model, [ours, llama]) == comparison_format(model, [llama, ours]) == "q4_0"
+    assert comparison_format(model, [ours, stock]) == "bf16"
+    assert comparison_format(model, [ours, llama], "q4_k") == "q4_k"
+    for systems, format, named in (
+        ([llama], "bf16", "system='b'.*bf16"),
+        ([llama, stock], "auto", "system='c'.*q4_0 or q4_k"),
+        ([ours], "q4_1", "format='q4_1'.*q4_0, q4_k"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            comparison_format(model, systems, format)
+
+
+def test_the_figures_compare_on_one_file_and_a_k_quant_is_one_word_away(
+    load: Callable[..., RunConfig],
+) -> None:
+    for name in ("fig4", "fig5", "table1", "smoke", "sizes", "targets", "resident"):
+        assert {cell.system.format for cell in cells_of(load(f"+exp={name}"))} == {"q4_0"}
+        cells = cells_of(load(f"+exp={name}", "format=q4_k"))
+        assert {(cell.system.format, *cell.model.formats) for cell in cells} == {("q4_k", "q4_k")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.formats=[int4]"], "model.formats"),
+        (["systems.flexinfer.format=int4"], "system.format"),
+        (["format=int4"], "format"),
+        (["model.formats=[gguf]"], "model.formats"),
+    ],
+)
+def test_the_format_of_old_records_cannot_be_measured(
+    overrides: list[str], named: str, load: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises((ConfigError, HydraException)) as refused:
+        cells_of(load("system=[flexinfer]", *overrides))
+    assert named in f"{refused.value} {refused.value.__cause__}"
 
 
 def test_a_system_that_cannot_run_the_model_is_refused(load: Callable[..., RunConfig]) -> None:

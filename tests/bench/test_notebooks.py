@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 from flexinfer.bench import claims, figures
 from flexinfer.bench.config import DeviceConfig, ModelConfig, ShapeConfig, SystemConfig, WorkloadConfig
-from flexinfer.bench.records import RELIABILITY, Record, RecordError, load_records
+from flexinfer.bench.records import QUALITY, RELIABILITY, Record, RecordError, load_records
 from flexinfer.bench.runner import save
 from flexinfer.bench.soak import draw
 
@@ -39,10 +39,11 @@ matplotlib.use("Agg")
 def simulated(system: str, budget: float, round_: int = 0, **changes: Any) -> Record:
     """A valid record of a made-up machine that follows the cost model; it exists in tests alone."""
     kind = "llama_cpp" if system.startswith("llama") else "flexinfer"
-    format = "gguf" if kind == "llama_cpp" else "int4"
     cell = make_cell(
         model=changes.pop("model", ModelConfig("llama2-7b", shape=SHAPE)),
-        system=SystemConfig(system, system.replace("-", " "), kind=kind, format=format),
+        system=SystemConfig(
+            system, system.replace("-", " "), kind=kind, format=changes.pop("format", "q4_0")
+        ),
         device=DeviceConfig("fixed", "ours", RATE),
         budget_bytes=int(budget * WEIGHTS),
         workload=WorkloadConfig(name="short"),
@@ -109,6 +110,25 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def save_residents(results: Path) -> None:
+    """What +exp=resident and `make agreement` leave."""
+    for number, system in enumerate(("llama-cpp-mmap", "llama-cpp-default", "flexinfer")):
+        prefill_s = {16: [1.0 + number, 1.5 + number], 512: [30.0 + number, 31.0 + number]}
+        for weights in ("q4_0", "q4_k"):
+            changes = {"format": weights, "experiment": "resident", "prefill_s": prefill_s}
+            save(results, simulated(system, 2.0, **changes))
+    pair = {"of": "flexinfer", "against": "llama_cpp", "top1_equal": 0.5, "mean_kl": 0.25, "max_kl": 1.5}
+    line = {
+        "file": "m.gguf",
+        "positions": 8,
+        "perplexity": {"flexinfer": 3.0, "llama_cpp": 4.0},
+        "pairs": [pair],
+        "provenance": simulated("flexinfer", 0.6).provenance.model_dump(mode="json"),
+    }
+    (results / QUALITY).mkdir()
+    (results / QUALITY / "agreement.jsonl").write_text(json.dumps(line) + "\n")
+
+
 def reliability_lines() -> dict[str, dict[str, Any]]:
     """One line of each kind, as the soak and the run under pressure leave them."""
     facts = simulated("flexinfer", 0.6).provenance.model_dump(mode="json")
@@ -150,6 +170,7 @@ def test_a_notebook_draws_from_records_and_saves_its_figure(
     notebook: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLEXINFER_RESULTS", str(results))
+    save_residents(results)
     before = {file: file.read_bytes() for file in results.rglob("*.jsonl")}
     book = nbformat.read(notebook, 4)
     NotebookClient(
@@ -231,9 +252,9 @@ def test_every_model_and_device_has_one_panel_small_models_first(results: Path) 
     figure = figures.throughput(load_records(results), "title")
     assert figure is not None
     assert [axes.get_title() for axes in figure.axes] == [
-        "a-small-one, fixed",
-        "llama2-7b, fixed",
-        "llama2-70b, fixed",
+        "a-small-one, Q4_0, fixed",
+        "llama2-7b, Q4_0, fixed",
+        "llama2-70b, Q4_0, fixed",
     ]
 
 
@@ -250,6 +271,46 @@ def test_the_drawn_bounds_are_ours_and_the_highest(results: Path) -> None:
     assert lines["bound of FlexInfer"] == pytest.approx(bounds["flexinfer"])
     assert lines["highest bound of any"] == pytest.approx(max(bounds.values()))
     assert lines["highest bound of any"] > lines["bound of FlexInfer"]
+
+
+def test_residents_are_drawn_by_weights_and_length(results: Path) -> None:
+    save_residents(results)
+    (found,) = figures.find_records(results, "x").values()
+    records = [one for one in found if one.cell.experiment == "resident"]
+    table = figures.prefills(records).set_index(["weights", "system", "prompt_tokens"])
+    assert len(table) == 2 * 3 * 2
+    assert table.loc[("Q4_K", "flexinfer", 512), "median"] == 32.5
+    figure = figures.residents(records, "title")
+    assert figure is not None
+    titles = [axes.get_title() for axes in figure.axes]
+    lengths = ["prefill of 16 tokens", "prefill of 512 tokens"]
+    assert titles == [
+        "llama2-7b, Q4_0, fixed: decoding",
+        *lengths,
+        "llama2-7b, Q4_K, fixed: decoding",
+        *lengths,
+    ]
+    heights = [bar.get_height() for bar in figure.axes[2].patches]
+    assert heights == pytest.approx([512 / 32.5, 512 / 30.5, 512 / 31.5])  # ours first, as everywhere
+    assert not any(
+        one.cell.experiment == "resident" for one in figures.of_systems({"": found}, {"flexinfer"})[""]
+    )
+
+
+def test_weights_of_two_formats_have_panels_and_verdicts_of_their_own() -> None:
+    records = [
+        simulated(system, 0.6, format=format)
+        for system in ("flexinfer", "sync")
+        for format in ("q4_0", "int4")
+    ]
+    figure = figures.throughput(records, "title")
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == [
+        "llama2-7b, Q4_0, fixed",
+        "llama2-7b, int4 and Q4_0, fixed",
+    ]
+    found = claims.judge({"a machine": records}, PAPER)
+    assert sorted(one.weights for one in found if one.claim == "C4") == ["Q4_0", "int4 and Q4_0"]
 
 
 def test_a_killed_system_is_shown_as_killed_and_not_as_zero(results: Path) -> None:

@@ -38,13 +38,27 @@ def told(**changes: Any) -> dict[str, Any]:
 
 def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     records = [
-        make_record(),
+        make_record(prefill_s={16: [0.5, 0.25], 512: [9.0]}),
         make_record(status="killed", message="out of memory", tokens=0, passes=0, token_s=[], token_bytes=[]),
     ]
     for record in records:
         append_record(tmp_path / "a" / "x.jsonl", record)
     assert load_records(tmp_path) == records
     assert len((tmp_path / "a" / "x.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_record_of_the_old_format_keeps_its_key_and_stands_apart(tmp_path: Path) -> None:
+    old = told()
+    old["cell"]["model"]["formats"] = ["int4", "gguf"]
+    del old["cell"]["workload"]["prefill_tokens"], old["prefill_s"], old["cell_key"]
+    ours, theirs = json.loads(json.dumps([old, old]))
+    ours["cell"]["system"]["format"], theirs["cell"]["system"]["format"] = "int4", "gguf"
+    theirs["run_id"] = "another run"
+    read = load_records(write(tmp_path / "x.jsonl", ours, theirs))
+    assert {one.weights for one in read} == {"int4 and Q4_0"}
+    assert read[0].place == read[1].place != make_record().place
+    append_record(tmp_path / "y.jsonl", read[0])
+    assert load_records(tmp_path / "y.jsonl")[0].cell_key == read[0].cell_key
 
 
 def test_speed_bound_and_ratio_are_written_and_follow_from_the_samples(tmp_path: Path) -> None:
@@ -73,6 +87,8 @@ def test_a_pass_of_several_tokens_counts_for_the_speed_but_not_for_the_ratio() -
         ({"bits": 0}, "bits"),
         ({"token_s": [1.0]}, "token_s"),
         ({"token_s": [1.0, -1.0, 1.0]}, "token_s"),
+        ({"prefill_s": {"16": [-1.0]}}, "prefill_s"),
+        ({"prefill_s": {"many": [1.0]}}, "prefill_s"),
         ({"limits": {"method": "docker"}}, "limits.method"),
         ({"provenance": {}}, "provenance.versions"),
         ({"status": "killed"}, "message"),
@@ -270,9 +286,8 @@ def test_systems_that_take_turns_are_held_against_the_same_disk() -> None:
 def test_the_cost_of_kernels_is_the_least_that_any_of_their_runs_saw() -> None:
     def seen(system: str, compute_s: float, budget_bytes: int = 2**30) -> Record:
         kind = "llama_cpp" if system.startswith("llama") else "flexinfer"
-        format = "gguf" if kind == "llama_cpp" else "int4"
         options = {"use_extra_bufts": False} if system == "llama-cpp-mmap" else {}
-        config = SystemConfig(system, system, kind=kind, format=format, options=options)
+        config = SystemConfig(system, system, kind=kind, format="q4_0", options=options)
         cell = make_cell(system=config, budget_bytes=budget_bytes)
         return make_record(cell, compute_s_per_pass=compute_s)
 

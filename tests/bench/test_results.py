@@ -64,6 +64,9 @@ def test_the_engines_own_runs_stay_in_their_budget(machines: dict[str, list[Reco
 
 def test_every_figure_of_every_machine_is_there_as_png_and_svg(machines: dict[str, list[Record]]) -> None:
     wanted = {figures.file_name(name, machine) for name in FIGURES for machine in machines}
+    for machine, records in machines.items():
+        if any(one.prefill_s for one in records):
+            wanted.add(figures.file_name("resident", machine))
     for line in reliability.load(RESULTS, "pressure"):
         wanted.add(figures.file_name("reliability", reliability.machine(line)))
     folder = RESULTS / "figures"

@@ -19,6 +19,7 @@ from flexinfer.bench.config import (
     ShapeConfig,
     SystemConfig,
     WorkloadConfig,
+    weight_bytes,
 )
 from flexinfer.bench.records import Record, load_records
 from flexinfer.bench.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_table, run
@@ -162,7 +163,7 @@ def test_records_do_not_carry_the_cache_directory(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_the_model_alone_are_deleted_when_its_cells_are_done(tmp_path: Path) -> None:
-    kept, gone = (tmp_path / "cache" / "synthetic" / name for name in ("tiny2-int4-abc", "tiny-int4-abc"))
+    kept, gone = (tmp_path / "cache" / "synthetic" / name for name in ("tiny2-q4_0-abc", "tiny-q4_0-abc"))
     for path in (kept, gone):
         path.mkdir(parents=True)
         (path / "model.safetensors").write_bytes(bytes(1000))
@@ -171,7 +172,7 @@ def test_checkpoints_of_the_model_alone_are_deleted_when_its_cells_are_done(tmp_
     assert delete_checkpoints(tmp_path / "cache") == 1000
 
 
-def test_where_checkpoints_are_deleted_one_is_on_the_disk_at_a_time(tmp_path: Path) -> None:
+def test_all_systems_use_one_checkpoint_which_is_deleted_at_the_end(tmp_path: Path) -> None:
     on_disk = []
 
     class Making(Imitation):
@@ -188,7 +189,7 @@ def test_where_checkpoints_are_deleted_one_is_on_the_disk_at_a_time(tmp_path: Pa
     }
     summary, _ = go(Making(), config(tmp_path, systems=systems, delete_checkpoints=True))
     assert summary.measured == 12
-    assert sorted(map(tuple, on_disk)) == [("tiny-gguf-abc",)] * 4 + [("tiny-int4-abc",)] * 8
+    assert sorted(map(tuple, on_disk)) == [("tiny-q4_0-abc",)] * 12
     assert checkpoints(tmp_path / "cache") == []
 
 
@@ -205,8 +206,7 @@ def test_fractions_refer_to_the_same_bytes_for_every_system(tmp_path: Path) -> N
     cells = cells_of(
         config(tmp_path, systems=systems, budget=BudgetConfig([0.5]), model=ModelConfig("m", shape=shape))
     )
-    assert len({cell.budget_bytes for cell in cells}) == 1
-    assert [cell.system.format for cell in cells[:2]] == ["int4", "gguf"]
+    assert {cell.budget_bytes for cell in cells} == {weight_bytes(shape, "q4_0") // 2}
 
 
 def test_a_model_by_path_is_as_big_as_its_files(tmp_path: Path) -> None:
@@ -225,10 +225,13 @@ def test_a_path_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_medians_and_failures() -> None:
-    cell, other = make_cell(), make_cell(system=SystemConfig("x", "OTHER", format="int4"))
+    cell, other = make_cell(), make_cell(system=SystemConfig("x", "OTHER", format="q4_0"))
     console = Console(file=StringIO(), width=200)
-    console.print(results_table([make_record(cell), make_record(cell), failed("timeout")(other)]))
+    timed = make_record(cell, prefill_s={16: [2.0, 1.5, 7.0]})
+    console.print(results_table([make_record(cell), timed, failed("timeout")(other)]))
     assert isinstance(console.file, StringIO)
     shown = console.file.getvalue()
     assert "0.333" in shown
     assert "timeout" in shown
+    assert "prefill of 16, s" in shown
+    assert " 2 " in shown

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from flexinfer.bench import systems
-from flexinfer.bench.cell import run_child
+from flexinfer.bench.cell import _describe, run_child
 from flexinfer.bench.config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
-from flexinfer.bench.gguf import file_bytes, touched_bytes, write_synthetic
+from flexinfer.bench.gguf import file_bytes, make_gguf, write_synthetic
 
 SHAPE = ShapeConfig(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
 
@@ -34,6 +34,7 @@ def make_job(kind: str, model: Path, scratch: Path, **changes: Any) -> dict[str,
         "warmup_tokens": 1,
     }
     told |= {"tokens": 6, "min_tokens": 4, "min_seconds": 0.0, "max_seconds": 600.0, "trace": False}
+    told |= {"prefill_tokens": []}
     told |= {"budget_bytes": 4 << 30, "kv_bytes": 1 << 20, "layer_bytes": 1 << 20, "other_bytes": 1 << 20}
     return told | changes
 
@@ -90,34 +91,72 @@ def test_a_slow_system_stops_with_the_tokens_it_has(bf16: Path, tmp_path: Path) 
     assert sum(event.get("counted", False) for event in events) == 1
 
 
-@pytest.mark.parametrize("options", [{"use_extra_bufts": False}, {}])
-def test_llama_cpp_decodes_a_synthetic_checkpoint(options: dict[str, bool], tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["q4_0", "q4_k"])
+def test_llama_cpp_and_flexinfer_decode_the_same_file(format: str, tmp_path: Path) -> None:
+    """Random weights have no near ties, so kernels that round in another order find the same tokens."""
     if importlib.util.find_spec("llama_cpp") is None:
         pytest.skip("llama-cpp-python is not installed: make baselines")
-    model = write_synthetic(tmp_path / "model.gguf", SHAPE, "tiny")
-    child = run_child(make_job("llama_cpp", model, tmp_path, options=options), timeout_s=120.0)
-    assert (child.status, child.message) == ("ok", "")
-    assert len(child.counted) == 4
-    assert all(0 <= token["id"] < SHAPE.vocab for token in child.counted)
+    shape = ShapeConfig(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2, vocab=512)
+    model = write_synthetic(tmp_path / "model.gguf", shape, "tiny", format)
+    told: list[list[int]] = []
+    for kind, options in (
+        ("llama_cpp", {"use_extra_bufts": False}),
+        ("llama_cpp", {}),
+        ("flexinfer", {}),
+    ):
+        job = make_job(kind, model, tmp_path, options=options, prefill_tokens=[7, 40])
+        child = run_child(job | {"cache_dir": str(tmp_path)}, timeout_s=120.0)
+        assert (child.status, child.message) == ("ok", "")
+        assert len(child.counted) == 4
+        assert {tokens: len(seconds) for tokens, seconds in child.prefill_s.items()} == {
+            tokens: systems.PREFILL_REPEATS for tokens in (7, 40)
+        }
+        told.append([event["id"] for event in child.all("token")])
+    assert told[0] == told[1] == told[2]
+
+
+def test_prefills_are_timed_from_an_empty_cache(bf16: Path, tmp_path: Path) -> None:
+    events = measured(make_job("transformers", bf16, tmp_path, prefill_tokens=[5, 60]))
+    found = [event["tokens"] for event in events if event["event"] == "prefill"]
+    assert found == [5] * systems.PREFILL_REPEATS + [60] * systems.PREFILL_REPEATS
+    assert sum(event["event"] == "token" for event in events) == 6
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_gguf_holds_the_shape_at_its_bits_and_finite_weights(tie: bool, tmp_path: Path) -> None:
-    shape = ShapeConfig(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512, tie=tie)
+@pytest.mark.parametrize("format", ["q4_0", "q4_k"])
+def test_gguf_holds_the_shape_at_its_bits_and_finite_weights(
+    format: str, tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path))
+    shape = ShapeConfig(hidden=256, intermediate=288, layers=2, heads=4, kv_heads=2, vocab=512, tie=tie)
     sizes: list[int] = []
-    path = write_synthetic(tmp_path / "model.gguf", shape, "tiny", progress=sizes.append)
+    path = write_synthetic(tmp_path / "model.gguf", shape, "tiny", format, progress=sizes.append)
     reader = gguf.GGUFReader(path)
-    assert sum(sizes) == file_bytes(shape) == sum(int(each.n_bytes) for each in reader.tensors)
+    assert sum(sizes) == file_bytes(shape, format) == sum(int(each.n_bytes) for each in reader.tensors)
+    types = {each.name: each.tensor_type.name.lower() for each in reader.tensors}
+    assert types["token_embd.weight"] == types["blk.0.attn_k.weight"] == format
+    assert types["blk.0.ffn_down.weight"] == "q4_0"  # its rows are no multiple of 256
+    facts = _describe(ModelConfig("tiny", "path", [format], path=str(path)), format, str(tmp_path))
     norms = (2 * shape.layers + 1) * shape.hidden * 4
-    assert touched_bytes(path) == weight_bytes(shape, "gguf") + norms
-    assert BITS_PER_WEIGHT["gguf"] == 8 * gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0][1] / 32
+    assert facts.touched_bytes == weight_bytes(shape, format) + norms
+    assert facts.bits == BITS_PER_WEIGHT[format]
     weights = {each.name: gguf.dequantize(each.data, each.tensor_type) for each in reader.tensors}
-    assert weights["blk.1.ffn_down.weight"].shape == (128, 256)
-    assert weights["blk.0.attn_k.weight"].shape == (64, 128)
+    assert weights["blk.1.ffn_down.weight"].shape == (256, 288)
+    assert weights["blk.0.attn_k.weight"].shape == (128, 256)
     assert ("output.weight" in weights) is not tie
-    deviation = float(np.std(weights["blk.0.ffn_up.weight"]))
-    assert 0.8 < deviation * shape.hidden**0.5 < 1.2
+    for name in ("blk.0.ffn_up.weight", "blk.1.ffn_down.weight"):
+        assert 0.8 < float(np.std(weights[name])) * shape.hidden**0.5 < 1.2
+        assert abs(float(np.mean(weights[name]))) < 0.15 * shape.hidden**-0.5  # -8 to 7: a little below 0
     assert not np.array_equal(weights["blk.0.attn_q.weight"], weights["blk.1.attn_q.weight"])
+
+
+def test_a_gguf_is_made_once(tmp_path: Path) -> None:
+    model = ModelConfig("tiny", shape=SHAPE)
+    first = make_gguf(model, "q4_0", tmp_path)
+    made = first.stat().st_mtime_ns
+    assert make_gguf(model, "q4_0", tmp_path) == first
+    assert first.stat().st_mtime_ns == made
+    assert make_gguf(model, "q4_k", tmp_path) != first
 
 
 def test_an_interrupted_gguf_leaves_nothing_that_loads(tmp_path: Path) -> None:
@@ -135,6 +174,8 @@ def test_gguf_refuses_shapes_it_cannot_hold_and_disks_too_full(
     odd = ShapeConfig(hidden=48, intermediate=128, layers=1, heads=4, kv_heads=4, vocab=512)
     with pytest.raises(ConfigError, match=r"model\.shape\.hidden=48"):
         write_synthetic(tmp_path / "model.gguf", odd, "odd")
+    with pytest.raises(ConfigError, match="format='bf16'"):
+        write_synthetic(tmp_path / "model.gguf", SHAPE, "tiny", "bf16")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20})())
     with pytest.raises(OSError, match=r"needs 0\.0 GiB and 1 GiB to spare"):
         write_synthetic(tmp_path / "model.gguf", SHAPE, "tiny")
