@@ -109,8 +109,7 @@ def _config_dir(gguf: GGUF) -> Path:
             "set FLEXINFER_CACHE to a directory that can be written to"
         ) from error
     try:
-        (unfinished / "config.json").write_text(json.dumps(config, indent=1))
-        (unfinished / "generation_config.json").write_text(json.dumps(_generation_config(config)))
+        write_config(config, unfinished)
         _make_tokenizer(gguf, unfinished)
         try:
             unfinished.rename(kept)
@@ -122,8 +121,11 @@ def _config_dir(gguf: GGUF) -> Path:
     return kept
 
 
-def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in TOKEN_IDS.values() if name in config}
+def write_config(config: dict[str, Any], directory: Path) -> None:
+    """Write config.json and generation_config.json of what `config_of` found."""
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    generation = {name: config[name] for name in TOKEN_IDS.values() if name in config}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
 
 
 def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
