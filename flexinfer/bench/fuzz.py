@@ -734,7 +734,7 @@ def fuzz_here(name: str, seconds: int, corpus: Path) -> None:
     target = TARGETS[name]
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_scratch()))
+    folder = Path(tempfile.mkdtemp())
     findings = corpus / f"{name}-findings"
     findings.mkdir(parents=True, exist_ok=True)
     with atheris.instrument_imports(include=list(target.modules)):
@@ -794,10 +794,15 @@ def fuzz(name: str, seconds: int, corpus: Path, record_file: Path | None) -> dic
     while (left_s := seconds - (perf_counter() - start_s)) > 1:
         arguments = ["--here", "--seconds", str(int(left_s)), "--corpus", str(corpus)]
         position = log_file.stat().st_size if log_file.exists() else 0
-        with log_file.open("ab") as log:
+        with (
+            log_file.open("ab") as log,
+            tempfile.TemporaryDirectory(
+                prefix="fuzz-", dir=_scratch()
+            ) as scratch,  # libFuzzer ends without cleaning up
+        ):
             done = subprocess.run(
                 [sys.executable, "-m", "flexinfer.bench.fuzz", name, *arguments],
-                env=os.environ | {"PYTHONHASHSEED": "0"},
+                env=os.environ | {"PYTHONHASHSEED": "0", "TMPDIR": scratch},
                 stdout=log,
                 stderr=log,
                 check=False,
