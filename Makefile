@@ -56,9 +56,9 @@ smoke: $(INSTALLED) $(BASELINES) ## a small experiment, and the notebooks on its
 soak: $(INSTALLED) ## random models, budgets and calls in control groups of exactly the budget (N=1000: an hour, resumable)
 	$(BIN)/python -m flexinfer.bench.soak $(or $(N),1000) --record $(RESULTS)/reliability/soak.jsonl
 
-fuzz: $(INSTALLED) ## hostile headers, indices, configurations and records (SECONDS=3600: an hour each)
+fuzz: $(INSTALLED) ## hostile headers, indices, configurations, GGUF files and records (SECONDS=3600: an hour each)
 	@$(PIP) install --quiet --editable '.[fuzz]'
-	@for target in header index config records; do \
+	@for target in header index config gguf records; do \
 		$(BIN)/python -m flexinfer.bench.fuzz $$target --seconds $(or $(SECONDS),60) --record $(RESULTS)/reliability/fuzz.jsonl || exit 1; \
 	done
 

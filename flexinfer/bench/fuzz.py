@@ -1,7 +1,7 @@
-"""Coverage-guided fuzzing of what a stranger may have written: headers, indices, configurations and records.
+"""Coverage-guided fuzzing of what a stranger may have written: headers, indices, configurations, GGUF files and records.
 
-A target is one reader and the errors it documents. Inputs are the files themselves; they are changed as JSON (a wild number, a key of another
-file, a value moved) or as bytes, and atheris keeps those that reach new code. Each input is judged: anything but the documented
+A target is one reader and the errors it documents. Inputs are the files themselves; they are changed by their format (flexinfer.bench.changes,
+flexinfer.bench.gguf_changes) or as bytes, and atheris keeps those that reach new code. Each input is judged: anything but the documented
 error that names the file is a finding, and so are files opened outside the checkpoint, sockets, processes, prompts, memory or seconds out of
 proportion to the input, descriptors and threads left. A finding is saved beside the corpus and counted once for each
 kind and place; fuzzing goes on. One JSON line a run goes to the record.
@@ -13,13 +13,11 @@ Targets, seeds and judge need no atheris: the tests run them on the seeds.
 """
 
 import argparse
-import copy
 import gc
 import hashlib
 import json
 import logging
 import os
-import random
 import re
 import resource
 import shutil
@@ -32,14 +30,16 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-MAX_INPUT_BYTES = 16_384
+from flexinfer.bench.changes import MAX_INPUT_BYTES, Keys, change_framed, change_lines, framed
+from flexinfer.bench.gguf_changes import ARCHITECTURE, change_gguf
+
 MAX_MEMORY_BYTES = 64 << 20  # that reading one input may take beside what was there
 MAX_ADDRESS_BYTES = 4 << 30  # the same for memory that is asked for and not touched
 MAX_CPU_S = 5.0  # of one input; a second look at it has to agree
@@ -60,9 +60,9 @@ class Target:
     read: Callable[[Path], object]
     errors: Callable[[], tuple[type[Exception], ...]]  # that `read` documents
     modules: tuple[str, ...]  # whose coverage guides
-    keys: Callable[[], dict[str, list[Any]]]  # key of the format -> values worth trying
-    framed: bool = (
-        False  # 8 bytes of length before the JSON, data behind it; otherwise one JSON document a line
+    keys: Callable[[], Keys]
+    change: Callable[[bytes, int, Keys], bytes | None] = (
+        change_lines  # by a seed; None where it is not parsed
     )
 
 
@@ -83,14 +83,14 @@ def _header_seeds(folder: Path) -> list[bytes]:
         header = json.loads(content[8 : 8 + header_bytes])
         few = dict(sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])[0])[:5])
         stop = max(entry["data_offsets"][1] for entry in few.values() if "data_offsets" in entry)
-        seeds.append(_frame(json.dumps(few).encode(), bytes(stop)))
+        seeds.append(framed(json.dumps(few).encode(), bytes(stop)))
     tiny = {
         "none": {"dtype": "BF16", "shape": [0, 3], "data_offsets": [0, 0]},
         "some": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
         "more": {"dtype": "U8", "shape": [], "data_offsets": [16, 17]},
         "__metadata__": {"format": "pt"},
     }
-    return [*seeds, _frame(json.dumps(tiny).encode(), bytes(17))]
+    return [*seeds, framed(json.dumps(tiny).encode(), bytes(17))]
 
 
 def _place_header(data: bytes, folder: Path) -> Path:
@@ -172,6 +172,83 @@ def _build(path: Path) -> None:
         assert skeleton.meter.planned_bytes(32, 1) > 0
 
 
+def _gguf_seeds(folder: Path) -> list[bytes]:
+    seeds = [small_gguf(architecture, folder / f"{architecture}.gguf")[0] for architecture in SMALL_GGUFS]
+    parts = small_gguf("llama", folder / "parts.gguf", parts=2)
+    for i in range(2):  # an input that says it is part i of a model has the other one beside it
+        (folder / f"split-{i}").mkdir()
+        (folder / f"split-{i}" / PARTS[1 - i]).write_bytes(parts[1 - i])
+    (folder / KEPT).mkdir()
+    return [*seeds, *parts]
+
+
+def _place_gguf(data: bytes, folder: Path) -> Path:
+    """The folder that holds the input and another part, where it has the number of a part; otherwise the file."""
+    at = data.find(b"split.no")
+    if at < 0:
+        path = file = folder / "model.gguf"
+    else:
+        number = int.from_bytes(data[at + 12 : at + 13], "little") % 2  # behind the key and its type
+        path = folder / f"split-{number}"
+        file = path / PARTS[number]
+    file.write_bytes(data)
+    return path
+
+
+def _build_gguf(path: Path) -> None:
+    """What `from_pretrained` does with a GGUF file, but for the tokenizer, which another process makes."""
+    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.gguf import read_gguf
+    from flexinfer.formats.gguf_model import config_of, gguf_in, write_config
+    from flexinfer.formats.gguf_tokenizer import ARRAYS
+    from flexinfer.formats.skeleton import build_skeleton
+
+    file = gguf_in(path)
+    assert file is not None
+    gguf = read_gguf(file)
+    for part in gguf.files:
+        end_bytes = 0
+        for spec in gguf.tensors.values():
+            if spec.file == part:
+                assert end_bytes <= spec.offset_bytes, f"{spec} overlaps"
+                end_bytes = spec.offset_bytes + spec.nbytes
+        assert end_bytes <= part.stat().st_size, f"{end_bytes} is behind the end of the file"
+    assert read_gguf(file, [f"tokenizer.ggml.{name}" for name in ARRAYS]).tensors == gguf.tensors
+    kept = path.parent / KEPT
+    write_config(config_of(gguf), kept)
+    skeleton = build_skeleton(Checkpoint(file, gguf.tensors, kept, gguf.architecture))
+    assert skeleton.meter.planned_bytes(32, 1) > 0
+
+
+def _gguf_keys() -> Keys:
+    from flexinfer.formats.gguf_model import LAYERS_OF_27B, MODEL_TYPES
+
+    numbers = ["context_length", "embedding_length", "feed_forward_length", "rope.dimension_count"]
+    numbers += ["attention.head_count", "attention.head_count_kv", "attention.key_length"]
+    numbers += ["attention.sliding_window", "rope.scaling.original_context_length"]
+    ratios = ["rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "rope.scaling.attn_factor"]
+    ratios += ["attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"]
+    ratios += ["attn_logit_softcapping", "final_logit_softcapping"]
+    kinds: Keys = {
+        "block_count": [1, 2, 3, 10**9, *LAYERS_OF_27B.values()],
+        "rope.scaling.type": ["none", "linear", "yarn", "longrope", "bananas"],
+        **{name: [0, 1, 8, 16, 32, 64, 10**9, [16, 16], [8, 16]] for name in numbers},
+        **{name: [0.0, 1e-5, 0.5, 1.0, 2.0, 10_000.0, [1.0, 1.0]] for name in ratios},
+    }
+    return {
+        "general.architecture": [*MODEL_TYPES, "bananas", "llama4"],
+        "general.alignment": [1, 8, 64, 2**40, 2**63],
+        "general.name": ["owner/name"],
+        "split.no": [0, 1, 2],
+        "split.count": [0, 1, 2, 3],
+        "split.tensors.count": [0, 1, 10**6],
+        "tokenizer.ggml.tokens": [["a", "b"], [], [1, 2]],
+        "tokenizer.ggml.eos_token_id": [0, 47, 48, 10**9],
+        "tokenizer.ggml.padding_token_id": [0, 47, 48, 10**9],
+        **{f"{ARCHITECTURE}.{name}": values for name, values in kinds.items()},
+    }
+
+
 def _record_seeds(folder: Path) -> list[bytes]:
     """A line of each experiment that has been recorded here, and a small one."""
     from flexinfer.bench.records import Record
@@ -204,7 +281,7 @@ def _record_errors() -> tuple[type[Exception], ...]:
     return (RecordError,)
 
 
-def _config_keys() -> dict[str, list[Any]]:
+def _config_keys() -> Keys:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     layers = ["full_attention", "sliding_attention", "linear_attention"]
@@ -247,7 +324,7 @@ TARGETS: dict[str, Target] = {
             "data_offsets": [[0, 0], [0, 2**63], [1]],
             "__metadata__": [{"format": "pt"}],
         },
-        framed=True,
+        change=change_framed,
     ),
     "index": Target(
         seeds=_index_seeds,
@@ -279,6 +356,21 @@ TARGETS: dict[str, Target] = {
             "transformers.models",
         ),
         keys=_config_keys,
+    ),
+    "gguf": Target(
+        seeds=_gguf_seeds,
+        place=_place_gguf,
+        read=_build_gguf,
+        errors=_checkpoint_errors,
+        modules=(
+            "flexinfer.activations",
+            "flexinfer.formats",
+            "transformers.configuration_utils",
+            "transformers.modeling_gguf_pytorch_utils",
+            "transformers.modeling_rope_utils",
+        ),
+        keys=_gguf_keys,
+        change=change_gguf,
     ),
     "records": Target(
         seeds=_record_seeds,
@@ -314,6 +406,51 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {  # model_type -> what differs from S
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "rotary_dim": 8},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
+SMALL_GGUFS: dict[str, dict[str, Any]] = {  # llama.cpp's architecture -> what differs from SMALL_SHAPE
+    "llama": {"model_type": "llama", "intermediate_size": 32},
+    "phi3": {"model_type": "phi3", "intermediate_size": 32},
+    "gemma3": {"model_type": "gemma3_text", "intermediate_size": 32} | WINDOWED,
+    "gpt2": {"model_type": "gpt2", "n_inner": 32, "max_position_embeddings": 16},
+}
+GGUF_VALUES: dict[str, dict[str, Any]] = {  # of all of them, and of one architecture
+    "all": {
+        "context_length": 64,
+        "embedding_length": 32,
+        "feed_forward_length": 32,
+        "block_count": 2,
+        "attention.head_count": 2,
+        "attention.layer_norm_epsilon": 1e-5,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["<pad>", "<s>", "</s>", "a", "b", "ab"],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.token_type": [3, 3, 3, 1, 1, 1],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+    },
+    "llama": {"attention.head_count_kv": [1, 1], "rope.dimension_count": 16, "rope.freq_base": 5000.0},
+    "phi3": {
+        "attention.head_count_kv": 1,
+        "rope.dimension_count": 16,
+        "rope.scaling.original_context_length": 32,
+        "rope.scaling.attn_factor": 1.5,
+    },
+    "gemma3": {
+        "attention.head_count_kv": 1,
+        "attention.key_length": 16,
+        "attention.sliding_window": 8,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 8.0,
+    },
+    "gpt2": {"context_length": 16},
+}
+GGUF_ROPES: dict[str, dict[str, list[float]]] = {  # tensors that say how positions are rotated
+    "llama": {"rope_freqs.weight": [1.0] * 4 + [1.977967] + [8.0] * 3},
+    "phi3": {"rope_factors_long.weight": [2.0] * 8, "rope_factors_short.weight": [1.0] * 8},
+}
+PARTS = ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf")
+KEPT = "kept"  # the folder in which a reader may write
 PACKED = "packed"  # the folder of a copy of llama that `flexinfer quantize` made
 SMALL_RECORD: dict[str, Any] = {
     "run_id": "0123456789",
@@ -374,83 +511,45 @@ def small_checkpoint(family: str, path: Path, max_shard_size: str = "5GB") -> Pa
     return path
 
 
-# ---- changing an input
+def small_gguf(architecture: str, file: Path, parts: int = 1) -> list[bytes]:
+    """A GGUF file of a few kilobytes, or its parts, as the `gguf` package writes it. Weights are zeros."""
+    import gguf
+    import numpy as np
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
-WILD: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 3, 255, 2**31, 2**32, 2**63, -(2**63), 2**64, 10**9, 10**12, 10**400),
-    *(0.0, -0.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf")),
-    *("", "x", "0", "1e9", "../x", "/etc/passwd", "owner/name", "a\0b", "\x1b[2J", "\ud800", "é" * 300, "."),
-    *([], {}, [[]], [0] * 300, [None], {"": ""}, {"a": {"a": {"a": []}}}),
-]
-LONG_NUMBER = "9" * 5000  # more digits than Python turns into an int
-
-
-def _frame(document: bytes, data: bytes) -> bytes:
-    return struct.pack("<Q", len(document)) + document + data
-
-
-def change(data: bytes, seed: int, keys: dict[str, list[Any]], framed: bool) -> bytes | None:
-    """`data` with one to four changes to one of its JSON documents; None where it has none."""
-    chance = random.Random(seed)
-    before, after = b"", b""
-    if framed:
-        length = int.from_bytes(data[:8], "little")
-        document, after = data[8 : 8 + length], data[8 + length :]
-    else:
-        lines = data.split(b"\n")
-        filled = [i for i, line in enumerate(lines) if line] or [0]
-        i = chance.choice(filled)
-        before = b"".join(line + b"\n" for line in lines[:i])
-        document, after = lines[i], b"".join(b"\n" + line for line in lines[i + 1 :])
-    try:
-        value = [json.loads(document)]
-        for _ in range(chance.choice((1, 1, 1, 2, 4))):
-            _change_once(value, chance, keys)
-        document = json.dumps(value[0]).encode()
-    except (ValueError, RecursionError):  # no JSON, or nested too deep
-        return None
-    if chance.random() < 0.02 and (numbers := list(re.finditer(rb"\d+", document))):
-        start, stop = chance.choice(numbers).span()
-        document = document[:start] + LONG_NUMBER.encode() + document[stop:]
-    if chance.random() < 0.01:
-        document = b"[" * 3000 + document
-    return _frame(document, after) if framed else before + document + after
-
-
-def _places(value: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) in `value` and below it."""
-    stack: list[Any] = [value]
-    while stack:
-        holder = stack.pop()
-        for key, inner in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
-            yield holder, key
-            if isinstance(inner, dict | list):
-                stack.append(inner)
-
-
-def _change_once(value: list[Any], chance: random.Random, keys: dict[str, list[Any]]) -> None:
-    places = list(_places(value))
-    holder, key = chance.choice(places)
-    others = [holder[key] for holder, key in places]
-    kind = chance.randrange(7)
-    if kind == 0 and isinstance(holder, dict):
-        del holder[key]
-    elif kind == 1 and isinstance(holder, dict):
-        holder[chance.choice([*keys, *(str(key) for _, key in places)])] = holder.pop(key)
-    elif kind == 2:
-        holder[key] = copy.deepcopy(chance.choice(others))
-    elif kind in (3, 4) and keys:
-        objects = [one for one in (value[0], *others) if isinstance(one, dict)]
-        if objects:
-            name = chance.choice(list(keys))
-            where = objects[0] if chance.random() < 0.7 else chance.choice(objects)
-            where[name] = copy.deepcopy(chance.choice(keys[name] if chance.random() < 0.7 else WILD))
-    elif isinstance(holder[key], int | float) and chance.random() < 0.5:
-        number = holder[key]
-        steps: list[Any] = [number + 1, number - 1, -number, float(number) if abs(number) < 1e300 else 0]
-        holder[key] = chance.choice([*steps, number * 2, number * 1000, str(number)])
-    else:
-        holder[key] = copy.deepcopy(chance.choice(WILD))
+    settings = SMALL_SHAPE | SMALL_GGUFS[architecture]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    layers = settings["num_hidden_layers"]
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, layers)
+    parameters = dict(model.named_parameters())
+    split_tensors = -(-len(parameters) // parts) if parts > 1 else 0
+    writer = gguf.GGUFWriter(None if split_tensors else file, architecture, split_max_tensors=split_tensors)
+    adds: dict[type, Callable[[str, Any], None]] = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
+    for key, value in (GGUF_VALUES["all"] | GGUF_VALUES[architecture]).items():
+        name = key if key.startswith("tokenizer") else f"{architecture}.{key}"
+        adds.get(type(value), writer.add_array)(name, value)
+    for name, parameter in parameters.items():
+        module, _, leaf = name.rpartition(".")
+        shape = tuple(parameter.shape)
+        if isinstance(model.get_submodule(module), Conv1D):  # a file has the rows of a linear
+            shape = shape[::-1]
+        blocks = len(shape) == 2 and "wpe" not in name
+        data = np.zeros((shape[0], shape[1] // 32 * 18), np.uint8) if blocks else np.zeros(shape, np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_0 if blocks else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{names.get_name(module)}.{leaf}", data, raw_dtype=kind)
+    for name, numbers in GGUF_ROPES.get(architecture, {}).items():
+        writer.add_tensor(name, np.array(numbers, np.float32))
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return [one.read_bytes() for one in sorted(file.parent.glob(f"{file.stem}*.gguf"))]
 
 
 # ---- judging
@@ -505,8 +604,9 @@ class Watch:
             finally:
                 self._folder = folder
             inside = (real + "/").startswith(folder + "/")
+            kept = real.startswith(f"{folder}/{KEPT}/")
             library = real.startswith(self._libraries) and (not writes or "__pycache__" in real)
-            if (inside and not writes) or library:
+            if (inside and not writes) or kept or library:
                 return
             event = f"open {real} {mode}"
         self.seen.append(event if event.startswith("open ") else f"{event} {arguments!r:.200}")
@@ -634,7 +734,7 @@ def fuzz_here(name: str, seconds: int, corpus: Path) -> None:
     target = TARGETS[name]
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_scratch()))
+    folder = Path(tempfile.mkdtemp())
     findings = corpus / f"{name}-findings"
     findings.mkdir(parents=True, exist_ok=True)
     with atheris.instrument_imports(include=list(target.modules)):
@@ -655,7 +755,7 @@ def fuzz_here(name: str, seconds: int, corpus: Path) -> None:
             (findings / f"{found.key}.txt").write_text(found.text, errors="backslashreplace")
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-        changed = change(data, seed, keys, target.framed) if seed % 8 else None
+        changed = target.change(data, seed, keys) if seed % 8 else None
         if changed is None or len(changed) > max_size:
             return bytes(atheris.Mutate(data, len(data)) if data else b"{}")
         return changed
@@ -694,10 +794,15 @@ def fuzz(name: str, seconds: int, corpus: Path, record_file: Path | None) -> dic
     while (left_s := seconds - (perf_counter() - start_s)) > 1:
         arguments = ["--here", "--seconds", str(int(left_s)), "--corpus", str(corpus)]
         position = log_file.stat().st_size if log_file.exists() else 0
-        with log_file.open("ab") as log:
+        with (
+            log_file.open("ab") as log,
+            tempfile.TemporaryDirectory(
+                prefix="fuzz-", dir=_scratch()
+            ) as scratch,  # libFuzzer ends without cleaning up
+        ):
             done = subprocess.run(
                 [sys.executable, "-m", "flexinfer.bench.fuzz", name, *arguments],
-                env=os.environ | {"PYTHONHASHSEED": "0"},
+                env=os.environ | {"PYTHONHASHSEED": "0", "TMPDIR": scratch},
                 stdout=log,
                 stderr=log,
                 check=False,

@@ -147,6 +147,11 @@ class Checkpoint:
         )
 
     @property
+    def config_file(self) -> Path:
+        """The file that says what the model is: config.json, or the GGUF file that it was made of."""
+        return self.path if self.architecture else self.config_dir / "config.json"
+
+    @property
     def files(self) -> list[Path]:
         """The files that hold tensors, each once."""
         return sorted({spec.file for spec in self.tensors.values()})

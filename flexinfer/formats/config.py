@@ -48,8 +48,8 @@ def refusing(file: Path, what: str) -> Iterator[None]:
 
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The configuration of `checkpoint`. Raises CheckpointError when transformers knows no such model, or must not build it."""
-    file = checkpoint.config_dir / CONFIG_FILE
-    _check(file, _read(file), checkpoint)
+    file = checkpoint.config_file
+    _check(file, _read(checkpoint.config_dir / CONFIG_FILE), checkpoint)
     with refusing(file, "not a model that transformers knows"):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             checkpoint.config_dir, trust_remote_code=False, local_files_only=True
@@ -59,12 +59,13 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     return config
 
 
-def set_generation_config(model: PreTrainedModel, path: Path) -> None:
-    """Give `model` the generation_config.json in `path`, if there is one."""
+def set_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Give `model` the generation_config.json of `checkpoint`, if there is one."""
+    path = checkpoint.config_dir
     file = path / GENERATION_FILE
     if file.is_file():
         _read(file)
-        with refusing(file, "no settings of generate()"):
+        with refusing(checkpoint.path if checkpoint.architecture else file, "no settings of generate()"):
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
 
 

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from flexinfer.formats.checkpoint import ENCODINGS, CheckpointError, Encoding, TensorSpec
+from flexinfer.messages import shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 CHUNK_BYTES = 1 << 18
-MAX_STRING_BYTES = 16 << 20  # of one that is kept: a chat template is a few KB
+MAX_ENTRIES = 1 << 16  # values, and tensors
+MAX_STRINGS = 1 << 22  # of an array: of a vocabulary and its merges there are some hundred thousand
+MAX_KEPT_BYTES = 32 << 20  # strings and numbers, vocabulary and merges among them where they are asked for
 MAX_KEPT_NUMBERS = 4096  # of an array: one for each layer, or each frequency
 SMALLEST_VALUE_BYTES = 8 + 4 + 1  # a name's length, a type and a value
 SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, dimensions, type and offset
@@ -97,21 +100,30 @@ def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
             specs = specs + more
         else:
             facts = metadata
-        if facts.get("split.no", 0) != number or facts.get("split.count", 1) not in {len(files), 0}:
+        no, count = _count(part, facts, "split.no", 0), _count(part, facts, "split.count", 1)
+        if no != number or count not in {len(files), 0}:
             _refuse(
                 part,
-                f"says it is part {facts.get('split.no', 0) + 1} of {facts.get('split.count', 1)} and is named as part {number + 1} of {len(files)}; "
+                f"says it is part {no + 1} of {count} and is named as part {number + 1} of {len(files)}; "
                 "give the files the names they were published with",
             )
     tensors = {spec.name: spec for spec in specs}
     if len(tensors) < len(specs):
         _refuse(file, "has two tensors of one name: damaged; download it again")
-    expected = metadata.get("split.tensors.count", len(specs)) if len(files) > 1 else len(specs)
-    if expected != len(specs):
+    expected = _count(file, metadata, "split.tensors.count", len(specs))
+    if len(files) > 1 and expected != len(specs):
         _refuse(file, f"its parts have {len(specs)} tensors, not {expected}; download them again")
     if not isinstance(metadata.get("general.architecture"), str):
         _refuse(file, "has no general.architecture: not a model; convert it again with llama.cpp")
     return GGUF(files, metadata, tensors)
+
+
+def _count(file: Path, metadata: dict[str, Any], key: str, default: int) -> int:
+    """A whole number of the metadata."""
+    value = metadata.get(key, default)
+    if type(value) is not int:
+        _refuse(file, f"{key} is {shown(value)}, no whole number: damaged; download it again")
+    return value
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
@@ -151,75 +163,83 @@ def _read_header(file: Path, arrays: Collection[str]) -> tuple[dict[str, Any], l
             )
         tensor_count = source.number("Q", "the number of tensors")
         value_count = source.number("Q", "the number of values")
-        source.expect(
-            value_count * SMALLEST_VALUE_BYTES + tensor_count * SMALLEST_TENSOR_BYTES,
-            f"{value_count} values and {tensor_count} tensors",
-        )
+        entries = f"{value_count} values and {tensor_count} tensors"
+        source.expect(value_count * SMALLEST_VALUE_BYTES + tensor_count * SMALLEST_TENSOR_BYTES, entries)
+        if max(value_count, tensor_count) > MAX_ENTRIES:
+            _refuse(file, f"{entries}, at most {MAX_ENTRIES} are read: damaged; download it again")
         metadata: dict[str, Any] = {}
         for _ in range(value_count):
             key = source.string("the name of a value")
             if key in metadata:
-                _refuse(file, f"{key!r} is there twice: damaged; download it again")
-            metadata[key] = _value(source, source.number("I", key), key, key in arrays)
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            _refuse(file, f"general.alignment is {alignment!r}, no power of two: damaged; download it again")
+                _refuse(file, f"{shown(key)} is there twice: damaged; download it again")
+            metadata[key] = _value(source, shown(key), key in arrays)
+        alignment = _count(file, metadata, "general.alignment", DEFAULT_ALIGNMENT)
+        if alignment < 1 or alignment & (alignment - 1):
+            _refuse(file, f"general.alignment is {alignment}, no power of two: damaged; download it again")
         found = [_tensor(source, alignment) for _ in range(tensor_count)]
         data_start = -(-source.position // alignment) * alignment
     return metadata, _placed(file, found, data_start, source.size_bytes)
 
 
-def _value(source: "_Source", kind: int, key: str, whole: bool) -> Any:
-    """One value of the metadata. An array of strings, or a long one, is built only if `whole`."""
+def _value(source: "_Source", key: str, whole: bool) -> Any:
+    """One value of the metadata. An array of strings, or a long one, is built only if `whole`. `key`: as a message shows it."""
+    kind = source.number("I", key)
     if kind == STRING:
         return source.string(key)
     if kind in SCALARS:
         return source.number(SCALARS[kind], key)
     if kind != ARRAY:
-        _refuse(source.file, f"{key!r} is of type {kind}, which there is not: damaged; download it again")
+        _refuse(source.file, f"{key} is of type {kind}, which there is not: damaged; download it again")
     kind, count = source.number("I", key), source.number("Q", key)
     if kind in SCALARS:
         nbytes = count * struct.calcsize(SCALARS[kind])
-        source.expect(nbytes, f"the array {key!r}")
+        source.expect(nbytes, f"the array {key}")
         if whole or count <= MAX_KEPT_NUMBERS:
+            source.keep(8 * count, key)
             return list(struct.unpack(f"<{count}{SCALARS[kind]}", source.take(nbytes, key)))
         source.skip(nbytes, key)
     elif kind == STRING:
-        source.expect(count * 8, f"the array {key!r}")
+        source.expect(count * 8, f"the array {key}")
+        if count > MAX_STRINGS:
+            _refuse(
+                source.file,
+                f"the array {key} has {count} strings, at most {MAX_STRINGS} are read: damaged; download it again",
+            )
         if whole:
             return [source.string(key) for _ in range(count)]
         source.skip_strings(count, key)
     else:
-        _refuse(source.file, f"{key!r} is an array of type {kind}, which cannot be read; download it again")
+        _refuse(source.file, f"{key} is an array of type {kind}, which cannot be read; download it again")
     return LongArray(count)
 
 
 def _tensor(source: "_Source", alignment: int) -> tuple[str, tuple[int, ...], Encoding, int]:
     """Name, shape, encoding and offset of one tensor, each plausible by itself."""
     name = source.string("the name of a tensor")
-    dimensions = source.number("I", name)
+    named = shown(name)
+    dimensions = source.number("I", named)
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         _refuse(
             source.file,
-            f"tensor {name!r} has {dimensions} dimensions, not 1 to 4: damaged; download it again",
+            f"tensor {named} has {dimensions} dimensions, not 1 to 4: damaged; download it again",
         )
-    shape = tuple(source.number("Q", name) for _ in range(dimensions))[::-1]
-    kind, offset_bytes = source.number("I", name), source.number("Q", name)
+    shape = tuple(source.number("Q", named) for _ in range(dimensions))[::-1]
+    kind, offset_bytes = source.number("I", named), source.number("Q", named)
     if kind not in TYPES:
         known = ", ".join(encoding.name for encoding in TYPES.values())
         _refuse(
             source.file,
-            f"tensor {name!r} is of ggml's type {kind}, supported are {known}; take another file of this model",
+            f"tensor {named} is of ggml's type {kind}, supported are {known}; take another file of this model",
         )
     if 0 in shape or shape[-1] % TYPES[kind].block_elements:
         _refuse(
             source.file,
-            f"tensor {name!r} of shape {list(shape)} is no whole number of {TYPES[kind].name} blocks: damaged; download it again",
+            f"tensor {named} of shape {list(shape)} is no whole number of {TYPES[kind].name} blocks: damaged; download it again",
         )
     if offset_bytes % alignment:
         _refuse(
             source.file,
-            f"tensor {name!r} begins at byte {offset_bytes} of the data, no multiple of {alignment}: damaged; download it again",
+            f"tensor {named} begins at byte {offset_bytes} of the data, no multiple of {alignment}: damaged; download it again",
         )
     return name, shape, TYPES[kind], offset_bytes
 
@@ -239,12 +259,12 @@ def _placed(
     end_bytes = data_start
     for spec in specs:
         if spec.offset_bytes < end_bytes:
-            _refuse(file, f"tensor {spec.name!r} overlaps the one before it: damaged; download it again")
+            _refuse(file, f"tensor {shown(spec.name)} overlaps the one before it: damaged; download it again")
         end_bytes = spec.offset_bytes + spec.nbytes
         if end_bytes > size_bytes:
             _refuse(
                 file,
-                f"truncated: tensor {spec.name!r} ends at byte {end_bytes}, the file at {size_bytes}; download it again",
+                f"truncated: tensor {shown(spec.name)} ends at byte {end_bytes}, the file at {size_bytes}; download it again",
             )
     return specs
 
@@ -257,6 +277,7 @@ class _Source:
         self._stream = stream
         self._chunk, self._at = b"", 0
         self._chunk_start = 0  # where it lies in the file
+        self._kept_bytes = 0
 
     @property
     def position(self) -> int:
@@ -268,6 +289,15 @@ class _Source:
             _refuse(
                 self.file,
                 f"truncated or damaged: {what} would take {nbytes} bytes at {self.position}, the file has {self.size_bytes}; download it again",
+            )
+
+    def keep(self, nbytes: int, what: str) -> None:
+        """Count what stays in memory. Raises CheckpointError when that is more than a header has."""
+        self._kept_bytes += nbytes
+        if self._kept_bytes > MAX_KEPT_BYTES:
+            _refuse(
+                self.file,
+                f"its header has more than {MAX_KEPT_BYTES} bytes of strings and numbers, up to {what}: damaged; download it again",
             )
 
     def take(self, nbytes: int, what: str) -> bytes:
@@ -291,8 +321,7 @@ class _Source:
     def string(self, what: str) -> str:
         nbytes = self.number("Q", f"the length of {what}")
         self.expect(nbytes, what)
-        if nbytes > MAX_STRING_BYTES:
-            _refuse(self.file, f"{what} is a string of {nbytes} bytes: damaged; download it again")
+        self.keep(8 + nbytes, what)
         return self.take(nbytes, what).decode("utf-8", errors="replace")
 
     def skip_strings(self, count: int, what: str) -> None:

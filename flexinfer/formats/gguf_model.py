@@ -29,6 +29,7 @@ import numpy.typing as npt
 from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
 from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, read_gguf
 from flexinfer.machine import anonymous_bytes, available_bytes
+from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # the size whose attention is scal
 ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 NAMES_KEY = "flexinfer.names"  # whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json
+MAX_ROWS = 1 << 20  # of a tensor; the largest vocabularies have a quarter of it
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
 CACHE_VERSION = 1  # of what is kept
 TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100  # of the process that makes a tokenizer, and for each token
@@ -118,8 +120,7 @@ def _config_dir(gguf: GGUF) -> Path:
             "set FLEXINFER_CACHE to a directory that can be written to"
         ) from error
     try:
-        (unfinished / "config.json").write_text(json.dumps(config, indent=1))
-        (unfinished / "generation_config.json").write_text(json.dumps(_generation_config(config)))
+        write_config(config, unfinished)
         _make_tokenizer(gguf, unfinished)
         try:
             unfinished.rename(kept)
@@ -131,8 +132,11 @@ def _config_dir(gguf: GGUF) -> Path:
     return kept
 
 
-def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in TOKEN_IDS.values() if name in config}
+def write_config(config: dict[str, Any], directory: Path) -> None:
+    """Write config.json and generation_config.json of what `config_of` found."""
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    generation = {name: config[name] for name in TOKEN_IDS.values() if name in config}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
 
 
 def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
@@ -158,9 +162,9 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
         check=False,
     )
     if done.stdout:
-        warnings.warn(f"{gguf.files[0]}: {done.stdout.strip()}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{gguf.files[0]}: {one_line(done.stdout)}", RuntimeWarning, stacklevel=2)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        last = one_line((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
         (directory / NO_TOKENIZER).write_text(last)
         warnings.warn(
             f"{gguf.files[0]}: no tokenizer could be made from it ({last})", RuntimeWarning, stacklevel=2
@@ -177,25 +181,37 @@ def config_of(gguf: GGUF) -> dict[str, Any]:
     name = gguf.architecture
     if any("_exps." in tensor for tensor in gguf.tensors):
         raise CheckpointError(
-            f"{gguf.files[0]}: {name} with experts (a mixture), which cannot be streamed yet; {_what_works()}"
+            f"{gguf.files[0]}: {one_line(name)} with experts (a mixture), which cannot be streamed yet; {_what_works()}"
         )
     if name not in MODEL_TYPES or name not in GGUF_CONFIG_MAPPING:
-        raise CheckpointError(f"{gguf.files[0]}: the architecture {name!r} cannot be run; {_what_works()}")
+        raise CheckpointError(
+            f"{gguf.files[0]}: the architecture {shown(name)} cannot be run; {_what_works()}"
+        )
     if "token_embd.weight" not in gguf.tensors:
         raise CheckpointError(f"{gguf.files[0]}: has no tensor token_embd.weight; it is incomplete")
     renames: dict[str, str | None] = GGUF_CONFIG_MAPPING[name]  # type: ignore[assignment]
     known = {theirs: _of(gguf, key) for key, theirs in renames.items() if theirs}
     config = {theirs: value for theirs, value in known.items() if value is not None}
     config.pop("rope_theta", None)
-    ids = {theirs: gguf.metadata.get(f"tokenizer.ggml.{ours}_token_id") for ours, theirs in TOKEN_IDS.items()}
     return (
         config
-        | {theirs: value for theirs, value in ids.items() if value is not None}
+        | _token_ids(gguf)
         | {"model_type": MODEL_TYPES[name], "dtype": "float32"}
         | {"vocab_size": gguf.tensors["token_embd.weight"].shape[0]}
         | {"tie_word_embeddings": "output.weight" not in gguf.tensors}
         | _completed(gguf)
     )
+
+
+def _token_ids(gguf: GGUF) -> dict[str, int]:
+    keys = {f"tokenizer.ggml.{ours}_token_id": theirs for ours, theirs in TOKEN_IDS.items()}
+    found = {theirs: gguf.metadata[key] for key, theirs in keys.items() if key in gguf.metadata}
+    for name, value in found.items():
+        if type(value) is not int:
+            raise CheckpointError(
+                f"{gguf.files[0]}: {name} is {shown(value)}, no number of a token: damaged; download it again"
+            )
+    return found
 
 
 def _what_works() -> str:
@@ -219,8 +235,12 @@ def _completed(gguf: GGUF) -> dict[str, Any]:
     name = gguf.architecture
     hidden, heads = _needed(gguf, "embedding_length"), _needed(gguf, "attention.head_count")
     layers = _needed(gguf, "block_count")
-    width = _of(gguf, "attention.key_length") or hidden // heads
-    rotated = _of(gguf, "rope.dimension_count") or width
+    width = _size(gguf, "attention.key_length") or hidden // heads
+    rotated = _size(gguf, "rope.dimension_count") or width
+    if not 1 <= rotated <= width:
+        raise CheckpointError(
+            f"{gguf.files[0]}: {rotated} of {width} numbers of a head are rotated: damaged; download it again"
+        )
     epsilon = _of(gguf, "attention.layer_norm_epsilon")
     rope = _rope_parameters(gguf, rotated)
     more: dict[str, Any] = {"rope_parameters": rope}
@@ -238,13 +258,13 @@ def _completed(gguf: GGUF) -> dict[str, Any]:
     elif name in LAYERS_OF_27B:
         more["query_pre_attn_scalar"] = hidden // heads if layers == LAYERS_OF_27B[name] else width
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if (cap := _of(gguf, key)) is not None:
-                more[key] = cap
+            if _of(gguf, key) is not None:
+                more[key] = _ratio(gguf, key)
         if name == "gemma3":
-            local = {"rope_type": "default", "rope_theta": _of(gguf, "rope.freq_base_swa") or 10_000.0}
+            local = {"rope_type": "default", "rope_theta": _ratio(gguf, "rope.freq_base_swa") or 10_000.0}
             more["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     elif name == "phi3":
-        original = _of(gguf, "rope.scaling.original_context_length")
+        original = _size(gguf, "rope.scaling.original_context_length")
         more |= {"sliding_window": None} | (
             {"original_max_position_embeddings": original} if original else {}
         )
@@ -271,29 +291,54 @@ def _completed(gguf: GGUF) -> dict[str, Any]:
 
 
 def _needed(gguf: GGUF, key: str) -> int:
-    value = _of(gguf, key)
-    if not isinstance(value, int) or value < 1:
+    """A count or a size, which has to be there."""
+    value = _size(gguf, key)
+    if not value:
         raise CheckpointError(
-            f"{gguf.files[0]}: {gguf.architecture}.{key} is {value!r}, not a number from 1: damaged; download it again"
+            f"{gguf.files[0]}: {gguf.architecture}.{key} is {_of(gguf, key)}, not a number from 1: damaged; download it again"
         )
     return value
 
 
+def _size(gguf: GGUF, key: str) -> int:
+    """A count or a size; 0 where there is none."""
+    value = _of(gguf, key)
+    if value is None:
+        return 0
+    if type(value) is not int or value < 0:
+        raise CheckpointError(
+            f"{gguf.files[0]}: {gguf.architecture}.{key} is {shown(value)}, not a number from 1: damaged; download it again"
+        )
+    return value
+
+
+def _ratio(gguf: GGUF, key: str) -> float | None:
+    """A number above 0; None where there is none, or a 0."""
+    value = _of(gguf, key)
+    if value is None or value == 0:
+        return None
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(
+            f"{gguf.files[0]}: {gguf.architecture}.{key} is {shown(value)}, not a number above 0: damaged; download it again"
+        )
+    return float(value)
+
+
 def _rope_parameters(gguf: GGUF, rotated: int) -> dict[str, Any]:
     """How positions are rotated, in transformers' words."""
-    theta = float(_of(gguf, "rope.freq_base") or 10_000.0)
-    kind, factor = _of(gguf, "rope.scaling.type"), _of(gguf, "rope.scaling.factor")
-    original = _of(gguf, "rope.scaling.original_context_length")
+    theta = _ratio(gguf, "rope.freq_base") or 10_000.0
+    kind, factor = _of(gguf, "rope.scaling.type"), _ratio(gguf, "rope.scaling.factor")
+    original = _size(gguf, "rope.scaling.original_context_length")
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if "rope_freqs.weight" in gguf.tensors:
         return parameters | _llama3(gguf, theta, rotated)
     if "rope_factors_long.weight" in gguf.tensors:
         return parameters | {
             "rope_type": "longrope",
-            "long_factor": _numbers(gguf.tensors["rope_factors_long.weight"]),
-            "short_factor": _numbers(gguf.tensors["rope_factors_short.weight"]),
+            "long_factor": _numbers(gguf, "rope_factors_long.weight"),
+            "short_factor": _numbers(gguf, "rope_factors_short.weight"),
             "original_max_position_embeddings": original or _needed(gguf, "context_length"),
-            "attention_factor": _of(gguf, "rope.scaling.attn_factor"),
+            "attention_factor": _ratio(gguf, "rope.scaling.attn_factor"),
         }
     if kind in {None, "none"} or not factor or factor == 1:
         return parameters
@@ -305,21 +350,23 @@ def _rope_parameters(gguf: GGUF, rotated: int) -> dict[str, Any]:
             "factor": factor,
             "original_max_position_embeddings": original,
         }
-    raise CheckpointError(f"{gguf.files[0]}: rope.scaling.type {kind!r} cannot be run")
+    raise CheckpointError(f"{gguf.files[0]}: rope.scaling.type {shown(kind)} cannot be run")
 
 
 def _llama3(gguf: GGUF, theta: float, rotated: int) -> dict[str, Any]:
     """Llama 3's scaling of frequencies, found from the divisors that llama.cpp keeps of it."""
-    divisors = np.array(_numbers(gguf.tensors["rope_freqs.weight"]))
+    divisors = np.array(_numbers(gguf, "rope_freqs.weight"))
     factor = float(divisors.max())
     if np.allclose(divisors, 1):
         return {}
+    if len(divisors) != -(-rotated // 2):
+        raise CheckpointError(
+            f"{gguf.files[0]}: rope_freqs.weight has {len(divisors)} numbers for {rotated} that are rotated: damaged; download it again"
+        )
     lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)  # of each wave, in tokens
     for original in (1 << power for power in range(10, 21)):
         share = np.clip((original / lengths - 1) / 3, 0, 1)
-        if len(divisors) == len(lengths) and np.allclose(
-            divisors, 1 / ((1 - share) / factor + share), rtol=1e-3
-        ):
+        if np.allclose(divisors, 1 / ((1 - share) / factor + share), rtol=1e-3):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -332,13 +379,21 @@ def _llama3(gguf: GGUF, theta: float, rotated: int) -> dict[str, Any]:
     )
 
 
-def _numbers(spec: TensorSpec) -> list[float]:
-    """The numbers of a short tensor of float32."""
+def _numbers(gguf: GGUF, name: str) -> list[float]:
+    """The numbers of a short tensor of float32, all above 0."""
+    spec = gguf.tensors.get(name)
+    if spec is None:
+        raise CheckpointError(f"{gguf.files[0]}: has no tensor {name}; it is incomplete")
     if spec.dtype != "F32" or len(spec.shape) != 1 or spec.nbytes > 1 << 16:
-        raise CheckpointError(f"{spec.file}: {spec.name} is no short row of F32: damaged; download it again")
+        raise CheckpointError(f"{spec.file}: {name} is no short row of F32: damaged; download it again")
     with spec.file.open("rb") as stream:
         stream.seek(spec.offset_bytes)
-        return list(struct.unpack(f"<{spec.shape[0]}f", stream.read(spec.nbytes)))
+        numbers = list(struct.unpack(f"<{spec.shape[0]}f", stream.read(spec.nbytes)))
+    if not all(0 < number < math.inf for number in numbers):
+        raise CheckpointError(
+            f"{spec.file}: {name} has numbers that are not above 0: damaged; download it again"
+        )
+    return numbers
 
 
 # ---- tensors
@@ -364,7 +419,7 @@ def specs_of(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, Tens
     used = {spec.name for spec in specs.values()} | ROPE_TENSORS
     if unused := [name for name in checkpoint.tensors if name not in used]:
         raise CheckpointError(
-            f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}, such as {unused[0]!r}; "
+            f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}, such as {shown(unused[0])}; "
             "this kind of model cannot be run yet"
         )
     return specs
@@ -381,6 +436,10 @@ def corrected(spec: TensorSpec, processor: Any) -> TensorSpec:
     """`spec` with what transformers does to its numbers, found by having it done to the numbers of the rows."""
     if spec.name == "output.weight":
         return spec
+    if spec.shape[0] > MAX_ROWS:
+        raise CheckpointError(
+            f"{spec.file}: {spec.name} has {spec.shape[0]} rows, at most {MAX_ROWS} can be put in order; this kind of model cannot be run yet"
+        )
     rows = np.arange(spec.shape[0], dtype=np.float64)
     column = rows.reshape(-1, *(1 for _ in spec.shape[1:]))  # [rows, 1] or [rows]
     done: npt.NDArray[np.float64] = processor.process(weights=column, name=spec.name).weights

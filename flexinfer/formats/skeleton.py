@@ -29,7 +29,6 @@ with deferred():
 from flexinfer.formats.checkpoint import FLOAT_NAMES, Checkpoint, CheckpointError, TensorSpec
 from flexinfer.formats.config import (
     ADAPTER_FILE,
-    CONFIG_FILE,
     load_config,
     refusing,
     set_generation_config,
@@ -144,7 +143,7 @@ def build_skeleton(
     Sizes are compared on the meta device, before anything is allocated by them. Raises CheckpointError when config.json is of no
     causal LM, tensors are missing or have the wrong shape, or the weights would have to be converted to fit.
     """
-    file = checkpoint.config_dir / CONFIG_FILE
+    file = checkpoint.config_file
     config = load_config(checkpoint)
     _refuse_quantized(config, file)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
@@ -159,7 +158,7 @@ def build_skeleton(
         with deferred(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, trust_remote_code=False)
         model.eval().requires_grad_(False)
-        set_generation_config(model, checkpoint.config_dir)
+        set_generation_config(model, checkpoint)
         linears = {linear.name: linear for linear in find_linears(model)}
         order, cache_layers = _dry_run(shapes, linears.keys())
         parts = [_weight_of(linears[name], specs, compute_dtype) for name in order]
@@ -304,7 +303,7 @@ def _resident_facts(
 ) -> tuple[PretrainedConfig, torch.dtype, list[LayerShape]]:
     config = load_config(checkpoint)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
-    with refusing(checkpoint.config_dir / CONFIG_FILE, "no causal LM"):
+    with refusing(checkpoint.config_file, "no causal LM"):
         return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[1]
 
 

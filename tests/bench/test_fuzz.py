@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from flexinfer.bench import fuzz
-from flexinfer.bench.fuzz import TARGETS, Target, change, judge
+from flexinfer.bench.fuzz import KEPT, TARGETS, Target, judge
 from flexinfer.formats.checkpoint import CheckpointError
 
-CHANGES = {"header": 300, "index": 300, "config": 60, "records": 150}
+CHANGES = {"header": 300, "index": 300, "config": 60, "gguf": 200, "records": 150}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -25,20 +25,21 @@ def test_seeds_are_right_and_changes_of_them_are_read_as_documented(name: str, t
         assert judge(target, seed, tmp_path) is None
     keys = target.keys()
     for i in range(CHANGES[name]):
-        changed = change(seeds[i % len(seeds)], i, keys, target.framed)
+        changed = target.change(seeds[i % len(seeds)], i, keys)
         assert changed is not None
         assert judge(target, changed, tmp_path) is None, (i, changed)
 
 
-def test_a_change_follows_from_its_seed_and_leaves_the_keys_as_they_are(tmp_path: Path) -> None:
-    target = TARGETS["header"]
+@pytest.mark.parametrize("name", ["header", "index", "gguf"])
+def test_a_change_follows_from_its_seed_and_leaves_the_keys_as_they_are(name: str, tmp_path: Path) -> None:
+    target = TARGETS[name]
     seed = target.seeds(tmp_path)[-1]
     keys = target.keys()
-    first = [change(seed, i, keys, framed=True) for i in range(200)]
-    assert first == [change(seed, i, keys, framed=True) for i in range(200)]
+    first = [target.change(seed, i, keys) for i in range(200)]
+    assert first == [target.change(seed, i, keys) for i in range(200)]
     assert keys == target.keys()
     assert len(set(first)) > 100
-    assert change(b"no JSON", 0, keys, framed=True) is None
+    assert target.change(b"neither JSON nor GGUF", 0, keys) is None
 
 
 def target_that(reads: Callable[[Path], object]) -> Target:
@@ -57,6 +58,11 @@ def _raise(error: Exception, cause: Exception | None = None) -> None:
 def _caught(file: str) -> None:
     with contextlib.suppress(OSError):
         Path(file).read_text()
+
+
+def _keep(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
 
 
 LEFT: list[object] = []
@@ -78,6 +84,7 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another file": (lambda file: Path("/etc/hostname").read_text(), "reached outside"),
     "above": (lambda file: (file.parent / ".." / "x").write_text(""), "reached outside"),
     "another file, its error caught": (lambda file: _caught("/etc/hostname"), "reached outside"),
+    "keeping": (lambda file: _keep(file.parent / KEPT), ""),
     "writing": (lambda file: file.write_text(""), "reached outside"),
     "network": (lambda file: socket.getaddrinfo("localhost", 80), "reached outside"),
     "process": (lambda file: os.system("true"), "reached outside"),

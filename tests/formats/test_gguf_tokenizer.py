@@ -110,6 +110,18 @@ def test_a_kind_of_tokenizer_that_is_not_known_leaves_the_model(tmp_path: Path) 
         load_tokenizer(directory)
 
 
+def test_a_warning_is_fit_for_a_terminal(tmp_path: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("\x1b[2J" + "x" * 9999)
+        writer.add_token_list(["a", "b"])
+
+    with pytest.warns(RuntimeWarning, match="no tokenizer could be made") as warned:
+        Checkpoint.open(made(tmp_path, change))
+    message = str(warned[0].message)
+    assert message.isprintable()
+    assert len(message) < 4000
+
+
 def test_it_is_made_once_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = made(tmp_path, byte_level)
     directory = Checkpoint.open(file).config_dir

@@ -4,18 +4,24 @@ import builtins
 import json
 import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import Load, MakeCheckpoint
+from gguf_models import write_model
 from test_checkpoint import change_config, change_index, entry, write_safetensors
+from test_gguf import ARCHITECTURE, ONE, file_of, string, tensor, value
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MixtralConfig
 
 from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, read_header
 from flexinfer.formats.config import refusing
+from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.quantize import quantize
 from flexinfer.formats.skeleton import build_skeleton, load_resident
 from flexinfer.model import context_limit
@@ -202,6 +208,232 @@ def test_a_context_limit_that_is_no_number_of_tokens_is_not_used(limit: Any) -> 
     del config.max_position_embeddings
     object.__setattr__(config, "max_position_embeddings", limit)
     assert context_limit(config) == 2048
+
+
+# ---- GGUF
+
+
+def number(key: str, of: int) -> bytes:
+    return value(key, 4, struct.pack("<I", of))
+
+
+MANY = struct.pack("<IQ", 8, 1 << 30)
+TEN_MILLION = 10_000_000
+STRANGE_GGUFS: dict[str, tuple[bytes, int, str]] = {  # the file, how large it is made with zeros, the message
+    "escapes in a key": (
+        file_of([ARCHITECTURE, value("\x1b[2J", 77, b"")], ONE),
+        0,
+        "'.x1b[2J' is of type 77",
+    ),
+    "a key without end": (file_of([ARCHITECTURE, value("k" * 9999, 77, b"")], ONE), 0, "is of type 77"),
+    "a cut string with escapes in its key": (
+        file_of([ARCHITECTURE, value("\x1b[2J", 8, struct.pack("<Q", 1 << 50))], ONE),
+        0,
+        "'.x1b[2J' would take",
+    ),
+    "escapes in a tensor's name": (
+        file_of([ARCHITECTURE], [tensor("\x1b[2J", (32,), 99, 0)]),
+        0,
+        "'.x1b[2J'",
+    ),
+    "a tensor's name without end": (
+        file_of([ARCHITECTURE], [tensor("t" * 9999, (32,), 99, 0)]),
+        0,
+        "type 99",
+    ),
+    "escapes in the architecture": (
+        file_of([value("general.architecture", 8, string("\x1b[2J"))], ONE),
+        0,
+        "architecture '.x1b[2J' cannot be run",
+    ),
+    "an architecture without end, with experts": (
+        file_of([value("general.architecture", 8, string("a" * 9999))], [tensor("x_exps.", (32,), 0, 0)]),
+        0,
+        "with experts",
+    ),
+    "an architecture that is a number": (
+        file_of([number("general.architecture", 1)], ONE),
+        0,
+        "no general.arch",
+    ),
+    "a part that is a word": (
+        file_of([ARCHITECTURE, value("split.no", 8, string("x"))], ONE),
+        0,
+        "split.no is 'x', no whole number",
+    ),
+    "parts that are a list": (
+        file_of([ARCHITECTURE, value("split.count", 9, struct.pack("<IQI", 4, 1, 1))], ONE),
+        0,
+        "split.count is [1], no whole number",
+    ),
+    "an alignment that is true": (
+        file_of([ARCHITECTURE, value("general.alignment", 7, b"\1")], ONE),
+        0,
+        "general.alignment is True",
+    ),
+    "an alignment without end": (
+        file_of([ARCHITECTURE, value("general.alignment", 10, struct.pack("<Q", 1 << 63))], ONE),
+        0,
+        "truncated: tensor 'a'",
+    ),
+    "more values than there are": (
+        file_of([ARCHITECTURE], ONE, counts=(1, 70_000)),
+        1 << 30,
+        "at most 65536",
+    ),
+    "more tensors than there are": (
+        file_of([ARCHITECTURE], ONE, counts=(70_000, 1)),
+        1 << 30,
+        "at most 65536",
+    ),
+    "empty strings without end": (file_of([value("x", 9, MANY)], ONE), 1 << 40, "1073741824 strings"),
+    "a string without end": (
+        file_of([value("x", 8, struct.pack("<Q", 1 << 30))], ONE),
+        1 << 31,
+        "more than 33554432",
+    ),
+    "numbers without end, wanted": (
+        file_of([value("wanted", 9, struct.pack("<IQ", 0, TEN_MILLION))], ONE),
+        1 << 24,
+        "more than 33554432",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE_GGUFS)
+def test_gguf_header(tmp_path: Path, case: str) -> None:
+    content, size_bytes, message = STRANGE_GGUFS[case]
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    if size_bytes:
+        os.truncate(file, size_bytes)  # zeros that take no room on the disk
+
+    def read() -> None:
+        read_gguf(file, ["wanted"])
+        build(file)
+
+    assert message.replace(".x1b", "\\x1b") in refusal(file, read)
+
+
+Change = Callable[[gguf.GGUFWriter], None]
+
+
+def says(**values: Any) -> Change:
+    """The header says this of the architecture (`a__b` is a.b), in place of what it said."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for name, said in values.items():
+            key = name.replace("__", ".")
+            key = key if key.startswith("tokenizer") else f"{writer.arch}.{key}"
+            writer.kv_data[0].pop(key, None)
+            add: dict[type, Callable[[str, Any], None]] = {
+                bool: writer.add_bool,
+                int: writer.add_int64,
+                float: writer.add_float64,
+                str: writer.add_string,
+                list: writer.add_array,
+            }
+            add[type(said)](key, said)
+
+    return change
+
+
+def has(**rows: list[float]) -> Change:
+    """The file has these tensors as well."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for name, numbers in rows.items():
+            writer.add_tensor(f"{name}.weight", np.array(numbers, np.float32))
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    def change(writer: gguf.GGUFWriter) -> None:
+        for one in changes:
+            one(writer)
+
+    return change
+
+
+NAN = float("nan")
+STRANGE_MODELS: dict[str, tuple[str, Change, str]] = {
+    "more heads than numbers": ("qwen2", says(attention__head_count=10**6), "0 of 0 numbers of a head"),
+    "heads of nothing": ("phi3", says(attention__head_count=10**6), "64 of 0 numbers of a head"),
+    "a width in words": ("qwen3", says(attention__key_length="many"), "key_length is 'many'"),
+    "a width below 0": ("qwen3", says(attention__key_length=-128), "key_length is -128"),
+    "a size that is true": ("llama", says(embedding_length=True), "embedding_length is True"),
+    "a list without numbers": (
+        "llama",
+        says(attention__head_count=["a", "b"]),
+        "differs from layer to layer",
+    ),
+    "more is rotated than there is": (
+        "stablelm",
+        says(rope__dimension_count=10**9),
+        "1000000000 of 64 numbers",
+    ),
+    "rotated without end": (
+        "gpt2",
+        both(says(rope__dimension_count=10**9), has(rope_freqs=[2.0] * 32)),
+        "1000000000 of 64 numbers",
+    ),
+    "heads and rotations without end": (
+        "llama",
+        both(says(attention__key_length=10**9, rope__dimension_count=10**9), has(rope_freqs=[2.0] * 32)),
+        "32 numbers for 1000000000 that are rotated",
+    ),
+    "a base in words": ("qwen2", says(rope__freq_base="many"), "freq_base is 'many'"),
+    "a base that is no number": ("qwen2", says(rope__freq_base=NAN), "freq_base is nan"),
+    "a base below 0": ("llama", says(rope__freq_base=-1.0), "freq_base is -1.0"),
+    "a factor that is no number": ("gemma3", says(rope__scaling__factor=NAN), "factor is nan"),
+    "a soft cap in words": ("gemma2", says(attn_logit_softcapping="many"), "softcapping is 'many'"),
+    "escapes in a scaling": (
+        "qwen2",
+        says(rope__scaling__type="\x1b[2J", rope__scaling__factor=2.0),
+        "rope.scaling.type '\\x1b[2J'",
+    ),
+    "divisors that are no numbers": ("llama", has(rope_freqs=[NAN] * 32), "not above 0"),
+    "divisors of 0": ("llama", has(rope_freqs=[0.0] * 32), "not above 0"),
+    "one of two rows of factors": (
+        "phi3",
+        has(rope_factors_long=[2.0] * 32),
+        "no tensor rope_factors_short.weight",
+    ),
+    "a token in words": ("llama", says(tokenizer__ggml__eos_token_id="many"), "eos_token_id is 'many'"),
+    "tokens in a list": (
+        "llama",
+        says(tokenizer__ggml__eos_token_id=[2] * 5000),
+        "eos_token_id is LongArray",
+    ),
+    "padding that is no token": (
+        "llama",
+        says(tokenizer__ggml__padding_token_id=10**9),
+        "Padding_idx must be within",
+    ),
+    "layers without end": ("llama", says(block_count=10**9), "do not belong together"),
+    "an epsilon in words": ("llama", says(attention__layer_norm_rms_epsilon="many"), "rms_norm_eps"),
+    "a name without end": ("llama", has(**{"t" * 9999: [1.0]}), "no place in LlamaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE_MODELS)
+def test_gguf_whose_values_make_no_model(tmp_path: Path, case: str) -> None:
+    family, change, message = STRANGE_MODELS[case]
+    file = write_model(tmp_path, family, change=change).file
+    assert message in refusal(file, lambda: build(file))
+
+
+def test_gguf_with_rows_without_end(tmp_path: Path) -> None:
+    """Their order is found by sorting them: numbers of their own for each."""
+    sizes = [number(f"llama.{key}", 32) for key in ("embedding_length", "feed_forward_length")]
+    counts = [number(f"llama.{key}", 1) for key in ("block_count", "attention.head_count", "context_length")]
+    file = tmp_path / "model.gguf"
+    file.write_bytes(
+        file_of([ARCHITECTURE, *sizes, *counts], [tensor("token_embd.weight", (1 << 21, 32), 2, 0)])
+    )
+    os.truncate(file, 1 << 26)
+    assert "2097152 rows" in refusal(file, lambda: build(file))
 
 
 # ---- code and files of others
