@@ -58,6 +58,7 @@ BLOCKS = {  # of ggml's types of weights: elements and bytes of a block
     34: Encoding("TQ1_0", 256, 54),
     35: Encoding("TQ2_0", 256, 66),
     39: Encoding("MXFP4", 32, 17),
+    40: Encoding("NVFP4", 64, 36),
 }
 TYPES = BLOCKS | {0: ENCODINGS["F32"], 1: ENCODINGS["F16"], 30: ENCODINGS["BF16"], 28: ENCODINGS["F64"]}
 TYPES |= {24: ENCODINGS["I8"], 25: ENCODINGS["I16"], 26: ENCODINGS["I32"], 27: ENCODINGS["I64"]}

@@ -54,6 +54,7 @@ from typing import Any
 
 import torch
 
+from flexinfer.formats.gguf import BLOCKS
 from flexinfer.streaming.memory import Buffer
 
 PACKAGE = "transcribe_cpp_native"
@@ -87,34 +88,9 @@ class GgmlType:
         return blocks * self.block_bytes
 
 
-# Names and numbers are those of the GGUF format.
 TYPES = {
-    kind.name: kind
-    for kind in (
-        GgmlType("Q4_0", 2, 32, 18),
-        GgmlType("Q4_1", 3, 32, 20),
-        GgmlType("Q5_0", 6, 32, 22),
-        GgmlType("Q5_1", 7, 32, 24),
-        GgmlType("Q8_0", 8, 32, 34),
-        GgmlType("Q2_K", 10, 256, 84),
-        GgmlType("Q3_K", 11, 256, 110),
-        GgmlType("Q4_K", 12, 256, 144),
-        GgmlType("Q5_K", 13, 256, 176),
-        GgmlType("Q6_K", 14, 256, 210),
-        GgmlType("IQ1_S", 19, 256, 50),
-        GgmlType("IQ1_M", 29, 256, 56),
-        GgmlType("IQ2_XXS", 16, 256, 66),
-        GgmlType("IQ2_XS", 17, 256, 74),
-        GgmlType("IQ2_S", 22, 256, 82),
-        GgmlType("IQ3_XXS", 18, 256, 98),
-        GgmlType("IQ3_S", 21, 256, 110),
-        GgmlType("IQ4_NL", 20, 32, 18),
-        GgmlType("IQ4_XS", 23, 256, 136),
-        GgmlType("TQ1_0", 34, 256, 54),
-        GgmlType("TQ2_0", 35, 256, 66),
-        GgmlType("MXFP4", 39, 32, 17),
-        GgmlType("NVFP4", 40, 64, 36),
-    )
+    blocks.name: GgmlType(blocks.name, number, blocks.block_elements, blocks.block_bytes)
+    for number, blocks in BLOCKS.items()
 }
 
 
