@@ -13,7 +13,7 @@ SMOKE := outputs/smoke
 LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types notebooks smoke soak fuzz baselines clean
+.PHONY: help install demo test lint format types notebooks smoke agreement soak fuzz baselines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ smoke: $(INSTALLED) $(BASELINES) ## a small experiment, and the notebooks on its
 	rm -rf $(SMOKE)
 	$(BIN)/python scripts/run.py +exp=smoke results_dir=$(SMOKE)
 	FLEXINFER_RESULTS=$(abspath $(SMOKE)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --output-dir $(SMOKE)/notebooks notebooks/*.ipynb
+
+agreement: $(INSTALLED) $(BASELINES) ## FlexInfer beside llama.cpp on a real GGUF file: top tokens, divergence, perplexity (1 min)
+	$(BIN)/python -m flexinfer.bench.agreement --record $(RESULTS)/quality/agreement.jsonl
 
 soak: $(INSTALLED) ## random models, budgets and calls in control groups of exactly the budget (N=1000: an hour, resumable)
 	$(BIN)/python -m flexinfer.bench.soak $(or $(N),1000) --record $(RESULTS)/reliability/soak.jsonl

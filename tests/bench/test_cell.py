@@ -100,7 +100,7 @@ def test_a_cell_on_a_gguf_file_leaves_its_config_to_the_helper(
 
 
 def test_a_budget_the_engine_refuses_is_its_own_words(tmp_path: Path) -> None:
-    record = cells.run_cell(tiny_cell(tmp_path, "flexinfer", "bf16", 300 << 20, memory="1MiB"))
+    record = cells.run_cell(tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30, memory="1MiB"))
     assert record.status == "error"
     assert "BudgetError" in record.message
 
