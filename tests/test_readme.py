@@ -28,12 +28,30 @@ COMMANDS = [
     for line in code.splitlines()
     if line.strip() and not line.strip().startswith("#")
 ]
+TINY = [  # an experiment in seconds: FlexInfer alone, the others have to be compiled
+    *("model=smoke", "model.name=readme", "model.shape.hidden=256", "model.shape.intermediate=512"),
+    *(
+        "model.shape.layers=2",
+        "model.shape.vocab=1024",
+        "budget=smoke",
+        "budget.grid=[800MiB]",
+        "workload=tiny",
+        "rounds=1",
+    ),
+    "system=[flexinfer]",
+]
 NOT_RUN = ("export ", "pip install ")  # environment and network
 
 
 @pytest.fixture(scope="module")
 def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_tokenizer(checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("readme") / "model")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where experiments write: what one has measured the next does not measure again."""
+    return tmp_path_factory.mktemp("results")
 
 
 def test_there_are_blocks_of_known_languages_alone() -> None:
@@ -51,6 +69,7 @@ def test_python_blocks_run(code: str, model_dir: Path) -> None:
 def test_commands_work(
     command: str,
     model_dir: Path,
+    results: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -67,7 +86,14 @@ def test_commands_work(
         quick = {"chat": ["--max-new-tokens", "4"], "doctor": [str(tmp_path), "--size", "32MiB"]}
         assert main(argv + quick.get(argv[0], [])) == 0, capsys.readouterr().err
     elif (program, argv[0]) == ("python", "scripts/run.py"):
-        run_script(*argv, "--cfg", "job")
+        given = [
+            one for one in argv[1:] if one.split("=")[0] not in {"model", "budget", "budget.grid", "rounds"}
+        ]
+        given.sort(key=lambda one: not one.startswith("-"))  # options before what is added
+        run_script(
+            "scripts/run.py", *given, *TINY, f"results_dir={results}", f"cache_dir={results / 'cache'}"
+        )
+        assert list(results.glob("*/*.jsonl"))
     else:
         assert (program, argv[:2]) == ("python", ["scripts/clean.py", "--list"])
         run_script(*argv, cache=tmp_path)
