@@ -128,15 +128,9 @@ def _open_index(folder: Path) -> None:
 
 
 def _config_seeds(folder: Path) -> list[bytes]:
-    from flexinfer.formats.quantize import quantize
-
     seeds = []
-    for family in (*SMALL_MODELS, PACKED):
-        path = folder / family
-        if family == PACKED:
-            quantize(folder / "llama", path, "q8_0", progress=False)
-        else:
-            small_checkpoint(family, path)
+    for family in SMALL_MODELS:
+        path = small_checkpoint(family, folder / family)
         files = [path / "config.json", path / "generation_config.json"]
         seeds.append(b"\n".join(json.dumps(json.loads(file.read_text())).encode() for file in files))
     return seeds
@@ -147,8 +141,8 @@ def _place_config(data: bytes, folder: Path) -> Path:
     config, _, generation = data.partition(b"\n")
     try:
         values = json.loads(config)
-        family = PACKED if "quantization_config" in values else values["model_type"]
-        path = folder / (family if family in (*SMALL_MODELS, PACKED) else "llama")
+        family = values["model_type"]
+        path = folder / (family if family in SMALL_MODELS else "llama")
     except (ValueError, TypeError, KeyError, RecursionError):
         path = folder / "llama"
     (path / "config.json").write_bytes(config)
@@ -451,7 +445,6 @@ GGUF_ROPES: dict[str, dict[str, list[float]]] = {  # tensors that say how positi
 }
 PARTS = ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf")
 KEPT = "kept"  # the folder in which a reader may write
-PACKED = "packed"  # the folder of a copy of llama that `flexinfer quantize` made
 SMALL_RECORD: dict[str, Any] = {
     "run_id": "0123456789",
     "status": "ok",

@@ -1,4 +1,4 @@
-"""A packed copy says what it did, loads everywhere it should and nowhere else, and survives being killed."""
+"""A quantised copy says what it did and what its source says, loads when it is complete and not before, and survives being killed."""
 
 import errno
 import json
