@@ -245,9 +245,13 @@ def _gguf_keys() -> Keys:
 
 def _record_seeds(folder: Path) -> list[bytes]:
     """A line of each experiment that has been recorded here, and a small one."""
-    from flexinfer.bench.records import Record
+    from flexinfer.bench.records import QUALITY, RELIABILITY, Record
 
-    files = sorted((ROOT / "results").rglob("*.jsonl"))
+    files = [
+        file
+        for file in sorted((ROOT / "results").rglob("*.jsonl"))
+        if file.parent.name not in (QUALITY, RELIABILITY)
+    ]
     lines = [line for file in files for line in file.read_bytes().splitlines()[:1] if len(line) < 8_192]
     record = Record.model_validate(SMALL_RECORD).model_dump_json().encode()
     return [record + b"\n", *(line + b"\n" for line in lines if b'"run_id"' in line)]
