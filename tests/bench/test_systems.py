@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from flexinfer import cli
 from flexinfer.bench import systems
 from flexinfer.bench.cell import _describe, run_child
 from flexinfer.bench.config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
@@ -196,3 +198,14 @@ def test_the_prompt_is_fixed_and_inside_the_vocabulary() -> None:
     assert systems.prompt_ids(64, 512) == systems.prompt_ids(64, 512)
     assert all(256 <= token < 512 for token in systems.prompt_ids(64, 512))
     assert len(set(systems.prompt_ids(64, 32000))) == 64
+
+
+def test_threads_of_a_flexinfer_cell_wait_as_those_of_the_commands(
+    bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    systems.FlexInfer(make_job("flexinfer", bf16, tmp_path))
+    assert os.environ["GOMP_SPINCOUNT"] == systems.SPIN_COUNT == cli.SPIN_COUNT
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    systems.FlexInfer(make_job("flexinfer", bf16, tmp_path))
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
