@@ -71,6 +71,7 @@ from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
 from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, StreamedLinear, lock_pieces
 from flexinfer.streaming.memory import Buffer, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
+from flexinfer.streaming.read_queue import ReadQueue
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.tokenizer import load_tokenizer, loading_bytes, tokenizer_bytes
 from flexinfer.trace import MAX_EVENTS, Progress, Trace
@@ -237,7 +238,7 @@ class Engine:
         self._linears: dict[str, StreamedLinear] = {}
         self._locked: dict[str, list[LockedPieces]] = {}
         self._reader: FileReader | None = None
-        self._prefetcher: Prefetcher | None = None
+        self._queue: ReadQueue | None = None
         self._kv: KVReserve | None = None
         self._lock = threading.RLock()  # held during a pass, and while memory is changed
         self._in_pass = False
@@ -402,9 +403,9 @@ class Engine:
         """Take everything from the linears, and end the window."""
         for linear in self._linears.values():
             linear.detach(why)
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
 
     def _attach(self, plan: Plan) -> None:
         """Give the linears what is locked, and a window for all that is not."""
@@ -413,21 +414,21 @@ class Engine:
         assert self._reader is not None
         streamed = {w.name: w.pieces[_count(self._locked[w.name]) :] for w in self._weights}
         schedule = [piece for pieces in streamed.values() for piece in pieces]
+        prefetcher = None
         if schedule:
-            self._prefetcher = Prefetcher(
+            self._queue = ReadQueue(self._reader, self._trace, io_threads=self._io_threads)
+            prefetcher = Prefetcher(
                 schedule,
-                self._reader,
-                self._trace,
+                self._queue,
                 slots=max(plan.slots, MIN_SLOTS),
                 slot_bytes=max(plan.slot_bytes, *(piece.memory_bytes for piece in schedule)),
                 window_layers=plan.window_layers,
-                io_threads=self._io_threads,
             )
         place = 0
         for weight in self._weights:
             places = list(enumerate(streamed[weight.name], place))
             place += len(places)
-            self._linears[weight.name].attach(self._locked[weight.name], places, self._prefetcher)
+            self._linears[weight.name].attach(self._locked[weight.name], places, prefetcher)
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One pass: `forward` of the transformers model, with memory seen to before it. One at a time; threads wait for one another.
@@ -619,6 +620,7 @@ class Engine:
             "wait_s": trace.wait_s,
             "peak_bytes": peak_bytes() - max(0, file_bytes() - self.file_bytes),
             "resyncs": trace.resyncs,
+            "wasted_bytes": trace.wasted_bytes,
             "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
             "memory_stall_s": memory_stall_s(),
         }
@@ -675,7 +677,7 @@ class Engine:
 
     def close_when_collected(self) -> None:
         """`close`, called by the garbage collector: in whatever thread it runs, and wherever that thread is."""
-        if self._prefetcher is None or self._prefetcher.closes_here():
+        if self._queue is None or self._queue.closes_here():
             self.close()
         else:
             threading.Thread(target=self.close, name="flexinfer-close", daemon=True).start()

@@ -44,10 +44,10 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
             f"memory: {stalled}{faults} major page faults in {passes} passes; "
             "the system takes pages from this process and reads them again: a smaller budget, or less beside it"
         )
-    in_vain_bytes = spent["resyncs"] * plan.window_bytes
+    in_vain_bytes = spent["wasted_bytes"]
     if in_vain_bytes > MEMORY_SHARE * bytes_read:
         return (
-            f"order: the readers started over {spent['resyncs']} times in {passes} passes and read up to "
+            f"order: the readers were sent elsewhere {spent['resyncs']} times in {passes} passes and read "
             f"{format_size(in_vain_bytes)} of {format_size(bytes_read)} in vain"
         )
     rate, measured = bytes_read / pass_s, plan.costs.bandwidth_bytes_per_s

@@ -95,6 +95,7 @@ class Trace:
     pass_s: float = 0.0
     wait_s: float = 0.0
     resyncs: int = 0
+    wasted_bytes: int = 0  # read and never used
     _memory_bytes: tuple[int, int, int] = (0, 0, 0)  # budget, locked, window
     _total_bytes: int = 0
     _pass_start_s: float = 0.0
