@@ -96,6 +96,10 @@ class Trace:
     wait_s: float = 0.0
     resyncs: int = 0
     wasted_bytes: int = 0  # read and never used
+    expert_hits: int = 0  # experts that a layer wanted and that were in memory
+    expert_misses: int = 0
+    experts_foretold: int = 0  # of those that were to be read ahead, because the layer before thought so
+    experts_foretold_right: int = 0  # and were wanted
     _memory_bytes: tuple[int, int, int] = (0, 0, 0)  # budget, locked, window
     _total_bytes: int = 0
     _pass_start_s: float = 0.0

@@ -23,7 +23,7 @@ from flexinfer.streaming.reader import padded_bytes
 
 
 class Prefetcher:
-    """The window: slots that the readers of `queue` fill in the order of use and the compute thread empties.
+    """The window: slots that the readers of `queue`, once it serves `take`, fill in the order of use and the compute thread empties.
 
     `schedule` is one pass in order of use. At most `slots` pieces are in memory; with `window_layers` the readers also
     stay within that many layers, counted from the one that is being used.
@@ -54,7 +54,6 @@ class Prefetcher:
         self._ready: dict[int, tuple[int, int]] = {}  # sequence -> (slot, position of the first byte in it)
         self._failed: dict[int, BaseException] = {}  # nothing more is read before the caller has heard of it
         self._again: list[int] = []  # to be read once more, before anything else
-        queue.serve(self)
 
     def acquire(self, place: int) -> tuple[Buffer, int, Callable[[], None]]:
         """The piece at `place` of the schedule: its buffer, the position of its first byte, and the call that frees it.

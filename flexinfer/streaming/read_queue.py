@@ -1,7 +1,7 @@
 """Reader threads, and what they read next: the first thing that any of their sources wants, asked in the order of priority.
 
 A source decides what is read and where it goes: the window of dense weights (flexinfer.streaming.prefetch), the cache of
-experts. What a pass waits for comes from the source that is asked first, what will surely be needed from the next, what may be
+experts (flexinfer.streaming.expert_cache). What a pass waits for comes from the source that is asked first, what will surely be needed from the next, what may be
 needed from the last. A reader that is free asks; nothing is planned ahead, so a source may change its mind until then. A read
 that is under way is not broken off.
 
@@ -12,6 +12,7 @@ changes what is wanted. With no threads (`io_threads=0`) sources read in the cal
 import logging
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
@@ -39,10 +40,6 @@ class Read:
 class Source(Protocol):
     """What readers work for. All calls are made with the queue's lock held."""
 
-    def take(self) -> Read | None:
-        """The read that is wanted most, its slot set aside; None if there is none now."""
-        ...
-
     def finish(self, read: Read, outcome: int | BaseException) -> None:
         """It has been read, its first byte at position `outcome` of the slot, or failed."""
         ...
@@ -56,25 +53,30 @@ class Source(Protocol):
         ...
 
 
+Take = Callable[
+    [], Read | None
+]  # the read that is wanted most, its slot set aside; None if there is none now
+
+
 class ReadQueue:
-    """Threads that read for `sources` until `close`."""
+    """Threads that read what they are asked for, until `close`."""
 
     def __init__(self, reader: FileReader, trace: Trace, *, io_threads: int) -> None:
         self.trace = trace
         self.changed = threading.Condition(threading.Lock())  # held by one only: see closes_here
         self.synchronous = io_threads == 0
         self._reader = reader
-        self._sources: list[Source] = []
+        self._takes: list[Take] = []
         self._stop = False
         self._threads: list[threading.Thread] = []
         self._under_way: dict[threading.Thread, tuple[Read, float]] = {}  # since when
         for i in range(io_threads):
             self._start_reader(i)
 
-    def serve(self, source: Source) -> None:
-        """Read for `source` too, after those that came before it."""
+    def serve(self, take: Take) -> None:
+        """Read what `take` asks for too, after what those before it ask for. It is called with the lock held."""
         with self.changed:
-            self._sources.append(source)
+            self._takes.append(take)
             self.changed.notify_all()
 
     def read(self, piece: Piece, into: memoryview) -> int:
@@ -145,8 +147,8 @@ class ReadQueue:
     def _next(self, me: threading.Thread) -> Read | None:
         if self._stop or me not in self._threads:
             return None
-        for source in self._sources:
-            if (read := source.take()) is not None:
+        for take in self._takes:
+            if (read := take()) is not None:
                 return read
         return None
 
@@ -165,4 +167,4 @@ class ReadQueue:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        self._sources.clear()
+        self._takes.clear()

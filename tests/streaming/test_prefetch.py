@@ -82,13 +82,10 @@ def prefetcher_of(
     trace: Trace | None = None,
 ) -> Iterator[Prefetcher]:
     queue = ReadQueue(reader, trace or Trace(), io_threads=io_threads)
-    yield Prefetcher(
-        schedule,
-        queue,
-        slots=slots,
-        slot_bytes=max(piece.memory_bytes for piece in schedule),
-        window_layers=window_layers,
-    )
+    slot_bytes = max(piece.memory_bytes for piece in schedule)
+    prefetcher = Prefetcher(schedule, queue, slots=slots, slot_bytes=slot_bytes, window_layers=window_layers)
+    queue.serve(prefetcher.take)
+    yield prefetcher
     queue.close()
 
 
@@ -244,6 +241,7 @@ def test_closing_wakes_a_caller_that_waits() -> None:
     queue = ReadQueue(reader, Trace(), io_threads=2)
     slot_bytes = max(piece.memory_bytes for piece in schedule)
     prefetcher = Prefetcher(schedule, queue, slots=3, slot_bytes=slot_bytes, window_layers=None)
+    queue.serve(prefetcher.take)
     raised: list[BaseException] = []
 
     def wait_for_a_piece() -> None:
@@ -306,8 +304,8 @@ def test_sources_are_served_in_their_order() -> None:
     now, later = Wish([]), Wish(pieces[:6])
     reader.gate.clear()
     queue = ReadQueue(reader, Trace(), io_threads=1)
-    queue.serve(now)
-    queue.serve(later)
+    queue.serve(now.take)
+    queue.serve(later.take)
     wait_until_quiet(reader)  # the first of `later` is under way
     with queue.changed:
         now.wanted = pieces[6:]
