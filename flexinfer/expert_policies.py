@@ -85,7 +85,7 @@ class Frequency:
         self._score[expert] = self._score.get(expert, 0.0) + 2.0 ** (self._uses / HALF_LIFE)
         if self._uses == 500 * HALF_LIFE:  # before the numbers are too large
             self._score = {expert: score * 2.0**-500 for expert, score in self._score.items()}
-            self._heap = [(self._score[expert], expert) for expert in self._there]
+            self._heap = [(self._score.get(expert, 0.0), expert) for expert in self._there]
             heapq.heapify(self._heap)
             self._uses = 0
 

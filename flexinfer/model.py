@@ -72,7 +72,7 @@ from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve
 from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
 from flexinfer.streaming.expert_cache import ExpertCache
-from flexinfer.streaming.experts import StreamedExperts
+from flexinfer.streaming.experts import StreamedExperts, foretold
 from flexinfer.streaming.linear import (
     LockedPieces,
     StreamedEmbedding,
@@ -106,6 +106,7 @@ def from_pretrained(
     gguf_file: str | None = None,
     policy: str = "balanced",
     expert_policy: str = "recency",
+    look_ahead: bool = True,
     window: str | int | None = None,
     io_threads: int = 2,
     read_timeout_s: float | None = None,
@@ -131,6 +132,7 @@ def from_pretrained(
             (the paper's), "none".
         expert_policy: which experts of a mixture stay in the cache that the rest of the budget makes: "recency", "frequency", "fixed"
             (flexinfer.expert_policies).
+        look_ahead: while a layer computes, ask the next layer's router which experts it may want, and read those when the disk is idle.
         window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
         io_threads: reader threads; 0 reads synchronously, when a weight is needed.
         read_timeout_s: how long a pass waits for one read before it raises ReadError; None: as long as it takes, with a line in the
@@ -193,6 +195,7 @@ def from_pretrained(
         measured,
         policy=policy,
         expert_policy=expert_policy,
+        look_ahead=look_ahead,
         window=window,
         io_threads=io_threads,
         read_timeout_s=read_timeout_s,
@@ -232,6 +235,7 @@ class Engine:
         *,
         policy: str = "balanced",
         expert_policy: str = "recency",
+        look_ahead: bool = True,
         window: str | int | None = None,
         io_threads: int = 2,
         read_timeout_s: float | None = None,
@@ -244,7 +248,7 @@ class Engine:
         trace_file: Path | None = None,
     ) -> None:
         self._policy, self._window, self._io_threads = policy, window, io_threads
-        self._expert_policy = expert_policy
+        self._expert_policy, self._look_ahead = expert_policy, look_ahead
         self._read_timeout_s, self._checksums = read_timeout_s, checksums
         self._pid = os.getpid()
         self._direct, self.context, self._logits_to_keep = direct, context, logits_to_keep
@@ -378,14 +382,19 @@ class Engine:
         pieces = list(experts.mixture.pieces())
         slot_bytes = experts.mixture.slots().slot_bytes
         self._cache = ExpertCache(pieces, slot_bytes, self._expert_policy, self._trace)
-        first = 0
+        first, before = 0, None
         for layer in experts.mixture.layers:
             streamed = StreamedExperts(
                 layer, experts.kernels[layer.name], first, self._trace, self._lock, self._between_linears
             )
-            first += len(layer.experts)
             module: Any = skeleton.model.get_submodule(layer.name)
             module.streamed = self._experts[layer.name] = streamed
+            router = experts.routers.get(layer.name)
+            if self._look_ahead and router is not None and before is not None:
+                chooses = skeleton.model.get_submodule(router.name)
+                before.look_ahead(partial(foretold, chooses, router.place, first))
+            before = streamed
+            first += len(layer.experts)
             for parameter in parameters_of(layer.name, module):
                 leaf = parameter.rpartition(".")[2]
                 stand_in = streamed_weight(parameter, getattr(module, leaf).shape, skeleton.dtype)

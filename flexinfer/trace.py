@@ -117,7 +117,7 @@ class Trace:
         if kind == "wait":
             self.wait_s += stop_s - start_s
         elif kind == "compute" and self.progress is not None:
-            self._pass_bytes += nbytes
+            self._pass_bytes = min(self._pass_bytes + nbytes, self._total_bytes)  # a prompt uses more experts
             self.progress("pass", self._pass_bytes, self._total_bytes)
         if self._ring is not None:
             self._ring.add(kind, tensor, layer, start_s, stop_s, nbytes)

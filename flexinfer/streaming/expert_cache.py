@@ -118,6 +118,8 @@ class ExpertCache:
     def foretell(self, experts: Sequence[int]) -> None:
         """`experts` may be what the next layer wants: read them when there is nothing else to read."""
         assert self._queue is not None
+        if self._queue.synchronous:
+            return
         with self._queue.changed:
             self._guessed = set(experts)
             self._trace.experts_foretold += len(experts)
@@ -159,6 +161,7 @@ class ExpertCache:
             self._read_here(queue, number)
         with queue.changed:
             self._blocked = number
+            queue.changed.notify_all()  # there may be a slot for it that there was not for what is used later
             tried_again = False
             try:
                 while number not in self._slot_of:

@@ -5,7 +5,8 @@ grouped by the expert that they are routed to, each expert multiplies its tokens
 the cache (flexinfer.streaming.expert_cache), and what it makes is added up in the order of the experts' numbers: the operations and the
 order of transformers' own "eager" implementation, so the bits are its bits.
 
-While there are few tokens, experts that are in memory are computed first, so that the others are read meanwhile. What was
+While there are few tokens, the hidden states of a layer are also put through the next layer's router: what that chooses is read when
+there is nothing else to read. Experts that are in memory are computed first while outputs are small, so that the others are read meanwhile. What was
 computed out of turn is held until its turn to be added comes.
 
 On the meta device the same operations run for the worst routing: all tokens to one expert.
@@ -187,6 +188,15 @@ class StreamedExperts:
             cache.release(number, i)
         self._trace.add("compute", weight.name, weight.layer, start_s, piece.nbytes)
         return y
+
+
+def foretold(router: nn.Module, place: int, first: int, hidden: torch.Tensor) -> list[int]:
+    """The experts that `router` of the next layer would choose for hidden states [tokens, hidden] of this one, most likely first; numbered
+    from `first`. Their norms differ, so it is a guess."""
+    index: torch.Tensor = type(router).forward(router, hidden)[
+        place
+    ]  # past its hooks: they note what is routed
+    return [first + expert for expert in dict.fromkeys(index.t().reshape(-1).tolist())]
 
 
 def register() -> None:
