@@ -291,10 +291,8 @@ class Engine:
             timeout_s=self._read_timeout_s,
             checksums=self._checksums,
         )
-        of_a_token = skeleton.experts.of_a_token() if skeleton.experts is not None else []
         self._costs = measure_costs(
-            [*self._weights, *(weight for weight, _ in of_a_token)],
-            self._kernels | {weight.name: kernel for weight, kernel in of_a_token},
+            skeleton.used,
             self._reader,
             skeleton.dtype,
             max(1, self._io_threads),

@@ -23,8 +23,14 @@ def plan_line(plan: Plan) -> str:
         if plan.streamed_bytes
         else "nothing streamed"
     )
+    experts = plan.experts
+    cached = (
+        f", {format_size(experts.cache_bytes)} for {format_size(experts.total_bytes)} of experts ({experts.hit_rate:.0%} hits expected)"
+        if experts is not None
+        else ""
+    )
     return (
-        f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights locked, {streamed}; "
+        f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights locked{cached}, {streamed}; "
         f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most {plan.bound_tokens_per_s:.3g}"
     )
 

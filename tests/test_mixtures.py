@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import flexinfer
 from flexinfer.expert_policies import POLICIES
+from flexinfer.formats.quantize import QuantizeError, quantize
 from flexinfer.streaming.reader import ReadError
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 3}
@@ -233,6 +234,14 @@ def test_a_read_that_fails_is_raised_and_the_next_pass_is_right(
         model(prompt())
     reader.read_now = real
     assert torch.equal(logits(model, prompt()), expected)
+
+
+def test_a_mixture_cannot_be_quantised_yet(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(
+        QuantizeError, match="MixtralForCausalLM is a mixture of experts, which cannot be quantised yet"
+    ):
+        quantize(checkpoint("mixtral"), tmp_path / "packed", "q4_k", progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_experts_that_are_not_all_there(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

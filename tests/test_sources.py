@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import flexinfer
 import flexinfer.formats.skeleton
-from flexinfer import CheckpointError
+from flexinfer import BudgetError, CheckpointError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -50,9 +50,32 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small mixture of experts, some of whose tensors transformers converts in a way that is not known here."""
     path = tmp_path_factory.mktemp("converted")
     torch.manual_seed(0)
-    config = transformers.Ernie4_5_MoeConfig(**SHAPE, **TOKENS, moe_num_experts=4, moe_k=2)
+    shape = {**SHAPE, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    latent = {"q_lora_rank": 24, "qk_rope_head_dim": 16, "head_dim": 32, "o_lora_rank": 16, "o_groups": 2}
+    config = transformers.AutoConfig.for_model(
+        "deepseek_v4", **shape, **TOKENS, **latent, n_routed_experts=4, moe_intermediate_size=32
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
+
+
+def test_experts_that_do_not_fit_are_refused_by_name(converted: Path) -> None:
+    with pytest.raises(
+        BudgetError, match=r"experts\.0\.w1\.weight' .*cannot be streamed yet; .*needs at least"
+    ):
+        flexinfer.from_pretrained(converted, memory="64MiB")
+
+
+def test_experts_that_fit_stay_in_memory_and_this_is_said(converted: Path) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(converted)
+    with pytest.warns(RuntimeWarning, match="kept in memory whole"):
+        model = flexinfer.from_pretrained(converted, memory="8GiB")
+    with model.flexinfer:
+        ids = torch.arange(3, 12)[None]
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, stock(ids).logits)
+        assert model.flexinfer.plan.streamed_bytes == 0
+        assert model.flexinfer.stats()["passes"] == 1
 
 
 def test_a_model_without_an_attention_cache_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ with deferred():
     from accelerate import init_empty_weights
     from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+    from transformers.cache_utils import DynamicIndexedLayer
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -133,9 +134,7 @@ class Skeleton:
     @property
     def dense(self) -> bool:
         """Whether weights are multiplied as floats, by torch's own kernels."""
-        of_experts = self.experts.kernels.values() if self.experts is not None else ()
-        kernels = [*self.kernels.values(), *(kernel for layer in of_experts for kernel in layer)]
-        return any(isinstance(kernel, DenseKernel | Conv1DKernel | ColumnsKernel) for kernel in kernels)
+        return any(isinstance(kernel, DenseKernel | Conv1DKernel | ColumnsKernel) for _, kernel in self.used)
 
     @property
     def in_blocks(self) -> bool:
@@ -146,6 +145,12 @@ class Skeleton:
     def mixture(self) -> Mixture | None:
         """The experts, for a plan."""
         return self.experts.mixture if self.experts is not None else None
+
+    @property
+    def used(self) -> list[tuple[Weight, Kernel]]:
+        """The weights that a token uses: those that every token needs, and as many experts of each layer as one does."""
+        dense = [(weight, self.kernels[weight.name]) for weight in self.weights]
+        return dense + (self.experts.of_a_token() if self.experts is not None else [])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -520,9 +525,9 @@ def _dry_run(
     layers = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None:
+        if keys is None or values is None or isinstance(layer, DynamicIndexedLayer):
             raise CheckpointError(
-                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only attention caches are supported"
+                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only attention caches are supported (keys and values, nothing besides)"
             )
         layers.append(
             LayerShape(
@@ -538,21 +543,28 @@ def _dry_run(
 def _watch_routes(model: PreTrainedModel) -> dict[str, Route]:
     """Filled by the next pass of `model`: by the name of an experts module, how tokens come to it."""
     routes: dict[str, Route] = {}
-    chosen: list[tuple[torch.Tensor, Router]] = []  # what modules beside the experts have returned last
+    chosen: list[tuple[torch.Tensor, Router]] = []  # what modules beside the experts have returned
 
-    def note_output(name: str, _module: nn.Module, _args: object, output: object) -> None:
+    def note_output(
+        name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+    ) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
-        chosen[:] = [(one, Router(name, i)) for i, one in enumerate(outputs) if isinstance(one, torch.Tensor)]
+        if len(args) == 1 and not kwargs:  # chooses by the hidden states alone
+            chosen.extend(
+                (one, Router(name, i)) for i, one in enumerate(outputs) if isinstance(one, torch.Tensor)
+            )
 
     def note_route(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         index = [*args, *kwargs.values()][1]
         router = next((router for one, router in chosen if one is index), None)
         routes[name] = Route(index.shape[-1], router)
+        chosen.clear()
 
     for name, module in expert_modules(model).items():
         for sibling, beside in model.get_submodule(name.rpartition(".")[0]).named_children():
             if beside is not module:
-                beside.register_forward_hook(partial(note_output, f"{name.rpartition('.')[0]}.{sibling}"))
+                note = partial(note_output, f"{name.rpartition('.')[0]}.{sibling}")
+                beside.register_forward_hook(note, with_kwargs=True)
         module.register_forward_pre_hook(partial(note_route, name), with_kwargs=True)
     return routes
 
