@@ -103,6 +103,8 @@ def test_what_is_left_inside_is_ended_when_the_body_fails() -> None:
         with limits:
             groups.extend(limits.groups)
             children.append(subprocess.Popen(limits.command(["sleep", "600"])))
+            while str(children[0].pid) not in (groups[0] / "cgroup.procs").read_text().split():
+                time.sleep(0.01)  # else it finds the group gone, and ends by itself
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
