@@ -447,8 +447,10 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
             outputs.append(CALLS[call.kind](model, call, case))
             refusals.append(None)
             if call.kind == "tokenize" and not loaded:
-                loaded = True  # room for it is made first, where there is none
-                explained = max(explained, min(held + loading_bytes(path), model.flexinfer.plan.budget_bytes))
+                # Room for it is made first, where there is none; what a pass takes is not taken meanwhile.
+                plan = model.flexinfer.plan
+                at_most = plan.budget_bytes - plan.fixed.activation_bytes - plan.fixed.margin_bytes
+                loaded, explained = True, max(explained, min(held + loading_bytes(path), at_most))
             if shape is not None:  # by the plan as it is now: the first pass has made it anew
                 explained = max(explained, model.flexinfer.planned_bytes(shape))
         except (flexinfer.BudgetError, ContextError) as error:
