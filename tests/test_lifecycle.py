@@ -100,14 +100,14 @@ def test_collecting_a_model_inside_its_own_reader_locks_nothing_up(
         model = flexinfer.from_pretrained(checkpoint(), "8GiB", context=64, policy="none")
         model(prompt())
         engine = model.flexinfer
-        queue = engine._queue
+        prefetcher = engine._prefetcher
         del model
         if held:
-            with queue.changed:
+            with prefetcher._changed:
                 gc.collect()
         else:
             collector = threading.Thread(target=gc.collect)
-            queue._threads.append(collector)  # as if it were a reader
+            prefetcher._threads.append(collector)  # as if it were a reader
             collector.start()
             collector.join()
         for thread in threading.enumerate():
@@ -115,7 +115,7 @@ def test_collecting_a_model_inside_its_own_reader_locks_nothing_up(
                 thread.join(timeout=60)
                 assert not thread.is_alive(), "locked up"
         assert engine._closed
-        del engine, queue
+        del engine, prefetcher
         assert holdings() == before
 
 
