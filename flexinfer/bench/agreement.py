@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,11 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
-def sample_text() -> str:
-    """The text both systems read."""
+def documentation(names: Iterable[str] | None = None) -> str:
+    """Topics of Python's documentation, by name; all of them, sorted, unless some are named."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in TOPICS)
+    return "\n\n".join(topics[name] for name in (sorted(topics) if names is None else names))
 
 
 def load(results_dir: Path) -> list[dict[str, Any]]:
@@ -119,7 +119,7 @@ def _write_ids(model: Path, tokens: int, target: Path) -> None:
     from flexinfer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Checkpoint.open(model).config_dir)
-    ids = tokenizer(sample_text(), add_special_tokens=False).input_ids
+    ids = tokenizer(documentation(TOPICS), add_special_tokens=False).input_ids
     if len(ids) < tokens:
         raise ValueError(f"positions: the text has {len(ids)} tokens, {tokens} are needed; ask for fewer")
     np.save(target, np.array(ids[:tokens], np.int64))
@@ -179,7 +179,7 @@ def measure(model: Path, positions: int, scratch: Path) -> dict[str, Any]:
         "file": model.name,
         "file_sha256": _sha256(model),
         "text": f"pydoc_data.topics of Python {sys.version.split()[0]}: {', '.join(TOPICS)}",
-        "text_sha256": hashlib.sha256(sample_text().encode()).hexdigest(),
+        "text_sha256": hashlib.sha256(documentation(TOPICS).encode()).hexdigest(),
         "positions": positions,
         "perplexity": {name: perplexity(found, ids) for name, found in logits.items()},
         "pairs": pairs,

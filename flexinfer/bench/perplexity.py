@@ -19,6 +19,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import flexinfer
+from flexinfer.bench.agreement import documentation
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.synth import default_cache_dir
 from flexinfer.formats.quantize import KINDS, Report, quantize
@@ -47,13 +48,6 @@ def perplexity(model: PreTrainedModel, token_ids: torch.Tensor, window_tokens: i
         total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
         count += len(window) - 1
     return math.exp(total / count)
-
-
-def documentation() -> str:
-    """A text that lies on every machine."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def measure(

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from flexinfer.formats.checkpoint import ENCODINGS, TensorSpec
-from flexinfer.formats.gguf_model import MODEL_TYPES, TOKEN_IDS, corrected, processor_of
+from flexinfer.formats.gguf_model import MODEL_TYPES, TOKEN_IDS, corrected, llama3_divisors, processor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,12 +187,7 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, npt.NDArray[np.float32]]
     if rope.get("rope_type") != "llama3":
         return {}
     rotated = facts.get("head_dim") or config.hidden_size // config.num_attention_heads
-    lengths = (
-        2 * math.pi * rope["rope_theta"] ** (np.arange(0, rotated, 2) / rotated)
-    )  # of each wave, in tokens
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = np.clip((rope["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1)
-    return {"rope_freqs.weight": (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)}
+    return {"rope_freqs.weight": llama3_divisors(rope, rope["rope_theta"], rotated).astype(np.float32)}
 
 
 def difference(config: PretrainedConfig, read: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -363,20 +363,28 @@ def _llama3(gguf: GGUF, theta: float, rotated: int) -> dict[str, Any]:
         raise CheckpointError(
             f"{gguf.files[0]}: rope_freqs.weight has {len(divisors)} numbers for {rotated} that are rotated: damaged; download it again"
         )
-    lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)  # of each wave, in tokens
     for original in (1 << power for power in range(10, 21)):
-        share = np.clip((original / lengths - 1) / 3, 0, 1)
-        if np.allclose(divisors, 1 / ((1 - share) / factor + share), rtol=1e-3):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": original,
-            }
+        scaling = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
+        if np.allclose(divisors, llama3_divisors(scaling, theta, rotated), rtol=1e-3):
+            return scaling
     raise CheckpointError(
         f"{gguf.files[0]}: rope_freqs.weight scales the rotation in a way that is not Llama 3's; it cannot be run"
     )
+
+
+def llama3_divisors(scaling: Mapping[str, Any], theta: float, rotated: int) -> npt.NDArray[np.float64]:
+    """What Llama 3's `scaling`, in transformers' words, divides the frequencies of `rotated` numbers of a head by: [rotated / 2]."""
+    lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)  # of each wave, in tokens
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    share = np.clip((scaling["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1)
+    divisors: npt.NDArray[np.float64] = 1 / ((1 - share) / scaling["factor"] + share)
+    return divisors
 
 
 def _numbers(gguf: GGUF, name: str) -> list[float]:

@@ -59,9 +59,8 @@ from flexinfer.kernels.ggml import dequantize_rows, quantize_rows
 from flexinfer.plan import format_size
 
 MODEL_FILE = "model.gguf"
-UNFINISHED_FILE = (
-    MODEL_FILE + ".unfinished"
-)  # has all its length from the start, so it must not be taken for a model
+# Has all its length from the start, so it must not be taken for a model.
+UNFINISHED_FILE = MODEL_FILE + ".unfinished"
 DEFAULT_KIND = "Q4_K"
 KINDS = (
     "Q4_0",
@@ -81,11 +80,10 @@ KINDS = (
 KINDS_OF_32 = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"} | dict.fromkeys(
     ("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS"), "IQ4_NL"
 )
-HEAD_KIND = (
-    "Q6_K"  # of the output head, tied or not, where fewer bits are asked for: it costs little and gives most
-)
+# Of the output head, tied or not, where fewer bits are asked for: it costs little and gives most.
+HEAD_KIND = "Q6_K"
+ENCODING_OF = {encoding.name: encoding for encoding in TYPES.values()}
 BLOCK_WEIGHTS = 1 << 20  # quantised at a time
-COPY_BYTES = 4 << 20
 SYNC_BYTES = 64 << 20  # of the copy: what a killed run loses at most, beside the tensor it was at
 MARGIN_BYTES = 64 << 20  # of the disk that stay free: header, tokenizer files, the file system's own
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -133,7 +131,7 @@ class Report:
 
 def kind_for(kind: str, in_features: int) -> str | None:
     """The type of blocks that rows of `in_features` can be cut into: `kind`, or the nearest of 32; None where there is none."""
-    if in_features % GGML_TYPES[kind].block_elements == 0:
+    if in_features % ENCODING_OF[kind].block_elements == 0:
         return kind
     return KINDS_OF_32.get(kind) if in_features % 32 == 0 else None
 
@@ -141,7 +139,7 @@ def kind_for(kind: str, in_features: int) -> str | None:
 def head_kind(kind: str) -> str:
     """The type of the output head in a copy of `kind`: at least HEAD_KIND."""
     bits = {
-        name: GGML_TYPES[name].block_bytes / GGML_TYPES[name].block_elements for name in (kind, HEAD_KIND)
+        name: ENCODING_OF[name].block_bytes / ENCODING_OF[name].block_elements for name in (kind, HEAD_KIND)
     }
     return max(bits, key=lambda name: bits[name])
 
@@ -292,7 +290,10 @@ class _Job:
 
     def __init__(self, skeleton: Skeleton, kind: str, file: Path) -> None:
         self._skeleton, self._kind = skeleton, kind
-        self._heads = [weight.name for weight in skeleton.weights if weight.kind == "head"]
+        heads = [weight.name for weight in skeleton.weights if weight.kind == "head"]
+        self._heads = {
+            skeleton.specs[name].name for name in heads
+        }  # the source's names: of a tied one the embedding's
         self.kept: dict[str, str] = {}
         self.packed: set[str] = set()  # names of entries in blocks
         self.notes: list[str] = []
@@ -359,8 +360,8 @@ class _Job:
         shape, kind = spec.shape, None
         if matrix:
             in_features = spec.shape[0] if by_columns else spec.shape[1]
-            head = any(self._skeleton.specs[one].name == spec.name for one in self._heads)
-            kind = kind_for(head_kind(self._kind) if head else self._kind, in_features)
+            wanted = head_kind(self._kind) if spec.name in self._heads else self._kind
+            kind = kind_for(wanted, in_features)
             if kind is None:
                 self.kept[parameter] = f"its rows of {in_features} weights are no multiple of 32"
         transposed = stored.transposed or (by_columns and kind is not None)
@@ -405,7 +406,7 @@ class _Job:
         step = max(1, BLOCK_WEIGHTS // row_weights)
         cuts = [(start, min(start + step, entry.shape[0])) for start in range(0, entry.shape[0], step)]
         if entry.name not in self.packed:
-            dtype: torch.dtype = getattr(torch, str(TYPES[_type_number(entry.kind)].torch_name))
+            dtype: torch.dtype = getattr(torch, str(ENCODING_OF[entry.kind].torch_name))
             for cut in cuts:
                 yield rows_of(*cut).to(dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
             return
@@ -472,11 +473,7 @@ def _rows_of(source: _Source, shape: tuple[int, ...]) -> Callable[[int, int], to
 
 
 def _entry(name: str, kind: str, shape: tuple[int, ...]) -> Entry:
-    return Entry(name, kind, shape, TYPES[_type_number(kind)].nbytes(math.prod(shape)))
-
-
-def _type_number(kind: str) -> int:
-    return next(number for number, encoding in TYPES.items() if encoding.name == kind)
+    return Entry(name, kind, shape, ENCODING_OF[kind].nbytes(math.prod(shape)))
 
 
 def _plain_kind(spec: TensorSpec, matrix: bool) -> str:
