@@ -80,8 +80,8 @@ def test_commands_work(
     if program == "make":
         subprocess.run(["make", "--dry-run", *argv], cwd=ROOT, check=True, capture_output=True)
     elif program == "flexinfer":
-        places = {"path/to/model": str(model_dir), "path/to/copy": str(tmp_path / "copy")}
-        argv = [places.get(one, one) for one in argv]
+        paths = {"path/to/model": str(model_dir), "path/to/copy": str(tmp_path / "copy")}
+        argv = [paths.get(one, one) for one in argv]
         monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
         quick = {"chat": ["--max-new-tokens", "4"], "doctor": [str(tmp_path), "--size", "32MiB"]}
         assert main(argv + quick.get(argv[0], [])) == 0, capsys.readouterr().err
@@ -90,9 +90,8 @@ def test_commands_work(
             one for one in argv[1:] if one.split("=")[0] not in {"model", "budget", "budget.grid", "rounds"}
         ]
         given.sort(key=lambda one: not one.startswith("-"))  # options before what is added
-        run_script(
-            "scripts/run.py", *given, *TINY, f"results_dir={results}", f"cache_dir={results / 'cache'}"
-        )
+        places = [f"results_dir={results}", f"cache_dir={results / 'cache'}", f"hydra.sweep.dir={tmp_path}"]
+        run_script("scripts/run.py", *given, *TINY, *places)
         assert list(results.glob("*/*.jsonl"))
     else:
         assert (program, argv[:2]) == ("python", ["scripts/clean.py", "--list"])
