@@ -7,7 +7,7 @@ time the kernels take for one piece of each kind of weight.
 import contextlib
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -123,28 +123,6 @@ def anonymous_bytes() -> int:
 def file_bytes() -> int:
     """Pages of mapped files that this process has in memory: libraries, for the most part."""
     return int(Path("/proc/self/statm").read_text().split()[2]) * PAGE_BYTES
-
-
-def touched_file_bytes(use: Callable[[], None]) -> int:
-    """Pages of mapped files that `use` touches. The others are libraries' too, but can be had again from disk.
-
-    Where the kernel does not say which pages are touched, all that are in memory count.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("1")
-    except OSError:
-        use()
-        return file_bytes()
-    use()
-    touched = 0
-    of_file = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        fields = line.split()
-        if not fields[0].endswith(":"):  # the line that begins a mapping
-            of_file = len(fields) > 5 and fields[5].startswith("/")
-        elif of_file and fields[0] == "Referenced:":
-            touched += int(fields[1]) << 10
-    return touched
 
 
 def peak_bytes() -> int:

@@ -69,7 +69,7 @@ from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve
 from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
 from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, StreamedLinear, lock_pieces
-from flexinfer.streaming.memory import Buffer, return_freed_memory, trim_heap
+from flexinfer.streaming.memory import Buffer, LibraryPages, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.tokenizer import load_tokenizer, loading_bytes, tokenizer_bytes
@@ -232,7 +232,7 @@ class Engine:
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
         self._fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
-        self.file_bytes = measured.file_bytes
+        self._libraries, self.file_bytes = measured.libraries, measured.file_bytes
         self._tokenizer = tokenizer
         self._linears: dict[str, StreamedLinear] = {}
         self._locked: dict[str, list[LockedPieces]] = {}
@@ -255,6 +255,7 @@ class Engine:
         assert skeleton is not None
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         self._make_plan(budget_bytes, skeleton)
+        self._libraries.lock()
         reset_peak()
         self._reader = FileReader(
             skeleton.checkpoint.files,
@@ -693,6 +694,7 @@ class Engine:
                 self._kv.close()
             if self._reader is not None:
                 self._reader.close()
+            self._libraries.unlock()
         if not closed:
             self._leave_notes()
 
@@ -757,21 +759,22 @@ class MemoryOfProcess:
     """What a process holds that has loaded no weight yet, in bytes."""
 
     anonymous_bytes: int
-    file_bytes: int  # pages of libraries that a pass touches; the others can be had again from disk
+    libraries: LibraryPages  # that a pass touches; the others can be had again from disk
+    file_bytes: int  # of those pages
     tokenizer_bytes: int  # what the tokenizer beside the weights will take, if it is not loaded yet
     tokenizer_loading_bytes: int  # and at most while it is loaded
 
     @classmethod
     def measure(cls, skeleton: Skeleton, *, with_tokenizer: bool) -> "MemoryOfProcess":
         """Measured after what every run does once, on a model of a few kilobytes, has been done."""
-        file_bytes = rehearse_once(
+        libraries = rehearse_once(
             skeleton.dtype, skeleton.attention, dense=skeleton.dense, in_blocks=skeleton.in_blocks
         )
         gc.collect()  # the dry run's model
         trim_heap()
         path = skeleton.checkpoint.config_dir
         tokenizer = (tokenizer_bytes(path), loading_bytes(path)) if with_tokenizer else (0, 0)
-        return cls(anonymous_bytes(), file_bytes, *tokenizer)
+        return cls(anonymous_bytes(), libraries, libraries.nbytes or file_bytes(), *tokenizer)
 
 
 def default_context(

@@ -4,15 +4,14 @@ A first pass imports modules, starts kernel threads and has the kernels set memo
 need. After a rehearsal all of that is in the process, and what is measured then is what a run takes beside its model.
 """
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 
 from flexinfer.imports import deferred
 from flexinfer.kernels.dense import fill_kernel_caches
-from flexinfer.machine import touched_file_bytes
-from flexinfer.streaming.memory import page_out_libraries
+from flexinfer.streaming.memory import LibraryPages, library_pages, page_out_libraries
 
 with deferred():
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,8 +27,8 @@ SHAPE: dict[str, Any] = {
 
 
 @cache
-def rehearse_once(dtype: torch.dtype, attention: str, *, dense: bool, in_blocks: bool) -> int:
-    """Rehearse, and let go of the library pages that importing has touched. Returns the bytes of those that a pass needs.
+def rehearse_once(dtype: torch.dtype, attention: str, *, dense: bool, in_blocks: bool) -> LibraryPages:
+    """Rehearse, and let go of the library pages that importing has touched. Returns those that a pass needs.
 
     Once a process for each dtype and kind of attention, and for weights that are floats (`dense`) or in ggml's blocks or both.
     """
@@ -37,7 +36,8 @@ def rehearse_once(dtype: torch.dtype, attention: str, *, dense: bool, in_blocks:
     if dense:
         fill_kernel_caches(dtype)
     page_out_libraries()
-    return touched_file_bytes(partial(rehearse, dtype, attention, in_blocks))
+    rehearse(dtype, attention, in_blocks)
+    return library_pages()
 
 
 def rehearse(dtype: torch.dtype, attention: str, in_blocks: bool = False) -> None:

@@ -4,7 +4,9 @@ Every parameter is random, biases and norms too, so that a tensor read from the 
 made small, so that a weight of these models has several and each test goes through all of the machinery.
 """
 
+import os
 import re
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,13 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
 
 MakeCheckpoint = Callable[..., Path]
 Load = Callable[..., PreTrainedModel]
+
+
+def may_lock() -> bool:
+    return os.geteuid() == 0 or resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] in (resource.RLIM_INFINITY, -1)
+
+
+needs_mlock = pytest.mark.skipif(not may_lock(), reason="mlock is limited here (ulimit -l)")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,12 +2,18 @@
 
 import ctypes
 import gc
+import mmap
+import os
+import signal
+import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import needs_mlock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +23,8 @@ from flexinfer.streaming.memory import (
     HUGE_PAGE_BYTES,
     PAGE_BYTES,
     Buffer,
+    LibraryPages,
+    library_pages,
     page_out_libraries,
     return_freed_memory,
     round_up,
@@ -124,6 +132,55 @@ def test_library_pages_that_are_let_go_of_come_back_when_they_are_needed() -> No
     page_out_libraries()
     assert torch.equal(torch.ones(64, 64) @ torch.ones(64, 64), torch.full((64, 64), 64.0))
     assert abs(anonymous_bytes() - before) < 4 << 20
+
+
+def test_library_pages_are_those_touched_since_the_others_were_let_go_of(tmp_path: Path) -> None:
+    """Beside another process too that uses the same library: the system does not page out what both use."""
+    (tmp_path / "library").write_bytes(bytes(range(256)) * (32 << 10))  # 8 MiB
+    with (tmp_path / "library").open("rb") as file:
+        library = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    library.madvise(mmap.MADV_NOHUGEPAGE)
+    pages = np.frombuffer(library, np.uint8)[::PAGE_BYTES]
+    start = int(pages.ctypes.data)
+
+    def touched_bytes() -> int:
+        return sum(b - a for a, b in library_pages().ranges if start <= a < b <= start + len(library))
+
+    pages.sum()
+    child = os.fork()
+    if child == 0:
+        pages.sum()
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert touched_bytes() == len(library)
+        page_out_libraries()
+        assert touched_bytes() == 0
+        assert pages[1024] == 0
+        assert 0 < touched_bytes() <= len(library) // 2  # the system maps what lies around a page too
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@needs_mlock
+def test_locked_library_pages_stay_until_the_last_model_that_needs_them_is_closed() -> None:
+    before = locked_bytes()
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    pages = library_pages()
+    half = LibraryPages(pages.ranges[::2])
+    pages.lock()
+    half.lock()
+    assert locked_bytes() - before == pages.nbytes
+    page_out_libraries()
+    assert library_pages().nbytes >= pages.nbytes
+    pages.unlock()
+    assert locked_bytes() - before == half.nbytes
+    page_out_libraries()
+    assert half.nbytes <= library_pages().nbytes < pages.nbytes
+    half.unlock()
+    half.unlock()  # as a model may be closed twice
+    assert locked_bytes() == before
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the heap is glibc's")
