@@ -552,21 +552,26 @@ def show_plan(arguments: argparse.Namespace) -> int:
         measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
         context = arguments.context or default_context(skeleton, measured, given_bytes)
         fixed = fixed_memory(skeleton, measured, context)
-        smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed)
+        smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture)
         everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
+        everything_bytes += skeleton.mixture.slots().nbytes if skeleton.mixture is not None else 0
         budget_bytes = min(given_bytes, everything_bytes) if memory == "auto" else given_bytes
         bars.spin("measuring disk and kernels")
         reader = FileReader(skeleton.checkpoint.files, direct=not arguments.buffered)
         try:
-            costs = measure_costs(
-                skeleton.weights, skeleton.kernels, reader, skeleton.dtype, max(1, arguments.io_threads)
-            )
+            costs = measure_costs(skeleton.used, reader, skeleton.dtype, max(1, arguments.io_threads))
         finally:
             reader.close()
 
     def plan_for(nbytes: int) -> "Plan":
         return make_plan(
-            skeleton.weights, fixed, nbytes, costs, policy=arguments.policy, window=arguments.window
+            skeleton.weights,
+            fixed,
+            nbytes,
+            costs,
+            policy=arguments.policy,
+            window=arguments.window,
+            mixture=skeleton.mixture,
         )
 
     plan = plan_for(budget_bytes)
@@ -598,6 +603,8 @@ def budget_parts(plan: "Plan") -> dict[str, int]:
         "window": plan.window_bytes,
         "unused": plan.unused_bytes,
     }
+    if plan.experts is not None:
+        parts["cache of experts"] = plan.experts.cache_bytes
     return parts | {"locked weights": plan.budget_bytes - sum(parts.values())}
 
 

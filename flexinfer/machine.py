@@ -67,18 +67,18 @@ def _cgroup_folders() -> Iterator[tuple[Path, str, str, tuple[str, str]]]:
 
 
 def measure_costs(
-    weights: Sequence[Weight],
-    kernels: dict[str, Kernel],
+    used: Sequence[tuple[Weight, Kernel]],
     reader: FileReader,
     dtype: torch.dtype,
     io_threads: int,
     memory_bytes: int = CACHE_BYTES,
 ) -> Costs:
-    """Bandwidth of reading the first SAMPLE_BYTES of weights, and the compute time of a pass from one piece of each role.
+    """Bandwidth of reading the first SAMPLE_BYTES of the weights that are `used` in a pass, and its compute time from one piece of
+    each role.
 
     Takes at most `memory_bytes`, or two pieces if that is more: the peak of a process must not be its measuring.
     """
-    pieces = [piece for weight in weights for piece in weight.pieces]
+    pieces = [piece for weight, _ in used for piece in weight.pieces]
     if not pieces:
         return Costs(bandwidth_bytes_per_s=math.inf, compute_s=0.0)
     sample = pieces[: bisect(list(accumulate(piece.nbytes for piece in pieces)), SAMPLE_BYTES) + 1]
@@ -105,13 +105,11 @@ def measure_costs(
         0
     )  # pages of its own: unwritten ones are one page of zeros, which the CPU's cache holds
     seconds_per_byte: dict[str, float] = {}
-    for weight in weights:
+    for weight, kernel in used:
         if weight.role not in seconds_per_byte:
             piece = weight.pieces[0]
-            seconds_per_byte[weight.role] = (
-                _compute_s(kernels[weight.name], piece, dtype, buffer) / piece.nbytes
-            )
-    return Costs(bandwidth, sum(w.nbytes * seconds_per_byte[w.role] for w in weights))
+            seconds_per_byte[weight.role] = _compute_s(kernel, piece, dtype, buffer) / piece.nbytes
+    return Costs(bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used))
 
 
 def anonymous_bytes() -> int:

@@ -3,7 +3,8 @@
 The way: index the checkpoint, build the model empty (flexinfer.formats.skeleton), measure process and costs (flexinfer.machine), divide
 the budget (flexinfer.plan), and put a `StreamedLinear` where each linear was. Locked memory is filled by the first pass, so that until then
 it is free for what a program loads besides. Everything else of the model, and `generate()` with all that is built on it, stays
-transformers' own. Parameters that are no weight of a linear, such as fused experts of a mixture, are not streamed: they stay
+transformers' own, experts of a mixture too: they are computed through the interface that it has for this (flexinfer.streaming.experts), and kept in
+a cache of what the budget leaves. Parameters that are no weight of a linear or an expert are not streamed: they stay
 in memory, or the budget is refused and they are named.
 
 The budget is held pass by pass: a call whose activations the plan has no room for is refused before it runs, and where the process itself
@@ -29,8 +30,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexinfer.expert_policies import POLICIES as EXPERT_POLICIES
 from flexinfer.follow import Follower
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
+from flexinfer.formats.experts import parameters_of
 from flexinfer.formats.skeleton import (
     NotStreamableError,
     Skeleton,
@@ -68,9 +71,18 @@ from flexinfer.rehearsal import rehearse_once
 from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve
 from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
-from flexinfer.streaming.linear import LockedPieces, StreamedEmbedding, StreamedLinear, lock_pieces
+from flexinfer.streaming.expert_cache import ExpertCache
+from flexinfer.streaming.experts import StreamedExperts, foretold
+from flexinfer.streaming.linear import (
+    LockedPieces,
+    StreamedEmbedding,
+    StreamedLinear,
+    lock_pieces,
+    streamed_weight,
+)
 from flexinfer.streaming.memory import Buffer, LibraryPages, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
+from flexinfer.streaming.read_queue import ReadQueue
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.tokenizer import load_tokenizer, loading_bytes, tokenizer_bytes
 from flexinfer.trace import MAX_EVENTS, Progress, Trace
@@ -82,6 +94,7 @@ MARGIN_BYTES = 16 << 20  # threads' stacks, allocator, what a first pass imports
 GROWTH_BYTES = 6 << 20  # a process that grows by less is left alone: the margin is for it
 LARGE_PARAMETER_BYTES = 16 << 20
 SMALLEST_DEFAULT_CONTEXT = 128
+CACHE_LINE_BYTES = 64
 logger = logging.getLogger("flexinfer")
 CLOSED = "this model is closed; load it again with flexinfer.from_pretrained()"
 
@@ -92,6 +105,8 @@ def from_pretrained(
     *,
     gguf_file: str | None = None,
     policy: str = "balanced",
+    expert_policy: str = "recency",
+    look_ahead: bool = True,
     window: str | int | None = None,
     io_threads: int = 2,
     read_timeout_s: float | None = None,
@@ -115,6 +130,9 @@ def from_pretrained(
         gguf_file: the name of a GGUF file in that directory or on the Hub; of a split one, the first part.
         policy: what to keep in memory: "balanced" (ours), "unbalanced", "attention-first", "ffn-first", "algorithm1"
             (the paper's), "none".
+        expert_policy: which experts of a mixture stay in the cache that the rest of the budget makes: "recency", "frequency", "fixed"
+            (flexinfer.expert_policies).
+        look_ahead: while a layer computes, ask the next layer's router which experts it may want, and read those when the disk is idle.
         window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
         io_threads: reader threads; 0 reads synchronously, when a weight is needed.
         read_timeout_s: how long a pass waits for one read before it raises ReadError; None: as long as it takes, with a line in the
@@ -155,6 +173,10 @@ def from_pretrained(
         raise ValueError(f"context={context} must be at least 1 token")
     if logits_to_keep < 1:
         raise ValueError(f"logits_to_keep={logits_to_keep} must be at least 1 position")
+    if expert_policy not in EXPERT_POLICIES:
+        raise ValueError(
+            f"expert_policy={expert_policy!r} does not exist; there are {', '.join(sorted(EXPERT_POLICIES))}"
+        )
     trace_file = trace_path(trace)
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
     bound_kernel_caches()
@@ -172,6 +194,8 @@ def from_pretrained(
         skeleton,
         measured,
         policy=policy,
+        expert_policy=expert_policy,
+        look_ahead=look_ahead,
         window=window,
         io_threads=io_threads,
         read_timeout_s=read_timeout_s,
@@ -210,6 +234,8 @@ class Engine:
         measured: "MemoryOfProcess",
         *,
         policy: str = "balanced",
+        expert_policy: str = "recency",
+        look_ahead: bool = True,
         window: str | int | None = None,
         io_threads: int = 2,
         read_timeout_s: float | None = None,
@@ -222,6 +248,7 @@ class Engine:
         trace_file: Path | None = None,
     ) -> None:
         self._policy, self._window, self._io_threads = policy, window, io_threads
+        self._expert_policy, self._look_ahead = expert_policy, look_ahead
         self._read_timeout_s, self._checksums = read_timeout_s, checksums
         self._pid = os.getpid()
         self._direct, self.context, self._logits_to_keep = direct, context, logits_to_keep
@@ -229,6 +256,8 @@ class Engine:
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
+        self._mixture, self._experts = skeleton.mixture, dict[str, StreamedExperts]()
+        self._cache: ExpertCache | None = None
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
         self._fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
@@ -237,7 +266,7 @@ class Engine:
         self._linears: dict[str, StreamedLinear] = {}
         self._locked: dict[str, list[LockedPieces]] = {}
         self._reader: FileReader | None = None
-        self._prefetcher: Prefetcher | None = None
+        self._queue: ReadQueue | None = None
         self._kv: KVReserve | None = None
         self._lock = threading.RLock()  # held during a pass, and while memory is changed
         self._in_pass = False
@@ -264,8 +293,7 @@ class Engine:
             checksums=self._checksums,
         )
         self._costs = measure_costs(
-            self._weights,
-            self._kernels,
+            skeleton.used,
             self._reader,
             skeleton.dtype,
             max(1, self._io_threads),
@@ -289,6 +317,7 @@ class Engine:
                 self._costs,
                 policy=self._policy,
                 window=self._window,
+                mixture=self._mixture,
             )
         except BudgetError as error:
             large = [
@@ -299,12 +328,12 @@ class Engine:
             if not large:
                 raise
             raise BudgetError(
-                f"{error} {large[0]} and {len(large) - 1} more are not weights of linears (experts of a mixture, perhaps); "
+                f"{error} {large[0]} and {len(large) - 1} more are not weights of linears or of experts that can be told apart; "
                 "they cannot be streamed yet and have to stay in memory."
             ) from None
 
     def _place_modules(self, skeleton: Skeleton) -> None:
-        """Read the parameters that stay, and put streamed modules where the linears and the input embedding were."""
+        """Read the parameters that stay, and put streamed modules where the linears, experts and the input embedding were."""
         assert self._reader is not None
         model, dtype = skeleton.model, skeleton.dtype
         done_bytes, all_bytes = 0, sum(spec.nbytes for spec in skeleton.resident.values())
@@ -335,6 +364,7 @@ class Engine:
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
+        self._place_experts(skeleton)
         if self._weights:
             embedding: Any = model.get_input_embeddings()
             name = skeleton.embedding_name
@@ -342,6 +372,32 @@ class Engine:
             decode = decoder_of(spec)
             rows = StreamedEmbedding(embedding, self._row_reader(spec), decode, spec, dtype, self._lock)
             model.set_submodule(name, rows)
+
+    def _place_experts(self, skeleton: Skeleton) -> None:
+        """Have the experts modules use what is streamed, and stand-ins for their parameters."""
+        if skeleton.experts is None:
+            return
+        experts = skeleton.experts
+        pieces = list(experts.mixture.pieces())
+        slot_bytes = experts.mixture.slots().slot_bytes
+        self._cache = ExpertCache(pieces, slot_bytes, self._expert_policy, self._trace)
+        first, before = 0, None
+        for layer in experts.mixture.layers:
+            streamed = StreamedExperts(
+                layer, experts.kernels[layer.name], first, self._trace, self._lock, self._between_linears
+            )
+            module: Any = skeleton.model.get_submodule(layer.name)
+            module.streamed = self._experts[layer.name] = streamed
+            router = experts.routers.get(layer.name)
+            if self._look_ahead and router is not None and before is not None:
+                chooses = skeleton.model.get_submodule(router.name)
+                before.look_ahead(partial(foretold, chooses, router.place, first))
+            before = streamed
+            first += len(layer.experts)
+            for parameter in parameters_of(layer.name, module):
+                leaf = parameter.rpartition(".")[2]
+                stand_in = streamed_weight(parameter, getattr(module, leaf).shape, skeleton.dtype)
+                module.register_parameter(leaf, stand_in)
 
     def _row_reader(self, spec: TensorSpec) -> Callable[[int, memoryview], int]:
         row_bytes = spec.row_bytes
@@ -365,6 +421,9 @@ class Engine:
         for weight in self._weights:
             self._locked[weight.name] = _keep(self._locked.get(weight.name, []), count_of[weight.name])
         self._kv.allocate()
+        slots = plan.experts.slots if plan.experts is not None else 0
+        if self._cache is not None and slots < self._cache.slots:
+            self._cache.resize(slots)
         reader = self._reader
 
         def lock(weight: Weight) -> None:
@@ -386,6 +445,8 @@ class Engine:
                     done_bytes += nbytes
                     if self._trace.progress is not None and nbytes:
                         self._trace.progress("lock", done_bytes, sum(new_bytes))
+            if self._cache is not None and not self._closed:
+                self._cache.resize(slots)
         finally:
             self._attach(plan)
         if self._closed:
@@ -393,42 +454,53 @@ class Engine:
         before, self.plan = self.plan, plan
         self._trace.set_memory(plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes)
         if self._in_pass and self._rest_bytes is not None:  # with its activations
-            self._rest_bytes += (plan.locked_bytes - before.locked_bytes) + (
-                plan.window_bytes - before.window_bytes
-            )
+            self._rest_bytes += plan.held_bytes - before.held_bytes
         else:
             self._rest_bytes = anonymous_bytes()
 
     def _detach(self, why: str) -> None:
-        """Take everything from the linears, and end the window."""
+        """Take everything from the linears and experts, and end the window."""
         for linear in self._linears.values():
             linear.detach(why)
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        for experts in self._experts.values():
+            experts.detach(why)
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
+            if self._cache is not None:
+                self._cache.detach()
 
     def _attach(self, plan: Plan) -> None:
-        """Give the linears what is locked, and a window for all that is not."""
+        """Give the linears what is locked, a window for all that is not, and the experts their cache."""
         if self._closed:
             return
         assert self._reader is not None
         streamed = {w.name: w.pieces[_count(self._locked[w.name]) :] for w in self._weights}
         schedule = [piece for pieces in streamed.values() for piece in pieces]
-        if schedule:
-            self._prefetcher = Prefetcher(
+        prefetcher = None
+        if schedule or self._cache is not None:
+            self._queue = ReadQueue(self._reader, self._trace, io_threads=self._io_threads)
+        if self._queue is not None and self._cache is not None:
+            self._queue.serve(self._cache.take)
+        if self._queue is not None and schedule:
+            prefetcher = Prefetcher(
                 schedule,
-                self._reader,
-                self._trace,
+                self._queue,
                 slots=max(plan.slots, MIN_SLOTS),
                 slot_bytes=max(plan.slot_bytes, *(piece.memory_bytes for piece in schedule)),
                 window_layers=plan.window_layers,
-                io_threads=self._io_threads,
             )
+            self._queue.serve(prefetcher.take)
+        if self._queue is not None and self._cache is not None:
+            self._queue.serve(self._cache.take_foretold)
+            self._cache.attach(self._queue)
+            for experts in self._experts.values():
+                experts.attach(self._cache)
         place = 0
         for weight in self._weights:
             places = list(enumerate(streamed[weight.name], place))
             place += len(places)
-            self._linears[weight.name].attach(self._locked[weight.name], places, self._prefetcher)
+            self._linears[weight.name].attach(self._locked[weight.name], places, prefetcher)
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One pass: `forward` of the transformers model, with memory seen to before it. One at a time; threads wait for one another.
@@ -471,11 +543,7 @@ class Engine:
         """Called before each use of a linear, in a pass or alone: the first fills memory, and memory that others need goes at once."""
         if self._rest_bytes is None:
             self._first_fill()
-        elif (
-            self._wanted is not None
-            and self._wanted.locked_bytes < self.plan.locked_bytes
-            and not self._closed
-        ):
+        elif self._wanted is not None and self._wanted.held_bytes < self.plan.held_bytes and not self._closed:
             plan, self._wanted = self._wanted, None
             self._apply(plan)
 
@@ -608,9 +676,16 @@ class Engine:
             return self._tokenizer
 
     def stats(self) -> dict[str, Any]:
-        """Counters since loading: passes over the weights, tokens (rows) that went through, bytes and seconds."""
+        """Counters since loading: passes over the weights, tokens (rows) that went through, bytes and seconds; of a mixture also
+        experts that were in memory when a layer wanted them (hits) or had to be read (misses), and those that were foretold."""
         trace = self._trace
-        return {
+        of_experts = {
+            "expert_hits": trace.expert_hits,
+            "expert_misses": trace.expert_misses,
+            "experts_foretold": trace.experts_foretold,
+            "experts_foretold_right": trace.experts_foretold_right,
+        }
+        return (of_experts if self._mixture is not None else {}) | {
             "passes": trace.passes,
             "tokens": trace.tokens,
             "bytes_read": trace.bytes_read,
@@ -620,6 +695,7 @@ class Engine:
             "wait_s": trace.wait_s,
             "peak_bytes": peak_bytes() - max(0, file_bytes() - self.file_bytes),
             "resyncs": trace.resyncs,
+            "wasted_bytes": trace.wasted_bytes,
             "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
             "memory_stall_s": memory_stall_s(),
         }
@@ -669,14 +745,14 @@ class Engine:
             self._follower = Follower(
                 self.resize,
                 budget=lambda: (self._wanted or self.plan).budget_bytes,
-                smallest=lambda: smallest_budget_bytes(self._weights, self._fixed),
+                smallest=lambda: smallest_budget_bytes(self._weights, self._fixed, self._mixture),
                 spare=available_bytes,
                 largest_bytes=self.plan.budget_bytes,
             )
 
     def close_when_collected(self) -> None:
         """`close`, called by the garbage collector: in whatever thread it runs, and wherever that thread is."""
-        if self._prefetcher is None or self._prefetcher.closes_here():
+        if self._queue is None or self._queue.closes_here():
             self.close()
         else:
             threading.Thread(target=self.close, name="flexinfer-close", daemon=True).start()
@@ -690,6 +766,7 @@ class Engine:
         with self._lock:
             self._detach(CLOSED)  # what that pass may have attached meanwhile
             self._locked.clear()
+            self._cache = None
             if self._kv is not None:
                 self._kv.close()
             if self._reader is not None:
@@ -751,7 +828,20 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
         else 0
     )
     tensor = buffer.tensor(position, spec.torch_dtype, spec.shape)
-    return tensor.add(spec.added).to(dtype) if spec.added else tensor.to(dtype, copy=True)
+    if spec.added:
+        return tensor.add(spec.added).to(dtype)
+    return tensor.to(dtype) if tensor.dtype != dtype else _copy_as_mapped(tensor, spec.offset_bytes)
+
+
+def _copy_as_mapped(tensor: torch.Tensor, offset_bytes: int) -> torch.Tensor:
+    """A copy that begins at such an address as it does where transformers maps the file: MKL may add up the products of a single row
+    of fp32 in another order at an address that is no multiple of 16."""
+    memory = torch.empty(tensor.nbytes + CACHE_LINE_BYTES, dtype=torch.uint8)
+    start = (offset_bytes - memory.data_ptr()) % CACHE_LINE_BYTES
+    if start % tensor.itemsize:  # transformers cannot map it either
+        return tensor.clone()
+    copy = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -786,7 +876,7 @@ def default_context(
     context = min(2048, context_limit(skeleton.config))
     while context >= 2 * SMALLEST_DEFAULT_CONTEXT:
         fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
-        fits = smallest_budget_bytes(skeleton.weights, fixed) <= budget_bytes
+        fits = smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture) <= budget_bytes
         if fits and fixed.kv_bytes + fixed.activation_bytes <= budget_bytes // 4:
             break
         context //= 2

@@ -9,6 +9,9 @@ paper's balanced locking (section 3.2) taken down to the piece, which leaves les
 `unbalanced`, `attention-first`, `ffn-first` and `algorithm1` are the paper's variants (figures 3 and 5, Algorithm 1) and
 lock whole weights; they keep what is not in a decoder layer (lm_head) resident first, as the paper does.
 
+Experts of a mixture (flexinfer.mixture) get what dense weights leave: all of those are locked first. Where the budget does not
+hold them, the experts pass through a cache no larger than the window.
+
 Cost model, the paper's equation 4: seconds per pass = max(compute, streamed bytes / bandwidth).
 """
 
@@ -17,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from flexinfer.mixture import CacheShape, ExpertPlan, Mixture, expert_plan
 
 Kind = Literal["attention", "ffn", "head"]
 
@@ -122,7 +127,10 @@ class PassShape:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where a budget goes. All sizes in bytes; `streamed_bytes` and the speeds are per pass over the weights."""
+    """Where a budget goes. All sizes in bytes; `streamed_bytes`, `total_bytes` and the speeds are per pass over the weights.
+
+    Of experts a pass has those that one token is routed to, and reads as many as are expected to be missed.
+    """
 
     budget_bytes: int
     fixed: Fixed
@@ -140,6 +148,13 @@ class Plan:
         float  # what no system can beat in this budget: 1 / max(compute, (total - R) / bandwidth)
     )
     predicted_tokens_per_s: float
+    experts: ExpertPlan | None = None  # None where there are none
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory for weights: locked, window and cache of experts."""
+        cache_bytes = self.experts.cache_bytes if self.experts is not None else 0
+        return self.locked_bytes + self.window_bytes + cache_bytes
 
     @property
     def process_bytes(self) -> int:
@@ -203,10 +218,14 @@ def parse_window(window: str | int | None) -> tuple[int | None, int | None]:
     return parse_size(window, "window"), None
 
 
-def smallest_budget_bytes(weights: Sequence[Weight], fixed: Fixed) -> int:
-    """The least budget in which `weights` can be streamed: what is fixed, and the smallest window."""
-    slot_bytes = max((piece.memory_bytes for weight in weights for piece in weight.pieces), default=0)
-    return fixed.nbytes + MIN_SLOTS * slot_bytes
+def smallest_budget_bytes(weights: Sequence[Weight], fixed: Fixed, mixture: Mixture | None = None) -> int:
+    """The least budget in which the weights can be streamed: what is fixed, and the smallest window and cache of experts."""
+    slot_bytes = mixture.slots().slot_bytes if mixture is not None else 0
+    return fixed.nbytes + MIN_SLOTS * (_slot_bytes(weights) + slot_bytes)
+
+
+def _slot_bytes(weights: Sequence[Weight]) -> int:
+    return max((piece.memory_bytes for weight in weights for piece in weight.pieces), default=0)
 
 
 def make_plan(
@@ -217,42 +236,58 @@ def make_plan(
     *,
     policy: str = "balanced",
     window: str | int | None = None,
+    mixture: Mixture | None = None,
 ) -> Plan:
-    """Divide `budget_bytes` between what is fixed, the window and the locked pieces of `weights` (in order of use).
+    """Divide `budget_bytes` between what is fixed, the window, the locked pieces of `weights` (in order of use) and a cache of
+    the experts of `mixture`.
 
-    Raises BudgetError when the budget cannot hold the fixed part and the smallest window, and ValueError for a policy
-    that does not exist.
+    Raises BudgetError when the budget cannot hold the fixed part and the smallest window and cache, and ValueError for a
+    policy that does not exist.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy={policy!r} does not exist; there are {', '.join(sorted(POLICIES))}")
     window_bytes, window_layers = parse_window(window)
     pieces = [piece for weight in weights for piece in weight.pieces]
-    total_bytes = sum(piece.nbytes for piece in pieces)
+    dense_bytes = sum(piece.nbytes for piece in pieces)
     spare_bytes = budget_bytes - fixed.nbytes
-    slot_bytes = max((piece.memory_bytes for piece in pieces), default=0)
+    slot_bytes = _slot_bytes(weights)
+    to_lock_bytes = sum(weight.locked_bytes for weight in weights)
 
-    all_fits = sum(weight.locked_bytes for weight in weights) <= spare_bytes
+    cache, slots_of_cache = None, 0
+    if mixture is not None:
+        cache = mixture.slots()
+        most_bytes = spare_bytes - MIN_SLOTS * slot_bytes
+        slots_of_cache = _small_cache(cache, window_bytes or DEFAULT_WINDOW_BYTES, most_bytes)
+        spare_bytes -= slots_of_cache * cache.slot_bytes
+    all_fits = to_lock_bytes <= spare_bytes
     if all_fits and (policy != "none" or not pieces):
         slots, locked = 0, {weight.name: len(weight.pieces) for weight in weights}
+        if cache is not None:
+            more = min(cache.all_slots - slots_of_cache, (spare_bytes - to_lock_bytes) // cache.slot_bytes)
+            slots_of_cache += more
+            spare_bytes -= more * cache.slot_bytes
     else:
-        smallest_bytes = smallest_budget_bytes(weights, fixed)
+        smallest_bytes = smallest_budget_bytes(weights, fixed, mixture)
         if budget_bytes < smallest_bytes:
-            raise BudgetError(
-                f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {smallest_bytes} bytes "
-                f"({format_size(smallest_bytes + (1 << 20))}): process {format_size(fixed.process_bytes)}, tokenizer {format_size(fixed.tokenizer_bytes)}, parameters that stay "
-                f"{format_size(fixed.resident_bytes)}, KV cache {format_size(fixed.kv_bytes)}, activations "
-                f"{format_size(fixed.activation_bytes)}, margin {format_size(fixed.margin_bytes)}, window "
-                f"{format_size(MIN_SLOTS * slot_bytes)}. A smaller context makes the KV cache and activations smaller."
-            )
+            raise BudgetError(_too_little(budget_bytes, smallest_bytes, fixed, slot_bytes, cache))
         slots = _window_slots(weights, window_bytes, window_layers, slot_bytes, spare_bytes)
         locked = POLICIES[policy](weights, spare_bytes - slots * slot_bytes)
 
     streamed = [piece for weight in weights for piece in weight.pieces[locked.get(weight.name, 0) :]]
     locked_memory = sum(p.locked_bytes for w in weights for p in w.pieces[: locked.get(w.name, 0)])
     streamed_bytes = sum(piece.nbytes for piece in streamed)
-    read_s = sum(piece.memory_bytes for piece in streamed) / costs.bandwidth_bytes_per_s
-    at_best_bytes = max(
-        0, total_bytes - max(0, budget_bytes - fixed.process_bytes - fixed.tokenizer_bytes - fixed.kv_bytes)
+    read_bytes = sum(piece.memory_bytes for piece in streamed)
+    at_best_bytes = dense_bytes - max(
+        0, budget_bytes - fixed.process_bytes - fixed.tokenizer_bytes - fixed.kv_bytes
+    )  # less than nothing: room for experts
+    experts = None
+    if mixture is not None and cache is not None:
+        experts = expert_plan(mixture, cache, slots_of_cache)
+        read_bytes += experts.missed_bytes
+        kept = min(1.0, max(0, -at_best_bytes) / experts.total_bytes)
+        at_best_bytes = max(0, at_best_bytes) + int(experts.token_bytes * (1 - kept))
+    read_s, at_best_s = (
+        nbytes / costs.bandwidth_bytes_per_s for nbytes in (read_bytes, max(0, at_best_bytes))
     )
     return Plan(
         budget_bytes=budget_bytes,
@@ -262,13 +297,33 @@ def make_plan(
         slots=slots if streamed else 0,
         slot_bytes=slot_bytes,
         locked_pieces=locked,
-        locked_bytes=total_bytes - streamed_bytes,
-        streamed_bytes=streamed_bytes,
-        total_bytes=total_bytes,
+        locked_bytes=dense_bytes - streamed_bytes,
+        streamed_bytes=streamed_bytes + (experts.missed_bytes if experts else 0),
+        total_bytes=dense_bytes + (experts.token_bytes if experts else 0),
         unused_bytes=spare_bytes - locked_memory - (slots * slot_bytes if streamed else 0),
         costs=costs,
-        bound_tokens_per_s=_per_s(max(costs.compute_s, at_best_bytes / costs.bandwidth_bytes_per_s)),
+        bound_tokens_per_s=_per_s(max(costs.compute_s, at_best_s)),
         predicted_tokens_per_s=_per_s(max(costs.compute_s, read_s)),
+        experts=experts,
+    )
+
+
+def _small_cache(cache: CacheShape, window_bytes: int, most_bytes: int) -> int:
+    """Slots of the cache before dense weights have had their part: as large as a window."""
+    return min(cache.all_slots, max(MIN_SLOTS, min(window_bytes, most_bytes) // cache.slot_bytes))
+
+
+def _too_little(
+    budget_bytes: int, smallest_bytes: int, fixed: Fixed, slot_bytes: int, cache: CacheShape | None
+) -> str:
+    """What a budget is needed for."""
+    experts = f", experts {format_size(MIN_SLOTS * cache.slot_bytes)}" if cache is not None else ""
+    return (
+        f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {smallest_bytes} bytes "
+        f"({format_size(smallest_bytes + (1 << 20))}): process {format_size(fixed.process_bytes)}, tokenizer {format_size(fixed.tokenizer_bytes)}, parameters that stay "
+        f"{format_size(fixed.resident_bytes)}, KV cache {format_size(fixed.kv_bytes)}, activations "
+        f"{format_size(fixed.activation_bytes)}, margin {format_size(fixed.margin_bytes)}, window "
+        f"{format_size(MIN_SLOTS * slot_bytes)}{experts}. A smaller context makes the KV cache and activations smaller."
     )
 
 

@@ -23,8 +23,14 @@ def plan_line(plan: Plan) -> str:
         if plan.streamed_bytes
         else "nothing streamed"
     )
+    experts = plan.experts
+    cached = (
+        f", {format_size(experts.cache_bytes)} for {format_size(experts.total_bytes)} of experts ({experts.hit_rate:.0%} hits expected)"
+        if experts is not None
+        else ""
+    )
     return (
-        f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights locked, {streamed}; "
+        f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights locked{cached}, {streamed}; "
         f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most {plan.bound_tokens_per_s:.3g}"
     )
 
@@ -44,10 +50,10 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
             f"memory: {stalled}{faults} major page faults in {passes} passes; "
             "the system takes pages from this process and reads them again: a smaller budget, or less beside it"
         )
-    in_vain_bytes = spent["resyncs"] * plan.window_bytes
+    in_vain_bytes = spent["wasted_bytes"]
     if in_vain_bytes > MEMORY_SHARE * bytes_read:
         return (
-            f"order: the readers started over {spent['resyncs']} times in {passes} passes and read up to "
+            f"order: the readers were sent elsewhere {spent['resyncs']} times in {passes} passes and read "
             f"{format_size(in_vain_bytes)} of {format_size(bytes_read)} in vain"
         )
     rate, measured = bytes_read / pass_s, plan.costs.bandwidth_bytes_per_s

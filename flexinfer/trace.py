@@ -95,6 +95,11 @@ class Trace:
     pass_s: float = 0.0
     wait_s: float = 0.0
     resyncs: int = 0
+    wasted_bytes: int = 0  # read and never used
+    expert_hits: int = 0  # experts that a layer wanted and that were in memory
+    expert_misses: int = 0
+    experts_foretold: int = 0  # of those that were to be read ahead, because the layer before thought so
+    experts_foretold_right: int = 0  # and were wanted
     _memory_bytes: tuple[int, int, int] = (0, 0, 0)  # budget, locked, window
     _total_bytes: int = 0
     _pass_start_s: float = 0.0
@@ -112,7 +117,7 @@ class Trace:
         if kind == "wait":
             self.wait_s += stop_s - start_s
         elif kind == "compute" and self.progress is not None:
-            self._pass_bytes += nbytes
+            self._pass_bytes = min(self._pass_bytes + nbytes, self._total_bytes)  # a prompt uses more experts
             self.progress("pass", self._pass_bytes, self._total_bytes)
         if self._ring is not None:
             self._ring.add(kind, tensor, layer, start_s, stop_s, nbytes)

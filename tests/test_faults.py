@@ -75,7 +75,7 @@ def test_a_fault_while_reading_ahead_that_has_passed_when_the_piece_is_needed_is
 def test_a_slow_read_is_waited_for(
     checkpoint: MakeCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(flexinfer.streaming.prefetch, "SAY_AFTER_S", 0.05)
+    monkeypatch.setattr(flexinfer.streaming.read_queue, "SAY_AFTER_S", 0.05)
     model = load(checkpoint(), policy="none")
     with_faults(model, lambda number: time.sleep(0.5 if number == 3 else 0), in_thread="flexinfer-io")
     with caplog.at_level(logging.WARNING, "flexinfer"):

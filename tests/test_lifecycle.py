@@ -117,14 +117,14 @@ def test_collecting_a_model_inside_its_own_reader_locks_nothing_up(
         model = flexinfer.from_pretrained(checkpoint(), "8GiB", context=64, policy="none")
         model(prompt())
         engine = model.flexinfer
-        prefetcher = engine._prefetcher
+        queue = engine._queue
         del model
         if held:
-            with prefetcher._changed:
+            with queue.changed:
                 gc.collect()
         else:
             collector = threading.Thread(target=gc.collect)
-            prefetcher._threads.append(collector)  # as if it were a reader
+            queue._threads.append(collector)  # as if it were a reader
             collector.start()
             collector.join()
         for thread in threading.enumerate():
@@ -132,7 +132,7 @@ def test_collecting_a_model_inside_its_own_reader_locks_nothing_up(
                 thread.join(timeout=60)
                 assert not thread.is_alive(), "locked up"
         assert engine._closed
-        del engine, prefetcher
+        del engine, queue
         assert holdings() == before
 
 

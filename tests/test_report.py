@@ -38,6 +38,7 @@ START: dict[str, Any] = {
     "wait_s": 3.0,
     "peak_bytes": 1,
     "resyncs": 1,
+    "wasted_bytes": 5,
     "major_faults": 100,
     "memory_stall_s": 9.0,
 }
@@ -76,10 +77,10 @@ RUN: dict[str, float] = {"passes": 10, "pass_s": 10.0, "bytes_read": 9_500_000_0
         ),
         (RUN | {"wait_s": 9.0, "compute_s": 1.0, "major_faults": 100}, r"^disk: "),
         (
-            RUN | {"wait_s": 9.0, "compute_s": 1.0, "resyncs": 200},
-            r"^order: the readers started over 200 times in 10",
+            RUN | {"wait_s": 9.0, "compute_s": 1.0, "resyncs": 200, "wasted_bytes": 2 << 30},
+            r"^order: the readers were sent elsewhere 200 times in 10 passes and read 2.00 GiB",
         ),
-        (RUN | {"wait_s": 9.0, "compute_s": 1.0, "resyncs": 2}, r"^disk: "),
+        (RUN | {"wait_s": 9.0, "compute_s": 1.0, "resyncs": 2, "wasted_bytes": 1 << 20}, r"^disk: "),
         ({}, r"^nothing: no pass"),
     ],
 )

@@ -46,26 +46,30 @@ def test_what_is_neither_a_directory_nor_a_hub_id_is_said(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small mixture of experts, whose experts lie apart in the checkpoint and are joined when they are loaded."""
-    path = tmp_path_factory.mktemp("mixture")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small mixture of experts, some of whose tensors transformers converts in a way that is not known here."""
+    path = tmp_path_factory.mktemp("converted")
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(**SHAPE, **TOKENS, num_local_experts=4)
+    shape = {**SHAPE, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    latent = {"q_lora_rank": 24, "qk_rope_head_dim": 16, "head_dim": 32, "o_lora_rank": 16, "o_groups": 2}
+    config = transformers.AutoConfig.for_model(
+        "deepseek_v4", **shape, **TOKENS, **latent, n_routed_experts=4, moe_intermediate_size=32
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
 
-def test_experts_that_do_not_fit_are_refused_by_name(mixture: Path) -> None:
+def test_experts_that_do_not_fit_are_refused_by_name(converted: Path) -> None:
     with pytest.raises(
         BudgetError, match=r"experts\.0\.w1\.weight' .*cannot be streamed yet; .*needs at least"
     ):
-        flexinfer.from_pretrained(mixture, memory="64MiB")
+        flexinfer.from_pretrained(converted, memory="64MiB")
 
 
-def test_experts_that_fit_stay_in_memory_and_this_is_said(mixture: Path) -> None:
-    stock = AutoModelForCausalLM.from_pretrained(mixture)
+def test_experts_that_fit_stay_in_memory_and_this_is_said(converted: Path) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(converted)
     with pytest.warns(RuntimeWarning, match="kept in memory whole"):
-        model = flexinfer.from_pretrained(mixture, memory="8GiB")
+        model = flexinfer.from_pretrained(converted, memory="8GiB")
     with model.flexinfer:
         ids = torch.arange(3, 12)[None]
         with torch.no_grad():

@@ -50,7 +50,10 @@ FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, an
     "gpt_neox": {"config": "GPTNeoXConfig"},
     "gpt2": {"config": "GPT2Config"},
     "opt": {"config": "OPTConfig"},
+    "mixtral": {"config": "MixtralConfig", "num_local_experts": 8},
+    "qwen3_moe": {"config": "Qwen3MoeConfig", "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4},
 }
+MIXTURES = ("mixtral", "qwen3_moe")
 POLICIES = ("balanced", "balanced", "unbalanced", "attention-first", "ffn-first", "algorithm1", "none")
 CALLS_OF_A_CASE = 16
 NO_GENERATIONS = ("tokenize", "resize")  # calls that give no text and no logits
@@ -138,7 +141,7 @@ def draw(seed: int, number: int) -> Case:
         tokenizer=tokenizer,
         share=chance.choice((*SHARES, round(chance.random(), 2))),
         calls=tuple(calls),
-        blocks=chance.choice(BLOCKS),
+        blocks=None if family in MIXTURES else chance.choice(BLOCKS),
     )
 
 
@@ -382,7 +385,9 @@ def reference(case: Case, path: Path) -> dict[str, Any]:
     gc.collect()
     if case.blocks is None:
         dtype = getattr(torch, case.file_dtype if case.dtype == "auto" else case.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, experts_implementation="eager"
+        ).eval()
         total = sum(p.numel() * p.element_size() for p in model.parameters())
     else:
         resident = load_options(case) | {"policy": "balanced", "context": 4 * case.context}

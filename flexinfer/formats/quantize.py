@@ -174,6 +174,10 @@ def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progres
             f"{src}: a GGUF file runs as it is; to make a smaller copy, start from the original checkpoint"
         )
     skeleton = build_skeleton(source)
+    if skeleton.experts is not None:
+        raise QuantizeError(
+            f"{src}: {type(skeleton.model).__name__} is a mixture of experts, which cannot be quantised yet; it can be run as it is"
+        )
 
     partial = dst.with_name(dst.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,9 @@ nothing. Reads headers, never weights.
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,8 +23,14 @@ with deferred():
     from accelerate import init_empty_weights
     from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+    from transformers.cache_utils import DynamicIndexedLayer
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_renamings,
+        rename_source_key,
+    )
     from transformers.pytorch_utils import Conv1D
 
 from flexinfer.formats.checkpoint import FLOAT_NAMES, Checkpoint, CheckpointError, TensorSpec
@@ -33,13 +40,27 @@ from flexinfer.formats.config import (
     refusing,
     set_generation_config,
 )
+from flexinfer.formats.experts import (
+    Experts,
+    JoinedTensors,
+    Matrix,
+    Parts,
+    Route,
+    Router,
+    build_experts,
+    check_shapes,
+    parameters_of,
+    split_stacked,
+)
 from flexinfer.formats.gguf import SPLIT_NAME
 from flexinfer.formats.gguf_model import specs_of
 from flexinfer.kernels import Kernel
-from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
+from flexinfer.kernels.dense import ColumnsKernel, Conv1DKernel, DenseKernel
 from flexinfer.messages import shown
+from flexinfer.mixture import Mixture
 from flexinfer.plan import Kind, Piece, Weight
 from flexinfer.streaming.cache import LayerShape
+from flexinfer.streaming.experts import IMPLEMENTATION, expert_modules, register
 from flexinfer.streaming.memory import Buffer, round_up
 from flexinfer.streaming.reader import padded_bytes
 
@@ -93,7 +114,8 @@ class Skeleton:
     model: PreTrainedModel
     checkpoint: Checkpoint
     specs: dict[str, TensorSpec]  # by the model's parameter name
-    weights: list[Weight]  # the streamable ones, in order of use
+    weights: list[Weight]  # the streamable ones that every token needs, in order of use
+    experts: Experts | None  # those of a mixture
     kernels: dict[str, Kernel]  # by the name of the weight
     row_orders: dict[str, torch.Tensor]  # of weights whose rows the file has in another order
     cache_layers: list[LayerShape]
@@ -112,12 +134,23 @@ class Skeleton:
     @property
     def dense(self) -> bool:
         """Whether weights are multiplied as floats, by torch's own kernels."""
-        return any(isinstance(kernel, DenseKernel | Conv1DKernel) for kernel in self.kernels.values())
+        return any(isinstance(kernel, DenseKernel | Conv1DKernel | ColumnsKernel) for _, kernel in self.used)
 
     @property
     def in_blocks(self) -> bool:
         """Whether weights lie in ggml's blocks."""
         return any(spec.encoding.torch_name is None for spec in self.specs.values())
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The experts, for a plan."""
+        return self.experts.mixture if self.experts is not None else None
+
+    @property
+    def used(self) -> list[tuple[Weight, Kernel]]:
+        """The weights that a token uses: those that every token needs, and as many experts of each layer as one does."""
+        dense = [(weight, self.kernels[weight.name]) for weight in self.weights]
+        return dense + (self.experts.of_a_token() if self.experts is not None else [])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,26 +183,32 @@ def build_skeleton(
     kept_dtype = _dtype(kv_dtype, "kv_dtype") or (torch.float16 if checkpoint.in_gguf else compute_dtype)
     if kept_dtype.itemsize > compute_dtype.itemsize:
         kept_dtype = compute_dtype
+    register()
+    config._experts_implementation = IMPLEMENTATION
     with refusing(file, "no causal LM"):
         shapes = meta_model(config, compute_dtype)
     with refusing(file, "a model that cannot be streamed"):
-        specs = _match(shapes, checkpoint)
+        specs, expert_parts = _match(shapes, checkpoint)
         _check_tables(shapes, checkpoint, file)
         with deferred(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, trust_remote_code=False)
         model.eval().requires_grad_(False)
         set_generation_config(model, checkpoint)
         linears = {linear.name: linear for linear in find_linears(model)}
-        order, cache_layers = _dry_run(shapes, linears.keys())
+        order, cache_layers, routes = _dry_run(shapes, linears.keys())
+        experts = _experts(shapes, expert_parts, routes, compute_dtype)
         parts = [_weight_of(linears[name], specs, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
     row_orders = _row_orders(specs, weights)
     products = [Product(weight, kernel, weight.name in row_orders) for weight, kernel in parts]
+    if experts is not None:
+        products.extend(Product(weight, kernel, False) for weight, kernel in experts.of_a_token())
     skeleton = Skeleton(
         model=model,
         checkpoint=checkpoint,
         specs=specs,
         weights=weights,
+        experts=experts,
         kernels={weight.name: kernel for weight, kernel in parts},
         row_orders=row_orders,
         cache_layers=cache_layers,
@@ -333,6 +372,7 @@ def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
         checkpoint,
         specs={},
         weights=[],
+        experts=None,
         kernels={},
         row_orders={},
         cache_layers=layers,
@@ -344,15 +384,10 @@ def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
 def find_linears(model: PreTrainedModel) -> list[Linear]:
     """The linears that can be streamed: those of the decoder stack, and the output head.
 
-    The stack is the `nn.ModuleList` with the most parameters. Subclasses of `nn.Linear` may compute something else, so
+    Subclasses of `nn.Linear` may compute something else, so
     only `nn.Linear` itself, `Conv1D` and what is known to be the same are taken.
     """
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not stacks:
-        raise CheckpointError(
-            f"{type(model).__name__}: no stack of decoder layers found; this architecture cannot be streamed"
-        )
-    stack_name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    stack_name, stack = _decoder_stack(model)
     found = []
     for layer, decoder_layer in enumerate(stack):
         for role, module in decoder_layer.named_modules():
@@ -366,21 +401,59 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     return found
 
 
+def _decoder_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The `nn.ModuleList` with the most parameters, and its name."""
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise CheckpointError(
+            f"{type(model).__name__}: no stack of decoder layers found; this architecture cannot be streamed"
+        )
+    return max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _experts(
+    model: PreTrainedModel, parts: dict[str, Parts], routes: dict[str, Route], dtype: torch.dtype
+) -> Experts | None:
+    """The experts of `model`, if it has some."""
+
+    def kernel_of(matrix: Matrix) -> Kernel:
+        if matrix.transposed:
+            return ColumnsKernel(matrix.in_features, matrix.spec.torch_dtype, dtype)
+        kernel = _kernel(matrix.spec, matrix.in_features, dtype)
+        return replace(kernel, aligned=matrix.joined) if isinstance(kernel, DenseKernel) else kernel
+
+    modules = expert_modules(model)
+    if not modules:
+        return None
+    return build_experts(
+        modules,
+        parts,
+        routes,
+        _decoder_stack(model)[0],
+        kernel_of,
+        piece_bytes=PIECE_BYTES,
+        row_multiple=ROW_MULTIPLE,
+    )
+
+
 def _multiplies_alike(module: nn.Module) -> bool:
     """Whether a linear of another class is an `nn.Linear` in all but name: Falcon's is, without a bias."""
     return type(module).__name__ == "FalconLinear" and module.bias is None
 
 
-def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    """The tensor of each parameter and persistent buffer."""
+def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
+    """The tensor of each parameter and persistent buffer; and by parameter those of each expert."""
     state = model.state_dict()
-    specs = specs_of(model, checkpoint) if checkpoint.architecture else _renamed(model, checkpoint)
+    if checkpoint.architecture:
+        specs, parts = specs_of(model, checkpoint), dict[str, Parts]()
+    else:
+        specs, parts = _renamed(model, checkpoint)
     if model.config.get_text_config().tie_word_embeddings:
         for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
             if source in specs:
                 specs[target] = specs[source]
     if missing := sorted(
-        name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs
+        name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs | parts
     ):
         raise CheckpointError(
             f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
@@ -393,21 +466,33 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSp
                 f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
                 "the two do not belong together"
             )
-    return specs
+    for name, module in expert_modules(model).items():
+        for parameter in parameters_of(name, module):
+            if parameter in specs:
+                parts[parameter] = split_stacked(specs.pop(parameter))
+            check_shapes(parameter, parts[parameter], state[parameter].shape)
+    return specs, parts
 
 
-def _renamed(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    """The tensors that the file has for the model, by transformers' own renaming rules."""
+def _renamed(
+    model: PreTrainedModel, checkpoint: Checkpoint
+) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
+    """The tensors that the file has for the model, by transformers' own renaming rules; and those of experts, by parameter."""
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     specs: dict[str, TensorSpec] = {}
     converted: list[str] = []
+    modules = expert_modules(model)
+    of_experts = {parameter for name, module in modules.items() for parameter in parameters_of(name, module)}
+    joined = JoinedTensors(converters)
     for name, spec in checkpoint.tensors.items():
         target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if converter is not None and name not in state:
-            converted.append(name)
+            renamed = apply_renamings(name, renamings)
+            if target not in of_experts or not joined.add(target, converter, renamed, spec):
+                converted.append(name)
         elif name in state:
             specs[name] = spec
         elif target in state:
@@ -421,12 +506,16 @@ def _renamed(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor
             f"{checkpoint.path}: {shown(converted[0])} and {len(converted) - 1} more tensors are stored apart and joined when "
             f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they cannot be streamed yet"
         )
-    return specs
+    return specs, joined.parts()
 
 
-def _dry_run(model: PreTrainedModel, linears: Collection[str]) -> tuple[list[str], list[LayerShape]]:
-    """One pass on the meta device: the order in which the linears run, and what a token keeps in each cache layer."""
+def _dry_run(
+    model: PreTrainedModel, linears: Collection[str]
+) -> tuple[list[str], list[LayerShape], dict[str, Route]]:
+    """One pass on the meta device: the order in which the linears run, what a token keeps in each cache layer, and how it comes to
+    the experts of each module."""
     order: list[str] = []
+    routes = _watch_routes(model)
     with deferred(), torch.device("meta"), torch.no_grad():
         for name, module in model.named_modules():
             if name in linears:
@@ -436,9 +525,9 @@ def _dry_run(model: PreTrainedModel, linears: Collection[str]) -> tuple[list[str
     layers = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None:
+        if keys is None or values is None or isinstance(layer, DynamicIndexedLayer):
             raise CheckpointError(
-                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only attention caches are supported"
+                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only attention caches are supported (keys and values, nothing besides)"
             )
         layers.append(
             LayerShape(
@@ -448,7 +537,36 @@ def _dry_run(model: PreTrainedModel, linears: Collection[str]) -> tuple[list[str
             )
         )
     once = list(dict.fromkeys(order))
-    return once + [name for name in linears if name not in once], layers
+    return once + [name for name in linears if name not in once], layers, routes
+
+
+def _watch_routes(model: PreTrainedModel) -> dict[str, Route]:
+    """Filled by the next pass of `model`: by the name of an experts module, how tokens come to it."""
+    routes: dict[str, Route] = {}
+    chosen: list[tuple[torch.Tensor, Router]] = []  # what modules beside the experts have returned
+
+    def note_output(
+        name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+    ) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        if len(args) == 1 and not kwargs:  # chooses by the hidden states alone
+            chosen.extend(
+                (one, Router(name, i)) for i, one in enumerate(outputs) if isinstance(one, torch.Tensor)
+            )
+
+    def note_route(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = [*args, *kwargs.values()][1]
+        router = next((router for one, router in chosen if one is index), None)
+        routes[name] = Route(index.shape[-1], router)
+        chosen.clear()
+
+    for name, module in expert_modules(model).items():
+        for sibling, beside in model.get_submodule(name.rpartition(".")[0]).named_children():
+            if beside is not module:
+                note = partial(note_output, f"{name.rpartition('.')[0]}.{sibling}")
+                beside.register_forward_hook(note, with_kwargs=True)
+        module.register_forward_pre_hook(partial(note_route, name), with_kwargs=True)
+    return routes
 
 
 def _weight_of(linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype) -> tuple[Weight, Kernel]:

@@ -10,6 +10,9 @@ from flexinfer.streaming.memory import Buffer
 
 # Each keeps up to 1,024 otherwise. A pass has some thirty shapes of pieces.
 KEPT_KERNELS = 48
+ALIGNMENT_BYTES = (
+    16  # of what MKL multiplies a single row of fp32 with: at another address it may add in another order
+)
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 
@@ -38,6 +41,9 @@ class DenseKernel:
     in_features: int
     file_dtype: torch.dtype
     dtype: torch.dtype  # what the model computes in
+    aligned: bool = (
+        False  # whether transformers would have copied them to memory of their own, and not mapped the file
+    )
 
     @property
     def resident(self) -> "DenseKernel":
@@ -48,8 +54,12 @@ class DenseKernel:
 
     def copied_bytes(self, nbytes: int) -> int:
         """In another dtype than the file's one copy; and one more where torch lays the weight out anew (see StreamedLinear)."""
-        copies = 1 if self.file_dtype == self.dtype else 2
+        copies = 1 if self.file_dtype == self.dtype and not self._realigns else 2
         return copies * self.resident_bytes(nbytes)
+
+    @property
+    def _realigns(self) -> bool:
+        return self.aligned and self.file_dtype == self.dtype == torch.float32
 
     def work_bytes(self, activation_rows: int, output_rows: int) -> int:
         """torch's own, small and of any size: in the margin."""
@@ -61,6 +71,8 @@ class DenseKernel:
     def multiply(
         self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        if self._realigns and view.data_ptr() % ALIGNMENT_BYTES:
+            view = view.clone()
         return F.linear(x, view.to(self.dtype), bias)
 
 
@@ -97,3 +109,37 @@ class Conv1DKernel:
         assert bias is not None
         y = torch.addmm(bias, x.view(-1, x.size(-1)), view.to(self.dtype))  # [batch x positions, rows]
         return y.view(*x.shape[:-1], rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnsKernel:
+    """A weight whose rows in the file are inputs, [in_features, rows], as gpt-oss has its experts; never cut."""
+
+    in_features: int
+    file_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def resident(self) -> "ColumnsKernel":
+        return self if self.file_dtype == self.dtype else replace(self, file_dtype=self.dtype)
+
+    def resident_bytes(self, nbytes: int) -> int:
+        return nbytes // self.file_dtype.itemsize * self.dtype.itemsize
+
+    def copied_bytes(self, nbytes: int) -> int:
+        """In another dtype than the file's one copy; and one more where torch lays the weight out anew."""
+        copies = 1 if self.file_dtype == self.dtype else 2
+        return copies * self.resident_bytes(nbytes)
+
+    def work_bytes(self, activation_rows: int, output_rows: int) -> int:
+        """torch's own, small and of any size: in the margin."""
+        return 0
+
+    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
+        return buffer.tensor(position, self.file_dtype, (self.in_features, rows))
+
+    def multiply(
+        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        y = x @ view.to(self.dtype)
+        return y if bias is None else y + bias

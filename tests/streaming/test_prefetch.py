@@ -9,6 +9,7 @@ import random
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import flexinfer.streaming.prefetch
 from flexinfer.plan import Piece
 from flexinfer.streaming.memory import PAGE_BYTES
 from flexinfer.streaming.prefetch import Prefetcher
+from flexinfer.streaming.read_queue import Read, ReadQueue
 from flexinfer.streaming.reader import FileReader, ReadError, padded_bytes
 from flexinfer.trace import Trace
 
@@ -69,6 +71,7 @@ def schedule_of(sizes: list[int], pieces_per_layer: int = 2) -> list[Piece]:
     return pieces
 
 
+@contextmanager
 def prefetcher_of(
     schedule: list[Piece],
     reader: FileReader,
@@ -77,16 +80,13 @@ def prefetcher_of(
     io_threads: int = 2,
     window_layers: int | None = None,
     trace: Trace | None = None,
-) -> Prefetcher:
-    return Prefetcher(
-        schedule,
-        reader,
-        trace or Trace(),
-        slots=slots,
-        slot_bytes=max(piece.memory_bytes for piece in schedule),
-        window_layers=window_layers,
-        io_threads=io_threads,
-    )
+) -> Iterator[Prefetcher]:
+    queue = ReadQueue(reader, trace or Trace(), io_threads=io_threads)
+    slot_bytes = max(piece.memory_bytes for piece in schedule)
+    prefetcher = Prefetcher(schedule, queue, slots=slots, slot_bytes=slot_bytes, window_layers=window_layers)
+    queue.serve(prefetcher.take)
+    yield prefetcher
+    queue.close()
 
 
 def use(prefetcher: Prefetcher, schedule: list[Piece], place: int) -> None:
@@ -238,7 +238,10 @@ def test_resyncs_are_counted_and_whole_passes_have_none() -> None:
 def test_closing_wakes_a_caller_that_waits() -> None:
     schedule, reader = schedule_of([100] * 4), MemoryReader()
     reader.gate.clear()
-    prefetcher = prefetcher_of(schedule, reader)
+    queue = ReadQueue(reader, Trace(), io_threads=2)
+    slot_bytes = max(piece.memory_bytes for piece in schedule)
+    prefetcher = Prefetcher(schedule, queue, slots=3, slot_bytes=slot_bytes, window_layers=None)
+    queue.serve(prefetcher.take)
     raised: list[BaseException] = []
 
     def wait_for_a_piece() -> None:
@@ -250,14 +253,68 @@ def test_closing_wakes_a_caller_that_waits() -> None:
     caller = threading.Thread(target=wait_for_a_piece)
     caller.start()
     wait_until_quiet(reader)
-    closing = threading.Thread(target=prefetcher.close)
+    closing = threading.Thread(target=queue.close)
     closing.start()
     caller.join()
     assert "closed" in str(raised[0])
     reader.gate.set()  # a read that is under way is let finish
     closing.join()
-    prefetcher.close()
+    queue.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("flexinfer-io")]
+
+
+def test_what_was_read_ahead_of_a_skipped_piece_is_not_read_again() -> None:
+    """A piece out of order costs what was skipped, no more."""
+    schedule, reader, trace = schedule_of([100] * 10, pieces_per_layer=10), MemoryReader(), Trace()
+    with prefetcher_of(schedule, reader, slots=6, trace=trace) as prefetcher:
+        wait_until_quiet(reader)
+        for place in (0, 3, 4, 5, 6, 7, 8, 9, 0, 1):
+            use(prefetcher, schedule, place)
+        wait_until_quiet(reader)
+        assert trace.resyncs == 1
+        assert trace.wasted_bytes == sum(piece.memory_bytes for piece in schedule[1:3])
+        assert len(reader.asked) == 12 + 6  # two of them in vain, and those that lie ready
+
+
+class Wish:
+    """A source of one read at a time, for the test of priorities."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self.wanted, self.done = list(pieces), list[int | BaseException]()
+
+    def take(self) -> Read | None:
+        if not self.wanted:
+            return None
+        piece = self.wanted.pop(0)
+        return Read(self, 0, piece, 0, memoryview(bytearray(piece.memory_bytes)))
+
+    def finish(self, read: Read, outcome: int | BaseException) -> None:
+        self.done.append(outcome)
+
+    def give_up(self, read: Read) -> None:
+        raise AssertionError
+
+    def come_back(self, read: Read) -> None:
+        raise AssertionError
+
+
+def test_sources_are_served_in_their_order() -> None:
+    """What is needed now goes before what was asked for earlier and is needed later."""
+    pieces, reader = schedule_of([100] * 9), MemoryReader()
+    now, later = Wish([]), Wish(pieces[:6])
+    reader.gate.clear()
+    queue = ReadQueue(reader, Trace(), io_threads=1)
+    queue.serve(now.take)
+    queue.serve(later.take)
+    wait_until_quiet(reader)  # the first of `later` is under way
+    with queue.changed:
+        now.wanted = pieces[6:]
+    reader.gate.set()
+    wait_until_quiet(reader)
+    queue.close()
+    expected = [pieces[i] for i in (0, 6, 7, 8, 1, 2, 3, 4, 5)]
+    assert reader.asked == [piece.offset_bytes for piece in expected]
+    assert len(now.done) == 3
 
 
 # ---- FileReader: real files

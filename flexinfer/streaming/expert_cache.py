@@ -1,0 +1,297 @@
+"""The cache of experts: slots for pieces of any expert of any layer, filled when an expert is wanted and kept while there is room.
+
+A layer says which experts it wants, in the order in which it will use them. Those that are there are safe from then until they
+are used; the others are read at once, before anything else, into free slots or those of the experts that are worth least
+(flexinfer.expert_policies). When the disk is idle, what a layer before foretold is read, and takes the place of others likewise.
+An expert is read at most once while its layer runs, unless the cache is smaller than what the layer uses at a time.
+
+All pieces have slots of one size. Where even the safe pieces fill the cache, the compute thread's next piece takes the place
+of the one that it will use last; so two slots are enough for any layer.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from time import perf_counter
+
+from flexinfer.expert_policies import POLICIES
+from flexinfer.plan import Piece
+from flexinfer.streaming.memory import Buffer
+from flexinfer.streaming.read_queue import Read, ReadQueue
+from flexinfer.streaming.reader import padded_bytes
+from flexinfer.trace import Trace
+
+
+class ExpertCache:
+    """Pieces of `experts` (each: its pieces in order of use), in slots of `slot_bytes`. Without memory until `resize`.
+
+    Experts are numbered over all layers, pieces over all experts. One thread wants and acquires; the readers of a queue fill.
+    """
+
+    def __init__(
+        self, experts: Sequence[Sequence[Piece]], slot_bytes: int, policy: str, trace: Trace
+    ) -> None:
+        self._experts: list[range] = []
+        self._pieces: list[Piece] = []
+        self._expert_of: list[int] = []
+        for number, pieces in enumerate(experts):
+            self._experts.append(range(len(self._pieces), len(self._pieces) + len(pieces)))
+            self._pieces.extend(pieces)
+            self._expert_of.extend([number] * len(pieces))
+        self._slot_bytes = slot_bytes
+        self._policy = POLICIES[policy]()
+        self._trace = trace
+        self._queue: ReadQueue | None = None
+        self._chunks: list[tuple[int, Buffer]] = []  # the first slot of each, and its memory
+        self._slots: list[tuple[Buffer, int]] = []  # where each slot begins
+        self._free: list[int] = []
+        self._slot_of: dict[int, int] = {}  # of pieces that are in memory
+        self._position_of: dict[int, int] = {}  # of their first byte in the buffer
+        self._there: dict[int, int] = {}  # expert -> how many of its pieces are in memory
+        self._reading: set[int] = set()
+        self._wanted: dict[int, None] = {}  # by the layer that runs, and not used yet, in order of use
+        self._needed: deque[int] = deque()  # those that have to be read
+        self._foretold: deque[int] = deque()  # may be wanted by the next layer
+        self._guessed: set[int] = set()  # experts in there, until their layer comes
+        self._unused: set[int] = set()  # pieces that were read because they were foretold, and not wanted yet
+        self._failed: dict[int, BaseException] = {}
+        self._blocked: int | None = None  # what the compute thread waits for
+
+    @property
+    def slots(self) -> int:
+        """Pieces that it has room for."""
+        return len(self._slots)
+
+    def attach(self, queue: ReadQueue) -> None:
+        """Have the readers of `queue` fill the cache. The owner has it serve `take` and `take_foretold`."""
+        self._queue = queue
+
+    def detach(self) -> None:
+        """Ask for nothing any more. The queue has been closed; what is in memory stays."""
+        self._queue = None
+        self._reading.clear()
+        self._forget()
+
+    def resize(self, slots: int) -> None:
+        """Make room for so many pieces; those whose slots go are lost. Only while detached."""
+        assert self._queue is None
+        if slots < len(self._slots):
+            gone = {number: slot for number, slot in self._slot_of.items() if slot >= slots}
+            for number in gone:
+                self._drop(number)
+            del self._slots[slots:]
+            self._free = [slot for slot in self._free if slot < slots]
+            while self._chunks and self._chunks[-1][0] >= slots:
+                self._chunks.pop()
+            if self._chunks:
+                first, buffer = self._chunks[-1]
+                buffer.release_from((slots - first) * self._slot_bytes)
+        elif slots > len(self._slots):
+            first, count = len(self._slots), slots - len(self._slots)
+            buffer = Buffer(count * self._slot_bytes, lock=True)
+            self._chunks.append((first, buffer))
+            self._slots.extend((buffer, i * self._slot_bytes) for i in range(count))
+            self._free.extend(range(slots - 1, first - 1, -1))
+
+    def want(self, experts: Sequence[int], *, those_here_first: bool) -> list[int]:
+        """Have `experts` read that are not in memory. Returns them in the order in which they are to be used: as given, or with
+        those that are in memory first."""
+        assert self._queue is not None
+        with self._queue.changed:
+            self._forget()
+            here = {e: self._there.get(e, 0) == len(self._experts[e]) for e in experts}
+            hits = sum(here.values())
+            self._trace.expert_hits += hits
+            self._trace.expert_misses += len(experts) - hits
+            if those_here_first:
+                experts = sorted(experts, key=lambda e: not here[e])
+            for expert in experts:
+                self._policy.touch(expert)
+                for number in self._experts[expert]:
+                    self._wanted[number] = None
+                    self._unused.discard(number)
+                    if number not in self._slot_of and number not in self._reading:
+                        self._needed.append(number)
+            if hits < len(experts):
+                self._queue.changed.notify_all()
+        return list(experts)
+
+    def foretell(self, experts: Sequence[int]) -> None:
+        """`experts` may be what the next layer wants: read them when there is nothing else to read."""
+        assert self._queue is not None
+        if self._queue.synchronous:
+            return
+        with self._queue.changed:
+            self._guessed = set(experts)
+            self._trace.experts_foretold += len(experts)
+            self._foretold.clear()
+            for expert in experts:
+                self._foretold.extend(n for n in self._experts[expert] if n not in self._slot_of)
+            if self._foretold:
+                self._queue.changed.notify_all()
+
+    def judge(self, experts: Sequence[int]) -> None:
+        """What the layer that was foretold turned out to want."""
+        self._trace.experts_foretold_right += len(self._guessed.intersection(experts))
+        self._guessed = set()
+
+    def acquire(self, expert: int, i: int) -> tuple[Buffer, int]:
+        """Piece `i` of `expert`, which is wanted: its buffer and the position of its first byte. It stays until `release`.
+
+        Waits until it has been read. Raises ReadError if it could not be read.
+        """
+        number = self._experts[expert][i]
+        slot = self._slot_of.get(number)  # no lock: what is wanted goes only while this thread waits
+        if slot is None:
+            slot = self._wait_for(number)
+        return self._slots[slot][0], self._position_of[number]
+
+    def release(self, expert: int, i: int) -> None:
+        """The piece has been used; its slot may be taken for another."""
+        self._wanted.pop(self._experts[expert][i], None)
+        queue = self._queue
+        if self._needed and queue is not None:  # a reader may have been waiting for a slot
+            with queue.changed:
+                queue.changed.notify_all()
+
+    def _wait_for(self, number: int) -> int:
+        queue, piece = self._queue, self._pieces[number]
+        assert queue is not None
+        start_s = perf_counter()
+        if queue.synchronous:
+            self._read_here(queue, number)
+        with queue.changed:
+            self._blocked = number
+            queue.changed.notify_all()  # there may be a slot for it that there was not for what is used later
+            tried_again = False
+            try:
+                while number not in self._slot_of:
+                    error = self._failed.pop(number, None)
+                    if error is None and (number in self._reading or number in self._needed):
+                        queue.wait(piece, start_s)
+                        continue
+                    self._needed.appendleft(number)
+                    queue.changed.notify_all()
+                    if error is not None and tried_again:
+                        raise error
+                    tried_again = error is not None
+            finally:
+                self._blocked = None
+            slot = self._slot_of[number]
+        self._trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
+        return slot
+
+    def _read_here(self, queue: ReadQueue, number: int) -> None:
+        """Read a piece in this thread."""
+        self._blocked = number
+        slot = self._slot_for(number)
+        assert slot is not None
+        buffer, start = self._slots[slot]
+        try:
+            position = queue.read(self._pieces[number], buffer.memory(start, self._slot_bytes))
+        except BaseException:
+            self._free.append(slot)
+            raise
+        finally:
+            self._blocked = None
+        self._keep(number, slot, position)
+
+    def _forget(self) -> None:
+        """Forget what was wanted: it has been used, or a pass was cut short."""
+        self._wanted.clear()
+        self._needed.clear()
+        self._foretold.clear()
+        self._failed.clear()
+
+    # ---- slots
+
+    def _slot_for(self, number: int) -> int | None:
+        """A slot for a piece: a free one, or one of the expert that is worth least. None if all are wanted still."""
+        if not self._free:
+            worst = self._policy.worst(self._can_go)
+            if worst is None and number == self._blocked and self._guessed:
+                self._guessed = set()
+                worst = self._policy.worst(self._can_go)
+            if worst is not None:
+                for other in self._experts[worst]:
+                    if other in self._slot_of and other not in self._wanted:
+                        self._drop(other)
+            elif number == self._blocked:
+                last = next((n for n in reversed(self._wanted) if n in self._slot_of), None)
+                if last is not None:
+                    self._drop(last)
+        return self._free.pop() if self._free else None
+
+    def _can_go(self, expert: int) -> bool:
+        return expert not in self._guessed and any(
+            n in self._slot_of and n not in self._wanted for n in self._experts[expert]
+        )
+
+    def _keep(self, number: int, slot: int, position: int) -> None:
+        self._slot_of[number] = slot
+        self._position_of[number] = self._slots[slot][1] + position
+        expert = self._expert_of[number]
+        self._there[expert] = there = self._there.get(expert, 0) + 1
+        if there == 1:
+            self._policy.add(expert)
+
+    def _drop(self, number: int) -> None:
+        self._free.append(self._slot_of.pop(number))
+        del self._position_of[number]
+        if number in self._unused:
+            self._unused.discard(number)
+            self._trace.wasted_bytes += self._read_bytes(number)
+        expert = self._expert_of[number]
+        self._there[expert] -= 1
+        if not self._there[expert]:
+            del self._there[expert]
+            self._policy.discard(expert)
+
+    def _read_bytes(self, number: int) -> int:
+        piece = self._pieces[number]
+        return padded_bytes(piece.offset_bytes, piece.nbytes)
+
+    # ---- what the readers call, holding the lock
+
+    def take(self) -> Read | None:
+        """What the layer that runs has to wait for, in the order of use."""
+        return self._take(self._needed)
+
+    def take_foretold(self) -> Read | None:
+        """What the next layer may want."""
+        read = self._take(self._foretold)
+        if read is not None:
+            self._unused.add(read.key)
+        return read
+
+    def _take(self, numbers: deque[int]) -> Read | None:
+        while numbers and (numbers[0] in self._slot_of or numbers[0] in self._reading):
+            numbers.popleft()
+        slot = self._slot_for(numbers[0]) if numbers else None
+        if slot is None:
+            return None
+        number = numbers.popleft()
+        self._reading.add(number)
+        buffer, start = self._slots[slot]
+        return Read(self, number, self._pieces[number], slot, buffer.memory(start, self._slot_bytes))
+
+    def finish(self, read: Read, outcome: int | BaseException) -> None:
+        """Keep the piece; of those that nobody wants any more too."""
+        self._reading.discard(read.key)
+        if isinstance(outcome, BaseException):
+            self._free.append(read.slot)
+            self._unused.discard(read.key)
+            if read.key in self._wanted:
+                self._failed[read.key] = outcome
+        else:
+            self._keep(read.key, read.slot, outcome)
+
+    def give_up(self, read: Read) -> None:
+        """Have the piece read again, into another slot, if it is wanted."""
+        self._reading.discard(read.key)
+        if read.key in self._wanted:
+            self._needed.appendleft(read.key)
+
+    def come_back(self, read: Read) -> None:
+        """Free the slot of a read that was given up, unless it came back after its queue was closed."""
+        if self._queue is not None:
+            self._free.append(read.slot)
