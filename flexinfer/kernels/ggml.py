@@ -4,8 +4,8 @@ A row of a weight is `in_features` numbers in blocks of 32 or 256, each block wi
 that ggml alone has to understand. Activations are float32; ggml quantises them itself (to 8 bit, a
 row at a time) before it multiplies, as llama.cpp does.
 
-How it is called. A graph of one product is built once for each thread; type, shape and addresses
-are set before each call, so nothing is kept per shape. The threads are torch's own: each multiplies
+How it is called. A graph of one product is built once for each thread and shape, the last few shapes
+are kept, and addresses are set before each call. The threads are torch's own: each multiplies
 its share of the output rows, with ggml on one thread. A pool of ggml's beside torch's would have to
 share the cores with threads of torch that spin for some milliseconds after each operation: twice
 the time (docs/log.md). Calls come one at a time (a lock); the interpreter is free meanwhile.
@@ -64,6 +64,7 @@ F32 = 0  # ggml's number for the type of activations and outputs
 WORK_ROWS = 256  # activation rows that are multiplied at a time
 SHARE_ROWS = 16  # output rows of a thread are a multiple of this: float32 outputs of one cache line
 FEW_ROWS = 8  # up to so many activation rows the memory to work in is kept from call to call
+KEPT_SHAPES = 16  # products whose graphs are kept: a model has five or so, for one token and for a few
 ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
 
 
@@ -87,6 +88,10 @@ class GgmlType:
             raise GgmlError(f"{self.name}: rows of {in_features} are no multiple of {self.block_elements}")
         return blocks * self.block_bytes
 
+
+Shape = tuple[
+    GgmlType, int, int, int, int
+]  # of a product: in_features, output rows, activation rows, threads
 
 TYPES = {
     blocks.name: GgmlType(blocks.name, number, blocks.block_elements, blocks.block_bytes)
@@ -223,9 +228,8 @@ class Library:
         cpu.ggml_cpu_init()
         self._base, self._cpu = base, cpu
         self._team = _Team(cpu.ggml_graph_compute)
-        self._products: list[_Product] = []  # one for each thread
-        self._shaped: tuple[GgmlType, int, int, int, int] | None = None  # what they have the shape of now
-        self._shared: list[_Product] = []  # those that take part in it
+        self._shared: dict[Shape, list[_Product]] = {}  # a product for each thread; the last used is the last
+        self._work: list[torch.Tensor] = []  # what each thread works in
         self._lock = threading.Lock()
 
     def multiply(self, kind: GgmlType, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -234,23 +238,22 @@ class Library:
         assert weight.shape == (rows, kind.row_bytes(in_features))
         threads = torch.get_num_threads() if n * rows * in_features >= ONE_THREAD_WORK else 1
         with self._lock:
-            products = self._shares(kind, in_features, rows, n, threads)
+            products = self._shares((kind, in_features, rows, n, threads))
             addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-            for product in products:
-                product.place(*addresses)
+            for product, work in zip(products, self._work, strict=False):
+                product.place(*addresses, work.data_ptr())
             failed = self._team.run(products)
             if n > FEW_ROWS:
-                self._forget()
+                self._work.clear()
         if failed:
             raise RuntimeError(f"ggml: could not multiply {kind.name}, {n} x {in_features} x {rows}")
 
     def work_bytes(self, kind: GgmlType, in_features: int, rows: int, n: int) -> int:
         """Memory that `multiply` takes besides x and y."""
         with self._lock:
-            products = self._shares(kind, in_features, rows, n, torch.get_num_threads())
-            nbytes = sum(product.work.nbytes for product in products)
-            self._forget()
-            return nbytes
+            products = self._shares((kind, in_features, rows, n, torch.get_num_threads()))
+            self._work.clear()
+            return sum(product.work_bytes for product in products)
 
     def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """weight float32 [rows, in] into packed uint8 [rows, row_bytes], both contiguous."""
@@ -272,27 +275,25 @@ class Library:
         traits = self._base.ggml_get_type_traits(kind.id).contents
         _TO_FLOAT(traits.to_float)(packed.data_ptr(), weight.data_ptr(), weight.numel())
 
-    def _shares(self, kind: GgmlType, in_features: int, rows: int, n: int, threads: int) -> "list[_Product]":
-        """Products that make up [n, in] x [in, rows], one for each thread if there are enough rows."""
-        wanted = (kind, in_features, rows, n, threads)
-        if wanted == self._shaped:  # as a rule: queries, keys and values; gate and up
-            return self._shared
-        self._forget()
-        share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
-        starts = range(0, rows, share)
-        while len(self._products) < len(starts):
-            self._products.append(_Product(self._base, self._cpu))
-        self._shared = self._products[: len(starts)]
-        for product, start in zip(self._shared, starts, strict=True):
-            product.shape(kind, in_features, start, min(share, rows - start), rows, n)
-        self._shaped = wanted
-        return self._shared
-
-    def _forget(self) -> None:
-        """Give back the memory that products have worked in."""
-        self._shaped = None
-        for product in self._shared:
-            product.work = torch.empty(0, dtype=torch.uint8)
+    def _shares(self, shape: Shape) -> "list[_Product]":
+        """Products that make up one of `shape`, one for each thread if there are enough rows; and memory for them to work in."""
+        products = self._shared.pop(shape, None)
+        if products is None:
+            kind, in_features, rows, n, threads = shape
+            share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
+            starts = range(0, rows, share)
+            products = self._shared.pop(next(iter(self._shared))) if len(self._shared) == KEPT_SHAPES else []
+            products += [_Product(self._base, self._cpu) for _ in starts[len(products) :]]
+            del products[len(starts) :]
+            for product, start in zip(products, starts, strict=True):
+                product.shape(kind, in_features, start, min(share, rows - start), rows, n)
+        self._shared[shape] = products
+        for i, product in enumerate(products):
+            if i == len(self._work):
+                self._work.append(torch.empty(product.work_bytes, dtype=torch.uint8))
+            elif self._work[i].nbytes < product.work_bytes:
+                self._work[i] = torch.empty(product.work_bytes, dtype=torch.uint8)
+        return products
 
 
 class _Product:
@@ -313,7 +314,7 @@ class _Product:
         self._start_row = self._row_bytes = 0
 
     def shape(self, kind: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int) -> None:
-        """Say which part of which product this is. Takes the memory to work in."""
+        """Say which part of which product this is."""
         self._start_row, self._row_bytes = start, kind.row_bytes(in_features)
         self._weight.type = kind.id
         for tensor, inner, outer, unit_bytes, line_bytes in (
@@ -323,13 +324,13 @@ class _Product:
         ):
             tensor.ne[:2] = inner, outer
             tensor.nb[:] = unit_bytes, line_bytes, outer * line_bytes, outer * line_bytes
-        plan = self._make_plan(self._graph, 1, self._pool)
-        self.work = torch.empty(plan.work_size, dtype=torch.uint8)
-        plan.work_data = self.work.data_ptr()
-        self.call = self._graph, byref(plan)
+        self._plan = self._make_plan(self._graph, 1, self._pool)
+        self.work_bytes = int(self._plan.work_size)
+        self.call = self._graph, byref(self._plan)
 
-    def place(self, weight: int, x: int, y: int) -> None:
-        """Say where the whole weight, x and y begin."""
+    def place(self, weight: int, x: int, y: int, work: int) -> None:
+        """Say where the whole weight, x and y begin, and the memory to work in."""
+        self._plan.work_data = work
         self._weight.data = weight + self._start_row * self._row_bytes
         self._x.data = x
         self._y.data = y + 4 * self._start_row

@@ -135,7 +135,7 @@ class StreamedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
         y = self._in_file_order(x)
-        return y if self._row_order is None else y.index_select(-1, self._row_order)
+        return y if self._row_order is None else y.gather(-1, self._row_order.expand(y.shape))
 
     def _in_file_order(self, x: torch.Tensor) -> torch.Tensor:
         with self._lock:
