@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # 1 GB/s, now 0.15), and ten times the time for a token on a busy machine, where spinning threads keep the one they wait for off the
 # core. With as few turns a quiet machine is no slower (docs/log.md). Read once, when torch loads libgomp.
 SPIN_COUNT = "6000"
+DRAFT_STATS = ("draft", "drafted", "accepted", "acceptance", "draft_s", "draft_predicted_tokens_per_s")
 BUDGET_SHARES = (0.25, 0.5, 0.75)  # of the way from the smallest budget to everything resident, in `plan`
 
 
@@ -101,6 +102,11 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--read-timeout", type=float, metavar="SECONDS", help="give a read up after so long (default: never)"
+    )
+    options.add_argument(
+        "--draft",
+        metavar="WHAT",
+        help="several tokens a pass, same output: substitute, lookup, a small model of the same tokenizer, or auto",
     )
     options.add_argument("--context", type=int, help="tokens the KV cache is sized for")
     options.add_argument(
@@ -218,6 +224,8 @@ def generate(arguments: argparse.Namespace) -> int:
         print(json.dumps({"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result))
     else:
         _note(("stopped; " if interrupt.pressed else "") + speed_line(result))
+        if result["draft_that_pays"] is not None:
+            _note(f"--draft auto may give {result['draft_that_pays']:.3g} tokens/s, with the same output")
     return interrupt.code
 
 
@@ -418,6 +426,7 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
     tokens, passes = sum(counts), len(counts)
     decoding_s = times_s[-1] - times_s[0] if passes > 1 else 0.0
     speed = (tokens - counts[0]) / decoding_s if decoding_s else None
+    pays = engine.draft_that_pays()
     bytes_read = stats["bytes_read"] - clock.bytes_read[0] if clock.bytes_read else 0
     return {
         "tokens": tokens,
@@ -434,6 +443,8 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
         "bound_tokens_per_s": plan.bound_tokens_per_s,
         "ratio": (passes - 1) / decoding_s / plan.bound_tokens_per_s if decoding_s else None,
         "bottleneck": engine.explain(),
+        "draft": {name: stats[name] for name in DRAFT_STATS if name in stats} or None,
+        "draft_that_pays": pays.predicted_tokens_per_s if pays is not None else None,
     }
 
 
@@ -451,7 +462,15 @@ def speed_line(result: dict[str, Any]) -> str:
         parts.append(f"then {result['tokens_per_s']:.3g} tokens/s{reading}")
         parts.append(f"{result['ratio']:.2f} of the bound ({result['bound_tokens_per_s']:.3g})")
     if result["passes"] != result["tokens"]:
-        parts.append(f"{result['passes']} passes")
+        per_pass = result["tokens"] / result["passes"] if result["passes"] else 0
+        parts.append(f"{result['passes']} passes of {per_pass:.3g} tokens")
+        if result["tokens_per_s"] is not None:
+            times = result["tokens_per_s"] / result["bound_tokens_per_s"]
+            parts.append(f"{times:.3g} times the bound of one token a pass")
+    if (draft := result.get("draft")) is not None:
+        parts.append(
+            f"draft {draft['draft'] or 'none'}: {draft['accepted']} of {draft['drafted']} candidates accepted"
+        )
     if result["bytes_per_token"] is not None:
         parts.append(f"{format_size(result['bytes_per_token'])} read per token")
     parts.append(f"peak {format_size(result['peak_bytes'])} of {format_size(result['budget_bytes'])}")
@@ -495,6 +514,7 @@ def _load_model(
         context=context,
         logits_to_keep=(arguments.prompt_lookup or 0) + 1,
         tokenizer=tokenizer,
+        draft=arguments.draft,
         dtype=arguments.dtype,
         kv_dtype=arguments.kv_dtype,
         trace=arguments.trace or False,
@@ -603,6 +623,8 @@ def budget_parts(plan: "Plan") -> dict[str, int]:
         "window": plan.window_bytes,
         "unused": plan.unused_bytes,
     }
+    if plan.substitute_bytes or fixed.draft_bytes:
+        parts["draft"] = plan.substitute_bytes + fixed.draft_bytes
     if plan.experts is not None:
         parts["cache of experts"] = plan.experts.cache_bytes
     return parts | {"locked weights": plan.budget_bytes - sum(parts.values())}
