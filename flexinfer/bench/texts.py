@@ -42,14 +42,16 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 
 
 class Watch:
-    """A streamer that keeps when tokens came, and how many bytes had been read by then."""
+    """A streamer that keeps when tokens came, and how many bytes had been read and candidates verified by then."""
 
-    def __init__(self, bytes_read: Callable[[], int]) -> None:
-        self._bytes_read = bytes_read
+    def __init__(self, bytes_read: Callable[[], int], drafted: Callable[[], int]) -> None:
+        self._bytes_read, self._drafted = bytes_read, drafted
         self.passes: list[tuple[float, int, list[int]]] = []  # the prompt first
+        self.drafted: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.passes.append((time.perf_counter(), self._bytes_read(), value.flatten().tolist()))
+        self.drafted.append(self._drafted())
 
     def end(self) -> None: ...
 
@@ -113,7 +115,7 @@ def decode(
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
             margins = Margins()
-        watch, before = Watch(bytes_read), engine.stats()
+        watch, before = Watch(bytes_read, lambda: engine.stats().get("drafted", 0)), engine.stats()
         output: Any = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
@@ -142,6 +144,9 @@ def decode(
             "seconds": times[-1][0] - times[1][0],
             "first_token_s": times[1][0] - times[0][0],
             "tokens_of_passes": counts,
+            "candidates_of_passes": [
+                after - before for before, after in itertools.pairwise(watch.drafted[1:])
+            ],
             "answer": answer,
             "margins": [margins.of.get(ids.shape[1] + i) for i in range(len(answer))]
             if isinstance(margins, Margins)
