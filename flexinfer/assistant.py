@@ -12,6 +12,7 @@ the text is found, the last token once more.
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ from flexinfer.formats.config import load_config
 from flexinfer.formats.skeleton import Skeleton, load_resident, resident_bytes, resolve
 from flexinfer.imports import deferred
 from flexinfer.kernels.ggml import GgmlKernel
-from flexinfer.plan import Costs, DraftPlan, Plan, Substitutes
+from flexinfer.plan import BudgetError, Costs, DraftPlan, Plan, Substitutes
 from flexinfer.streaming.substitute import DraftError, substitute_bytes, substitute_kernels
 
 with deferred():
@@ -44,6 +45,22 @@ AUTO_TYPES = ("q4_0", "q8_0")  # both are quantised faster than most disks read
 SCORES_BYTES = 8  # a candidate and token of the vocabulary: scores in float32, twice
 SCORES_SHARE = 1 / 32  # of the budget, that these may take
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of transformers: ids and scores to scores
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A draft, or none, and what the budget is with it."""
+
+    kind: str | None
+    type: str  # of a substitute's blocks
+    costs: DraftCosts
+    plan: Plan
+
+    @property
+    def tokens_per_s(self) -> float:
+        """As planned."""
+        draft = self.plan.draft
+        return draft.predicted_tokens_per_s if draft is not None else self.plan.predicted_tokens_per_s
 
 
 class Drafts:
@@ -111,9 +128,38 @@ class Drafts:
         """Memory of those."""
         return self._substitutes.get(self.type)
 
-    def kinds(self) -> list[tuple[str | None, str]]:
-        """What "auto" chooses from: kind and type."""
-        return [(None, self.type), ("lookup", self.type), *(("substitute", type) for type in self._kernels)]
+    def options(
+        self,
+        plan_with: Callable[[Substitutes | None], Plan],
+        costs: Costs,
+        measure: Callable[[], DraftCosts],
+    ) -> list["Option"]:
+        """The draft that was asked for, or with "auto" all those that the budget has room for, none at all among them.
+
+        plan_with: divides the budget, with substitutes of what is streamed or without. measure: costs with the kernels of the present type.
+        Raises BudgetError where there is no room for the one that was asked for.
+        """
+        asked = [(self.kind, self.type)]
+        if self.auto:
+            asked = [
+                (None, self.type),
+                ("lookup", self.type),
+                *(("substitute", one) for one in self._kernels),
+            ]
+        found: list[Option] = []
+        costs_of: dict[str, DraftCosts] = {}
+        for self.kind, self.type in asked:
+            try:
+                plan = plan_with(self.substitutes if self.kind == "substitute" else None)
+            except BudgetError:
+                if not found:
+                    raise
+                continue
+            if self.type not in costs_of:
+                costs_of[self.type] = measure()
+            draft = self.planned(plan, costs, costs_of[self.type]) if self.kind else None
+            found.append(Option(self.kind, self.type, costs_of[self.type], replace(plan, draft=draft)))
+        return found
 
     def fit(self, budget_bytes: int) -> int:
         """Bound the number of candidates by the memory that their scores may take, and return it."""

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from flexinfer.assistant import Option
     from flexinfer.formats.skeleton import Skeleton
     from flexinfer.model import Engine
-    from flexinfer.plan import Plan, Weight
+    from flexinfer.plan import Plan, Substitutes, Weight
 
 # Turns a thread of libgomp spins before it sleeps. Its default is milliseconds: cores burnt while the disk is awaited (0.9 of a CPU at
 # 1 GB/s, now 0.15), and ten times the time for a token on a busy machine, where spinning threads keep the one they wait for off the
@@ -558,20 +559,30 @@ def show_plan(arguments: argparse.Namespace) -> int:
     """Where the budget would go, what would be locked, and how fast it would be at this and other budgets."""
     with Bars() as bars:
         bars.spin(f"reading {arguments.model}")
+        from flexinfer.draft import DraftChoice
         from flexinfer.formats.checkpoint import Checkpoint
         from flexinfer.formats.skeleton import build_skeleton, resolve
-        from flexinfer.machine import available_bytes, measure_costs
+        from flexinfer.machine import available_bytes, measure_costs, measure_draft_costs
         from flexinfer.model import MemoryOfProcess, default_context, fixed_memory
         from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
         from flexinfer.streaming.reader import FileReader
 
         checkpoint = Checkpoint.open(resolve(arguments.model, arguments.gguf_file))
         skeleton = build_skeleton(checkpoint, arguments.dtype, arguments.kv_dtype)
+        choice = DraftChoice.of(arguments.draft, None, None, None)
         memory = arguments.memory
         given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
         measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
-        context = arguments.context or default_context(skeleton, measured, given_bytes)
-        fixed = fixed_memory(skeleton, measured, context)
+        drafts, logits_to_keep = None, 1
+        if choice is not None:
+            from flexinfer.assistant import Drafts  # knows transformers
+
+            drafts = Drafts(choice, skeleton, skeleton.dtype)
+            logits_to_keep = drafts.fit(given_bytes) + 1
+        context = arguments.context or default_context(
+            skeleton, measured, given_bytes, logits_to_keep, drafts
+        )
+        fixed = fixed_memory(skeleton, measured, context, logits_to_keep, drafts)
         smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture)
         everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
         everything_bytes += skeleton.mixture.slots().nbytes if skeleton.mixture is not None else 0
@@ -583,7 +594,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
         finally:
             reader.close()
 
-    def plan_for(nbytes: int) -> "Plan":
+    def plan_for(nbytes: int, substitutes: "Substitutes | None" = None) -> "Plan":
         return make_plan(
             skeleton.weights,
             fixed,
@@ -592,14 +603,26 @@ def show_plan(arguments: argparse.Namespace) -> int:
             policy=arguments.policy,
             window=arguments.window,
             mixture=skeleton.mixture,
+            substitutes=substitutes,
         )
 
-    plan = plan_for(budget_bytes)
+    options = []
+    if drafts is not None:
+        options = drafts.options(
+            lambda substitutes: plan_for(budget_bytes, substitutes),
+            costs,
+            lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype),
+        )
+    plan = max((one.plan for one in options), key=_tokens_per_s) if options else plan_for(budget_bytes)
     between = [int(smallest_bytes + share * (everything_bytes - smallest_bytes)) for share in BUDGET_SHARES]
     budgets = sorted({smallest_bytes, *between, everything_bytes, budget_bytes})
     plans = [plan_for(nbytes) for nbytes in budgets if nbytes >= smallest_bytes]
     if arguments.json:
-        print(json.dumps(plan_facts(skeleton, plan, plans)))
+        print(
+            json.dumps(
+                plan_facts(skeleton, plan, plans) | {"drafts": [_option_facts(one) for one in options]}
+            )
+        )
     else:
         from rich.console import Console
 
@@ -607,7 +630,23 @@ def show_plan(arguments: argparse.Namespace) -> int:
         for title, table in plan_tables(skeleton, plan, plans).items():
             console.print(title, highlight=False)
             console.print(table)
+        for one in options:
+            what = f"{one.kind} {one.type}" if one.kind == "substitute" else one.kind or "none"
+            each = f", {one.plan.draft.tokens_per_pass:.3g} tokens a pass" if one.plan.draft else ""
+            console.print(f"draft {what}: {one.tokens_per_s:.3g} tokens/s expected{each}", highlight=False)
     return 0
+
+
+def _tokens_per_s(plan: "Plan") -> float:
+    return plan.draft.predicted_tokens_per_s if plan.draft is not None else plan.predicted_tokens_per_s
+
+
+def _option_facts(option: "Option") -> dict[str, Any]:
+    draft = option.plan.draft
+    told = {"kind": option.kind, "type": option.type, "tokens_per_s": option.tokens_per_s}
+    return told | (
+        {"candidates": draft.candidates, "tokens_per_pass": draft.tokens_per_pass} if draft else {}
+    )
 
 
 def budget_parts(plan: "Plan") -> dict[str, int]:

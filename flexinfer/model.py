@@ -418,34 +418,23 @@ class Engine:
         assert drafts is not None
         assert self._reader is not None
         room_bytes = budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2
-        costs_of: dict[str, DraftCosts] = {}
 
-        def use(kind: str | None, type: str) -> None:
-            drafts.kind, drafts.type = kind, type
-            self._substitutes = drafts.substitutes if kind == "substitute" else None
-            if type not in costs_of:
-                costs_of[type] = measure_draft_costs(
-                    skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype, room_bytes
-                )
-            self._draft_costs = costs_of[type]
+        def plan_with(substitutes: Substitutes | None) -> Plan:
+            self._substitutes = substitutes
+            return self._make_plan(budget_bytes, skeleton)
 
-        if not drafts.auto:
-            use(drafts.kind, drafts.type)
-        else:
-            speeds: dict[tuple[str | None, str], float] = {}
-            for kind, type in drafts.kinds():
-                use(kind, type)
-                try:
-                    plan = self._make_plan(budget_bytes, skeleton)
-                except BudgetError:
-                    if kind is None:
-                        raise
-                    continue  # there is no room for it
-                found = plan.draft
-                speeds[kind, type] = found.predicted_tokens_per_s if found else plan.predicted_tokens_per_s
-            use(*max(speeds, key=lambda one: speeds[one]))
-            told = ", ".join(f"{kind or 'none'} {type} {speed:.3g}" for (kind, type), speed in speeds.items())
-            logger.info("draft %s: tokens/s expected: %s", drafts.kind or "none", told)
+        def measure() -> DraftCosts:
+            return measure_draft_costs(
+                skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype, room_bytes
+            )
+
+        found = drafts.options(plan_with, self._costs, measure)
+        best = max(found, key=lambda option: option.tokens_per_s)
+        drafts.kind, drafts.type, self._draft_costs = best.kind, best.type, best.costs
+        self._substitutes = drafts.substitutes if best.kind == "substitute" else None
+        if drafts.auto:
+            told = ", ".join(f"{one.kind or 'none'} {one.type} {one.tokens_per_s:.3g}" for one in found)
+            logger.info("draft %s: tokens/s expected: %s", best.kind or "none", told)
         if self._substitutes is not None:
             self._open_substitute(drafts, skeleton)
         if drafts.kind == "model":
