@@ -700,17 +700,16 @@ class Engine:
         with self._lock:
             if self._closed:
                 return
-            substitutes, self._substitutes = self._substitutes, None
-            kind, self._drafts.kind = self._drafts.kind, "lookup"
+            before = self._substitutes, self._drafts.kind, self._pace
+            self._substitutes, self._drafts.kind, self._pace = None, "lookup", None
             plan = self._make_plan(self.plan.budget_bytes)
-            if plan.predicted_tokens_per_s <= self._pace.predicted_tokens_per_s():
-                self._substitutes, self._drafts.kind = substitutes, kind
+            if plan.predicted_tokens_per_s <= before[2].predicted_tokens_per_s():
+                self._substitutes, self._drafts.kind, self._pace = before
                 return
             logger.info(
                 "draft: %.2f of its candidates are accepted, too few; weights are locked in its memory instead",
-                self._pace.acceptance,
+                before[2].acceptance,
             )
-            self._pace = None
             self._apply(plan)
 
     @property

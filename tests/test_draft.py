@@ -134,6 +134,36 @@ def test_other_drafts_and_calls_that_have_none(checkpoint: MakeCheckpoint, load:
     assert load(path, draft=small).flexinfer.plan.draft.kind == "model"
 
 
+def test_auto_takes_a_substitute_where_reading_is_slow_and_lets_go_of_one_that_does_not_pay(
+    checkpoint: MakeCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(checkpoint)
+    monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: Costs(1e6, 1e-4))
+    costs = DraftCosts(((1, 1e-4), (17, 1e-3)), 1e-4, 1e-4)
+    monkeypatch.setattr(flexinfer.model, "measure_draft_costs", lambda *_: costs)
+    substitute = smallest_budget(load(path, draft="substitute"))
+    model = load(path, substitute + (1 << 20), draft="auto", policy="none")
+    expected = stock(path).generate(prompt(), **GREEDY)
+    assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+    engine, plan = model.flexinfer, model.flexinfer.plan
+    assert (engine.stats()["draft"], plan.draft.kind) == ("substitute", "substitute")
+    assert plan.substitute_bytes > 0
+    for _ in range(50):
+        engine._pace.saw(8, 0)
+        engine._pace.took(pass_s=1e9, rows=9)
+    assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+    assert engine.stats()["draft"] == "lookup"
+    assert engine.plan.substitute_bytes == 0
+    assert not engine._substitute_rows
+    assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+    monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: Costs(1e12, 1.0))
+    slow = DraftCosts(((1, 1.0), (17, 17.0)), 1.0, 1.0)
+    monkeypatch.setattr(flexinfer.model, "measure_draft_costs", lambda *_: slow)
+    fast_disk = load(path, substitute + (1 << 20), draft="auto").flexinfer
+    assert fast_disk.stats()["draft"] is None, "candidates cost as much as passes, and reading nothing"
+    assert fast_disk.plan.draft is None
+
+
 def test_a_padded_prompt(checkpoint: MakeCheckpoint, load: Load) -> None:
     path = make(checkpoint)
     mask = torch.ones_like(prompt())
