@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
     from flexinfer import trace
 
-TITLES = {"load": "reading what stays", "lock": "filling locked memory", "pass": "reading the prompt"}
+TITLES = {
+    "load": "reading what stays",
+    "lock": "filling locked memory",
+    "pass": "reading the prompt",
+    "draft": "making the draft",
+}
 PATIENCE_S = 0.5  # what will be done by then gets no bar
 
 

@@ -29,14 +29,16 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from flexinfer.assistant import Option
     from flexinfer.formats.skeleton import Skeleton
     from flexinfer.model import Engine
-    from flexinfer.plan import Plan, Weight
+    from flexinfer.plan import Plan, Substitutes, Weight
 
 # Turns a thread of libgomp spins before it sleeps. Its default is milliseconds: cores burnt while the disk is awaited (0.9 of a CPU at
 # 1 GB/s, now 0.15), and ten times the time for a token on a busy machine, where spinning threads keep the one they wait for off the
 # core. With as few turns a quiet machine is no slower (docs/log.md). Read once, when torch loads libgomp.
 SPIN_COUNT = "6000"
+DRAFT_STATS = ("draft", "drafted", "accepted", "acceptance", "draft_s", "draft_predicted_tokens_per_s")
 BUDGET_SHARES = (0.25, 0.5, 0.75)  # of the way from the smallest budget to everything resident, in `plan`
 
 
@@ -101,6 +103,11 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--read-timeout", type=float, metavar="SECONDS", help="give a read up after so long (default: never)"
+    )
+    options.add_argument(
+        "--draft",
+        metavar="WHAT",
+        help="several tokens a pass, same output: substitute, lookup, a small model of the same tokenizer, or auto",
     )
     options.add_argument("--context", type=int, help="tokens the KV cache is sized for")
     options.add_argument(
@@ -218,6 +225,8 @@ def generate(arguments: argparse.Namespace) -> int:
         print(json.dumps({"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result))
     else:
         _note(("stopped; " if interrupt.pressed else "") + speed_line(result))
+        if result["draft_that_pays"] is not None:
+            _note(f"--draft auto may give {result['draft_that_pays']:.3g} tokens/s, with the same output")
     return interrupt.code
 
 
@@ -418,6 +427,7 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
     tokens, passes = sum(counts), len(counts)
     decoding_s = times_s[-1] - times_s[0] if passes > 1 else 0.0
     speed = (tokens - counts[0]) / decoding_s if decoding_s else None
+    pays = engine.draft_that_pays()
     bytes_read = stats["bytes_read"] - clock.bytes_read[0] if clock.bytes_read else 0
     return {
         "tokens": tokens,
@@ -434,6 +444,8 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
         "bound_tokens_per_s": plan.bound_tokens_per_s,
         "ratio": (passes - 1) / decoding_s / plan.bound_tokens_per_s if decoding_s else None,
         "bottleneck": engine.explain(),
+        "draft": {name: stats[name] for name in DRAFT_STATS if name in stats} or None,
+        "draft_that_pays": pays.predicted_tokens_per_s if pays is not None else None,
     }
 
 
@@ -451,7 +463,15 @@ def speed_line(result: dict[str, Any]) -> str:
         parts.append(f"then {result['tokens_per_s']:.3g} tokens/s{reading}")
         parts.append(f"{result['ratio']:.2f} of the bound ({result['bound_tokens_per_s']:.3g})")
     if result["passes"] != result["tokens"]:
-        parts.append(f"{result['passes']} passes")
+        per_pass = result["tokens"] / result["passes"] if result["passes"] else 0
+        parts.append(f"{result['passes']} passes of {per_pass:.3g} tokens")
+        if result["tokens_per_s"] is not None:
+            times = result["tokens_per_s"] / result["bound_tokens_per_s"]
+            parts.append(f"{times:.3g} times the bound of one token a pass")
+    if (draft := result.get("draft")) is not None:
+        parts.append(
+            f"draft {draft['draft'] or 'none'}: {draft['accepted']} of {draft['drafted']} candidates accepted"
+        )
     if result["bytes_per_token"] is not None:
         parts.append(f"{format_size(result['bytes_per_token'])} read per token")
     parts.append(f"peak {format_size(result['peak_bytes'])} of {format_size(result['budget_bytes'])}")
@@ -495,6 +515,7 @@ def _load_model(
         context=context,
         logits_to_keep=(arguments.prompt_lookup or 0) + 1,
         tokenizer=tokenizer,
+        draft=arguments.draft,
         dtype=arguments.dtype,
         kv_dtype=arguments.kv_dtype,
         trace=arguments.trace or False,
@@ -538,20 +559,30 @@ def show_plan(arguments: argparse.Namespace) -> int:
     """Where the budget would go, what would be locked, and how fast it would be at this and other budgets."""
     with Bars() as bars:
         bars.spin(f"reading {arguments.model}")
+        from flexinfer.draft import DraftChoice
         from flexinfer.formats.checkpoint import Checkpoint
         from flexinfer.formats.skeleton import build_skeleton, resolve
-        from flexinfer.machine import available_bytes, measure_costs
+        from flexinfer.machine import available_bytes, measure_costs, measure_draft_costs
         from flexinfer.model import MemoryOfProcess, default_context, fixed_memory
         from flexinfer.plan import make_plan, parse_size, smallest_budget_bytes
         from flexinfer.streaming.reader import FileReader
 
         checkpoint = Checkpoint.open(resolve(arguments.model, arguments.gguf_file))
         skeleton = build_skeleton(checkpoint, arguments.dtype, arguments.kv_dtype)
+        choice = DraftChoice.of(arguments.draft, None, None, None)
         memory = arguments.memory
         given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
         measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
-        context = arguments.context or default_context(skeleton, measured, given_bytes)
-        fixed = fixed_memory(skeleton, measured, context)
+        drafts, logits_to_keep = None, 1
+        if choice is not None:
+            from flexinfer.assistant import Drafts  # knows transformers
+
+            drafts = Drafts(choice, skeleton, skeleton.dtype)
+            logits_to_keep = drafts.fit(given_bytes) + 1
+        context = arguments.context or default_context(
+            skeleton, measured, given_bytes, logits_to_keep, drafts
+        )
+        fixed = fixed_memory(skeleton, measured, context, logits_to_keep, drafts)
         smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture)
         everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
         everything_bytes += skeleton.mixture.slots().nbytes if skeleton.mixture is not None else 0
@@ -563,7 +594,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
         finally:
             reader.close()
 
-    def plan_for(nbytes: int) -> "Plan":
+    def plan_for(nbytes: int, substitutes: "Substitutes | None" = None) -> "Plan":
         return make_plan(
             skeleton.weights,
             fixed,
@@ -572,14 +603,26 @@ def show_plan(arguments: argparse.Namespace) -> int:
             policy=arguments.policy,
             window=arguments.window,
             mixture=skeleton.mixture,
+            substitutes=substitutes,
         )
 
-    plan = plan_for(budget_bytes)
+    options = []
+    if drafts is not None:
+        options = drafts.options(
+            lambda substitutes: plan_for(budget_bytes, substitutes),
+            costs,
+            lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype),
+        )
+    plan = max((one.plan for one in options), key=_tokens_per_s) if options else plan_for(budget_bytes)
     between = [int(smallest_bytes + share * (everything_bytes - smallest_bytes)) for share in BUDGET_SHARES]
     budgets = sorted({smallest_bytes, *between, everything_bytes, budget_bytes})
     plans = [plan_for(nbytes) for nbytes in budgets if nbytes >= smallest_bytes]
     if arguments.json:
-        print(json.dumps(plan_facts(skeleton, plan, plans)))
+        print(
+            json.dumps(
+                plan_facts(skeleton, plan, plans) | {"drafts": [_option_facts(one) for one in options]}
+            )
+        )
     else:
         from rich.console import Console
 
@@ -587,7 +630,23 @@ def show_plan(arguments: argparse.Namespace) -> int:
         for title, table in plan_tables(skeleton, plan, plans).items():
             console.print(title, highlight=False)
             console.print(table)
+        for one in options:
+            what = f"{one.kind} {one.type}" if one.kind == "substitute" else one.kind or "none"
+            each = f", {one.plan.draft.tokens_per_pass:.3g} tokens a pass" if one.plan.draft else ""
+            console.print(f"draft {what}: {one.tokens_per_s:.3g} tokens/s expected{each}", highlight=False)
     return 0
+
+
+def _tokens_per_s(plan: "Plan") -> float:
+    return plan.draft.predicted_tokens_per_s if plan.draft is not None else plan.predicted_tokens_per_s
+
+
+def _option_facts(option: "Option") -> dict[str, Any]:
+    draft = option.plan.draft
+    told = {"kind": option.kind, "type": option.type, "tokens_per_s": option.tokens_per_s}
+    return told | (
+        {"candidates": draft.candidates, "tokens_per_pass": draft.tokens_per_pass} if draft else {}
+    )
 
 
 def budget_parts(plan: "Plan") -> dict[str, int]:
@@ -603,6 +662,8 @@ def budget_parts(plan: "Plan") -> dict[str, int]:
         "window": plan.window_bytes,
         "unused": plan.unused_bytes,
     }
+    if plan.substitute_bytes or fixed.draft_bytes:
+        parts["draft"] = plan.substitute_bytes + fixed.draft_bytes
     if plan.experts is not None:
         parts["cache of experts"] = plan.experts.cache_bytes
     return parts | {"locked weights": plan.budget_bytes - sum(parts.values())}

@@ -12,6 +12,17 @@ from typing import Any
 from flexinfer.plan import Plan, format_size
 
 MEMORY_SHARE = 0.2  # of the time, from which on memory is named first; our choice
+COUNTERS = (
+    "passes",
+    "pass_s",
+    "compute_s",
+    "wait_s",
+    "bytes_read",
+    "wasted_bytes",
+    "resyncs",
+    "major_faults",
+    "memory_stall_s",
+)
 FAULT_S = 1e-3  # our choice for a page read back from a disk that is in use
 OVERLAP_SHARE = 0.7  # of the measured bandwidth, below which reads are said not to overlap; our choice
 
@@ -29,9 +40,21 @@ def plan_line(plan: Plan) -> str:
         if experts is not None
         else ""
     )
+    one_a_pass = (
+        f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most {plan.bound_tokens_per_s:.3g}"
+    )
+    if plan.draft is None:
+        speed = one_a_pass
+    else:
+        draft = plan.draft
+        kept = f" ({format_size(plan.substitute_bytes)} in {draft.type})" if draft.type else ""
+        speed = (
+            f"draft by {draft.kind}{kept}: {draft.candidates} candidates, {draft.tokens_per_pass:.3g} tokens a pass, "
+            f"{draft.predicted_tokens_per_s:.3g} tokens/s predicted; one a pass: {one_a_pass}"
+        )
     return (
         f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights locked{cached}, {streamed}; "
-        f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most {plan.bound_tokens_per_s:.3g}"
+        f"{speed}"
     )
 
 
@@ -39,7 +62,7 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
     """Why the passes between two readings of `Engine.stats()` took as long as they did: "disk: ...", "kernels: ...",
     "memory: ..." or "order: ..." (the readers had to start over), with the figure.
     """
-    spent = {name: after[name] - before[name] for name in before if name != "peak_bytes"}
+    spent = {name: after[name] - before[name] for name in COUNTERS}
     passes, pass_s, bytes_read = spent["passes"], spent["pass_s"], spent["bytes_read"]
     if not passes or not pass_s:
         return "nothing: no pass over the weights yet"

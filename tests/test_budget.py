@@ -6,6 +6,7 @@ Runs are fresh processes, as users have them: what a process takes before it loa
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from flexinfer.bench.synth import make_checkpoint
 SHAPE = ShapeConfig(hidden=1024, intermediate=2816, layers=4, heads=16, kv_heads=4, vocab=16_384, tie=False)
 RUN = """
 import json, sys
-path, memory, context, prompt_tokens, new_tokens, repeats, system = json.loads(sys.argv[1])
+path, memory, context, prompt_tokens, new_tokens, repeats, system, draft = json.loads(sys.argv[1])
 if system == "stock":
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(path).eval()
 else:
     import flexinfer
     try:
-        model = flexinfer.from_pretrained(path, memory, context=context)
+        model = flexinfer.from_pretrained(path, memory, context=context, draft=draft)
     except flexinfer.BudgetError as error:
         print(json.dumps({"refused": int(str(error).split("at least ")[1].split()[0])}))
         raise SystemExit
@@ -40,7 +41,7 @@ report = {"tokens": text[0, prompt_tokens:].tolist(), "resident_bytes": resident
 if system == "flexinfer":
     plan = model.flexinfer.plan
     report |= {"peak_bytes": model.flexinfer.stats()["peak_bytes"], "streamed_bytes": plan.streamed_bytes,
-               "total_bytes": plan.total_bytes, "fixed": repr(plan.fixed), "window_bytes": plan.window_bytes}
+               "total_bytes": plan.total_bytes, "drafted": model.flexinfer.stats().get("drafted"), "fixed": repr(plan.fixed), "window_bytes": plan.window_bytes}
 print(json.dumps(report))
 """
 
@@ -68,9 +69,10 @@ def run(
     repeats: int = 1,
     system: str = "flexinfer",
     limits: Limits | None = None,
+    draft: str | None = None,
 ) -> dict[str, Any]:
     """One process that loads and generates; what it reports. Its death fails the test."""
-    arguments = [str(path), memory, context, prompt_tokens, new_tokens, repeats, system]
+    arguments = [str(path), memory, context, prompt_tokens, new_tokens, repeats, system, draft]
     command = [sys.executable, "-c", RUN, json.dumps(arguments)]
     done = subprocess.run(
         limits.command(command) if limits else command, capture_output=True, text=True, check=False
@@ -113,6 +115,38 @@ def test_smallest_budget_is_enough_in_a_cgroup_of_that_size(
     assert report["peak_bytes"] <= memory
     assert report["peak_bytes"] >= 0.8 * memory, "the plan asks for much more than is used"
     print({"memory_bytes": memory, "cgroup_peak_bytes": usage.peak_memory_bytes} | report)
+
+
+@pytest.mark.parametrize("draft", ["substitute", "lookup", "model"])
+@pytest.mark.parametrize(("context", "prompt_tokens"), [(512, 480), (64, 8)])
+def test_smallest_budget_is_enough_with_a_draft(
+    big: Path, context: int, prompt_tokens: int, draft: str
+) -> None:
+    """As above: every candidate, its scores, the substitute or the draft model are in the budget."""
+    place = find_place()
+    if place.memory is None:
+        pytest.skip(f"no right to limit memory here: {place.why_not}")
+    told, new_tokens = draft, context - prompt_tokens
+    if draft == "model":
+        shape = replace(SHAPE, layers=1, hidden=256, intermediate=704, heads=4)
+        small = ModelConfig(name="test-budget-draft", kind="synthetic", formats=["bf16"], shape=shape)
+        told = str(make_checkpoint(small, "bf16", progress=False))
+    memory = run(big, 1 << 20, context, prompt_tokens, new_tokens, draft=told)["refused"]
+    for _ in range(5):
+        with Limits(memory_bytes=memory) as limits:
+            assert limits.applied.memory_bytes is not None
+            memory = limits.applied.memory_bytes
+            report = run(big, memory, context, prompt_tokens, new_tokens, limits=limits, draft=told)
+            usage = limits.usage()
+        if "refused" not in report:
+            break
+        memory = report["refused"]
+    assert len(report["tokens"]) == new_tokens
+    assert report["drafted"] >= 8
+    assert usage.oom_kills == 0
+    assert usage.peak_memory_bytes is not None
+    assert max(usage.peak_memory_bytes, report["peak_bytes"]) <= memory
+    assert report["peak_bytes"] >= 0.8 * memory, "the plan asks for much more than is used"
 
 
 LENGTHS = """

@@ -127,7 +127,7 @@ def run_cell(cell: CellConfig) -> Record:
             note=applied.note,
         ),
         provenance=origin,
-        tokens=len(counted),
+        tokens=sum(len(_ids(token)) for token in counted),
         passes=len(counted),
         token_s=[token["s"] for token in counted],
         token_bytes=[token["bytes"] for token in counted],
@@ -135,7 +135,7 @@ def run_cell(cell: CellConfig) -> Record:
         bytes_read=done.get("bytes_read"),
         load_s=child.last("loaded").get("load_s"),
         peak_memory_bytes=usage.peak_memory_bytes or done.get("peak_bytes"),
-        output_tokens=[token["id"] for token in child.all("token") if token["id"] is not None],
+        output_tokens=[id for token in child.all("token") for id in _ids(token) if id is not None],
         total_weight_bytes=facts.touched_bytes,
         process_bytes=child.last("ready").get("process_bytes"),
         kv_bytes=facts.kv_bytes_per_token * cell.workload.context,
@@ -285,8 +285,16 @@ def _job(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str, A
         "min_seconds": workload.min_seconds,
         "max_seconds": workload.max_seconds,
         "prefill_tokens": workload.prefill_tokens,
+        "texts": workload.texts,
+        "replayed": workload.replayed,
+        "max_tokens": workload.max_tokens,
         "trace": cell.trace,
     }
+
+
+def _ids(token: dict[str, Any]) -> list[int | None]:
+    """The tokens of a pass: one, or those that a draft had right and one."""
+    return token["ids"] if "ids" in token else [token["id"]]
 
 
 def _bandwidth(files: list[str], limits: limiting.Limits, job: dict[str, Any]) -> float | None:
@@ -334,6 +342,7 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
             "min_seconds": 0.0,
         }
         job |= {"prompt_tokens": 4, "context": max(64, cell.workload.context), "prefill_tokens": []}
+        job |= {"texts": [], "replayed": []}
         child = run_child(job, cell.workload.timeout_s)
         if child.status != "ok":
             return None, f"not measured: {child.message}"

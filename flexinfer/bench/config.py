@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from flexinfer.plan import parse_size
 
+TEXT_KINDS = ("edit", "code", "chat")
 MODEL_KINDS = ("synthetic", "real", "path")
 SYSTEM_KINDS = ("flexinfer", "llama_cpp", "transformers", "accelerate", "airllm", "ollm")
 KERNELS_OF = {"accelerate": "transformers", "airllm": "transformers", "ollm": "transformers"}
@@ -188,6 +189,10 @@ class WorkloadConfig:
         600.0  # the whole process, loading included; then it is killed and recorded as a timeout
     )
     prefill_tokens: list[int] = field(default_factory=list)  # prompts whose prefill is timed
+    # Real text (flexinfer.bench.texts) instead of the fixed prompt, each kind by generate() with up to max_tokens:
+    texts: list[str] = field(default_factory=list)
+    # or tokens that a draft has right before each that it has not, as seen elsewhere; the weights have no say in it
+    replayed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require(self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive")
@@ -204,6 +209,16 @@ class WorkloadConfig:
         require(self.timeout_s > 0, "workload.timeout_s", self.timeout_s, "must be positive")
         for tokens in self.prefill_tokens:
             require(tokens > 0, "workload.prefill_tokens", tokens, "must be positive")
+        for kind in self.texts:
+            require(kind in TEXT_KINDS, "workload.texts", kind, f"one of {', '.join(TEXT_KINDS)}")
+        for run in self.replayed:
+            require(run >= 0, "workload.replayed", run, "must not be negative")
+        require(
+            not (self.texts and self.replayed),
+            "workload.replayed",
+            self.replayed,
+            "leave workload.texts empty",
+        )
         needed = max(self.prompt_tokens + self.warmup_tokens + self.max_tokens, *self.prefill_tokens, 0)
         require(
             self.context >= needed,
@@ -251,8 +266,9 @@ class CellConfig:
             del told[name]
         for group, name in (("system", "label"), ("device", "source"), ("workload", "name")):
             del told[group][name]
-        if not self.workload.prefill_tokens:  # older than the field are most records
-            del told["workload"]["prefill_tokens"]
+        for name in ("prefill_tokens", "texts", "replayed"):  # older than the fields are most records
+            if not told["workload"][name]:
+                del told["workload"][name]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -78,13 +78,17 @@ def use_style() -> None:
     seaborn.set_theme(context="paper", style="whitegrid", font="DejaVu Sans", rc=own)
 
 
-def find_records(results_dir: Path, command: str) -> dict[str, list[Record]]:
+def find_records(results_dir: Path, command: str, *, drafts: bool = False) -> dict[str, list[Record]]:
     """The records below `results_dir` that may stand in one figure, by machine: the one with most records first.
 
+    `drafts`: those of real or replayed text (flexinfer.bench.drafts), which no other figure shows.
     Those of the smoke model only where there are no others. Says which command makes records where there are none. Cells
     that have a limited record are shown without their unlimited ones. B and c of the bounds are a machine's best (`with_common_costs`).
     """
     records = load_records(results_dir) if results_dir.exists() else []
+    records = [
+        one for one in records if bool(one.cell.workload.texts or one.cell.workload.replayed) == drafts
+    ]
     records = [one for one in records if one.cell.model.name != "smoke"] or records
     if not records:
         print(f"No records for this in {results_dir}. Make them with:  {command}")

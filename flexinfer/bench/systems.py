@@ -128,11 +128,14 @@ class FlexInfer(TorchSystem):
 
     def engine(self) -> dict[str, Any]:
         engine = self.model.flexinfer
-        plan = {
+        plan: dict[str, Any] = {
             name: value
             for name in dir(engine.plan)
             if not name.startswith("_") and isinstance(value := getattr(engine.plan, name), int | float | str)
         }
+        draft = engine.plan.draft
+        if draft is not None:
+            plan["draft"] = {name: getattr(draft, name) for name in draft.__slots__}
         told: dict[str, Any] = {"plan": plan, "stats": engine.stats()}
         return told | ({"events": engine.events()} if self.job["trace"] else {})
 
@@ -300,6 +303,9 @@ def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
     start_s = time.perf_counter()
     system.load()
     emit("loaded", load_s=time.perf_counter() - start_s)
+    if job["texts"] or job["replayed"]:
+        measure_texts(job, system, emit)
+        return
     system.start(prompt_ids(job["prompt_tokens"], job["vocab"]))
     counted, counted_s = 0, 0.0
     for number in range(job["tokens"]):
@@ -322,6 +328,20 @@ def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
     emit("engine", told=system.engine())
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     emit("done", bytes_read=bytes_read(), peak_bytes=peak_bytes)
+    system.close()
+
+
+def measure_texts(job: dict[str, Any], system: System, emit: Callable[..., None]) -> None:
+    """Decode real or replayed text by `generate()`; what drafts give is in the engine's word, by kind of text."""
+    if not isinstance(system, FlexInfer):
+        raise UnsupportedError("texts are decoded by flexinfer alone")
+    texts = importlib.import_module("flexinfer.bench.texts")
+    job["prompt_ids"] = prompt_ids(job["prompt_tokens"], job["vocab"])
+    found = texts.decode(system.model, job, emit, bytes_read)
+    emit("engine", told=system.engine() | {"texts": found})
+    emit(
+        "done", bytes_read=bytes_read(), peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     system.close()
 
 
