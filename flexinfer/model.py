@@ -57,6 +57,7 @@ from flexinfer.formats.skeleton import (
 )
 from flexinfer.imports import deferred
 from flexinfer.kernels.dense import bound_kernel_caches
+from flexinfer.kernels.ggml import GgmlKernel
 from flexinfer.machine import (
     anonymous_bytes,
     available_bytes,
@@ -498,6 +499,10 @@ class Engine:
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
+        for names in skeleton.together:
+            if all(isinstance(self._kernels[name], GgmlKernel) for name in names):
+                first, *others = (self._linears[name] for name in names)
+                first.lead(others)
         self._place_experts(skeleton)
         if self._weights:
             embedding: Any = model.get_input_embeddings()

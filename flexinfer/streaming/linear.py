@@ -18,6 +18,7 @@ from torch import nn
 
 from flexinfer.formats.checkpoint import TensorSpec
 from flexinfer.kernels import Kernel
+from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
 from flexinfer.plan import Piece, Weight
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer
 from flexinfer.streaming.prefetch import Prefetcher
@@ -126,8 +127,14 @@ class StreamedLinear(nn.Module):
         self._trace = trace
         self._lock = lock
         self._drafting, self._substitute_kernel = drafting or Drafting(), substitute_kernel
+        self._together: Sequence[StreamedLinear] = ()
         self.detach(NOT_READ)
         self.register_state_dict_pre_hook(_refuse_state_dict)
+
+    def lead(self, others: Sequence["StreamedLinear"]) -> None:
+        """Compute `others` too, which are given the same input next, where all are in memory and there are few rows: one call of a
+        kernel for all. Only for weights in ggml's blocks."""
+        self._together = (self, *others)
 
     def attach(
         self,
@@ -148,6 +155,9 @@ class StreamedLinear(nn.Module):
         """Let go of all memory; a forward pass raises RuntimeError saying `why`."""
         self._locked, self._streamed, self._prefetcher, self._detached = [], [], None, why
         self._substitute = None
+        self._ahead: tuple[torch.Tensor, int, torch.Tensor] | None = (
+            None  # an input, its version, and its output
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -159,8 +169,14 @@ class StreamedLinear(nn.Module):
             self._see_to_memory()
             if self._detached is not None:
                 raise RuntimeError(f"{self.spec.name}: {self._detached}")
+            if self._ahead is not None:
+                (seen, version, y), self._ahead = self._ahead, None
+                if seen is x and x._version == version:
+                    return y
             as_one_matrix = folds(x)
-            if as_one_matrix and len(self._locked) == 1 and not self._streamed:
+            if as_one_matrix and self._is_locked:
+                if self._together and x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_inference():
+                    return self._multiply_together(x)
                 return self._multiply(x, self._locked[0].view, 0, self._out_features, self.spec.nbytes)
             substitute = self._substitute if self._drafting.now else None
             if substitute is not None and not self._locked:
@@ -188,6 +204,25 @@ class StreamedLinear(nn.Module):
                     release()
                 y[..., piece.row_start : piece.row_stop] = part
             return y
+
+    @property
+    def _is_locked(self) -> bool:
+        return len(self._locked) == 1 and not self._streamed
+
+    def _multiply_together(self, x: torch.Tensor) -> torch.Tensor:
+        """The output for `x`, those of the others kept until they are asked for the same."""
+        linears = [linear for linear in self._together if linear._is_locked]
+        start_s = perf_counter()
+        parts = [
+            (cast(GgmlKernel, linear.kernel), linear._locked[0].view, linear._out_features, linear.bias)
+            for linear in linears
+        ]
+        first, *others = multiply_each(x, parts)
+        for linear, y in zip(linears[1:], others, strict=True):
+            linear._ahead = x, x._version, y
+        nbytes = sum(linear.spec.nbytes for linear in linears)
+        self._trace.add("compute", self.spec.name, self.spec.layer, start_s, nbytes)
+        return first
 
     def _from_substitute(self, x: torch.Tensor, rows: LockedRows) -> torch.Tensor:
         return self._multiply(
