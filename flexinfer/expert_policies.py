@@ -114,6 +114,7 @@ class Frequency:
         return found
 
 
+HINDSIGHT = "hindsight"  # what `fewest_misses` is called beside the policies
 POLICIES: dict[str, Callable[[], Policy]] = {
     "recency": Recency,
     "frequency": Frequency,
@@ -121,20 +122,20 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 
 
-def misses(policy: Policy, routing: Sequence[Sequence[int]], capacity: int) -> int:
+def misses(policy: Policy, routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0) -> int:
     """Experts that have to be read when `routing` (what each layer of each token uses, in order) meets an empty cache of `capacity`.
 
-    Those that a layer uses together do not take one another's place, as long as there is any other.
+    The first `warm_up` entries are not counted. Those that a layer uses together do not take one another's place, as long as there is any other.
     """
     there: set[int] = set()
     missed = 0
-    for wanted in routing:
+    for step, wanted in enumerate(routing):
         for expert in wanted:
             policy.touch(expert)
         for expert in wanted:
             if expert in there:
                 continue
-            missed += 1
+            missed += step >= warm_up
             if len(there) == capacity:
                 worst = policy.worst(lambda one, wanted=wanted: one not in wanted)  # type: ignore[misc]
                 if worst is None:
@@ -146,7 +147,7 @@ def misses(policy: Policy, routing: Sequence[Sequence[int]], capacity: int) -> i
     return missed
 
 
-def fewest_misses(routing: Sequence[Sequence[int]], capacity: int) -> int:
+def fewest_misses(routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0) -> int:
     """The same for the best choice in hindsight."""
     never = sum(len(wanted) for wanted in routing) + 1
     next_use: list[dict[int, int]] = [
@@ -167,7 +168,7 @@ def fewest_misses(routing: Sequence[Sequence[int]], capacity: int) -> int:
         for expert in wanted:
             if expert in due:
                 continue
-            missed += 1
+            missed += step >= warm_up
             if len(due) == capacity:
                 last = max((one for one in due if one not in wanted), key=due.__getitem__, default=None)
                 if last is None or due[last] <= next_use[step][expert]:

@@ -256,7 +256,8 @@ class Engine:
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
-        self._mixture, self._experts = skeleton.mixture, dict[str, StreamedExperts]()
+        self.mixture = skeleton.mixture  # None where there are no experts
+        self._experts = dict[str, StreamedExperts]()
         self._cache: ExpertCache | None = None
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
@@ -317,7 +318,7 @@ class Engine:
                 self._costs,
                 policy=self._policy,
                 window=self._window,
-                mixture=self._mixture,
+                mixture=self.mixture,
             )
         except BudgetError as error:
             large = [
@@ -384,7 +385,13 @@ class Engine:
         first, before = 0, None
         for layer in experts.mixture.layers:
             streamed = StreamedExperts(
-                layer, experts.kernels[layer.name], first, self._trace, self._lock, self._between_linears
+                layer,
+                experts.kernels[layer.name],
+                first,
+                self._trace,
+                self._lock,
+                self._between_linears,
+                alternate=layer.name in experts.alternate,
             )
             module: Any = skeleton.model.get_submodule(layer.name)
             module.streamed = self._experts[layer.name] = streamed
@@ -685,7 +692,7 @@ class Engine:
             "experts_foretold": trace.experts_foretold,
             "experts_foretold_right": trace.experts_foretold_right,
         }
-        return (of_experts if self._mixture is not None else {}) | {
+        return (of_experts if self.mixture is not None else {}) | {
             "passes": trace.passes,
             "tokens": trace.tokens,
             "bytes_read": trace.bytes_read,
@@ -708,6 +715,16 @@ class Engine:
         text = bottleneck(before, self._explained, self.plan)
         logger.info("%s", text)
         return text
+
+    def record_routing(self) -> list[list[int]]:
+        """A list that from now on grows by the experts that each layer of each pass is routed to, numbered over all layers.
+
+        Its memory is not in the plan. What policies of a cache would make of it: flexinfer.bench.routing.
+        """
+        routing: list[list[int]] = []
+        for experts in self._experts.values():
+            experts.record(routing.append)
+        return routing
 
     def events(self) -> list[dict[str, Any]]:
         """The timeline of reads, waits and kernels, oldest first; empty unless loaded with trace=True."""
@@ -745,7 +762,7 @@ class Engine:
             self._follower = Follower(
                 self.resize,
                 budget=lambda: (self._wanted or self.plan).budget_bytes,
-                smallest=lambda: smallest_budget_bytes(self._weights, self._fixed, self._mixture),
+                smallest=lambda: smallest_budget_bytes(self._weights, self._fixed, self.mixture),
                 spare=available_bytes,
                 largest_bytes=self.plan.budget_bytes,
             )
@@ -821,6 +838,10 @@ def _keep(locked: list[LockedPieces], count: int) -> list[LockedPieces]:
 
 
 def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    if spec.alternate is not None:
+        half = replace(spec, shape=(*spec.shape[:-1], spec.shape[-1] // 2), alternate=None)
+        both = (half, replace(spec.alternate, shape=half.shape))
+        return torch.stack([_read_tensor(reader, one, dtype) for one in both], -1).flatten(-2)
     buffer = Buffer(padded_bytes(spec.offset_bytes, spec.nbytes), lock=False)
     position = (
         reader.read(spec.file, spec.offset_bytes, spec.nbytes, buffer.memory(0, buffer.nbytes))

@@ -5,7 +5,7 @@ that ggml alone has to understand. Activations are float32; ggml quantises them 
 row at a time) before it multiplies, as llama.cpp does.
 
 How it is called. A graph of one product is built once for each thread; type, shape and addresses
-are set before each call, so nothing is kept per shape. The threads are torch's own: each multiplies
+are set before each call. A few are kept in shape, for a layer comes back to the same few products. The threads are torch's own: each multiplies
 its share of the output rows, with ggml on one thread. A pool of ggml's beside torch's would have to
 share the cores with threads of torch that spin for some milliseconds after each operation: twice
 the time (docs/log.md). Calls come one at a time (a lock); the interpreter is free meanwhile.
@@ -30,6 +30,7 @@ and memory (the caller owns the bytes). bf16, fp16 and fp32 have torch's kernels
 import ctypes
 import importlib.util
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from ctypes import (
     CFUNCTYPE,
@@ -63,7 +64,9 @@ VERSION = "0.26."  # of ggml: the structures below are laid out as in its header
 F32 = 0  # ggml's number for the type of activations and outputs
 WORK_ROWS = 256  # activation rows that are multiplied at a time
 SHARE_ROWS = 16  # output rows of a thread are a multiple of this: float32 outputs of one cache line
+_Shape = tuple["GgmlType", int, int, int, int]  # type, in, rows, activation rows, threads
 FEW_ROWS = 8  # up to so many activation rows the memory to work in is kept from call to call
+KEPT_SHAPES = 8  # products of few activation rows that are kept in shape: of a layer, experts among them
 ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
 
 
@@ -223,9 +226,8 @@ class Library:
         cpu.ggml_cpu_init()
         self._base, self._cpu = base, cpu
         self._team = _Team(cpu.ggml_graph_compute)
-        self._products: list[_Product] = []  # one for each thread
-        self._shaped: tuple[GgmlType, int, int, int, int] | None = None  # what they have the shape of now
-        self._shared: list[_Product] = []  # those that take part in it
+        self._kept: OrderedDict[_Shape, list[_Product]] = OrderedDict()  # in shape, the last used last
+        self._spare: list[_Product] = []
         self._lock = threading.Lock()
 
     def multiply(self, kind: GgmlType, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -240,16 +242,16 @@ class Library:
                 product.place(*addresses)
             failed = self._team.run(products)
             if n > FEW_ROWS:
-                self._forget()
+                self._let_go((kind, in_features, rows, n, threads))
         if failed:
             raise RuntimeError(f"ggml: could not multiply {kind.name}, {n} x {in_features} x {rows}")
 
     def work_bytes(self, kind: GgmlType, in_features: int, rows: int, n: int) -> int:
         """Memory that `multiply` takes besides x and y."""
         with self._lock:
-            products = self._shares(kind, in_features, rows, n, torch.get_num_threads())
-            nbytes = sum(product.work.nbytes for product in products)
-            self._forget()
+            shape = (kind, in_features, rows, n, torch.get_num_threads())
+            nbytes = sum(product.work.nbytes for product in self._shares(*shape))
+            self._let_go(shape)
             return nbytes
 
     def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
@@ -275,24 +277,25 @@ class Library:
     def _shares(self, kind: GgmlType, in_features: int, rows: int, n: int, threads: int) -> "list[_Product]":
         """Products that make up [n, in] x [in, rows], one for each thread if there are enough rows."""
         wanted = (kind, in_features, rows, n, threads)
-        if wanted == self._shaped:  # as a rule: queries, keys and values; gate and up
-            return self._shared
-        self._forget()
+        if wanted in self._kept:
+            self._kept.move_to_end(wanted)
+            return self._kept[wanted]
+        if len(self._kept) == KEPT_SHAPES:
+            self._let_go(next(iter(self._kept)))
         share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
-        starts = range(0, rows, share)
-        while len(self._products) < len(starts):
-            self._products.append(_Product(self._base, self._cpu))
-        self._shared = self._products[: len(starts)]
-        for product, start in zip(self._shared, starts, strict=True):
+        products = []
+        for start in range(0, rows, share):
+            product = self._spare.pop() if self._spare else _Product(self._base, self._cpu)
             product.shape(kind, in_features, start, min(share, rows - start), rows, n)
-        self._shaped = wanted
-        return self._shared
+            products.append(product)
+        self._kept[wanted] = products
+        return products
 
-    def _forget(self) -> None:
-        """Give back the memory that products have worked in."""
-        self._shaped = None
-        for product in self._shared:
+    def _let_go(self, shape: "_Shape") -> None:
+        """Give back the memory that products of `shape` have worked in."""
+        for product in self._kept.pop(shape):
             product.work = torch.empty(0, dtype=torch.uint8)
+            self._spare.append(product)
 
 
 class _Product:

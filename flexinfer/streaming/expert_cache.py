@@ -5,6 +5,9 @@ are used; the others are read at once, before anything else, into free slots or 
 (flexinfer.expert_policies). When the disk is idle, what a layer before foretold is read, and takes the place of others likewise.
 An expert is read at most once while its layer runs, unless the cache is smaller than what the layer uses at a time.
 
+Looking ahead stops where it does not pay: when more than half of what was read because it was foretold has gone again before anybody wanted it,
+as in a cache of a few slots. Now and then it is tried again.
+
 All pieces have slots of one size. Where even the safe pieces fill the cache, the compute thread's next piece takes the place
 of the one that it will use last; so two slots are enough for any layer.
 """
@@ -19,6 +22,9 @@ from flexinfer.streaming.memory import Buffer
 from flexinfer.streaming.read_queue import Read, ReadQueue
 from flexinfer.streaming.reader import padded_bytes
 from flexinfer.trace import Trace
+
+RECENT = 64  # pieces read ahead, over which it is judged whether that pays
+TRY_AGAIN = 64  # layers that do not look ahead, until one tries whether it would pay now
 
 
 class ExpertCache:
@@ -53,6 +59,8 @@ class ExpertCache:
         self._foretold: deque[int] = deque()  # may be wanted by the next layer
         self._guessed: set[int] = set()  # experts in there, until their layer comes
         self._unused: set[int] = set()  # pieces that were read because they were foretold, and not wanted yet
+        self._worth = 1.0  # the share of pieces read ahead that was wanted in the end, a moving average
+        self._not_ahead = 0  # layers that have not looked ahead
         self._failed: dict[int, BaseException] = {}
         self._blocked: int | None = None  # what the compute thread waits for
 
@@ -108,6 +116,9 @@ class ExpertCache:
                 self._policy.touch(expert)
                 for number in self._experts[expert]:
                     self._wanted[number] = None
+                    if number in self._unused and number in self._slot_of:
+                        self._unused.discard(number)
+                        self._judge_piece(wanted=True)
                     self._unused.discard(number)
                     if number not in self._slot_of and number not in self._reading:
                         self._needed.append(number)
@@ -115,11 +126,22 @@ class ExpertCache:
                 self._queue.changed.notify_all()
         return list(experts)
 
+    def looks_ahead(self) -> bool:
+        """Whether it is worth foretelling what the next layer wants. Called once a layer."""
+        if self._queue is None or self._queue.synchronous:
+            return False
+        if self._worth >= 0.5:
+            return True
+        self._not_ahead = (self._not_ahead + 1) % TRY_AGAIN
+        return self._not_ahead == 0
+
+    def _judge_piece(self, *, wanted: bool) -> None:
+        """A piece that was read ahead has been wanted, or has gone before it was."""
+        self._worth += (wanted - self._worth) / RECENT
+
     def foretell(self, experts: Sequence[int]) -> None:
         """`experts` may be what the next layer wants: read them when there is nothing else to read."""
         assert self._queue is not None
-        if self._queue.synchronous:
-            return
         with self._queue.changed:
             self._guessed = set(experts)
             self._trace.experts_foretold += len(experts)
@@ -239,6 +261,7 @@ class ExpertCache:
         del self._position_of[number]
         if number in self._unused:
             self._unused.discard(number)
+            self._judge_piece(wanted=False)
             self._trace.wasted_bytes += self._read_bytes(number)
         expert = self._expert_of[number]
         self._there[expert] -= 1

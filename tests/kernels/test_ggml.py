@@ -16,6 +16,7 @@ import torch
 from flexinfer.kernels import ggml
 from flexinfer.kernels.ggml import (
     FEW_ROWS,
+    KEPT_SHAPES,
     TYPES,
     WORK_ROWS,
     GgmlError,
@@ -183,7 +184,10 @@ def test_memory_to_work_in_is_bounded_and_given_back() -> None:
     in_bf16 = GgmlKernel(IN, TYPES["Q4_K"], torch.bfloat16).work_bytes(WORK_ROWS, ROWS)
     assert in_bf16 == kernel.work_bytes(WORK_ROWS, ROWS) + 4 * WORK_ROWS * (IN + ROWS)
     kernel.multiply(torch.randn(FEW_ROWS + 1, IN), random_rows(kernel.type), ROWS, None)
-    assert sum(product.work.nbytes for product in library()._products) == 0
+    assert sum(product.work.nbytes for product in library()._spare) == 0
+    for rows in range(1, 2 * KEPT_SHAPES):
+        kernel.multiply(torch.randn(1, IN), random_rows(kernel.type)[: 16 * rows], 16 * rows, None)
+    assert len(library()._kept) == KEPT_SHAPES
 
 
 def test_rows_that_end_within_a_block_are_refused() -> None:
