@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexinfer.expert_policies import DEFAULT as DEFAULT_EXPERT_POLICY
 from flexinfer.expert_policies import POLICIES as EXPERT_POLICIES
 from flexinfer.follow import Follower
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
@@ -105,7 +106,7 @@ def from_pretrained(
     *,
     gguf_file: str | None = None,
     policy: str = "balanced",
-    expert_policy: str = "recency",
+    expert_policy: str = DEFAULT_EXPERT_POLICY,
     look_ahead: bool = True,
     window: str | int | None = None,
     io_threads: int = 2,
@@ -130,7 +131,7 @@ def from_pretrained(
         gguf_file: the name of a GGUF file in that directory or on the Hub; of a split one, the first part.
         policy: what to keep in memory: "balanced" (ours), "unbalanced", "attention-first", "ffn-first", "algorithm1"
             (the paper's), "none".
-        expert_policy: which experts of a mixture stay in the cache that the rest of the budget makes: "recency", "frequency", "fixed"
+        expert_policy: which experts of a mixture stay in the cache that the rest of the budget makes: "frequency", "recency", "fixed"
             (flexinfer.expert_policies).
         look_ahead: while a layer computes, ask the next layer's router which experts it may want, and read those when the disk is idle.
         window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
@@ -234,7 +235,7 @@ class Engine:
         measured: "MemoryOfProcess",
         *,
         policy: str = "balanced",
-        expert_policy: str = "recency",
+        expert_policy: str = DEFAULT_EXPERT_POLICY,
         look_ahead: bool = True,
         window: str | int | None = None,
         io_threads: int = 2,
@@ -381,7 +382,8 @@ class Engine:
         experts = skeleton.experts
         pieces = list(experts.mixture.pieces())
         slot_bytes = experts.mixture.slots().slot_bytes
-        self._cache = ExpertCache(pieces, slot_bytes, self._expert_policy, self._trace)
+        used = sum(layer.used for layer in experts.mixture.layers)
+        self._cache = ExpertCache(pieces, slot_bytes, self._expert_policy, self._trace, token_experts=used)
         first, before = 0, None
         for layer in experts.mixture.layers:
             streamed = StreamedExperts(

@@ -149,6 +149,20 @@ def test_every_policy_with_and_without_looking_ahead(
     assert stats["experts_foretold_right"] <= stats["experts_foretold"]
 
 
+def test_little_is_read_in_vain_in_a_small_cache(checkpoint: MakeCheckpoint, load: Load) -> None:
+    """In a cache of a few experts what was foretold is gone before it is wanted: then looking ahead stops."""
+    model = load(checkpoint("qwen3_moe"))
+    logits(model, prompt(), steps=0)
+    smallest, slot_bytes = smallest_budget(model), model.flexinfer.plan.experts.slot_bytes
+    model.flexinfer.resize(smallest + 6 * slot_bytes)
+    logits(model, prompt(), steps=40)
+    before = model.flexinfer.stats()
+    logits(model, prompt(1, 3, seed=1), steps=60)
+    spent = {name: value - before[name] for name, value in model.flexinfer.stats().items()}
+    assert spent["expert_misses"] > 0
+    assert spent["wasted_bytes"] < 0.15 * spent["bytes_read"]
+
+
 def test_an_unknown_policy_is_refused(checkpoint: MakeCheckpoint, load: Load) -> None:
     with pytest.raises(
         ValueError, match="expert_policy='bananas' does not exist; there are fixed, frequency, recency"

@@ -85,7 +85,7 @@ def hit_rates(routing: Routing, shares: Sequence[float] = SHARES) -> dict[str, d
             if name == HINDSIGHT:
                 missed = fewest_misses(routing.steps, capacity, warm)
             else:
-                missed = misses(POLICIES[name](), routing.steps, capacity, warm)
+                missed = misses(POLICIES[name](routing.layers * routing.used), routing.steps, capacity, warm)
             rates[name][str(share)] = 1 - missed / counted
     return rates
 

@@ -543,9 +543,10 @@ def _experts_of(
         joined = names[0].replace("_gate_", "_gate_up_")
         names = (joined,) if f"{joined}.weight" in tensors else names
         found = [tensors[f"{one}.weight"] for one in names if f"{one}.weight" in tensors]
-        if len(found) == len(names) and all(len(spec.shape) == 3 for spec in found):
+        alike = {spec.shape[0] for spec in found if len(spec.shape) == 3}
+        if len(found) == len(names) and len(alike) == 1:
             stacked = [split_stacked(replace(spec, transposed=module.is_transposed)) for spec in found]
-            parts[parameter] = [[*chain(*of_expert)] for of_expert in zip(*stacked, strict=False)]
+            parts[parameter] = [[*chain(*of_expert)] for of_expert in zip(*stacked, strict=True)]
         bias = [tensors[f"{one}.bias"] for one in names if f"{one}.bias" in tensors]
         if module.has_bias and len(bias) == len(names):
             first, other = bias[0], bias[1] if len(bias) > 1 else None

@@ -25,7 +25,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -483,40 +483,33 @@ def _expert_sources(
         module: Any = skeleton.model.get_submodule(layer.name)
         kernels, experts = skeleton.experts.kernels[layer.name], layer.experts
         for parameter, names in expert_tensors(layer.name, module).items():
-            chosen = (
-                range(len(kernels) - 1, len(kernels))
-                if names[0].endswith("down_exps")
-                else range(len(kernels) - 1)
-            )
-            rows = sum(_rows(experts[0][i]) for i in chosen)
-            halves = [slice(0, rows // 2), slice(rows // 2, None)]
+            down = parameter.endswith("down_proj")
+            own = range(len(kernels) - 1, len(kernels)) if down else range(len(kernels) - 1)
+            count = sum(_rows(experts[0][i]) for i in own)
+            halves = [slice(0, count // 2), slice(count // 2, None)]
             if not module.is_concatenated:
                 halves = [slice(0, None, 2), slice(1, None, 2)]
-            if len(names) == 1:
-                halves = [ALL]
-            elif apart:
-                rows //= 2
-            shape = (len(experts), rows, kernels[chosen[0]].in_features)
-            for place, (name, half) in enumerate(
-                zip(names, halves, strict=True) if apart else [(parameter, ALL)]
-            ):
-                own = (
-                    [chosen[place]] if apart and len(chosen) > 1 else chosen
-                )  # they lie apart in the source too
-                cut = ALL if len(own) < len(chosen) or not apart else half
+            entries: list[
+                tuple[str, Sequence[int], slice, slice]
+            ]  # name, weights, rows of them, columns of the bias
+            if not apart or len(names) == 1:
+                entries = [(f"{names[0]}.weight" if apart else parameter, own, ALL, ALL)]
+            elif len(own) == 2:  # the source has them apart too
+                entries = [(f"{names[n]}.weight", own[n : n + 1], ALL, halves[n]) for n in range(2)]
+            else:
+                entries = [(f"{names[n]}.weight", own, halves[n], halves[n]) for n in range(2)]
+            rows = count // len(entries)
+            for name, weights, cut, columns in entries:
                 sources = [
-                    _expert_source(one[i], kernels[i], parameter, cut, rows // len(own))
-                    for one in experts
-                    for i in own
+                    _expert_source(expert[i], kernels[i], parameter, cut, rows // len(weights))
+                    for expert in experts
+                    for i in weights
                 ]
-                yield f"{name}.weight" if apart else name, shape, sources
+                yield name, (len(experts), rows, kernels[weights[0]].in_features), sources
                 if apart and module.has_bias:
-                    spec = skeleton.specs[f"{parameter}_bias"]
-                    yield (
-                        f"{name}.bias",
-                        shape[:2],
-                        [_Source(f"{parameter}_bias", spec, columns=half, count=len(experts))],
-                    )
+                    bias = f"{parameter}_bias"
+                    source = _Source(bias, skeleton.specs[bias], columns=columns, count=len(experts))
+                    yield name.replace(".weight", ".bias"), (len(experts), rows), [source]
 
 
 def _rows(weight: Weight) -> int:

@@ -30,11 +30,19 @@ TRY_AGAIN = 64  # layers that do not look ahead, until one tries whether it woul
 class ExpertCache:
     """Pieces of `experts` (each: its pieces in order of use), in slots of `slot_bytes`. Without memory until `resize`.
 
+    token_experts: that a token uses, over all layers.
+
     Experts are numbered over all layers, pieces over all experts. One thread wants and acquires; the readers of a queue fill.
     """
 
     def __init__(
-        self, experts: Sequence[Sequence[Piece]], slot_bytes: int, policy: str, trace: Trace
+        self,
+        experts: Sequence[Sequence[Piece]],
+        slot_bytes: int,
+        policy: str,
+        trace: Trace,
+        *,
+        token_experts: int,
     ) -> None:
         self._experts: list[range] = []
         self._pieces: list[Piece] = []
@@ -44,7 +52,7 @@ class ExpertCache:
             self._pieces.extend(pieces)
             self._expert_of.extend([number] * len(pieces))
         self._slot_bytes = slot_bytes
-        self._policy = POLICIES[policy]()
+        self._policy = POLICIES[policy](token_experts)
         self._trace = trace
         self._queue: ReadQueue | None = None
         self._chunks: list[tuple[int, Buffer]] = []  # the first slot of each, and its memory
@@ -68,6 +76,10 @@ class ExpertCache:
     def slots(self) -> int:
         """Pieces that it has room for."""
         return len(self._slots)
+
+    def holds(self, expert: int) -> bool:
+        """Whether all of `expert` is in memory."""
+        return self._there.get(expert, 0) == len(self._experts[expert])
 
     def attach(self, queue: ReadQueue) -> None:
         """Have the readers of `queue` fill the cache. The owner has it serve `take` and `take_foretold`."""
@@ -106,7 +118,7 @@ class ExpertCache:
         assert self._queue is not None
         with self._queue.changed:
             self._forget()
-            here = {e: self._there.get(e, 0) == len(self._experts[e]) for e in experts}
+            here = {expert: self.holds(expert) for expert in experts}
             hits = sum(here.values())
             self._trace.expert_hits += hits
             self._trace.expert_misses += len(experts) - hits

@@ -71,10 +71,8 @@ def group(top_k_index: torch.Tensor, num_experts: int) -> list[Group]:
     if (
         tokens == 1
     ):  # as a rule; each tensor operation that it is spared is spared for every expert of every layer
-        places = {
-            expert: place for place, expert in enumerate(top_k_index[0].tolist()) if expert < num_experts
-        }
-        return [Group(expert, None, places[expert]) for expert in sorted(places)]
+        place_of = {expert: place for place, expert in enumerate(top_k_index[0].tolist())}
+        return [Group(expert, None, place_of[expert]) for expert in sorted(place_of) if expert < num_experts]
     flat = top_k_index.t().reshape(-1)
     order = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()

@@ -3,15 +3,18 @@
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from bench_samples import ROOT
 
 from flexinfer.bench import routing
 from flexinfer.bench.cell import _describe, run_child
 from flexinfer.bench.config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
 from flexinfer.bench.gguf import deviations, file_bytes, make_gguf
+from flexinfer.bench.records import load_records
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
 
 
@@ -124,3 +127,33 @@ def test_the_command_appends_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["routing"])
     with pytest.raises(SystemExit):
         routing.main()
+
+
+def test_the_experiment_on_a_tiny_mixture(tmp_path: Path) -> None:
+    """Records carry hits and the bytes that were missed, and the bound is made of them."""
+    shape = (
+        "hidden=256",
+        "intermediate=256",
+        "layers=2",
+        "heads=4",
+        "kv_heads=2",
+        "head_dim=64",
+        "vocab=1024",
+    )
+    overrides = [f"model.shape.{one}" for one in shape]
+    overrides += ["model=moe-small-skewed", "workload=tiny", "workload.drawn=true", "budget.grid=[800MiB]"]
+    overrides += ["system=[flexinfer]", f"results_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]
+    command = [sys.executable, "scripts/run.py", "+exp=moe", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = load_records(tmp_path)
+    assert (record.status, record.message) == ("ok", "")
+    assert record.hit_rate is not None
+    assert record.counted["expert_hits"] + record.counted["expert_misses"] == record.passes * 2 * 8
+    experts_bytes = 2 * 128 * 3 * 256 * 256 // 256 * 144
+    assert record.untouched_bytes == experts_bytes * 15 // 16
+    assert record.missed_bytes is not None
+    assert record.missed_bytes <= sum(record.token_bytes) // record.passes
+    assert record.compute_s_per_pass and record.bandwidth_bytes_per_s  # noqa: PT018
+    expected = 1 / max(record.compute_s_per_pass, record.missed_bytes / record.bandwidth_bytes_per_s)
+    assert record.bound_tokens_per_s == pytest.approx(expected)
