@@ -392,7 +392,9 @@ def reference(case: Case, path: Path) -> dict[str, Any]:
         resident = load_options(case) | {"policy": "balanced", "context": 4 * case.context}
         model = flexinfer.from_pretrained(path, RESIDENT_MEMORY, **resident)
         plan = model.flexinfer.plan
-        total = plan.total_bytes + (plan.experts.total_bytes - plan.experts.token_bytes if plan.experts else 0)
+        total = plan.total_bytes + (
+            plan.experts.total_bytes - plan.experts.token_bytes if plan.experts else 0
+        )
         assert not plan.streamed_bytes
     return {
         "smallest_bytes": smallest,

@@ -87,7 +87,10 @@ def test_a_router_chooses_evenly_or_as_it_was_told(tmp_path: Path) -> None:
         found = routing.record(make_gguf(model, "q4_k", tmp_path), "tiny", 200, "4GiB")
         assert len(found.steps) == 200 * 3
         assert {len(step) for step in found.steps} == {4}
-        counts = sorted((sum(expert in step for step in found.steps) for expert in range(32)), reverse=True)
+        last = range(
+            64, 96
+        )  # the experts of the last layer: hidden states become more alike from layer to layer
+        counts = sorted((sum(expert in step for step in found.steps) for expert in last), reverse=True)
         shares[popularity] = sum(counts[:8]) / sum(counts)
     assert 0.25 < shares[1.0] < 0.5, "the first 8 of 32, of 200 tokens"
     assert shares[0.9] > shares[1.0] + 0.1
