@@ -682,6 +682,19 @@ def locked_by_role(weights: "list[Weight]", plan: "Plan") -> list[dict[str, Any]
     return list(rows.values())
 
 
+def expert_facts(plan: "Plan") -> dict[str, Any] | None:
+    """Of a mixture: bytes of all experts, of those that a token uses and of the cache, and the hits where routing is uniform."""
+    experts = plan.experts
+    if experts is None:
+        return None
+    return {
+        "total_bytes": experts.total_bytes,
+        "token_bytes": experts.token_bytes,
+        "cache_bytes": experts.cache_bytes,
+        "hit_rate": experts.hit_rate,
+    }
+
+
 def plan_facts(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> dict[str, Any]:
     """`flexinfer plan --json`."""
     return {
@@ -696,12 +709,14 @@ def plan_facts(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> dict[
         "predicted_tokens_per_s": plan.predicted_tokens_per_s,
         "bound_tokens_per_s": plan.bound_tokens_per_s,
         "roles": locked_by_role(skeleton.weights, plan),
+        "experts": expert_facts(plan),
         "budgets": [
             {
                 "budget_bytes": other.budget_bytes,
                 "streamed_bytes": other.streamed_bytes,
                 "predicted_tokens_per_s": other.predicted_tokens_per_s,
                 "bound_tokens_per_s": other.bound_tokens_per_s,
+                "expert_hit_rate": other.experts.hit_rate if other.experts is not None else None,
             }
             for other in plans
         ],
@@ -727,6 +742,15 @@ def plan_tables(skeleton: "Skeleton", plan: "Plan", plans: "list[Plan]") -> "dic
         share = row["locked_bytes"] / row["nbytes"]
         sizes = format_size(row["nbytes"]), format_size(row["locked_bytes"])
         kept.add_row(row["role"], row["kind"], *sizes, f"{share:.0%}")
+    if plan.experts is not None:
+        experts = plan.experts
+        sizes = format_size(experts.total_bytes), f"cache {format_size(experts.cache_bytes)}"
+        kept.add_row(
+            f"experts ({format_size(experts.token_bytes)} a token)",
+            "ffn",
+            *sizes,
+            f"{experts.hit_rate:.0%} hits",
+        )
 
     speeds = Table()
     for column in ("budget", "read per token", "tokens/s predicted", "bound"):

@@ -42,6 +42,7 @@ from flexinfer.draft import (
     plan_draft,
     rough_costs,
 )
+from flexinfer.expert_policies import DEFAULT as DEFAULT_EXPERT_POLICY
 from flexinfer.expert_policies import POLICIES as EXPERT_POLICIES
 from flexinfer.follow import Follower
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
@@ -123,6 +124,7 @@ GROWTH_BYTES = 6 << 20  # a process that grows by less is left alone: the margin
 LARGE_PARAMETER_BYTES = 16 << 20
 SMALLEST_DEFAULT_CONTEXT = 128
 CACHE_LINE_BYTES = 64
+MOST_TOGETHER = 7  # weights that are computed in one call with the first that is given their input
 READING_TOKENS_PER_S = 6.0  # as fast as people read; nobody needs to be told of drafts
 MAKING_PASSES = 2  # over the weights: what may be quantised anew each time memory is filled
 logger = logging.getLogger("flexinfer")
@@ -135,7 +137,7 @@ def from_pretrained(
     *,
     gguf_file: str | None = None,
     policy: str = "balanced",
-    expert_policy: str = "recency",
+    expert_policy: str = DEFAULT_EXPERT_POLICY,
     look_ahead: bool = True,
     window: str | int | None = None,
     io_threads: int = 2,
@@ -164,7 +166,7 @@ def from_pretrained(
         gguf_file: the name of a GGUF file in that directory or on the Hub; of a split one, the first part.
         policy: what to keep in memory: "balanced" (ours), "unbalanced", "attention-first", "ffn-first", "algorithm1"
             (the paper's), "none".
-        expert_policy: which experts of a mixture stay in the cache that the rest of the budget makes: "recency", "frequency", "fixed"
+        expert_policy: which experts of a mixture stay in the cache that the rest of the budget makes: "frequency", "recency", "fixed"
             (flexinfer.expert_policies).
         look_ahead: while a layer computes, ask the next layer's router which experts it may want, and read those when the disk is idle.
         window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
@@ -292,7 +294,7 @@ class Engine:
         measured: "MemoryOfProcess",
         *,
         policy: str = "balanced",
-        expert_policy: str = "recency",
+        expert_policy: str = DEFAULT_EXPERT_POLICY,
         look_ahead: bool = True,
         window: str | int | None = None,
         io_threads: int = 2,
@@ -323,7 +325,8 @@ class Engine:
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
-        self._mixture, self._experts = skeleton.mixture, dict[str, StreamedExperts]()
+        self.mixture = skeleton.mixture  # None where there are no experts
+        self._experts = dict[str, StreamedExperts]()
         self._cache: ExpertCache | None = None
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
@@ -388,7 +391,7 @@ class Engine:
                 self._costs,
                 policy=self._policy,
                 window=self._window,
-                mixture=self._mixture,
+                mixture=self.mixture,
                 substitutes=self._substitutes,
             )
             return plan if self._drafts is None else replace(plan, draft=self._plan_draft(plan))
@@ -502,7 +505,7 @@ class Engine:
         for names in skeleton.together:
             if all(isinstance(self._kernels[name], GgmlKernel) for name in names):
                 first, *others = (self._linears[name] for name in names)
-                first.lead(others)
+                first.lead(others[:MOST_TOGETHER])
         self._place_experts(skeleton)
         if self._weights:
             embedding: Any = model.get_input_embeddings()
@@ -522,11 +525,18 @@ class Engine:
         experts = skeleton.experts
         pieces = list(experts.mixture.pieces())
         slot_bytes = experts.mixture.slots().slot_bytes
-        self._cache = ExpertCache(pieces, slot_bytes, self._expert_policy, self._trace)
+        used = sum(layer.used for layer in experts.mixture.layers)
+        self._cache = ExpertCache(pieces, slot_bytes, self._expert_policy, self._trace, token_experts=used)
         first, before = 0, None
         for layer in experts.mixture.layers:
             streamed = StreamedExperts(
-                layer, experts.kernels[layer.name], first, self._trace, self._lock, self._between_linears
+                layer,
+                experts.kernels[layer.name],
+                first,
+                self._trace,
+                self._lock,
+                self._between_linears,
+                alternate=layer.name in experts.alternate,
             )
             module: Any = skeleton.model.get_submodule(layer.name)
             module.streamed = self._experts[layer.name] = streamed
@@ -928,7 +938,7 @@ class Engine:
             "experts_foretold": trace.experts_foretold,
             "experts_foretold_right": trace.experts_foretold_right,
         }
-        return (of_experts if self._mixture is not None else {}) | {
+        return (of_experts if self.mixture is not None else {}) | {
             "passes": trace.passes,
             "tokens": trace.tokens,
             **self._draft_stats(),
@@ -969,7 +979,7 @@ class Engine:
         """The draft that would give at least half as many tokens per second again, by a cautious reckoning; None with a draft, where
         none would, or where passes are as fast as one reads."""
         fast = self.plan.predicted_tokens_per_s > READING_TOKENS_PER_S
-        if self._drafts is not None or fast or not self.plan.streamed_bytes or self._mixture is not None:
+        if self._drafts is not None or fast or not self.plan.streamed_bytes or self.mixture is not None:
             return None
         try:
             kernels = substitute_kernels(self._weights, self._kernels, DEFAULT_TYPE, torch.float32)
@@ -1004,6 +1014,16 @@ class Engine:
         text = bottleneck(before, self._explained, self.plan)
         logger.info("%s", text)
         return text
+
+    def record_routing(self) -> list[list[int]]:
+        """A list that from now on grows by the experts that each layer of each pass is routed to, numbered over all layers.
+
+        Its memory is not in the plan. What policies of a cache would make of it: flexinfer.bench.routing.
+        """
+        routing: list[list[int]] = []
+        for experts in self._experts.values():
+            experts.record(routing.append)
+        return routing
 
     def events(self) -> list[dict[str, Any]]:
         """The timeline of reads, waits and kernels, oldest first; empty unless loaded with trace=True."""
@@ -1042,7 +1062,7 @@ class Engine:
                 self.resize,
                 budget=lambda: (self._wanted or self.plan).budget_bytes,
                 smallest=lambda: smallest_budget_bytes(
-                    self._weights, self._fixed, self._mixture, self._substitutes
+                    self._weights, self._fixed, self.mixture, self._substitutes
                 ),
                 spare=available_bytes,
                 largest_bytes=self.plan.budget_bytes,
@@ -1124,6 +1144,10 @@ def _keep(locked: list[LockedPieces], count: int) -> list[LockedPieces]:
 
 
 def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    if spec.alternate is not None:
+        half = replace(spec, shape=(*spec.shape[:-1], spec.shape[-1] // 2), alternate=None)
+        both = (half, replace(spec.alternate, shape=half.shape))
+        return torch.stack([_read_tensor(reader, one, dtype) for one in both], -1).flatten(-2)
     buffer = Buffer(padded_bytes(spec.offset_bytes, spec.nbytes), lock=False)
     position = (
         reader.read(spec.file, spec.offset_bytes, spec.nbytes, buffer.memory(0, buffer.nbytes))

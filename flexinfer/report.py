@@ -74,6 +74,11 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
             "the system takes pages from this process and reads them again: a smaller budget, or less beside it"
         )
     in_vain_bytes = spent["wasted_bytes"]
+    if in_vain_bytes > MEMORY_SHARE * bytes_read and not spent["resyncs"]:
+        return (
+            f"order: {format_size(in_vain_bytes)} of {format_size(bytes_read)} were experts that were foretold and not wanted; "
+            "look_ahead=False reads none"
+        )
     if in_vain_bytes > MEMORY_SHARE * bytes_read:
         return (
             f"order: the readers were sent elsewhere {spent['resyncs']} times in {passes} passes and read "

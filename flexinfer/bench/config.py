@@ -40,6 +40,36 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
 
 
 @dataclass(slots=True)
+class ExpertsConfig:
+    """The mixture in each layer of a decoder, in place of its feed-forward part."""
+
+    count: int  # experts of a layer
+    used: int  # of each token
+    architecture: str  # llama.cpp's: qwen3moe, or llama (Mixtral)
+    popularity: float = (
+        1.0  # of an expert's share of the routing, the next one's: 1 is even (flexinfer.bench.gguf)
+    )
+
+    def __post_init__(self) -> None:
+        known = ("llama", "qwen3moe")
+        require(
+            0 < self.used <= self.count, "model.shape.experts.used", self.used, f"1 to count={self.count}"
+        )
+        require(
+            self.architecture in known,
+            "model.shape.experts.architecture",
+            self.architecture,
+            f"one of {', '.join(known)}",
+        )
+        require(
+            0 < self.popularity <= 1,
+            "model.shape.experts.popularity",
+            self.popularity,
+            "above 0, at most 1 (even)",
+        )
+
+
+@dataclass(slots=True)
 class ShapeConfig:
     """Shape of a Llama-like decoder."""
 
@@ -50,12 +80,14 @@ class ShapeConfig:
     kv_heads: int
     vocab: int
     tie: bool = False  # lm_head shares the embedding's weight
+    head_dim: int | None = None  # None: hidden / heads
+    experts: ExpertsConfig | None = None  # each with intermediate numbers inside; None: no mixture
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocab"):
             require(getattr(self, name) > 0, f"model.shape.{name}", getattr(self, name), "must be positive")
         require(
-            self.hidden % self.heads == 0,
+            self.head_dim is not None or self.hidden % self.heads == 0,
             "model.shape.heads",
             self.heads,
             f"must divide hidden={self.hidden}",
@@ -69,10 +101,20 @@ class ShapeConfig:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all linears that a token touches, lm_head included (norms and embedding rows are negligible)."""
-        kv = self.hidden // self.heads * self.kv_heads
-        layer = 2 * self.hidden * self.hidden + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.vocab * self.hidden
+        """Weights of all linears and experts, lm_head included (norms, routers and embedding rows are negligible)."""
+        attention = 2 * self.hidden * self.head_width * (self.heads + self.kv_heads)
+        feed_forward = 3 * self.hidden * self.intermediate * (self.experts.count if self.experts else 1)
+        return self.layers * (attention + feed_forward) + self.vocab * self.hidden
+
+    @property
+    def head_width(self) -> int:
+        """Numbers of a head."""
+        return self.head_dim or self.hidden // self.heads
+
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other shapes. Fields that came later are left out where they say nothing."""
+        told = asdict(self)
+        return {key: value for key, value in told.items() if value is not None}
 
 
 @dataclass(slots=True)
@@ -193,6 +235,9 @@ class WorkloadConfig:
     texts: list[str] = field(default_factory=list)
     # or tokens that a draft has right before each that it has not, as seen elsewhere; the weights have no say in it
     replayed: list[int] = field(default_factory=list)
+    drawn: bool = (
+        False  # decode tokens drawn at random instead of greedily: random weights soon repeat themselves
+    )
 
     def __post_init__(self) -> None:
         require(self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive")
@@ -266,9 +311,16 @@ class CellConfig:
             del told[name]
         for group, name in (("system", "label"), ("device", "source"), ("workload", "name")):
             del told[group][name]
-        for name in ("prefill_tokens", "texts", "replayed"):  # older than the fields are most records
+        for name in (
+            "prefill_tokens",
+            "texts",
+            "replayed",
+            "drawn",
+        ):  # older than these fields are most records
             if not told["workload"][name]:
                 del told["workload"][name]
+        if self.model.shape is not None:
+            told["model"]["shape"] = self.model.shape.facts()
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -360,7 +412,7 @@ def comparison_format(model: ModelConfig, systems: Iterable[SystemConfig], forma
 
 
 def weight_bytes(shape: ShapeConfig, format: str) -> int:
-    """Bytes of the weights one token touches, counted from the shape."""
+    """Bytes of the weights, counted from the shape."""
     return int(shape.linear_weights * BITS_PER_WEIGHT[format] / 8)
 
 

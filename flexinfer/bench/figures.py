@@ -105,7 +105,7 @@ def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) 
         machine: [
             one
             for one in records
-            if one.cell.system.name in systems and one.cell.experiment not in ("targets", "resident")
+            if one.cell.system.name in systems and one.cell.experiment not in ("targets", "resident", "moe")
         ]
         for machine, records in found.items()
     }
@@ -146,7 +146,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
                 else None,
                 "weights_gib": one.total_weight_bytes / GIB if one.total_weight_bytes else None,
                 "resident": one.total_weight_bytes is not None
-                and one.cell.budget_bytes > one.total_weight_bytes,
+                and one.cell.budget_bytes > one.total_weight_bytes + (one.untouched_bytes or 0),
                 "tokens": one.tokens,
             }
             for one in records

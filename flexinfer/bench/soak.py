@@ -53,11 +53,11 @@ FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, an
     "mixtral": {"config": "MixtralConfig", "num_local_experts": 8},
     "qwen3_moe": {"config": "Qwen3MoeConfig", "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4},
 }
-MIXTURES = ("mixtral", "qwen3_moe")
 POLICIES = ("balanced", "balanced", "unbalanced", "attention-first", "ffn-first", "algorithm1", "none")
 CALLS_OF_A_CASE = 16
 NO_GENERATIONS = ("tokenize", "resize")  # calls that give no text and no logits
 DRAFTED = 3  # tokens that a draft model says ahead
+MIXTURES = ("mixtral", "qwen3_moe")  # of which no substitute is made
 BLOCKS = (None, None, "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl")  # what a checkpoint is quantised to
 DRAFTS_BY = ("substitute", "substitute", "lookup", "auto")  # from_pretrained(draft=...)
 DRAFTED_SHARE = 0.4  # of cases
@@ -149,7 +149,7 @@ def draw(seed: int, number: int) -> Case:
         tokenizer=tokenizer,
         share=chance.choice((*SHARES, round(chance.random(), 2))),
         calls=tuple(calls),
-        blocks=None if family in MIXTURES else chance.choice(BLOCKS),
+        blocks=chance.choice(BLOCKS),
     )
     larger = case.blocks in (None, "q5_k", "q6_k", "q8_0")  # than substitutes of 4.5 bits
     drafts = DRAFTS_BY if larger and family not in MIXTURES else ("lookup", "auto")
@@ -408,8 +408,11 @@ def reference(case: Case, path: Path) -> dict[str, Any]:
     else:
         resident = load_options(case) | {"policy": "balanced", "context": 4 * case.context}
         model = flexinfer.from_pretrained(path, RESIDENT_MEMORY, **resident)  # without a draft
-        total = model.flexinfer.plan.total_bytes
-        assert not model.flexinfer.plan.streamed_bytes
+        plan = model.flexinfer.plan
+        total = plan.total_bytes + (
+            plan.experts.total_bytes - plan.experts.token_bytes if plan.experts else 0
+        )
+        assert not plan.streamed_bytes
     return {
         "smallest_bytes": smallest,
         "weights_bytes": total,

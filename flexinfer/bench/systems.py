@@ -43,6 +43,7 @@ from typing import Any, Protocol
 INSTALL = "make baselines"
 REQUEST_BYTES = 4 << 20
 PREFILL_REPEATS = 3
+COUNTERS = {"expert_hits", "expert_misses", "experts_foretold", "experts_foretold_right", "wasted_bytes"}
 SPIN_COUNT = "6000"  # as flexinfer.cli, which says why; not imported, for its memory would count
 
 
@@ -61,6 +62,12 @@ class System(Protocol):
 
     def step(self) -> int | None:
         """Decode one token greedily. Its id, or None where the system does not tell."""
+
+    def take(self, token: int) -> None:
+        """Go on with `token` instead of the one that was decoded."""
+
+    def counters(self) -> dict[str, int]:
+        """What the system counts, so far."""
 
     def engine(self) -> dict[str, Any]:
         """What the system says of itself."""
@@ -107,6 +114,12 @@ class TorchSystem:
         self.ids = [token]
         return token
 
+    def take(self, token: int) -> None:
+        self.ids = [token]
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
     def engine(self) -> dict[str, Any]:
         return {}
 
@@ -125,6 +138,9 @@ class FlexInfer(TorchSystem):
         if self.job["trace"]:
             told["trace"] = True
         self.model = flexinfer.from_pretrained(self.job["model"], **(told | self.options))
+
+    def counters(self) -> dict[str, int]:
+        return {name: value for name, value in self.model.flexinfer.stats().items() if name in COUNTERS}
 
     def engine(self) -> dict[str, Any]:
         engine = self.model.flexinfer
@@ -260,6 +276,12 @@ class LlamaCpp:
         self.next = [token]
         return token
 
+    def take(self, token: int) -> None:
+        self.next = [token]
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
     def engine(self) -> dict[str, Any]:
         return {"system_info": self.api.llama_print_system_info().decode()}
 
@@ -306,19 +328,25 @@ def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
     if job["texts"] or job["replayed"]:
         measure_texts(job, system, emit)
         return
-    system.start(prompt_ids(job["prompt_tokens"], job["vocab"]))
-    counted, counted_s = 0, 0.0
+    text = prompt_ids(job["prompt_tokens"] + job["tokens"], job["vocab"])
+    system.start(text[: job["prompt_tokens"]])
+    counted, counted_s, before = 0, 0.0, dict[str, int]()
     for number in range(job["tokens"]):
         before_bytes, start_s = bytes_read(), time.perf_counter()
         token = system.step()
         seconds = time.perf_counter() - start_s
         count = number > job["warmup_tokens"]  # the first step takes the prompt in
         emit("token", id=token, s=seconds, bytes=bytes_read() - before_bytes, counted=count)
+        if job["drawn"]:
+            system.take(text[job["prompt_tokens"] + number])
+        if not count:
+            before = system.counters()
         counted, counted_s = counted + count, counted_s + seconds * count
         if counted and counted_s >= job["max_seconds"]:
             break
         if counted >= job["min_tokens"] and counted_s >= job["min_seconds"]:
             break
+    emit("counted", told={name: value - before[name] for name, value in system.counters().items()})
     for tokens in job["prefill_tokens"]:
         for _ in range(PREFILL_REPEATS):
             system.start(prompt_ids(tokens, job["vocab"]))

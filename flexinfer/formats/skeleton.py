@@ -420,7 +420,7 @@ def _experts(
     """The experts of `model`, if it has some."""
 
     def kernel_of(matrix: Matrix) -> Kernel:
-        if matrix.transposed:
+        if matrix.by_columns:
             return ColumnsKernel(matrix.in_features, matrix.spec.torch_dtype, dtype)
         kernel = _kernel(matrix.spec, matrix.in_features, dtype)
         return replace(kernel, aligned=matrix.joined) if isinstance(kernel, DenseKernel) else kernel
@@ -447,8 +447,9 @@ def _multiplies_alike(module: nn.Module) -> bool:
 def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
     """The tensor of each parameter and persistent buffer; and by parameter those of each expert."""
     state = model.state_dict()
+    modules = expert_modules(model)
     if checkpoint.architecture:
-        specs, parts = specs_of(model, checkpoint), dict[str, Parts]()
+        specs, parts = specs_of(model, checkpoint, modules)
     else:
         specs, parts = _renamed(model, checkpoint)
     if model.config.get_text_config().tie_word_embeddings:
@@ -462,6 +463,15 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Te
             f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
             "the checkpoint is incomplete or of another model"
         )
+    for name, module in modules.items():
+        for parameter in parameters_of(name, module):
+            if parameter in specs:
+                spec = specs.pop(parameter)
+                in_rows = (
+                    spec.encoding.torch_name is None and module.is_transposed
+                )  # of outputs, as blocks lie
+                parts[parameter] = split_stacked(replace(spec, transposed=in_rows))
+            check_shapes(parameter, parts[parameter], state[parameter].shape)
     for name, spec in specs.items():
         shape = tuple(state[name].shape)
         if spec.shape != (shape[::-1] if spec.transposed else shape):
@@ -469,11 +479,6 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Te
                 f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
                 "the two do not belong together"
             )
-    for name, module in expert_modules(model).items():
-        for parameter in parameters_of(name, module):
-            if parameter in specs:
-                parts[parameter] = split_stacked(specs.pop(parameter))
-            check_shapes(parameter, parts[parameter], state[parameter].shape)
     return specs, parts
 
 
