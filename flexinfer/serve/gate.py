@@ -20,7 +20,7 @@ from typing import Any
 
 from flexinfer.messages import shown
 from flexinfer.plan import Plan
-from flexinfer.serve.generation import Generation, Turn
+from flexinfer.serve.generation import Failed, Generation, Turn
 from flexinfer.serve.line import Line
 from flexinfer.serve.metrics import Metrics
 from flexinfer.serve.requests import LOAD, NEEDED, Refusal, checked, error_body
@@ -125,6 +125,8 @@ class Gate:
         except Refusal as refusal:
             if refusal.status != GONE and not exchange.status:
                 await exchange.refuse(refusal)
+        except Failed:  # which the thread has logged
+            pass
         except Exception:  # the app has answered by its own handlers
             if exchange.status >= 500 or not exchange.status:
                 logger.exception("a request failed")

@@ -11,9 +11,9 @@ Stop strings are looked for here: transformers' StopStringCriteria makes a table
 import asyncio
 import gc
 import logging
-import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -125,9 +125,17 @@ class Generation(GenerateManager):
     """transformers' generation on one thread, for the turn in hand. Refuses what does not fit into the context."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="flexinfer-generate")
         self.turn: Turn | None = None
         self.limits: Limits | None = None
+
+    def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> "Future[Any]":
+        """Have the thread do something. GenerateManager's own thread has no end."""
+        return self._executor.submit(fn, *args, **kwargs)
+
+    def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> "asyncio.Future[Any]":
+        """The same, to be awaited."""
+        return asyncio.wrap_future(self.submit(fn, *args, **kwargs))
 
     def _watched(self, model: Any, processor: Any, inputs: Any, config: Any) -> Any:
         """The model as it is handed on, with `config` made to fit. Raises Refusal."""
@@ -170,7 +178,7 @@ class Generation(GenerateManager):
 
     def stop(self) -> None:
         """End the thread, after what it has to do."""
-        self.submit(sys.exit)
+        self._executor.shutdown()
 
 
 class OneGeneration(GenerationState):

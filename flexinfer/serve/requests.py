@@ -49,6 +49,7 @@ NOT_OF_TEMPLATES = {
         "tokenizer_kwargs",
         "load_audio_from_video",
         "num_frames",
+        "sanitize_control_tokens",
     ),
 }
 
@@ -112,6 +113,8 @@ def checked(path: str, raw: bytes, limits: Limits) -> dict[str, Any]:
     for token in body.get("logit_bias", ()):
         if int(token) >= limits.vocab:
             _refuse("logit_bias", f"names token {token}; there are {limits.vocab}")
+    if "logit_bias" in body:  # in whole numbers transformers does not take it
+        body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
     if body.pop("tool_choice", "auto") == "none":
         body.pop("tools", None)
     if path == RESPONSES:
