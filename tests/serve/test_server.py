@@ -149,7 +149,7 @@ def test_sampling_is_repeatable_by_its_seed(served: Served, talker: Path) -> Non
     assert first == again != other
     assert first != expected(talker, 16)
     assert text(temperature=0) == expected(talker, 16)
-    assert text(logit_bias={"5": 100}) == '"' * 16  # the token of that character
+    assert text(logit_bias={"5": 100}) == "!" * 16  # the token of that character
 
 
 def test_more_tokens_than_there_is_room_for_end_the_text_there(served: Served, talker: Path) -> None:
@@ -214,7 +214,7 @@ def test_transformers_chat(served: Served, talker: Path) -> None:
     command = [str(Path(sys.executable).with_name("transformers")), "chat", "talker", served.root]
     done = subprocess.run(
         [*command, "max_new_tokens=16", "do_sample=False"],
-        input="hello\n!exit\n",
+        input="hello\nn\n!exit\n",
         capture_output=True,
         text=True,
         check=False,
@@ -250,7 +250,7 @@ def test_metrics_count_what_was_done(served: Served, brake: Brake) -> None:
 def test_a_line_of_the_log_for_each_request(talker: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with serving(talker) as server:
         server.client().completions.create(model="talker", prompt="abc", max_tokens=4)
-        httpx.post(f"{server.root}/\x1b[31mred", content=b"{}")
+        httpx.post(f"{server.root}/%1b[31mred", content=b"{}")
         httpx.get(f"{server.root}/health")
     lines = capfd.readouterr().err.splitlines()
     assert (
@@ -461,7 +461,8 @@ def test_a_read_that_fails_is_said_and_the_next_request_goes_on(
     with serving(talker, policy="none") as server:
         client, options = server.client(), {"model": "talker", "prompt": "a", "max_tokens": 100}
         broken.set()
-        with pytest.raises(openai.APIError, match="ReadError"):
+        # of an error in a stream openai's client reads that it is there
+        with pytest.raises(openai.APIError, match="during streaming" if stream else "ReadError"):
             list(client.completions.create(**options, stream=True)) if stream else client.completions.create(
                 **options
             )
@@ -470,15 +471,18 @@ def test_a_read_that_fails_is_said_and_the_next_request_goes_on(
 
 
 def test_nothing_is_left_of_a_server(talker: Path) -> None:
-    def mine() -> set[str]:
-        return {thread.name for thread in threading.enumerate() if "anyio" not in thread.name}
+    def held() -> tuple[list[str], int]:
+        names = [one.name for one in threading.enumerate() if "AnyIO" not in one.name]
+        return sorted(names), len(list(Path("/proc/self/fd").iterdir()))
 
-    with serving(talker) as server:
-        server.client().completions.create(model="talker", prompt="a", max_tokens=2)
-    with serving(talker):
-        before = mine()
-    wait_for(lambda: len(mine()) < len(before))
-    wait_for(lambda: not any("flexinfer" in name or name == "serve" for name in mine()))
+    def ask() -> None:
+        with serving(talker) as server, server.client() as client:
+            client.completions.create(model="talker", prompt="a", max_tokens=2)
+
+    ask()  # what is imported once
+    before = held()
+    ask()
+    wait_for(lambda: held() == before)
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(talker: Path, served: Served) -> None:
