@@ -31,6 +31,7 @@ import httpx
 from flexinfer.bench.limits import Limits
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.smollm2 import make_smollm2
+from flexinfer.interrupt import terminable
 from flexinfer.plan import format_size
 
 RUDE_SHARE = 0.4
@@ -405,14 +406,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     path = Path(arguments.model) if arguments.model else make_smollm2()
     facts = provenance(path).model_dump(mode="json")
-    record = run(
-        path,
-        arguments.clients,
-        60 * arguments.minutes,
-        arguments.context,
-        arguments.share,
-        seed=arguments.seed,
-    )
+    minutes, seed = arguments.minutes, arguments.seed
+    with terminable():
+        record = run(path, arguments.clients, 60 * minutes, arguments.context, arguments.share, seed=seed)
     record["provenance"] = facts
     if arguments.record is not None:
         arguments.record.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ HEAD_S = 10.0  # for a connection to ask something
 LAST_S = 5.0  # after the grace: for the token in hand
 KEY_VARIABLE = "FLEXINFER_API_KEY"
 THREADS = 2  # that answer what is not generated
-REHEARSED = {  # one request of each kind
+REHEARSED: dict[str, dict[str, Any]] = {  # one request of each kind
     CHAT: {"messages": [{"role": "user", "content": "a"}]},
     COMPLETIONS: {"prompt": "a"},
     RESPONSES: {"input": "a"},
@@ -300,7 +300,13 @@ async def _post(app: FastAPI, generation: Generation, path: str, body: dict[str,
         nonlocal status
         status = message.get("status", status)
 
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+    }
     scope |= {"headers": [(b"content-type", b"application/json")], "client": None, "server": None}
     generation.turn = Turn(asyncio.get_running_loop())
     with contextlib.suppress(Exception):  # the app has answered by its own handlers
