@@ -322,7 +322,7 @@ def run(
     seconds: float = 60.0,
     context: int = 512,
     share: float = 0.3,
-    new_tokens: int = 48,
+    new_tokens: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One run; its record. Raises RuntimeError where the server does not start."""
@@ -401,14 +401,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--share", type=float, default=0.3, help="of the weights, on top of the smallest budget"
     )
+    parser.add_argument("--new-tokens", type=int, default=32, help="of the longest answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args(argv)
     path = Path(arguments.model) if arguments.model else make_smollm2()
     facts = provenance(path).model_dump(mode="json")
-    minutes, seed = arguments.minutes, arguments.seed
     with terminable():
-        record = run(path, arguments.clients, 60 * minutes, arguments.context, arguments.share, seed=seed)
+        record = run(
+            path,
+            arguments.clients,
+            60 * arguments.minutes,
+            arguments.context,
+            arguments.share,
+            arguments.new_tokens,
+            arguments.seed,
+        )
     record["provenance"] = facts
     if arguments.record is not None:
         arguments.record.parent.mkdir(parents=True, exist_ok=True)
