@@ -130,11 +130,16 @@ def serve(
                 generation.limits = Limits(name, engine.context, len(tokenizer))
                 app = build_app(loaded, tokenizer, generation, metrics, name)
                 gate = Gate(app, generation, line, metrics, engine.plan, api_key, _hosts(host))
-                server = Server(gate, listener, queue + 1 + SPARE_CONNECTIONS, grace_s, started)
+
+                def listening(server: Server) -> None:
+                    logger.info("%s: %s, a context of %d tokens", server.url, name, engine.context)
+                    if started is not None:
+                        started(server)
+
                 logger.info("%s", plan_line(engine.plan))
                 if api_key is None and not _hosts(host):
                     logger.warning("whoever reaches %s may use this server: it has no --api-key", host)
-                logger.info("%s: %s, a context of %d tokens", server.url, name, engine.context)
+                server = Server(gate, listener, queue + 1 + SPARE_CONNECTIONS, grace_s, listening)
                 asyncio.run(server.serve([listener]))
         finally:
             generation.stop()
@@ -354,7 +359,7 @@ class Server(uvicorn.Server):
         listener: socket.socket,
         connections: int,
         grace_s: float,
-        started: "Callable[[Server], None] | None" = None,
+        listening: "Callable[[Server], None]",
     ) -> None:
         protocol: Any = partial(Connection, limit=connections)
         super().__init__(
@@ -371,7 +376,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(grace_s + LAST_S),
             )
         )
-        self._gate, self._grace_s, self._started = gate, grace_s, started
+        self._gate, self._grace_s, self._listening = gate, grace_s, listening
         host, self.port = listener.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
@@ -379,8 +384,7 @@ class Server(uvicorn.Server):
         """Listen."""
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         await super().startup(sockets)
-        if self._started is not None:
-            self._started(self)
+        self._listening(self)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen no more, finish or end what runs, close what is open."""
