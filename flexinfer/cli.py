@@ -1,4 +1,4 @@
-"""The command line: flexinfer generate | chat | plan | quantize | doctor.
+"""The command line: flexinfer generate | chat | serve | plan | quantize | doctor.
 
 Text goes to stdout, everything about it (progress, speed, notes) to stderr, so that output can be piped; `--json` prints
 one object instead. What the user got wrong is one line on stderr and exit code 2. torch and transformers are imported by the
@@ -158,6 +158,24 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=chat)
 
     command = commands.add_parser(
+        "serve", parents=[engine], help="an OpenAI-compatible server for one model; needs flexinfer[serve]"
+    )
+    command.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
+    command.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    command.add_argument(
+        "--api-key", help="that requests have to bring (default: $FLEXINFER_API_KEY, or none)"
+    )
+    command.add_argument("--queue", type=int, default=16, help="requests that may wait (default: 16)")
+    command.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="after SIGTERM, for what runs (default: 10)",
+    )
+    command.set_defaults(run=serve)
+
+    command = commands.add_parser(
         "plan",
         parents=[engine, machine],
         help="where a budget would go, and how fast; reads no weights but a sample",
@@ -187,6 +205,32 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=examine)
     return top
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Answer requests until SIGTERM or Ctrl-C."""
+    from flexinfer.serve.server import serve
+
+    serve(
+        arguments.model,
+        arguments.memory,
+        host=arguments.host,
+        port=arguments.port,
+        api_key=arguments.api_key,
+        queue=arguments.queue,
+        grace_s=arguments.grace,
+        gguf_file=arguments.gguf_file,
+        policy=arguments.policy,
+        window=arguments.window,
+        io_threads=arguments.io_threads,
+        direct=not arguments.buffered,
+        verify=arguments.verify,
+        read_timeout_s=arguments.read_timeout,
+        context=arguments.context,
+        dtype=arguments.dtype,
+        kv_dtype=arguments.kv_dtype,
+    )
+    return 0
 
 
 # ---- generate and chat

@@ -29,7 +29,7 @@ def ranges(requirements: list[str]) -> dict[str, set[str]]:
 def test_environment_and_project_name_the_same_packages_and_ranges() -> None:
     listed = next(one["pip"] for one in ENVIRONMENT["dependencies"] if isinstance(one, dict))
     extras = PROJECT["optional-dependencies"]
-    wanted = ranges([*PROJECT["dependencies"], *extras["bench"], *extras["dev"]])
+    wanted = ranges([*PROJECT["dependencies"], *extras["bench"], *extras["dev"], *extras["serve"]])
     assert ranges([line for line in listed if not line.startswith("-")]) == wanted
     assert "--editable ." in listed
 
@@ -67,7 +67,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> N
 def test_both_ways_to_start_it_show_the_commands(command: list[str]) -> None:
     program = shutil.which(command[0], path=str(Path(sys.executable).parent)) or command[0]
     done = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, check=True)
-    for name in ("generate", "chat", "plan", "quantize", "doctor"):
+    for name in ("generate", "chat", "serve", "plan", "quantize", "doctor"):
         assert name in done.stdout
 
 
