@@ -156,6 +156,7 @@ class Pace:
     _draft_s: float | None = None
     _pass_s: float | None = None
     _pass_rows: int = 1
+    passes: int = 0  # seen so far
 
     @property
     def acceptance(self) -> float:
@@ -174,7 +175,7 @@ class Pace:
             self._draft_s = draft_s if self._draft_s is None else 0.9 * self._draft_s + 0.1 * draft_s
         if pass_s is not None:
             self._pass_s = pass_s if self._pass_s is None else 0.7 * self._pass_s + 0.3 * pass_s
-            self._pass_rows = rows
+            self._pass_rows, self.passes = rows, self.passes + 1
 
     def candidates(self) -> int:
         """For the next pass."""

@@ -126,6 +126,10 @@ SMALLEST_DEFAULT_CONTEXT = 128
 CACHE_LINE_BYTES = 64
 MOST_TOGETHER = 7  # weights that are computed in one call with the first that is given their input
 READING_TOKENS_PER_S = 6.0  # as fast as people read; nobody needs to be told of drafts
+ENOUGH_PASSES, BETTER = (
+    12,
+    1.1,
+)  # passes to see before a draft is judged, and how many times as fast it must be without
 MAKING_PASSES = 2  # over the weights: what may be quantised anew each time memory is filled
 logger = logging.getLogger("flexinfer")
 CLOSED = "this model is closed; load it again with flexinfer.from_pretrained()"
@@ -713,12 +717,12 @@ class Engine:
         assert self._drafts is not None
         assert self._pace is not None
         with self._lock:
-            if self._closed:
+            if self._closed or self._pace.passes < ENOUGH_PASSES:
                 return
             before = self._substitutes, self._drafts.kind, self._pace
             self._substitutes, self._drafts.kind, self._pace = None, "lookup", None
             plan = self._make_plan(self.plan.budget_bytes)
-            if plan.predicted_tokens_per_s <= before[2].predicted_tokens_per_s():
+            if plan.predicted_tokens_per_s <= BETTER * before[2].predicted_tokens_per_s():
                 self._substitutes, self._drafts.kind, self._pace = before
                 return
             logger.info(

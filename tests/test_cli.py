@@ -66,6 +66,26 @@ def test_generate_says_what_the_resident_model_says(
     assert result["ratio"] == pytest.approx(result["tokens_per_s"] / result["bound_tokens_per_s"])
 
 
+def test_a_draft_says_what_it_gave_and_plan_what_it_would_give(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = (str(model_dir), "abcabcabc", "--memory", MEMORY, "--max-new-tokens", "12", "--policy", "none")
+    result = run_json(capsys, "generate", *told, "--draft", "substitute")
+    prompt_ids = AutoTokenizer.from_pretrained(model_dir)("abcabcabc")["input_ids"]
+    assert result["token_ids"] == resident_ids(model_dir, prompt_ids, 12)
+    assert result["draft"]["accepted"] == 12 - result["passes"] > 0
+    assert result["draft_that_pays"] is None
+    line = speed_line(result)
+    assert f"{result['passes']} passes of {12 / result['passes']:.3g} tokens" in line
+    assert f"draft substitute: {result['draft']['accepted']} of" in line
+    planned = run_json(capsys, "plan", str(model_dir), "--memory", MEMORY, "--draft", "auto")
+    kinds = [(one["kind"], one["type"]) for one in planned["drafts"]]
+    assert kinds == [(None, "q4_0"), ("lookup", "q4_0"), ("substitute", "q4_0"), ("substitute", "q8_0")]
+    assert sum(planned["parts_bytes"].values()) == 2 << 30
+    assert main(["plan", str(model_dir), "--memory", MEMORY, "--draft", "lookup"]) == 0
+    assert "draft lookup: " in capsys.readouterr().out
+
+
 def test_generate_streams_the_text_to_stdout_and_the_speed_to_stderr(
     model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
