@@ -202,7 +202,7 @@ for number, tokens in enumerate((1, 64, 512, 9)):
                           eos_token_id=None, pad_token_id=0)
     texts.append(text[0, tokens:].tolist())
 plan, stats = model.flexinfer.plan, model.flexinfer.stats()
-print(json.dumps({"tokens": texts, "slots": plan.experts.slots, "experts_bytes": plan.experts.total_bytes} | stats))
+print(json.dumps({"texts": texts, "slots": plan.experts.slots, "experts_bytes": plan.experts.total_bytes} | stats))
 """
 
 
@@ -237,8 +237,8 @@ def test_a_mixture_generates_200_tokens_in_a_cgroup_of_its_budget(more_bytes: in
         if "refused" not in report:
             break
         memory = report["refused"]
-    assert report["tokens"] == expected["tokens"]
-    assert sum(map(len, report["tokens"])) == 200
+    assert report["texts"] == expected["texts"]
+    assert sum(map(len, report["texts"])) == 200
     assert report["expert_misses"] > expected["expert_misses"], "experts were read again"
     assert usage.oom_kills == 0
     assert usage.peak_memory_bytes is not None
