@@ -56,6 +56,8 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+        if not any(isinstance(one, _Return) for one in sys.meta_path):
+            sys.meta_path.insert(0, _Return())
 
 
 def are_deferred() -> list[str]:
@@ -71,7 +73,7 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if self.given_up or not any(f"{name}.".startswith(f"{one}.") for one in DEFERRED):
+        if self.given_up or not _is_deferred(name):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None:
@@ -112,9 +114,49 @@ class _Deferred(ModuleType):
 
 def _import(name: str) -> ModuleType:
     """The module itself: everything that was put off makes way, then the import is an ordinary one."""
-    for other in are_deferred():
-        sys.modules.pop(other).__finder__.given_up = True
+    _make_way()
     return importlib.import_module(name)
+
+
+def _make_way() -> list[str]:
+    """Have everything that was put off imported as usual by whoever asks next. Returns what that was."""
+    names = are_deferred()
+    for name in names:
+        sys.modules.pop(name).__finder__.given_up = True
+    return names
+
+
+class _Return:
+    """Sees, outside of `deferred()`, that one of DEFERRED is imported that was not put off: it may need those that were, so these make way
+    before its code runs."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if any(isinstance(one, _Finder) for one in sys.meta_path) or not _is_deferred(name):
+            return None
+        parent = name.rpartition(".")[0]
+        if parent in _make_way():
+            importlib.import_module(parent)
+            if name in sys.modules:  # by its package
+                return importlib.machinery.ModuleSpec(name, cast(Loader, _There(sys.modules[name])))
+        return None
+
+
+class _There:
+    """Gives a module that has been imported."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None: ...
+
+
+def _is_deferred(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{one}.") for one in DEFERRED)
 
 
 @cache
