@@ -55,7 +55,7 @@ def main() -> None:
         for question in QUESTIONS:
             said.append({"role": "user", "content": question})
             answer = client.chat.completions.create(
-                model=path.name, messages=said, max_tokens=80, temperature=0
+                model=path.name, messages=said, max_tokens=48, temperature=0
             )
             text = answer.choices[0].message.content or ""
             said.append({"role": "assistant", "content": text})
