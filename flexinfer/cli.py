@@ -603,6 +603,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
     """Where the budget would go, what would be locked, and how fast it would be at this and other budgets."""
     with Bars() as bars:
         bars.spin(f"reading {arguments.model}")
+        from flexinfer.assistant import Drafts
         from flexinfer.draft import DraftChoice
         from flexinfer.formats.checkpoint import Checkpoint
         from flexinfer.formats.skeleton import build_skeleton, resolve
@@ -617,12 +618,8 @@ def show_plan(arguments: argparse.Namespace) -> int:
         memory = arguments.memory
         given_bytes = available_bytes() if memory == "auto" else parse_size(memory)
         measured = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
-        drafts, logits_to_keep = None, 1
-        if choice is not None:
-            from flexinfer.assistant import Drafts  # knows transformers
-
-            drafts = Drafts(choice, skeleton, skeleton.dtype)
-            logits_to_keep = drafts.fit(given_bytes) + 1
+        drafts = Drafts(choice, skeleton, skeleton.dtype) if choice is not None else None
+        logits_to_keep = drafts.fit(given_bytes) + 1 if drafts is not None else 1
         context = arguments.context or default_context(
             skeleton, measured, given_bytes, logits_to_keep, drafts
         )
@@ -650,7 +647,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
             substitutes=substitutes,
         )
 
-    options = []
+    options: list[Option] = []
     if drafts is not None:
         options = drafts.options(
             lambda substitutes: plan_for(budget_bytes, substitutes),

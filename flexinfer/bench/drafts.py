@@ -63,8 +63,8 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                 }
             )
     keys = ["model", "device", "budget_gib", "system", "label", "text"]
-    found = pd.DataFrame(rows)
-    return found.groupby(keys, sort=False).median(numeric_only=True).reset_index() if rows else found
+    data = pd.DataFrame(rows)
+    return data.groupby(keys, sort=False).median(numeric_only=True).reset_index() if rows else data
 
 
 def difference(ours: dict[str, Any], plain: dict[str, Any]) -> float | None:
