@@ -51,9 +51,7 @@ from flexinfer.serve.metrics import CONTENT_TYPE, EngineCollector, Metrics
 from flexinfer.serve.requests import CHAT, COMPLETIONS, RESPONSES, Limits, Refusal, error_body, samples
 from flexinfer.tokenizer import load_tokenizer
 
-ROOM_BYTES = (
-    8 << 20
-)  # bodies, connections, prompts in the making, pieces of answers: measured, see docs/log.md
+ROOM_BYTES = 8 << 20  # bodies, connections, prompts in the making, pieces of answers; our choice
 SPARE_CONNECTIONS = 64  # beside those that generate or wait: to be told to come back later, or to look
 HEAD_S = 10.0  # for a connection to ask something
 LAST_S = 5.0  # after the grace: for the token in hand

@@ -247,8 +247,9 @@ def test_a_notebook_is_short_and_relative(notebook: Path) -> None:
 
 
 def test_every_system_of_the_experiments_has_a_look_of_its_own() -> None:
+    """Drafts are told apart by their place, in a figure of their own."""
     names = {file.stem for file in (ROOT / "conf" / "system").glob("*.yaml")}
-    assert names == set(figures.LOOKS)
+    assert {name for name in names if not name.startswith("draft-")} == set(figures.LOOKS)
     looks = [(look.marker, look.hatch) for look in figures.LOOKS.values()]
     assert len(set(looks)) == len({marker for marker, _ in looks}) == len(looks)
     assert len({look.colour for look in figures.LOOKS.values()}) == len(looks)
