@@ -24,6 +24,11 @@ class Terminated(SystemExit):
         super().__init__(TERMINATED)
 
 
+def exit_code(stop: BaseException) -> int:
+    """The exit code of a command that `stop` has ended."""
+    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Within it SIGTERM raises Terminated. Does nothing outside the main thread, where no handler can be set."""
@@ -39,6 +44,16 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Within it signals wait until its end: C code of libraries that are being imported swallows what a handler raises."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Interrupt:
