@@ -22,7 +22,7 @@ from flexinfer.commands.parameters import parsed
 from flexinfer.commands.plan import plan
 from flexinfer.commands.quantize import quantize
 from flexinfer.commands.terminal import error, note, note_warning
-from flexinfer.interrupt import Terminated, exit_code, terminable
+from flexinfer.interrupt import INTERRUPTED, Terminated, exit_code, terminable
 
 # Turns a thread of libgomp spins before it sleeps. Its default is milliseconds: cores burnt while the disk is awaited (0.9 of a CPU at
 # 1 GB/s, now 0.15), and ten times the time for a token on a busy machine, where spinning threads keep the one they wait for off the
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         with terminable(), warnings.catch_warnings():
             warnings.showwarning = note_warning
             run: Any = command.main(given or ["--help"], prog_name="flexinfer", standalone_mode=False)
+            if run == INTERRUPTED:  # while the line was read
+                raise KeyboardInterrupt
             code: int = run() if callable(run) else run or 0  # not callable: a help text was shown
             return code
     except (KeyboardInterrupt, Terminated) as stop:
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except typer.TyperException as wrong:
         where = getattr(getattr(wrong, "ctx", None), "command_path", "flexinfer")
-        error(f"{wrong.format_message().rstrip('.')}; see {where} --help")
+        error(f"{wrong.format_message().rstrip('.?')}; see {where} --help")
         return 2
     except (ValueError, OSError, ImportError) as wrong:
         error(str(wrong))

@@ -61,17 +61,17 @@ def last_pass(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Raises ValueError where none is among them.
     """
-    head = max((event["layer"] for event in events), default=0)
     computed = sorted((one for one in events if one["kind"] == "compute"), key=lambda one: one["start_s"])
+    if not computed:
+        raise ValueError(
+            "no pass was recorded; load the model with flexinfer.from_pretrained(..., trace=True) and generate"
+        )
+    head = max(event["layer"] for event in events)
     ends = [
         one["stop_s"]
         for one, following in zip(computed, [*computed[1:], None], strict=True)
         if one["layer"] == head and (following is None or following["layer"] < head)
     ]
-    if not ends:
-        raise ValueError(
-            "no pass was recorded; load the model with flexinfer.from_pretrained(..., trace=True) and generate"
-        )
     begin, end = (ends[-2], ends[-1]) if len(ends) > 1 else (min(one["start_s"] for one in events), ends[-1])
     inside = [one for one in events if one["stop_s"] > begin and one["start_s"] < end]
     return [

@@ -33,7 +33,10 @@ System = Annotated[str | None, typer.Option(help="system message")]
 def chat(
     model: Model, options: Options, decoding: Decoding, system: System = None, verbose: Verbose = False
 ) -> int:
-    """Talk to an instruction-tuned model: questions from standard input, answers streamed; /exit leaves."""
+    """Talk to an instruction-tuned model; /exit leaves.
+
+    Questions come from standard input, answers are streamed.
+    """
     with logged(verbose), Bars() as bars:
         path = find(model, options, bars)
         tokenizer = load_tokenizer_of(path)

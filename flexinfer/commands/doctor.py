@@ -23,7 +23,7 @@ Size = Annotated[str, typer.Option(help="how much to write and read there")]
 
 
 def doctor(path: Folder = Path(), size: Size = "512MiB", as_json: Json = False) -> int:
-    """Measure disk, kernels and rights: what this machine will do."""
+    """Measure disk, kernels and rights of this machine."""
     with Bars() as bars:
         bars.spin("measuring disk and kernels")
         with held_back():

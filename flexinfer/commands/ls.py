@@ -58,7 +58,10 @@ class Found:
 def ls(
     folders: Folders = None, memory: Memory = "auto", measure: Measure = False, as_json: Json = False
 ) -> int:
-    """Models on this disk, with the smallest budget and the expected speed of each; reads no weights."""
+    """Models here: smallest budget, expected speed.
+
+    Reads headers and no weights.
+    """
     options = Options(memory=memory)
     for folder in folders or []:
         if not folder.is_dir():
@@ -143,7 +146,7 @@ def look_at(name: str, path: Path, options: Options, speeds: "Speeds") -> Found:
         found |= {"weights_bytes": sum(sizes.values()), "encoding": max(sizes, key=lambda kind: sizes[kind])}
         prospect = Prospect.of(checkpoint, options, speeds.process)
         speeds.process = prospect.process
-        found["smallest_bytes"] = prospect.smallest_bytes
+        found["smallest_bytes"] = prospect.least_bytes()
         if prospect.budget_bytes < prospect.smallest_bytes:
             return Found(
                 **found,

@@ -61,4 +61,4 @@ def _draw_speed(axes: "Axes", plan: Plan, plans: list[Plan]) -> None:
         title=f"reads at {reads:.0f} MB/s, {compute:.0f} ms of compute a token",
     )
     axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.legend(loc="lower right")

@@ -39,7 +39,10 @@ Png = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="draw it
 
 
 def plan(model: Model, options: Options, png: Png = None, as_json: Json = False) -> int:
-    """Where a budget would go, and how fast; reads no weights but a sample."""
+    """Where a budget would go, and how fast.
+
+    Reads no weights but a sample.
+    """
     if png is not None:
         from flexinfer.commands.picture import check_png
 
@@ -125,6 +128,15 @@ class Prospect:
             window=self.options.window,
             mixture=self.skeleton.mixture,
         )
+
+    def least_bytes(self) -> int:
+        """The smallest budget that `from_pretrained` takes where no context is asked for."""
+        from flexinfer.model import SMALLEST_DEFAULT_CONTEXT, context_limit, fixed_memory
+
+        skeleton = self.skeleton
+        context = min(SMALLEST_DEFAULT_CONTEXT, context_limit(skeleton.config))
+        fixed = fixed_memory(skeleton, self.process, self.options.context or context)
+        return smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture)
 
     def budgets(self) -> list[int]:
         """The smallest budget, everything in memory, steps between them, and what is asked for."""

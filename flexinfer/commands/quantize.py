@@ -53,7 +53,10 @@ Type = Annotated[
 
 
 def quantize(source: Source, destination: Destination, kind: Type = "q4_k", as_json: Json = False) -> int:
-    """Make a smaller copy of a checkpoint (GGUF), tensor by tensor."""
+    """Make a smaller copy of a checkpoint (GGUF).
+
+    Goes tensor by tensor; a run that was stopped goes on where it was.
+    """
     try:
         with Bars() as bars:
             bars.spin(f"reading {source}")

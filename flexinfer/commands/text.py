@@ -71,6 +71,7 @@ def find(model: str, options: Options, bars: Bars) -> Path:
     """The checkpoint on this disk, fetched from the Hub if it is not there yet; with the Hub's own bars meanwhile."""
     bars.spin(f"loading {model}")
     with held_back():
+        import flexinfer.model  # noqa: F401  (all libraries that a run needs)
         from flexinfer.formats.skeleton import resolve
 
     def fetching() -> None:
