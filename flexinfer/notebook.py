@@ -3,6 +3,7 @@
 Pure but for the bars, which tqdm.auto draws as the front end can. The picture needs matplotlib (extra `bench`), nothing else does.
 """
 
+import warnings
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 SPAN_COLOURS = {"read": "#0072B2", "wait": "#F0E442", "compute": "#D55E00"}
 WAIT_HATCH = "xx"
-PATIENCE_S = 0.5  # what is done by then gets no bar
+PATIENCE_S = {
+    "pass": 3.0
+}  # what is done by then gets no bar; a text is many passes, so that only slow ones get one
+OTHER_PATIENCE_S = 0.5
 
 
 def engine_html(plan: Plan, stats: dict[str, Any]) -> str:
@@ -96,11 +100,11 @@ def draw_pass(axes: "Axes", events: Sequence[dict[str, Any]]) -> tuple[float, fl
 def timeline(events: Sequence[dict[str, Any]]) -> "Figure":
     """Reads, waits and kernels of the last whole pass. Raises ImportError without matplotlib, ValueError without a pass."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import pyplot as plt  # it has notebooks show figures
     except ImportError as error:
         raise ImportError("a timeline needs matplotlib: pip install 'flexinfer[bench]'") from error
-    figure = Figure(figsize=(10, 2.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plt.subplots(figsize=(10, 2.2), layout="constrained")
+    plt.close(figure)  # shown once, by whoever gets it
     pass_s, waited_s = draw_pass(axes, last_pass(events))
     axes.set_title(f"the last pass: {pass_s:.3g} s, of which {waited_s:.3g} s waiting", loc="left")
     axes.set_xlabel("time within the pass [s]")
@@ -116,8 +120,9 @@ class TqdmBars:
         self._stage = ""
 
     def __call__(self, stage: str, done_bytes: int, total_bytes: int) -> None:
-        from tqdm.auto import tqdm
-
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that without ipywidgets the bars are text
+            from tqdm.auto import tqdm
         if self._bar is None or stage != self._stage or done_bytes < self._bar.n:
             self._close()
             self._stage = stage
@@ -128,7 +133,7 @@ class TqdmBars:
                 unit_scale=True,
                 unit_divisor=1024,
                 leave=False,
-                delay=PATIENCE_S,
+                delay=PATIENCE_S.get(stage, OTHER_PATIENCE_S),
             )
         self._bar.update(done_bytes - self._bar.n)
         if done_bytes >= total_bytes:
