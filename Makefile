@@ -14,10 +14,10 @@ SMOKE := outputs/smoke
 LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test wheel lint format types notebooks smoke agreement soak fuzz baselines clean
+.PHONY: help install demo test wheel lint format types notebooks smoke agreement soak soak-serve fuzz baselines clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## the virtual environment, with everything the other targets need (some minutes, once)
 
@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): some minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --quiet --upgrade pip
-	@$(PIP) install $(PINNED) --editable '.[ggml,bench,dev]'
+	@$(PIP) install $(PINNED) --editable '.[ggml,serve,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## a real model in less memory than it needs, then FlexInfer against stock transformers (5 min)
@@ -62,6 +62,9 @@ agreement: $(INSTALLED) $(BASELINES) ## FlexInfer beside llama.cpp on a real GGU
 
 soak: $(INSTALLED) ## random models, budgets and calls in control groups of exactly the budget (N=1000: an hour, resumable)
 	$(BIN)/python -m flexinfer.bench.soak $(or $(N),1000) --record $(RESULTS)/reliability/soak.jsonl
+
+soak-serve: $(INSTALLED) ## the server in such a group, eight clients at once, some of them rude (MINUTES=30)
+	$(BIN)/python -m flexinfer.bench.serve --minutes $(or $(MINUTES),30) --record $(RESULTS)/reliability/serve.jsonl
 
 fuzz: $(INSTALLED) ## hostile headers, indices, configurations, GGUF files and records (SECONDS=3600: an hour each)
 	@$(PIP) install $(PINNED) --editable '.[fuzz]'

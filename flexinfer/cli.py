@@ -1,4 +1,4 @@
-"""The command line: flexinfer generate | chat | plan | ls | quantize | doctor.
+"""The command line: flexinfer generate | chat | serve | plan | ls | quantize | doctor.
 
 Text goes to stdout, everything about it (progress, speed, notes) to stderr, so that output can be piped; `--json` prints
 one object instead. What the user got wrong is one line on stderr and exit code 2. torch and transformers are imported by the
@@ -21,6 +21,7 @@ from flexinfer.commands.ls import ls
 from flexinfer.commands.parameters import parsed
 from flexinfer.commands.plan import plan
 from flexinfer.commands.quantize import quantize
+from flexinfer.commands.serve import serve
 from flexinfer.commands.terminal import error, note, note_warning
 from flexinfer.interrupt import INTERRUPTED, Terminated, exit_code, terminable
 
@@ -68,6 +69,7 @@ def commands() -> typer.Typer:
     app.callback()(_top)
     app.command()(parsed(generate))
     app.command()(parsed(chat))
+    app.command()(parsed(serve, left_out=("follow", "trace")))
     app.command()(parsed(plan, left_out=("follow", "trace", "verify", "read_timeout_s")))
     app.command()(parsed(ls))
     app.command()(parsed(quantize))

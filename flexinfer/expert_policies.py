@@ -1,7 +1,7 @@
 """Which experts stay in a cache, by name; and how they do on recorded routings, beside the best that is possible. Pure.
 
     recency     the expert that was used longest ago goes (LRU)
-    frequency   the expert that was used least goes; uses count half after HALF_LIFE uses of any expert
+    frequency   the expert that was used least goes; a use counts half after HALF_LIFE_TOKENS tokens
     fixed       the experts that filled the cache stay; the one that came last goes
 
 `fewest_misses` is Belady's rule, the best in hindsight: the expert that will be used last goes. (Belady 1966, A study of
@@ -13,7 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-HALF_LIFE = 10_000  # uses of experts: some tens of tokens; our choice
+HALF_LIFE_TOKENS = (
+    8  # longer is better where some experts are popular, shorter where tokens repeat experts (docs/log.md)
+)
+OVERFLOWS_AFTER = 500  # half-lives
 
 
 class Policy(Protocol):
@@ -72,7 +75,8 @@ class Frequency:
     Instead of letting all counts decay, each use counts for more than the one before it: the order is the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, half_life: int) -> None:
+        self._half_life = half_life  # in uses of any expert
         self._uses = 0
         self._score: dict[int, float] = {}
         self._heap: list[
@@ -82,9 +86,9 @@ class Frequency:
 
     def touch(self, expert: int) -> None:
         self._uses += 1
-        self._score[expert] = self._score.get(expert, 0.0) + 2.0 ** (self._uses / HALF_LIFE)
-        if self._uses == 500 * HALF_LIFE:  # before the numbers are too large
-            self._score = {expert: score * 2.0**-500 for expert, score in self._score.items()}
+        self._score[expert] = self._score.get(expert, 0.0) + 2.0 ** (self._uses / self._half_life)
+        if self._uses == OVERFLOWS_AFTER * self._half_life:  # before the numbers are too large
+            self._score = {expert: score * 2.0**-OVERFLOWS_AFTER for expert, score in self._score.items()}
             self._heap = [(self._score.get(expert, 0.0), expert) for expert in self._there]
             heapq.heapify(self._heap)
             self._uses = 0
@@ -114,27 +118,31 @@ class Frequency:
         return found
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "recency": Recency,
-    "frequency": Frequency,
-    "fixed": Fixed,
+HINDSIGHT = "hindsight"  # what `fewest_misses` is called beside the policies
+DEFAULT = "frequency"
+POLICIES: dict[
+    str, Callable[[int], Policy]
+] = {  # made for so many experts that a token uses, over all layers
+    "recency": lambda _: Recency(),
+    "frequency": lambda token_experts: Frequency(HALF_LIFE_TOKENS * token_experts),
+    "fixed": lambda _: Fixed(),
 }
 
 
-def misses(policy: Policy, routing: Sequence[Sequence[int]], capacity: int) -> int:
+def misses(policy: Policy, routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0) -> int:
     """Experts that have to be read when `routing` (what each layer of each token uses, in order) meets an empty cache of `capacity`.
 
-    Those that a layer uses together do not take one another's place, as long as there is any other.
+    The first `warm_up` entries are not counted. Those that a layer uses together do not take one another's place, as long as there is any other.
     """
     there: set[int] = set()
     missed = 0
-    for wanted in routing:
+    for step, wanted in enumerate(routing):
         for expert in wanted:
             policy.touch(expert)
         for expert in wanted:
             if expert in there:
                 continue
-            missed += 1
+            missed += step >= warm_up
             if len(there) == capacity:
                 worst = policy.worst(lambda one, wanted=wanted: one not in wanted)  # type: ignore[misc]
                 if worst is None:
@@ -146,7 +154,7 @@ def misses(policy: Policy, routing: Sequence[Sequence[int]], capacity: int) -> i
     return missed
 
 
-def fewest_misses(routing: Sequence[Sequence[int]], capacity: int) -> int:
+def fewest_misses(routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0) -> int:
     """The same for the best choice in hindsight."""
     never = sum(len(wanted) for wanted in routing) + 1
     next_use: list[dict[int, int]] = [
@@ -167,7 +175,7 @@ def fewest_misses(routing: Sequence[Sequence[int]], capacity: int) -> int:
         for expert in wanted:
             if expert in due:
                 continue
-            missed += 1
+            missed += step >= warm_up
             if len(due) == capacity:
                 last = max((one for one in due if one not in wanted), key=due.__getitem__, default=None)
                 if last is None or due[last] <= next_use[step][expert]:

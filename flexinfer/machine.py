@@ -7,7 +7,7 @@ time the kernels take for one piece of each kind of weight.
 import contextlib
 import math
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -16,11 +16,13 @@ from time import perf_counter
 import psutil
 import torch
 
+from flexinfer.draft import DraftCosts
 from flexinfer.kernels import Kernel
 from flexinfer.plan import Costs, Weight
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer, round_up
 from flexinfer.streaming.reader import FileReader
 
+DRAFT_ROWS = (1, 2, 5, 9, 17)  # of passes that are timed: candidates and one
 CACHE_BYTES = 32 << 20  # kernels are timed on as much, so that their bytes come from memory
 SAMPLE_BYTES = 192 << 20  # long enough that a bandwidth limit has no burst left
 CGROUPS_FILE = Path("/proc/self/cgroup")
@@ -97,6 +99,40 @@ def measure_costs(
             rows = piece.row_stop - piece.row_start
             seconds_per_byte[weight.role] = kernel_s(kernel, rows, piece.nbytes, dtype, buffer) / piece.nbytes
     return Costs(bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used))
+
+
+def measure_draft_costs(
+    used: Sequence[tuple[Weight, Kernel]],
+    substitutes: Mapping[str, Kernel],
+    model_share: float,
+    dtype: torch.dtype,
+    memory_bytes: int = CACHE_BYTES,
+) -> DraftCosts:
+    """What passes of several rows take, and a draft pass: by `substitutes` of the weights, or a model with `model_share` of them.
+
+    As `measure_costs`: from one piece of each role, in at most `memory_bytes` or two pieces.
+    """
+    pieces = [piece for weight, _ in used for piece in weight.pieces]
+    if not pieces:
+        return DraftCosts(tuple((rows, 0.0) for rows in DRAFT_ROWS), 0.0, 0.0)
+    buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * max(piece.nbytes for piece in pieces)), lock=True)
+    buffer.bytes.fill_(0)
+    seconds: dict[tuple[str, int], float] = {}  # of a byte, by role and rows; rows 0 for the substitute
+    rows_s, draft_s = dict.fromkeys(DRAFT_ROWS, 0.0), 0.0
+    for weight, kernel in used:
+        piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
+        if (weight.role, 1) not in seconds:
+            for count in DRAFT_ROWS:
+                taken_s = kernel_s(kernel, rows, piece.nbytes, dtype, buffer, count, repeats=5)
+                seconds[weight.role, count] = taken_s / piece.nbytes
+            if (substitute := substitutes.get(weight.name)) is not None:
+                nbytes = substitute.view(buffer, 0, rows).nbytes
+                taken_s = kernel_s(substitute, rows, nbytes, dtype, buffer)
+                seconds[weight.role, 0] = taken_s / piece.nbytes
+        for count in DRAFT_ROWS:
+            rows_s[count] += weight.nbytes * seconds[weight.role, count]
+        draft_s += weight.nbytes * seconds.get((weight.role, 0), 0.0)
+    return DraftCosts(tuple(rows_s.items()), draft_s or model_share * rows_s[1], rows_s[1])
 
 
 def read_speed(

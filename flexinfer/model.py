@@ -11,6 +11,7 @@ The budget is held pass by pass: a call whose activations the plan has no room f
 has grown since the plan was made, locked memory is given back for it.
 """
 
+import contextlib
 import gc
 import inspect
 import logging
@@ -19,17 +20,20 @@ import resource
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from flexinfer.assistant import Drafts
+from flexinfer.draft import DEFAULT_TYPE, DraftCosts, Pace, acceptance_of, plan_draft, rough_costs
 from flexinfer.follow import Follower
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
 from flexinfer.formats.experts import parameters_of
@@ -44,11 +48,13 @@ from flexinfer.formats.skeleton import (
 )
 from flexinfer.imports import deferred
 from flexinfer.kernels.dense import bound_kernel_caches
+from flexinfer.kernels.ggml import GgmlKernel
 from flexinfer.machine import (
     anonymous_bytes,
     available_bytes,
     file_bytes,
     measure_costs,
+    measure_draft_costs,
     peak_bytes,
     reset_peak,
 )
@@ -59,9 +65,11 @@ from flexinfer.plan import (
     MIN_SLOTS,
     BudgetError,
     Costs,
+    DraftPlan,
     Fixed,
     PassShape,
     Plan,
+    Substitutes,
     Weight,
     format_size,
     make_plan,
@@ -75,7 +83,9 @@ from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
 from flexinfer.streaming.expert_cache import ExpertCache
 from flexinfer.streaming.experts import StreamedExperts, foretold
 from flexinfer.streaming.linear import (
+    Drafting,
     LockedPieces,
+    LockedRows,
     StreamedEmbedding,
     StreamedLinear,
     lock_pieces,
@@ -85,6 +95,16 @@ from flexinfer.streaming.memory import Buffer, LibraryPages, return_freed_memory
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.read_queue import ReadQueue
 from flexinfer.streaming.reader import FileReader, padded_bytes
+from flexinfer.streaming.substitute import (
+    CACHE as DRAFTS,
+)
+from flexinfer.streaming.substitute import (
+    DraftError,
+    SubstituteFile,
+    SubstituteMaker,
+    substitute_bytes,
+    substitute_kernels,
+)
 from flexinfer.tokenizer import load_tokenizer, loading_bytes, tokenizer_bytes
 from flexinfer.trace import MAX_EVENTS, Trace
 
@@ -99,6 +119,9 @@ GROWTH_BYTES = 6 << 20  # a process that grows by less is left alone: the margin
 LARGE_PARAMETER_BYTES = 16 << 20
 SMALLEST_DEFAULT_CONTEXT = 128
 CACHE_LINE_BYTES = 64
+MOST_TOGETHER = 7  # weights that are computed in one call with the first that is given their input
+READING_TOKENS_PER_S = 6.0  # as fast as people read; nobody needs to be told of drafts
+MAKING_PASSES = 2  # over the weights: what may be quantised anew each time memory is filled
 logger = logging.getLogger("flexinfer")
 CLOSED = "this model is closed; load it again with flexinfer.from_pretrained()"
 
@@ -119,6 +142,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
+        DraftError: the draft cannot be made of, or for, this model.
         BudgetError: `memory` or `window` is no size, or too small for this model; names the smallest that works.
         ValueError: another argument is wrong.
         TypeError: there is no option of that name.
@@ -142,9 +166,18 @@ def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
     progress = TqdmBars() if options.progress is True else options.progress or None
     trace = Trace(max_events=MAX_EVENTS if options.trace else 0, progress=progress)
     checksums = _checksums(skeleton, options.verify, progress)  # measured too, as the trace is
-    measured = MemoryOfProcess.measure(skeleton, with_tokenizer=options.tokenizer is None)
-    context = options.context or default_context(skeleton, measured, budget_bytes, options.logits_to_keep)
-    engine = Engine(skeleton, measured, replace(options, context=context), checksums, trace)
+    choice = options.draft_choice
+    drafts = Drafts(choice, skeleton, skeleton.dtype) if choice is not None else None
+    logits_to_keep = options.logits_to_keep
+    if drafts is not None:
+        logits_to_keep = max(logits_to_keep, drafts.fit(budget_bytes) + 1)
+    in_blocks = drafts is not None and bool(drafts.kernels)
+    measured = MemoryOfProcess.measure(
+        skeleton, with_tokenizer=options.tokenizer is None, in_blocks=in_blocks
+    )
+    context = options.context or default_context(skeleton, measured, budget_bytes, logits_to_keep, drafts)
+    options = replace(options, context=context, logits_to_keep=logits_to_keep)
+    engine = Engine(skeleton, measured, options, checksums, trace, drafts)
     try:
         engine.load(budget_bytes)
     except BaseException:
@@ -153,10 +186,20 @@ def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
     model = skeleton.model
     model.flexinfer = engine  # type: ignore[assignment]
     model.forward = wraps(model.forward)(partial(engine.run, model.forward))
+    if drafts is not None:
+        stock: Any = model.generate
+        model.generate = wraps(stock)(partial(engine.generate, model, stock))  # type: ignore[assignment]
     weakref.finalize(model, engine.close_when_collected)
     if options.follow:
         engine.follow()
     return model
+
+
+class _Text(threading.local):
+    """What a thread's passes have in common while it generates one text."""
+
+    cache: "weakref.ref[DynamicCache] | None" = None  # of the last one
+    passes: int = 0
 
 
 class Engine:
@@ -173,19 +216,29 @@ class Engine:
         options: Options,
         checksums: Mapping[Path, Checksums] | None,
         trace: Trace,
+        drafts: Drafts | None,
     ) -> None:
         assert options.context is not None
         self._options, self.context, self._logits_to_keep = options, options.context, options.logits_to_keep
         self._checksums, self._trace = checksums, trace
+        self._drafts = drafts
+        self._pace: Pace | None = None
+        self._drafting = Drafting()
+        self._substitutes: Substitutes | None = None  # what of them is in the plan
+        self._substitute_source: SubstituteFile | SubstituteMaker | None = None
+        self._substitute_rows: dict[str, tuple[int, LockedRows]] = {}  # the first piece, and its rows
+        self._draft_costs: DraftCosts | None = None
+        self._text = _Text()
         self._pid = os.getpid()
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
-        self._mixture, self._experts = skeleton.mixture, dict[str, StreamedExperts]()
+        self.mixture = skeleton.mixture  # None where there are no experts
+        self._experts = dict[str, StreamedExperts]()
         self._cache: ExpertCache | None = None
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
-        self._fixed = fixed_memory(skeleton, measured, self.context, self._logits_to_keep)
+        self._fixed = fixed_memory(skeleton, measured, self.context, self._logits_to_keep, drafts)
         self._libraries, self.file_bytes = measured.libraries, measured.file_bytes
         self._tokenizer = options.tokenizer
         self._linears: dict[str, StreamedLinear] = {}
@@ -208,6 +261,8 @@ class Engine:
         skeleton, self._skeleton = self._skeleton, None
         assert skeleton is not None
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
+        if self._drafts is not None and not self._drafts.auto:
+            self._substitutes = self._drafts.substitutes
         self._make_plan(budget_bytes, skeleton)
         self._libraries.lock()
         reset_peak()
@@ -224,6 +279,8 @@ class Engine:
             max(1, self._options.io_threads),
             budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2,
         )
+        if self._drafts is not None:
+            self._choose_draft(budget_bytes, skeleton)
         self.plan = self._make_plan(budget_bytes, skeleton)
         self._kv = KVReserve(self._layers, self.context, skeleton.kv_dtype)
         self._place_modules(skeleton)
@@ -235,15 +292,17 @@ class Engine:
         self, budget_bytes: int, skeleton: Skeleton | None = None, fixed: Fixed | None = None
     ) -> Plan:
         try:
-            return make_plan(
+            plan = make_plan(
                 self._weights,
                 fixed or self._fixed,
                 budget_bytes,
                 self._costs,
                 policy=self._options.policy,
                 window=self._options.window,
-                mixture=self._mixture,
+                mixture=self.mixture,
+                substitutes=self._substitutes,
             )
+            return plan if self._drafts is None else replace(plan, draft=self._plan_draft(plan))
         except BudgetError as error:
             large = [
                 s.name
@@ -256,6 +315,66 @@ class Engine:
                 f"{error} {large[0]} and {len(large) - 1} more are not weights of linears or of experts that can be told apart; "
                 "they cannot be streamed yet and have to stay in memory."
             ) from None
+
+    def _plan_draft(self, plan: Plan) -> DraftPlan | None:
+        """What the draft gives beside `plan`; None before its costs are known, and where "auto" has found that none pays."""
+        drafts, costs = self._drafts, self._draft_costs
+        assert drafts is not None
+        if costs is None or drafts.kind is None:
+            return None
+        return drafts.planned(plan, self._costs, costs, self._pace.acceptance if self._pace else None)
+
+    def _choose_draft(self, budget_bytes: int, skeleton: Skeleton) -> None:
+        """Measure what drafting costs; with "auto", take the draft and the division of the budget that give most tokens per second."""
+        drafts = self._drafts
+        assert drafts is not None
+        assert self._reader is not None
+        room_bytes = budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2
+
+        def plan_with(substitutes: Substitutes | None) -> Plan:
+            self._substitutes = substitutes
+            return self._make_plan(budget_bytes, skeleton)
+
+        def measure() -> DraftCosts:
+            return measure_draft_costs(
+                skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype, room_bytes
+            )
+
+        found = drafts.options(plan_with, self._costs, measure)
+        best = max(found, key=lambda option: option.tokens_per_s)
+        drafts.kind, drafts.type, self._draft_costs = best.kind, best.type, best.costs
+        self._substitutes = drafts.substitutes if best.kind == "substitute" else None
+        if drafts.auto:
+            told = ", ".join(f"{one.kind or 'none'} {one.type} {one.tokens_per_s:.3g}" for one in found)
+            logger.info("draft %s: tokens/s expected: %s", best.kind or "none", told)
+        if self._substitutes is not None:
+            self._open_substitute(drafts, skeleton)
+        if drafts.kind == "model":
+            drafts.load()
+
+    def _open_substitute(self, drafts: Drafts, skeleton: Skeleton) -> None:
+        """Find where substitutes come from; make their file, where there is to be one."""
+        assert self._reader is not None
+        maker = SubstituteMaker(self._kernels, drafts.kernels, self._reader)
+        folder = drafts.choice.folder or DRAFTS
+        file = SubstituteFile(self._weights, drafts.kernels, drafts.type, folder)
+        if not file.exists and drafts.choice.folder is None:
+            numbers = sum(w.pieces[-1].row_stop * self._kernels[w.name].in_features for w in self._weights)
+            pass_s = sum(w.nbytes for w in self._weights) / self._costs.bandwidth_bytes_per_s
+            weight = max(self._weights, key=lambda weight: weight.nbytes)
+            if numbers * maker.seconds_per_number(weight) <= MAKING_PASSES * pass_s:
+                self._substitute_source = maker
+                return
+        if not file.exists:
+            logger.warning(
+                "making the draft's substitute (%s), once: %s in %s",
+                drafts.type,
+                format_size(file.nbytes),
+                folder,
+            )
+        file.make(maker, self._trace.progress)
+        file.open(direct=self._options.direct)
+        self._substitute_source = file
 
     def _place_modules(self, skeleton: Skeleton) -> None:
         """Read the parameters that stay, and put streamed modules where the linears, experts and the input embedding were."""
@@ -286,16 +405,25 @@ class Engine:
                 self._lock,
                 self._between_linears,
                 skeleton.row_orders.get(weight.name),
+                self._drafting,
+                self._drafts.kernels.get(weight.name) if self._drafts is not None else None,
             )
             model.set_submodule(path, linear)
             self._linears[weight.name] = linear
+        for names in skeleton.together:
+            if all(isinstance(self._kernels[name], GgmlKernel) for name in names):
+                first, *others = (self._linears[name] for name in names)
+                first.lead(others[:MOST_TOGETHER])
         self._place_experts(skeleton)
         if self._weights:
             embedding: Any = model.get_input_embeddings()
             name = skeleton.embedding_name
             spec = skeleton.specs[name + ".weight"]
             decode = decoder_of(spec)
-            rows = StreamedEmbedding(embedding, self._row_reader(spec), decode, spec, dtype, self._lock)
+            kept_rows = 2 * self._logits_to_keep if self._substitutes is not None else 0
+            rows = StreamedEmbedding(
+                embedding, self._row_reader(spec), decode, spec, dtype, self._lock, kept_rows
+            )
             model.set_submodule(name, rows)
 
     def _place_experts(self, skeleton: Skeleton) -> None:
@@ -305,11 +433,20 @@ class Engine:
         experts = skeleton.experts
         pieces = list(experts.mixture.pieces())
         slot_bytes = experts.mixture.slots().slot_bytes
-        self._cache = ExpertCache(pieces, slot_bytes, self._options.expert_policy, self._trace)
+        used = sum(layer.used for layer in experts.mixture.layers)
+        self._cache = ExpertCache(
+            pieces, slot_bytes, self._options.expert_policy, self._trace, token_experts=used
+        )
         first, before = 0, None
         for layer in experts.mixture.layers:
             streamed = StreamedExperts(
-                layer, experts.kernels[layer.name], first, self._trace, self._lock, self._between_linears
+                layer,
+                experts.kernels[layer.name],
+                first,
+                self._trace,
+                self._lock,
+                self._between_linears,
+                alternate=layer.name in experts.alternate,
             )
             module: Any = skeleton.model.get_submodule(layer.name)
             module.streamed = self._experts[layer.name] = streamed
@@ -345,6 +482,10 @@ class Engine:
         count_of = {w.name: plan.locked_pieces.get(w.name, 0) for w in self._weights}
         for weight in self._weights:
             self._locked[weight.name] = _keep(self._locked.get(weight.name, []), count_of[weight.name])
+            if self._substitute_rows.get(weight.name, (-1, None))[0] != count_of[weight.name]:
+                self._substitute_rows.pop(weight.name, None)
+        if not plan.substitute_bytes:
+            self._substitute_rows.clear()
         self._kv.allocate()
         slots = plan.experts.slots if plan.experts is not None else 0
         if self._cache is not None and slots < self._cache.slots:
@@ -370,6 +511,8 @@ class Engine:
                     done_bytes += nbytes
                     if self._trace.progress is not None and nbytes:
                         self._trace.progress("lock", done_bytes, sum(new_bytes))
+                if plan.substitute_bytes:
+                    self._fill_substitutes(pool, count_of)
             if self._cache is not None and not self._closed:
                 self._cache.resize(slots)
         finally:
@@ -382,6 +525,27 @@ class Engine:
             self._rest_bytes += plan.held_bytes - before.held_bytes
         else:
             self._rest_bytes = anonymous_bytes()
+
+    def _fill_substitutes(self, pool: ThreadPoolExecutor, count_of: dict[str, int]) -> None:
+        """Have a substitute of all rows that are not locked."""
+        source = self._substitute_source
+        assert source is not None
+        missing = [
+            weight
+            for weight in self._weights
+            if count_of[weight.name] < len(weight.pieces) and weight.name not in self._substitute_rows
+        ]
+
+        def fill(weight: Weight) -> None:
+            if not self._closed:
+                first = count_of[weight.name]
+                self._substitute_rows[weight.name] = (first, source.fill(weight, first))
+
+        done_bytes, all_bytes = 0, sum(weight.nbytes for weight in missing)
+        for weight, _ in zip(missing, pool.map(fill, missing), strict=True):
+            done_bytes += weight.nbytes
+            if self._trace.progress is not None:
+                self._trace.progress("draft", done_bytes, all_bytes)
 
     def _detach(self, why: str) -> None:
         """Take everything from the linears and experts, and end the window."""
@@ -425,7 +589,72 @@ class Engine:
         for weight in self._weights:
             places = list(enumerate(streamed[weight.name], place))
             place += len(places)
-            self._linears[weight.name].attach(self._locked[weight.name], places, prefetcher)
+            first, rows = self._substitute_rows.get(weight.name, (-1, None))
+            if first != _count(self._locked[weight.name]):  # memory could not be filled
+                rows = None
+            self._linears[weight.name].attach(self._locked[weight.name], places, prefetcher, rows)
+
+    def generate(
+        self, model: PreTrainedModel, generate: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' `generate` with the draft handed in, where it can be: one text, no beams, a cache, and no other draft."""
+        drafts, plan = self._drafts, self.plan.draft
+        assert drafts is not None
+        if plan is None or not drafts.serves(model, args, kwargs):
+            return generate(*args, **kwargs)
+        assert self._draft_costs is not None
+        if self._pace is None:
+            fixed = drafts.choice.candidates is not None
+            self._pace = Pace(plan, drafts.most, self._draft_costs.pass_s, fixed)
+        assistant = drafts.assistant(model, self._pace, self._while_drafting, self._cache_of_text)
+        kwargs = kwargs | {"assistant_model": assistant}
+        self._text.passes = 0
+        output = generate(*args, **kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        given: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        self._trace.texts_tokens += sequences.shape[1] - given.shape[1]
+        self._trace.texts_passes += self._text.passes
+        if drafts.auto and drafts.kind == "substitute":
+            self._reconsider_draft()
+        return output
+
+    def _reconsider_draft(self) -> None:
+        """Let go of a substitute that does not pay by what has been seen, and lock more instead ("auto")."""
+        assert self._drafts is not None
+        assert self._pace is not None
+        with self._lock:
+            if self._closed:
+                return
+            before = self._substitutes, self._drafts.kind, self._pace
+            self._substitutes, self._drafts.kind, self._pace = None, "lookup", None
+            plan = self._make_plan(self.plan.budget_bytes)
+            if plan.predicted_tokens_per_s <= before[2].predicted_tokens_per_s():
+                self._substitutes, self._drafts.kind, self._pace = before
+                return
+            logger.info(
+                "draft: %.2f of its candidates are accepted, too few; weights are locked in its memory instead",
+                before[2].acceptance,
+            )
+            self._apply(plan)
+
+    @property
+    def drafting(self) -> bool:
+        """Whether the pass that is running is a draft."""
+        return self._drafting.now
+
+    def _cache_of_text(self) -> DynamicCache | None:
+        return self._text.cache() if self._text.cache is not None else None
+
+    @contextlib.contextmanager
+    def _while_drafting(self) -> Iterator[None]:
+        """Passes of this block are drafts: they read no weight, and are no passes over the weights."""
+        with self._lock:
+            start_s, self._drafting.now = perf_counter(), True
+            try:
+                yield
+            finally:
+                self._drafting.now = False
+                self._trace.draft_s += perf_counter() - start_s
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One pass: `forward` of the transformers model, with memory seen to before it. One at a time; threads wait for one another.
@@ -450,13 +679,18 @@ class Engine:
                 self._first_fill()
             if ids is not None:
                 kwargs = self._prepare(forward, ids, asked, kwargs)
-            self._trace.begin_pass()
+            drafting = self._drafting.now
+            if not drafting:
+                self._trace.begin_pass()
             self._in_pass = True
             try:
                 return forward(*args, **kwargs)
             finally:
                 self._in_pass = False
-                if not self._closed:
+                if drafting:
+                    self._trace.draft_passes += 1
+                elif not self._closed:
+                    self._text.passes += 1
                     if ids is not None:
                         self._trace.tokens += ids.shape[0] * ids.shape[1]
                     self._trace.end_pass()
@@ -496,11 +730,15 @@ class Engine:
             kwargs = kwargs | {"cache": cache}
         elif isinstance(cache, DynamicCache):
             self._kv.adopt(cache)
+        if self._drafts is not None and isinstance(cache, DynamicCache):
+            self._text.cache = weakref.ref(cache)
         past_tokens = 0 if cache is None else cache.get_seq_length()
         another_text = given is not None and not past_tokens
         if another_text and self._trace.passes > self._explained["passes"] + 1:
             self.explain()
         kept = asked.get("logits_to_keep", 0)
+        if isinstance(kept, int) and kept > 1 and ids.shape[0] == 1:  # candidates and one
+            self._trace.drafted += kept - 1
         shape = PassShape(
             batch=ids.shape[0],
             new_tokens=ids.shape[1],
@@ -610,9 +848,10 @@ class Engine:
             "experts_foretold": trace.experts_foretold,
             "experts_foretold_right": trace.experts_foretold_right,
         }
-        return (of_experts if self._mixture is not None else {}) | {
+        return (of_experts if self.mixture is not None else {}) | {
             "passes": trace.passes,
             "tokens": trace.tokens,
+            **self._draft_stats(),
             "bytes_read": trace.bytes_read,
             "reads": trace.reads,
             "pass_s": trace.pass_s,
@@ -625,6 +864,58 @@ class Engine:
             "memory_stall_s": memory_stall_s(),
         }
 
+    def _draft_stats(self) -> dict[str, Any]:
+        """Of texts that `generate()` made with a draft; nothing without one."""
+        if self._drafts is None:
+            return {}
+        trace, plan, passes = self._trace, self.plan.draft, max(1, self._trace.texts_passes)
+        seconds = trace.pass_s + trace.draft_s
+        predicted = (
+            self._pace.predicted_tokens_per_s() if self._pace else plan and plan.predicted_tokens_per_s
+        )
+        return {
+            "draft": self._drafts.kind,
+            "drafted": trace.drafted,
+            "accepted": trace.texts_tokens - trace.texts_passes,
+            "tokens_per_pass": trace.texts_tokens / passes,
+            "draft_passes": trace.draft_passes,
+            "draft_s": trace.draft_s,
+            "acceptance": self._pace.acceptance if self._pace else plan and plan.acceptance,
+            "draft_predicted_tokens_per_s": predicted,
+            "times_bound": trace.texts_tokens / seconds / self.plan.bound_tokens_per_s if seconds else 0.0,
+        }
+
+    def draft_that_pays(self) -> DraftPlan | None:
+        """The draft that would give at least half as many tokens per second again, by a cautious reckoning; None with a draft, where
+        none would, or where passes are as fast as one reads."""
+        fast = self.plan.predicted_tokens_per_s > READING_TOKENS_PER_S
+        if self._drafts is not None or fast or not self.plan.streamed_bytes or self.mixture is not None:
+            return None
+        try:
+            kernels = substitute_kernels(self._weights, self._kernels, DEFAULT_TYPE, torch.float32)
+            plan = make_plan(
+                self._weights,
+                self._fixed,
+                self.plan.budget_bytes,
+                self._costs,
+                substitutes=substitute_bytes(self._weights, kernels),
+            )
+        except (BudgetError, DraftError):
+            return None
+        bits = next(iter(kernels.values())).type
+        acceptance = acceptance_of(8 * bits.block_bytes / bits.block_elements)
+        found = plan_draft(
+            plan,
+            self._costs,
+            rough_costs(self._costs.compute_s),
+            "substitute",
+            DEFAULT_TYPE,
+            acceptance,
+            range(1, 9),
+        )
+        pays = found.predicted_tokens_per_s > 1.5 * self.plan.predicted_tokens_per_s
+        return found if pays else None
+
     def explain(self) -> str:
         """Why the passes since the last call, or since loading, took as long as they did, as "disk: ..." (kernels, memory,
         order). Also logged (logger "flexinfer", INFO), without being called, when another text begins and at close().
@@ -633,6 +924,16 @@ class Engine:
         text = bottleneck(before, self._explained, self.plan)
         logger.info("%s", text)
         return text
+
+    def record_routing(self) -> list[list[int]]:
+        """A list that from now on grows by the experts that each layer of each pass is routed to, numbered over all layers.
+
+        Its memory is not in the plan. What policies of a cache would make of it: flexinfer.bench.routing.
+        """
+        routing: list[list[int]] = []
+        for experts in self._experts.values():
+            experts.record(routing.append)
+        return routing
 
     def events(self) -> list[dict[str, Any]]:
         """The timeline of reads, waits and kernels, oldest first; empty unless loaded with trace=True."""
@@ -681,7 +982,9 @@ class Engine:
             self._follower = Follower(
                 self.resize,
                 budget=lambda: (self._wanted or self.plan).budget_bytes,
-                smallest=lambda: smallest_budget_bytes(self._weights, self._fixed, self._mixture),
+                smallest=lambda: smallest_budget_bytes(
+                    self._weights, self._fixed, self.mixture, self._substitutes
+                ),
                 spare=available_bytes,
                 largest_bytes=self.plan.budget_bytes,
             )
@@ -702,6 +1005,11 @@ class Engine:
         with self._lock:
             self._detach(CLOSED)  # what that pass may have attached meanwhile
             self._locked.clear()
+            self._substitute_rows.clear()
+            if self._drafts is not None:
+                self._drafts.model = None
+            if isinstance(self._substitute_source, SubstituteFile):
+                self._substitute_source.close()
             self._cache = None
             if self._kv is not None:
                 self._kv.close()
@@ -758,6 +1066,10 @@ def _keep(locked: list[LockedPieces], count: int) -> list[LockedPieces]:
 
 
 def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    if spec.alternate is not None:
+        half = replace(spec, shape=(*spec.shape[:-1], spec.shape[-1] // 2), alternate=None)
+        both = (half, replace(spec.alternate, shape=half.shape))
+        return torch.stack([_read_tensor(reader, one, dtype) for one in both], -1).flatten(-2)
     buffer = Buffer(padded_bytes(spec.offset_bytes, spec.nbytes), lock=False)
     position = (
         reader.read(spec.file, spec.offset_bytes, spec.nbytes, buffer.memory(0, buffer.nbytes))
@@ -792,10 +1104,15 @@ class MemoryOfProcess:
     tokenizer_loading_bytes: int  # and at most while it is loaded
 
     @classmethod
-    def measure(cls, skeleton: Skeleton, *, with_tokenizer: bool) -> "MemoryOfProcess":
+    def measure(
+        cls, skeleton: Skeleton, *, with_tokenizer: bool, in_blocks: bool = False
+    ) -> "MemoryOfProcess":
         """Measured after what every run does once, on a model of a few kilobytes, has been done."""
         libraries = rehearse_once(
-            skeleton.dtype, skeleton.attention, dense=skeleton.dense, in_blocks=skeleton.in_blocks
+            skeleton.dtype,
+            skeleton.attention,
+            dense=skeleton.dense,
+            in_blocks=skeleton.in_blocks or in_blocks,
         )
         gc.collect()  # the dry run's model
         trim_heap()
@@ -810,15 +1127,21 @@ class MemoryOfProcess:
 
 
 def default_context(
-    skeleton: Skeleton, measured: MemoryOfProcess, budget_bytes: int, logits_to_keep: int = 1
+    skeleton: Skeleton,
+    measured: MemoryOfProcess,
+    budget_bytes: int,
+    logits_to_keep: int = 1,
+    drafts: Drafts | None = None,
 ) -> int:
     """Tokens a model is loaded for when nothing is said: 2048, or the model's own limit if that is less; halved, down to
     128, while the KV cache and activations would take more than a quarter of the budget, or the rest not fit beside them.
     """
     context = min(2048, context_limit(skeleton.config))
     while context >= 2 * SMALLEST_DEFAULT_CONTEXT:
-        fixed = fixed_memory(skeleton, measured, context, logits_to_keep)
-        fits = smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture) <= budget_bytes
+        fixed = fixed_memory(skeleton, measured, context, logits_to_keep, drafts)
+        substitutes = drafts.substitutes if drafts is not None and not drafts.auto else None
+        smallest_bytes = smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture, substitutes)
+        fits = smallest_bytes <= budget_bytes
         if fits and fixed.kv_bytes + fixed.activation_bytes <= budget_bytes // 4:
             break
         context //= 2
@@ -849,7 +1172,11 @@ def _resident_or_refused(
 
 
 def fixed_memory(
-    skeleton: Skeleton, measured: MemoryOfProcess, context: int, logits_to_keep: int = 1
+    skeleton: Skeleton,
+    measured: MemoryOfProcess,
+    context: int,
+    logits_to_keep: int = 1,
+    drafts: Drafts | None = None,
 ) -> Fixed:
     """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
     itemsize = skeleton.kv_dtype.itemsize
@@ -866,4 +1193,5 @@ def fixed_memory(
         activation_bytes=activation_bytes,
         margin_bytes=MARGIN_BYTES,
         context_tokens=context,
+        draft_bytes=drafts.bytes_beside(context) if drafts is not None else 0,
     )

@@ -39,6 +39,12 @@ def engine_html(plan: Plan, stats: dict[str, Any]) -> str:
         ("<b>tokens/s predicted</b>", speed, "one token a pass"),
         ("<b>context</b>", f"{plan.fixed.context_tokens} tokens", f"policy {escape(plan.policy)}"),
     ]
+    if plan.draft is not None:
+        drafted = (
+            f"{plan.draft.predicted_tokens_per_s:.3g}",
+            f"{plan.draft.tokens_per_pass:.3g} tokens a pass",
+        )
+        rows.append((f"<b>with the draft</b>, {escape(plan.draft.kind)}", *drafted))
     if stats["passes"]:
         waited = f"{stats['wait_s'] / stats['pass_s']:.0%} of it waiting" if stats["pass_s"] else ""
         rows += [

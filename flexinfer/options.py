@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexinfer.draft import DEFAULT_TYPE, DRAFTS, MOST_CANDIDATES, DraftChoice
+from flexinfer.expert_policies import DEFAULT as DEFAULT_EXPERT_POLICY
 from flexinfer.expert_policies import POLICIES as EXPERT_POLICIES
 from flexinfer.perfetto import check_trace
 from flexinfer.plan import DEFAULT_WINDOW_BYTES, POLICIES, parse_size, parse_window
@@ -51,8 +53,8 @@ class Options:
         choices=tuple(POLICIES),
     )
     expert_policy: str = option(
-        "recency",
-        "which experts of a mixture stay in the cache: recency, frequency, fixed",
+        DEFAULT_EXPERT_POLICY,
+        "which experts of a mixture stay in the cache: frequency (uses of the last tokens count most), recency, fixed",
         choices=tuple(EXPERT_POLICIES),
     )
     look_ahead: bool = option(
@@ -115,6 +117,31 @@ class Options:
         type=str,
         choices=DTYPES,
     )
+    draft: str | Path | None = option(
+        None,
+        "several tokens a pass, same output: substitute (the model itself with its streamed weights in a few bits), lookup (what stands in "
+        "the text already), a directory or Hub id (a small model of the same tokenizer, kept in memory), or auto (what the measured costs "
+        "make the fastest); single texts only, batches and beams go without",
+        metavar="WHAT",
+        choices=DRAFTS,
+        meaning_on_line="several tokens a pass, same output: substitute, lookup, a small model of the same tokenizer, or auto",
+    )
+    draft_type: str | None = option(
+        None,
+        f"ggml's type of a substitute's blocks; if left out {DEFAULT_TYPE}, and with auto one of several",
+        metavar="TYPE",
+    )
+    draft_tokens: int | None = option(
+        None,
+        f"candidates of each pass; if left out as many as pay by what has been accepted so far, up to {MOST_CANDIDATES}",
+        metavar="N",
+    )
+    draft_dir: str | Path | None = option(
+        None,
+        "keep the substitute in this directory, made once; if left out it is made when memory is filled, where that takes no longer than "
+        "two passes over the weights, and else kept in ~/.cache/flexinfer/drafts",
+        metavar="DIR",
+    )
     follow: bool = option(
         False, "give memory back while others need it, and take it again later, up to the budget"
     )
@@ -153,7 +180,13 @@ class Options:
         for name, dtype in (("dtype", self.dtype), ("kv_dtype", self.kv_dtype)):
             if str(dtype).removeprefix("torch.") not in DTYPES:
                 raise ValueError(f"{name}={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+        _ = self.draft_choice
         check_trace(self.trace)
+
+    @property
+    def draft_choice(self) -> DraftChoice | None:
+        """What drafts, if anything does. Raises ValueError for options of drafts that do not go together."""
+        return DraftChoice.of(self.draft, self.draft_type, self.draft_tokens, self.draft_dir)
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> "Options":

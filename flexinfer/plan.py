@@ -12,12 +12,15 @@ lock whole weights; they keep what is not in a decoder layer (lm_head) resident 
 Experts of a mixture (flexinfer.mixture) get what dense weights leave: all of those are locked first. Where the budget does not
 hold them, the experts pass through a cache no larger than the window.
 
+With a draft from a substitute (flexinfer.streaming.substitute) every piece is in memory: locked, or in a few bits. The policies then
+divide what is left once all pieces have a substitute, a locked piece costing as much more as it takes more than its substitute.
+
 Cost model, the paper's equation 4: seconds per pass = max(compute, streamed bytes / bandwidth).
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -91,12 +94,14 @@ class Fixed:
     margin_bytes: int  # what cannot be known: allocator, threads, page tables
     context_tokens: int = 0  # what the KV cache and the activations are sized for
     tokenizer_bytes: int = 0  # kept free for a tokenizer that has not been loaded yet
+    draft_bytes: int = 0  # a draft model, and the scores of candidates
 
     @property
     def nbytes(self) -> int:
         return (
             self.process_bytes
             + self.tokenizer_bytes
+            + self.draft_bytes
             + self.resident_bytes
             + self.kv_bytes
             + self.activation_bytes
@@ -149,12 +154,14 @@ class Plan:
     )
     predicted_tokens_per_s: float
     experts: ExpertPlan | None = None  # None where there are none
+    substitute_bytes: int = 0  # of what is streamed, for drafts
+    draft: "DraftPlan | None" = None
 
     @property
     def held_bytes(self) -> int:
-        """Memory for weights: locked, window and cache of experts."""
+        """Memory for weights: locked, substitutes, window and cache of experts."""
         cache_bytes = self.experts.cache_bytes if self.experts is not None else 0
-        return self.locked_bytes + self.window_bytes + cache_bytes
+        return self.locked_bytes + self.substitute_bytes + self.window_bytes + cache_bytes
 
     @property
     def process_bytes(self) -> int:
@@ -167,6 +174,18 @@ class Plan:
     @property
     def window_bytes(self) -> int:
         return self.slots * self.slot_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """Several tokens for each pass over the weights, and what that is expected to give."""
+
+    kind: str  # "substitute", "lookup" or "model"
+    type: str | None  # of a substitute's blocks
+    candidates: int  # that a pass verifies
+    acceptance: float  # of a candidate whose predecessors were accepted
+    tokens_per_pass: float
+    predicted_tokens_per_s: float
 
 
 def parse_size(value: str | int, what: str = "memory") -> int:
@@ -218,10 +237,23 @@ def parse_window(window: str | int | None) -> tuple[int | None, int | None]:
     return parse_size(window, "window"), None
 
 
-def smallest_budget_bytes(weights: Sequence[Weight], fixed: Fixed, mixture: Mixture | None = None) -> int:
-    """The least budget in which the weights can be streamed: what is fixed, and the smallest window and cache of experts."""
+Substitutes = Mapping[str, Sequence[int]]  # memory of the substitute of each piece, by the name of its weight
+
+
+def smallest_budget_bytes(
+    weights: Sequence[Weight],
+    fixed: Fixed,
+    mixture: Mixture | None = None,
+    substitutes: Substitutes | None = None,
+) -> int:
+    """The least budget in which the weights can be streamed: what is fixed, and the smallest window and cache of experts, and
+    substitutes of all weights where there are some."""
     slot_bytes = mixture.slots().slot_bytes if mixture is not None else 0
-    return fixed.nbytes + MIN_SLOTS * (_slot_bytes(weights) + slot_bytes)
+    return fixed.nbytes + MIN_SLOTS * (_slot_bytes(weights) + slot_bytes) + _all_bytes(substitutes)
+
+
+def _all_bytes(substitutes: Substitutes | None) -> int:
+    return sum(sum(pieces) for pieces in (substitutes or {}).values())
 
 
 def _slot_bytes(weights: Sequence[Weight]) -> int:
@@ -237,9 +269,10 @@ def make_plan(
     policy: str = "balanced",
     window: str | int | None = None,
     mixture: Mixture | None = None,
+    substitutes: Substitutes | None = None,
 ) -> Plan:
-    """Divide `budget_bytes` between what is fixed, the window, the locked pieces of `weights` (in order of use) and a cache of
-    the experts of `mixture`.
+    """Divide `budget_bytes` between what is fixed, the window, the locked pieces of `weights` (in order of use), `substitutes` of
+    the others and a cache of the experts of `mixture`.
 
     Raises BudgetError when the budget cannot hold the fixed part and the smallest window and cache, and ValueError for a
     policy that does not exist.
@@ -267,12 +300,19 @@ def make_plan(
             slots_of_cache += more
             spare_bytes -= more * cache.slot_bytes
     else:
-        smallest_bytes = smallest_budget_bytes(weights, fixed, mixture)
+        smallest_bytes = smallest_budget_bytes(weights, fixed, mixture, substitutes)
         if budget_bytes < smallest_bytes:
-            raise BudgetError(_too_little(budget_bytes, smallest_bytes, fixed, slot_bytes, cache))
-        slots = _window_slots(weights, window_bytes, window_layers, slot_bytes, spare_bytes)
-        locked = POLICIES[policy](weights, spare_bytes - slots * slot_bytes)
+            raise BudgetError(
+                _too_little(budget_bytes, smallest_bytes, fixed, slot_bytes, cache, _all_bytes(substitutes))
+            )
+        lock_bytes = spare_bytes - _all_bytes(substitutes)
+        slots = _window_slots(weights, window_bytes, window_layers, slot_bytes, lock_bytes)
+        to_lock = weights if substitutes is None else _beyond_substitutes(weights, substitutes)
+        locked = POLICIES[policy](to_lock, lock_bytes - slots * slot_bytes)
 
+    in_few_bits = 0
+    if substitutes is not None:
+        in_few_bits = sum(sum(substitutes[w.name][locked.get(w.name, 0) :]) for w in weights)
     streamed = [piece for weight in weights for piece in weight.pieces[locked.get(weight.name, 0) :]]
     locked_memory = sum(p.locked_bytes for w in weights for p in w.pieces[: locked.get(w.name, 0)])
     streamed_bytes = sum(piece.nbytes for piece in streamed)
@@ -300,12 +340,27 @@ def make_plan(
         locked_bytes=dense_bytes - streamed_bytes,
         streamed_bytes=streamed_bytes + (experts.missed_bytes if experts else 0),
         total_bytes=dense_bytes + (experts.token_bytes if experts else 0),
-        unused_bytes=spare_bytes - locked_memory - (slots * slot_bytes if streamed else 0),
+        unused_bytes=spare_bytes - locked_memory - in_few_bits - (slots * slot_bytes if streamed else 0),
         costs=costs,
         bound_tokens_per_s=_per_s(max(costs.compute_s, at_best_s)),
         predicted_tokens_per_s=_per_s(max(costs.compute_s, read_s)),
         experts=experts,
+        substitute_bytes=in_few_bits,
     )
+
+
+def _beyond_substitutes(weights: Sequence[Weight], substitutes: Substitutes) -> list[Weight]:
+    """The weights, a piece taking what it takes locked beyond its substitute."""
+    return [
+        replace(
+            weight,
+            pieces=tuple(
+                replace(piece, locked_bytes=max(0, piece.locked_bytes - nbytes))
+                for piece, nbytes in zip(weight.pieces, substitutes[weight.name], strict=True)
+            ),
+        )
+        for weight in weights
+    ]
 
 
 def _small_cache(cache: CacheShape, window_bytes: int, most_bytes: int) -> int:
@@ -314,16 +369,23 @@ def _small_cache(cache: CacheShape, window_bytes: int, most_bytes: int) -> int:
 
 
 def _too_little(
-    budget_bytes: int, smallest_bytes: int, fixed: Fixed, slot_bytes: int, cache: CacheShape | None
+    budget_bytes: int,
+    smallest_bytes: int,
+    fixed: Fixed,
+    slot_bytes: int,
+    cache: CacheShape | None,
+    in_few_bits: int,
 ) -> str:
     """What a budget is needed for."""
-    experts = f", experts {format_size(MIN_SLOTS * cache.slot_bytes)}" if cache is not None else ""
+    others = f", experts {format_size(MIN_SLOTS * cache.slot_bytes)}" if cache is not None else ""
+    draft_bytes = in_few_bits + fixed.draft_bytes
+    others += f", draft {format_size(draft_bytes)}" if draft_bytes else ""
     return (
         f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {smallest_bytes} bytes "
         f"({format_size(smallest_bytes + (1 << 20))}): process {format_size(fixed.process_bytes)}, tokenizer {format_size(fixed.tokenizer_bytes)}, parameters that stay "
         f"{format_size(fixed.resident_bytes)}, KV cache {format_size(fixed.kv_bytes)}, activations "
         f"{format_size(fixed.activation_bytes)}, margin {format_size(fixed.margin_bytes)}, window "
-        f"{format_size(MIN_SLOTS * slot_bytes)}{experts}. A smaller context makes the KV cache and activations smaller."
+        f"{format_size(MIN_SLOTS * slot_bytes)}{others}. A smaller context makes the KV cache and activations smaller."
     )
 
 

@@ -12,6 +12,17 @@ from typing import Any
 from flexinfer.plan import Plan, format_size
 
 MEMORY_SHARE = 0.2  # of the time, from which on memory is named first; our choice
+COUNTERS = (
+    "passes",
+    "pass_s",
+    "compute_s",
+    "wait_s",
+    "bytes_read",
+    "wasted_bytes",
+    "resyncs",
+    "major_faults",
+    "memory_stall_s",
+)
 FAULT_S = 1e-3  # our choice for a page read back from a disk that is in use
 OVERLAP_SHARE = 0.7  # of the measured bandwidth, below which reads are said not to overlap; our choice
 
@@ -20,6 +31,7 @@ TITLES = {  # of the stages of progress
     "load": "reading what stays",
     "lock": "filling locked memory",
     "pass": "reading the prompt",
+    "draft": "making the draft",
 }
 PART_COLOURS = {  # of the parts of a budget, on a terminal and in a picture
     "process": "#9e9e9e",
@@ -30,6 +42,7 @@ PART_COLOURS = {  # of the parts of a budget, on a terminal and in a picture
     "margin": "#c7c7c7",
     "window": "#ffbf00",
     "unused": "#eeeeee",
+    "draft": "#e377c2",
     "cache of experts": "#9467bd",
     "locked weights": "#2ca02c",
 }
@@ -48,6 +61,8 @@ def budget_parts(plan: Plan) -> dict[str, int]:
         "window": plan.window_bytes,
         "unused": plan.unused_bytes,
     }
+    if plan.substitute_bytes or fixed.draft_bytes:
+        parts["draft"] = plan.substitute_bytes + fixed.draft_bytes
     if plan.experts is not None:
         parts["cache of experts"] = plan.experts.cache_bytes
     return parts | {"locked weights": plan.budget_bytes - sum(parts.values())}
@@ -66,9 +81,21 @@ def plan_line(plan: Plan) -> str:
         if experts is not None
         else ""
     )
+    one_a_pass = (
+        f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most {plan.bound_tokens_per_s:.3g}"
+    )
+    if plan.draft is None:
+        speed = one_a_pass
+    else:
+        draft = plan.draft
+        kept = f" ({format_size(plan.substitute_bytes)} in {draft.type})" if draft.type else ""
+        speed = (
+            f"draft by {draft.kind}{kept}: {draft.candidates} candidates, {draft.tokens_per_pass:.3g} tokens a pass, "
+            f"{draft.predicted_tokens_per_s:.3g} tokens/s predicted; one a pass: {one_a_pass}"
+        )
     return (
         f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights locked{cached}, {streamed}; "
-        f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most {plan.bound_tokens_per_s:.3g}"
+        f"{speed}"
     )
 
 
@@ -76,7 +103,7 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
     """Why the passes between two readings of `Engine.stats()` took as long as they did: "disk: ...", "kernels: ...",
     "memory: ..." or "order: ..." (the readers had to start over), with the figure.
     """
-    spent = {name: after[name] - before[name] for name in before if name != "peak_bytes"}
+    spent = {name: after[name] - before[name] for name in COUNTERS}
     passes, pass_s, bytes_read = spent["passes"], spent["pass_s"], spent["bytes_read"]
     if not passes or not pass_s:
         return "nothing: no pass over the weights yet"
@@ -88,6 +115,11 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
             "the system takes pages from this process and reads them again: a smaller budget, or less beside it"
         )
     in_vain_bytes = spent["wasted_bytes"]
+    if in_vain_bytes > MEMORY_SHARE * bytes_read and not spent["resyncs"]:
+        return (
+            f"order: {format_size(in_vain_bytes)} of {format_size(bytes_read)} were experts that were foretold and not wanted; "
+            "look_ahead=False reads none"
+        )
     if in_vain_bytes > MEMORY_SHARE * bytes_read:
         return (
             f"order: the readers were sent elsewhere {spent['resyncs']} times in {passes} passes and read "

@@ -94,6 +94,11 @@ class Trace:
     reads: int = 0
     pass_s: float = 0.0
     wait_s: float = 0.0
+    draft_passes: int = 0
+    draft_s: float = 0.0
+    drafted: int = 0  # candidates that passes verified
+    texts_tokens: int = 0  # that generate() made with a draft, and
+    texts_passes: int = 0  # in so many passes
     resyncs: int = 0
     wasted_bytes: int = 0  # read and never used
     expert_hits: int = 0  # experts that a layer wanted and that were in memory

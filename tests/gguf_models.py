@@ -24,6 +24,7 @@ from flexinfer.kernels.ggml import TYPES, GgmlKernel, dequantize_rows, quantize_
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 MIX = ("Q4_K", "Q6_K", "Q5_0", "Q8_0", "Q4_0", "F16")
+ROUTERS = ("gate.weight", "router.weight")
 CALIBRATED = {"IQ1_S", "IQ2_XS", "IQ2_XXS"}  # cannot be made of weights alone
 SHAPE: dict[str, Any] = {
     "hidden_size": 256,
@@ -43,6 +44,18 @@ TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
 }
+EXPERTS: dict[str, Any] = {"num_hidden_layers": 3, "num_experts_per_tok": 3}
+OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1}
+GRANITE |= {"logits_scaling": 5.0}
 GPT2 = {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 512, "vocab_size": VOCAB}
 
 
@@ -122,12 +135,88 @@ FAMILIES = {
 }
 
 
+MIXTURES = {
+    "mixtral": Family(
+        lambda **over: transformers.MixtralConfig(
+            **SHAPE | ROPE | RMS | {"num_hidden_layers": 3, "num_local_experts": 6} | over
+        ),
+        {"rope.dimension_count": 64},
+        architecture="llama",
+        permuted=True,
+    ),
+    "qwen2_moe": Family(
+        lambda **over: transformers.Qwen2MoeConfig(
+            **SHAPE
+            | ROPE
+            | RMS
+            | EXPERTS
+            | {"num_experts": 8, "moe_intermediate_size": 256}
+            | {"shared_expert_intermediate_size": 512}
+            | over
+        ),
+        {"expert_feed_forward_length": 256, "expert_shared_feed_forward_length": 512},
+        architecture="qwen2moe",
+    ),
+    "qwen3_moe": Family(
+        lambda **over: transformers.Qwen3MoeConfig(
+            **SHAPE
+            | ROPE
+            | RMS
+            | EXPERTS
+            | {"num_experts": 12, "moe_intermediate_size": 256}
+            | {"head_dim": 128, "norm_topk_prob": True}
+            | over
+        ),
+        {"attention.key_length": 128, "attention.value_length": 128, "expert_feed_forward_length": 256},
+        architecture="qwen3moe",
+    ),
+    "olmoe": Family(
+        lambda **over: transformers.OlmoeConfig(
+            **SHAPE
+            | ROPE
+            | RMS
+            | EXPERTS
+            | {"num_experts": 8, "intermediate_size": 256, "num_key_value_heads": 4}
+            | over
+        ),
+    ),
+    "granitemoe": Family(
+        lambda **over: transformers.GraniteMoeConfig(
+            **SHAPE
+            | ROPE
+            | RMS
+            | EXPERTS
+            | GRANITE
+            | {"num_local_experts": 8, "intermediate_size": 256}
+            | over
+        ),
+        {"rope.dimension_count": 64, "embedding_scale": 3.0, "residual_scale": 0.4}
+        | {"attention.scale": 0.1, "logit_scale": 5.0},
+        permuted=True,
+    ),
+    "gpt_oss": Family(
+        lambda **over: transformers.GptOssConfig(
+            **SHAPE
+            | RMS
+            | EXPERTS
+            | {"num_local_experts": 8, "head_dim": 64, "sliding_window": 8}
+            | {"rope_parameters": OSS_ROPE, "intermediate_size": 256}
+            | over
+        ),
+        {"attention.key_length": 64, "attention.value_length": 64, "attention.sliding_window": 8}
+        | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "expert_feed_forward_length": 256}
+        | {"rope.scaling.original_context_length": 32},
+        architecture="gpt-oss",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor as it lies in the file."""
 
     kind: str
-    data: np.ndarray  # uint8 [rows, row_bytes] for blocks
+    data: np.ndarray  # uint8 [rows, row_bytes] for blocks; [experts, rows, row_bytes] of experts
     order: torch.Tensor | None  # row i of the parameter is row order[i] here
 
 
@@ -150,7 +239,7 @@ def write_model(
     **config: Any,
 ) -> Written:
     """Write a random model of `family` into directory `path`. `change` may add to the header."""
-    facts = FAMILIES[family]
+    facts = (FAMILIES | MIXTURES)[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(facts.config(**config), dtype=torch.float32).eval()
     settings = model.config
@@ -167,8 +256,9 @@ def write_model(
         change(writer)
     stored: dict[str, Stored] = {}
     with torch.no_grad():
-        for name, parameter, kind in _parameters(model, kinds):
+        for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+        for name, parameter, kind in _parameters(model, kinds):
             stored[name] = _store(name, parameter, kind, facts, settings, model)
             writer.add_tensor(
                 _name(architecture, settings.num_hidden_layers, name),
@@ -202,6 +292,8 @@ def _values(config: PretrainedConfig, facts: Family) -> dict[str, Any]:
         "feed_forward_length": of("intermediate_size", "n_inner"),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": of("num_key_value_heads"),
+        "expert_count": of("num_experts", "num_local_experts"),
+        "expert_used_count": of("num_experts_per_tok"),
         "attention.layer_norm_rms_epsilon": rms,
         "attention.layer_norm_epsilon": None if rms else plain,
         "rope.freq_base": 5000.0 if of("rope_parameters") else None,
@@ -212,29 +304,58 @@ def _values(config: PretrainedConfig, facts: Family) -> dict[str, Any]:
     return {key: value for key, value in (values | facts.values).items() if value is not None}
 
 
-def _parameters(model: PreTrainedModel, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Name, parameter and type; each matrix in the next of `kinds`."""
+def _parameters(model: PreTrainedModel, kinds: Sequence[str]) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """Name, parameter and type; each matrix in the next of `kinds`. Of experts gate and up apart, as views with rows of outputs."""
     kind_of = cycle(kinds)
     for name, parameter in model.named_parameters():
-        matrix = parameter.dim() == 2 and ".wpe." not in name
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        if "is_transposed" in vars(module):  # of experts
+            rows = parameter.transpose(1, 2) if module.is_transposed and parameter.dim() == 3 else parameter
+            parts = {name: rows}
+            if "gate_up" in name:
+                width = rows.shape[1] // 2
+                cuts = (
+                    [slice(0, width), slice(width, None)]
+                    if module.is_concatenated
+                    else [slice(0, None, 2), slice(1, None, 2)]
+                )
+                parts = {
+                    name.replace("gate_up", way): rows[:, cut]
+                    for way, cut in zip(("gate", "up"), cuts, strict=True)
+                }
+            for part, view in parts.items():
+                yield part, view, "F32" if view.dim() == 2 else next(kind_of)
+            continue
+        matrix = parameter.dim() == 2 and ".wpe." not in name and not name.endswith(ROUTERS)
         yield name, parameter, next(kind_of) if matrix else "F32"
 
 
 def _name(architecture: str, layers: int, parameter: str) -> str:
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     module, _, leaf = parameter.rpartition(".")
-    return f"{gguf.get_tensor_name_map(number, layers).get_name(module)}.{leaf}"
+    names = gguf.get_tensor_name_map(number, layers)
+    if ".experts." in parameter:
+        leaf, way = "bias" if leaf.endswith("_bias") else "weight", leaf.partition("_")[0]
+        return f"blk.{parameter.split('.')[2]}.ffn_{way}_exps.{leaf}"
+    if leaf == "sinks":
+        return f"{names.get_name(parameter)}.weight"
+    if module.endswith("block_sparse_moe.router"):
+        module += ".layer"
+    return f"{names.get_name(module)}.{leaf}"
 
 
 def _store(
     name: str,
-    parameter: nn.Parameter,
+    parameter: torch.Tensor,
     kind: str,
     facts: Family,
     config: PretrainedConfig,
     model: PreTrainedModel,
 ) -> Stored:
     """The parameter as the file has it; it is changed into what that stands for."""
+    if parameter.dim() == 3:  # of experts
+        each = [_store(name, one, kind, facts, config, model).data for one in parameter]
+        return Stored(kind, np.stack(each), None)
     transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and parameter.dim() == 2
     rows = (parameter.data.T if transposed else parameter.data).contiguous()
     order = None
@@ -255,7 +376,7 @@ def _store(
         numbers = numbers - 1
     in_order = numbers if order is None else numbers[order]
     parameter.copy_(in_order.T if transposed else in_order)
-    return Stored(kind, data, order)
+    return Stored(kind, data[0] if name.endswith("shared_expert_gate.weight") else data, order)
 
 
 def _random_blocks(kind: str, rows: torch.Tensor) -> torch.Tensor:
@@ -282,6 +403,36 @@ class WholeLinear(nn.Module):
         return y if self._order is None else y[..., self._order]
 
 
+class WholeExperts(nn.Module):
+    """Experts whose weights are whole in memory, as blocks: each multiplies its tokens, in the order of their numbers."""
+
+    def __init__(self, stock: Any, ways: Sequence[Stored], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._stock, self._up, self._down = [stock], ways[:-1], ways[-1]
+        self._dtype = dtype
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        stock, output = self._stock[0], torch.zeros_like(hidden)
+        for expert in sorted(set(index.flatten().tolist())):
+            place, token = torch.where(index.t() == expert)
+            parts = [self._multiply(hidden[token], stored, expert) for stored in self._up]
+            y = torch.cat(parts, -1) if stock.is_concatenated else torch.stack(parts, -1).flatten(-2)
+            if stock.has_bias:
+                y = y + stock.gate_up_proj_bias[expert]
+            y = self._multiply(stock._apply_gate(y), self._down, expert)
+            if stock.has_bias:
+                y = y + stock.down_proj_bias[expert]
+            output.index_add_(0, token, (y * weights[token, place, None]).to(output.dtype))
+        return output
+
+    def _multiply(self, x: torch.Tensor, stored: Stored, expert: int) -> torch.Tensor:
+        blocks = torch.from_numpy(stored.data[expert])
+        if stored.kind not in TYPES:
+            return nn.functional.linear(x, blocks.to(self._dtype))
+        kernel = GgmlKernel(x.shape[-1], TYPES[stored.kind], self._dtype)
+        return kernel.multiply(x, blocks, len(blocks), None)
+
+
 def whole_model(written: Written, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The stock model, each of its linears in blocks replaced by a `WholeLinear`."""
     model = AutoModelForCausalLM.from_pretrained(written.stock, dtype=dtype).eval()
@@ -291,6 +442,12 @@ def whole_model(written: Written, dtype: torch.dtype = torch.float32) -> PreTrai
         tied = next(name for name, module in model.named_modules() if module is table)
         names["lm_head.weight"] = names[f"{tied}.weight"]
     for name, stored in names.items():
+        if ".experts." in name:
+            if name.endswith(".down_proj"):
+                path = name.rpartition(".")[0]
+                ways = [names[f"{path}.{way}_proj"] for way in ("gate", "up", "down")]
+                model.set_submodule(path, WholeExperts(model.get_submodule(path), ways, dtype))
+            continue
         path = name.removesuffix(".weight")
         module: Any = model.get_submodule(path) if name.endswith(".weight") else None
         if stored.kind in TYPES and isinstance(module, nn.Linear | Conv1D):
@@ -300,8 +457,8 @@ def whole_model(written: Written, dtype: torch.dtype = torch.float32) -> PreTrai
             linear = nn.Linear(module.nx, module.nf, dtype=dtype)
             linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
             model.set_submodule(path, linear)
-        elif isinstance(
-            module, nn.Linear
+        elif isinstance(module, nn.Linear) or (
+            stored.kind == "F32" and name.endswith(ROUTERS)
         ):  # float32 made of float16 is a copy, and so aligned; a mapped one is as it lies
             module.weight.data = module.weight.data.clone()
     return model

@@ -6,26 +6,28 @@ Runs are fresh processes, as users have them: what a process takes before it loa
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flexinfer.bench.config import ModelConfig, ShapeConfig
+from flexinfer.bench.config import ExpertsConfig, ModelConfig, ShapeConfig
+from flexinfer.bench.gguf import make_gguf
 from flexinfer.bench.limits import Limits, find_place
-from flexinfer.bench.synth import make_checkpoint
+from flexinfer.bench.synth import default_cache_dir, make_checkpoint
 
 SHAPE = ShapeConfig(hidden=1024, intermediate=2816, layers=4, heads=16, kv_heads=4, vocab=16_384, tie=False)
 RUN = """
 import json, sys
-path, memory, context, prompt_tokens, new_tokens, repeats, system = json.loads(sys.argv[1])
+path, memory, context, prompt_tokens, new_tokens, repeats, system, draft = json.loads(sys.argv[1])
 if system == "stock":
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(path).eval()
 else:
     import flexinfer
     try:
-        model = flexinfer.from_pretrained(path, memory, context=context)
+        model = flexinfer.from_pretrained(path, memory, context=context, draft=draft)
     except flexinfer.BudgetError as error:
         print(json.dumps({"refused": int(str(error).split("at least ")[1].split()[0])}))
         raise SystemExit
@@ -40,7 +42,7 @@ report = {"tokens": text[0, prompt_tokens:].tolist(), "resident_bytes": resident
 if system == "flexinfer":
     plan = model.flexinfer.plan
     report |= {"peak_bytes": model.flexinfer.stats()["peak_bytes"], "streamed_bytes": plan.streamed_bytes,
-               "total_bytes": plan.total_bytes, "fixed": repr(plan.fixed), "window_bytes": plan.window_bytes}
+               "total_bytes": plan.total_bytes, "drafted": model.flexinfer.stats().get("drafted"), "fixed": repr(plan.fixed), "window_bytes": plan.window_bytes}
 print(json.dumps(report))
 """
 
@@ -68,9 +70,10 @@ def run(
     repeats: int = 1,
     system: str = "flexinfer",
     limits: Limits | None = None,
+    draft: str | None = None,
 ) -> dict[str, Any]:
     """One process that loads and generates; what it reports. Its death fails the test."""
-    arguments = [str(path), memory, context, prompt_tokens, new_tokens, repeats, system]
+    arguments = [str(path), memory, context, prompt_tokens, new_tokens, repeats, system, draft]
     command = [sys.executable, "-c", RUN, json.dumps(arguments)]
     done = subprocess.run(
         limits.command(command) if limits else command, capture_output=True, text=True, check=False
@@ -115,6 +118,38 @@ def test_smallest_budget_is_enough_in_a_cgroup_of_that_size(
     print({"memory_bytes": memory, "cgroup_peak_bytes": usage.peak_memory_bytes} | report)
 
 
+@pytest.mark.parametrize("draft", ["substitute", "lookup", "model"])
+@pytest.mark.parametrize(("context", "prompt_tokens"), [(512, 480), (64, 8)])
+def test_smallest_budget_is_enough_with_a_draft(
+    big: Path, context: int, prompt_tokens: int, draft: str
+) -> None:
+    """As above: every candidate, its scores, the substitute or the draft model are in the budget."""
+    place = find_place()
+    if place.memory is None:
+        pytest.skip(f"no right to limit memory here: {place.why_not}")
+    told, new_tokens = draft, context - prompt_tokens
+    if draft == "model":
+        shape = replace(SHAPE, layers=1, hidden=256, intermediate=704, heads=4)
+        small = ModelConfig(name="test-budget-draft", kind="synthetic", formats=["bf16"], shape=shape)
+        told = str(make_checkpoint(small, "bf16", progress=False))
+    memory = run(big, 1 << 20, context, prompt_tokens, new_tokens, draft=told)["refused"]
+    for _ in range(5):
+        with Limits(memory_bytes=memory) as limits:
+            assert limits.applied.memory_bytes is not None
+            memory = limits.applied.memory_bytes
+            report = run(big, memory, context, prompt_tokens, new_tokens, limits=limits, draft=told)
+            usage = limits.usage()
+        if "refused" not in report:
+            break
+        memory = report["refused"]
+    assert len(report["tokens"]) == new_tokens
+    assert report["drafted"] >= 8
+    assert usage.oom_kills == 0
+    assert usage.peak_memory_bytes is not None
+    assert max(usage.peak_memory_bytes, report["peak_bytes"]) <= memory
+    assert report["peak_bytes"] >= 0.8 * memory, "the plan asks for much more than is used"
+
+
 LENGTHS = """
 import gc, json, sys, flexinfer, torch
 from flexinfer.machine import anonymous_bytes
@@ -147,3 +182,66 @@ def test_generating_again_takes_no_more_memory(big: Path) -> None:
     """The KV cache is set aside when the model is loaded."""
     report = run(big, 2 << 30, 256, 16, 8, repeats=5)
     assert max(report["resident_bytes"][1:]) <= report["resident_bytes"][0] + (4 << 20)
+
+
+MIXTURE = ShapeConfig(512, 512, 4, 8, 2, 4096, experts=ExpertsConfig(16, 2, "llama"))
+MANY_PROMPTS = """
+import json, sys, flexinfer, torch
+path, memory, resizes, new_tokens = json.loads(sys.argv[1])
+try:
+    model = flexinfer.from_pretrained(path, memory, context=512 + new_tokens)
+except flexinfer.BudgetError as error:
+    print(json.dumps({"refused": int(str(error).split("at least ")[1].split()[0])}))
+    raise SystemExit
+texts = []
+for number, tokens in enumerate((1, 64, 512, 9)):
+    ids = torch.randint(3, 4096, (1, tokens), generator=torch.Generator().manual_seed(number))
+    if resizes:
+        model.flexinfer.resize(resizes[number % len(resizes)])
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                          eos_token_id=None, pad_token_id=0)
+    texts.append(text[0, tokens:].tolist())
+plan, stats = model.flexinfer.plan, model.flexinfer.stats()
+print(json.dumps({"tokens": texts, "slots": plan.experts.slots, "experts_bytes": plan.experts.total_bytes} | stats))
+"""
+
+
+def run_many_prompts(
+    path: Path, memory: int, resizes: list[int], limits: Limits | None = None, new_tokens: int = 50
+) -> dict[str, Any]:
+    command = [sys.executable, "-c", MANY_PROMPTS, json.dumps([str(path), memory, resizes, new_tokens])]
+    done = subprocess.run(
+        limits.command(command) if limits else command, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+@pytest.mark.parametrize("more_bytes", [0, 16 << 20])
+def test_a_mixture_generates_200_tokens_in_a_cgroup_of_its_budget(more_bytes: int) -> None:
+    """Prompts of 1 to 512 tokens; in the larger of the two budgets it is resized between them."""
+    place = find_place()
+    if place.memory is None:
+        pytest.skip(f"no right to limit memory here: {place.why_not}")
+    path = make_gguf(ModelConfig("test-mixture", shape=MIXTURE), "q4_k", default_cache_dir())
+    expected = run_many_prompts(path, 4 << 30, [])
+    memory = run_many_prompts(path, 1 << 20, [])["refused"]
+    for _ in range(5):
+        with Limits(memory_bytes=memory + more_bytes) as limits:
+            assert limits.applied.memory_bytes is not None
+            budget = limits.applied.memory_bytes
+            smaller = budget - more_bytes // 2
+            report = run_many_prompts(path, budget, [smaller, budget] if more_bytes else [], limits)
+            usage = limits.usage()
+        if "refused" not in report:
+            break
+        memory = report["refused"]
+    assert report["tokens"] == expected["tokens"]
+    assert sum(map(len, report["tokens"])) == 200
+    assert report["expert_misses"] > expected["expert_misses"], "experts were read again"
+    assert usage.oom_kills == 0
+    assert usage.peak_memory_bytes is not None
+    assert usage.peak_memory_bytes <= budget
+    assert report["peak_bytes"] <= budget
+    assert report["peak_bytes"] >= 0.8 * budget, "the plan asks for much more than is used"

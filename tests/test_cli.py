@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 import pytest
 import torch
 from small_model import CONFIG, add_tokenizer
@@ -347,6 +348,25 @@ def test_plan_accounts_for_every_byte_of_the_budget(
     assert budgets[0]["streamed_bytes"] == facts["total_bytes"]
     assert budgets[-1]["streamed_bytes"] == 0
     assert all(one["predicted_tokens_per_s"] <= one["bound_tokens_per_s"] * 1.001 for one in budgets)
+
+
+def test_plan_of_a_mixture_says_what_a_token_needs_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = gguf_models.write_model(tmp_path, "qwen3_moe", ("Q8_0",))
+    facts = run_json(capsys, "plan", str(written.file), "--memory", MEMORY)
+    of_one = 3 * 256 * 256 // 32 * 34
+    assert facts["experts"]["total_bytes"] == 3 * 12 * of_one
+    assert facts["experts"]["token_bytes"] == 3 * 3 * of_one
+    assert facts["experts"]["hit_rate"] == 1.0
+    assert sum(facts["parts_bytes"].values()) == facts["budget_bytes"]
+    assert facts["total_bytes"] == facts["experts"]["token_bytes"] + sum(r["nbytes"] for r in facts["roles"])
+    rates = [one["expert_hit_rate"] for one in facts["budgets"]]
+    assert rates == sorted(rates)
+    assert rates[0] < 0.3
+    assert all(one["predicted_tokens_per_s"] <= one["bound_tokens_per_s"] * 1.001 for one in facts["budgets"])
+    assert main(["plan", str(written.file), "--memory", MEMORY]) == 0
+    assert "100% hits" in capsys.readouterr().out
 
 
 def test_plan_shows_tables(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,3 +302,52 @@ def test_every_command_takes_a_file(
     assert "start from the original checkpoint" in capsys.readouterr().err
     assert main(["generate", str(tmp_path / "none.gguf"), "ab"]) == 2
     assert "no such" in capsys.readouterr().err
+
+
+def test_weights_of_the_same_input_are_multiplied_in_one_call(
+    gguf_model: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, keys and values, then gate and up; where they are in memory and there are few rows."""
+    calls: list[int] = []
+    multiply = flexinfer.kernels.ggml.Library.multiply
+
+    def counted(self: Any, x: Any, weights: Any) -> None:
+        calls.append(len(weights))
+        multiply(self, x, weights)
+
+    monkeypatch.setattr(flexinfer.kernels.ggml.Library, "multiply", counted)
+    model = load(gguf_model("llama", ("Q4_0",)).file)
+    layers = model.config.num_hidden_layers
+    for _ in range(2):
+        calls.clear()
+        model(prompt(1, tokens=8))
+        assert calls == [3, 1, 2, 1] * layers + [1]
+    calls.clear()
+    model(prompt(1, tokens=9))
+    assert calls == [1] * (7 * layers + 1)
+    resize_to_share(model, 0.0)
+    calls.clear()
+    model(prompt(1, tokens=8))
+    assert set(calls) == {1}
+
+
+def test_an_output_made_ahead_is_of_that_very_input(gguf_model: WriteGGUF, load: Load) -> None:
+    model = load(gguf_model("llama", ("Q4_0",)).file)
+    model(prompt())
+    attention = model.model.layers[0].self_attn
+    queries, keys = attention.q_proj, attention.k_proj
+    with torch.no_grad():
+        x, other = torch.randn(2, 1, 1, model.config.hidden_size)
+        alone = [keys(one.clone()) for one in (x, other)]
+        queries(x)
+        assert torch.equal(keys(x), alone[0])
+        queries(x)
+        assert torch.equal(keys(other), alone[1])
+        assert torch.equal(keys(x), alone[0])
+        queries(x)
+        x.copy_(other)
+        assert torch.equal(keys(x), alone[1])
+    with torch.inference_mode():
+        inferred = other.clone()
+        queries(inferred)
+        assert torch.equal(keys(inferred), alone[1])

@@ -18,6 +18,7 @@ import flexinfer
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+INSTALLED = ("ggml", "serve", "bench", "dev")  # the extras that make installs
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 
 
@@ -34,7 +35,7 @@ def ranges(requirements: list[str]) -> dict[str, set[str]]:
 def test_environment_and_project_name_the_same_packages_and_ranges() -> None:
     listed = next(one["pip"] for one in ENVIRONMENT["dependencies"] if isinstance(one, dict))
     extras = PROJECT["optional-dependencies"]
-    wanted = ranges([*PROJECT["dependencies"], *extras["ggml"], *extras["bench"], *extras["dev"]])
+    wanted = ranges([*PROJECT["dependencies"], *(line for name in INSTALLED for line in extras[name])])
     assert ranges([line for line in listed if not line.startswith("-")]) == wanted
     assert {"--editable .", "--constraint constraints.txt"} <= set(listed)
 
@@ -52,7 +53,7 @@ def test_a_range_that_differs_would_be_noticed() -> None:
 def test_every_package_is_pinned_within_its_range() -> None:
     pins = ranges([line for line in CONSTRAINTS.splitlines() if not line.startswith("#")])
     extras = PROJECT["optional-dependencies"]
-    for line in (*PROJECT["dependencies"], *extras["ggml"], *extras["bench"], *extras["dev"]):
+    for line in (*PROJECT["dependencies"], *(line for name in INSTALLED for line in extras[name])):
         requirement = Requirement(line)
         (pin,) = pins[requirement.name.lower().replace("_", "-")]
         assert pin.startswith("=="), line
@@ -96,7 +97,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> N
 def test_both_ways_to_start_it_show_the_commands(command: list[str]) -> None:
     program = shutil.which(command[0], path=str(Path(sys.executable).parent)) or command[0]
     done = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, check=True)
-    for name in ("generate", "chat", "plan", "ls", "quantize", "doctor"):
+    for name in ("generate", "chat", "serve", "plan", "ls", "quantize", "doctor"):
         assert name in done.stdout
 
 

@@ -17,6 +17,17 @@ PRIVATE = {
     "torch.overrides": {"TorchFunctionMode"},
     "torch.utils._python_dispatch": {"TorchDispatchMode"},
     "transformers.cache_utils": {"DynamicIndexedLayer", "DynamicLayer"},
+    "transformers.cli.serving.chat_completion": {"ChatCompletionHandler"},
+    "transformers.cli.serving.completion": {"CompletionHandler"},
+    "transformers.cli.serving.model_manager": {"ModelManager"},
+    "transformers.cli.serving.response": {"ResponseHandler"},
+    "transformers.cli.serving.server": {"build_server"},
+    "transformers.cli.serving.utils": {
+        "BaseHandler",
+        "GenerateManager",
+        "GenerationState",
+        "_GenerationCancelled",
+    },
     "transformers.conversion_mapping": {"get_model_conversion_mapping"},
     "transformers.core_model_loading": {
         "Concatenate",
@@ -69,6 +80,8 @@ def test_the_list_is_what_the_engine_imports() -> None:
 def test_the_names_are_there(module: str) -> None:
     if module in NEED_GGUF:
         pytest.importorskip("gguf")
+    if module.startswith("transformers.cli.serving"):
+        pytest.importorskip("fastapi")  # of the extra `serve`
     there = importlib.import_module(module)
     assert {name for name in PRIVATE[module] if hasattr(there, name)} == PRIVATE[module]
 

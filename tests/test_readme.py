@@ -3,6 +3,7 @@
 `path/to/model` stands for a checkpoint in the README and is replaced by a small random one here.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import serving
 from small_model import CONFIG, add_tokenizer
 
 from flexinfer.cli import main
@@ -40,6 +42,7 @@ TINY = [  # an experiment in seconds: FlexInfer alone, the others have to be com
     ),
     "system=[flexinfer]",
 ]
+SERVED = "http://127.0.0.1:8000/v1"
 NOT_RUN = ("export ", "pip install ")  # environment and network
 
 
@@ -62,7 +65,11 @@ def test_there_are_blocks_of_known_languages_alone() -> None:
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_python_blocks_run(code: str, model_dir: Path) -> None:
     assert "path/to/model" in code
-    exec(code.replace("path/to/model", str(model_dir)), {})
+    with contextlib.ExitStack() as servers:
+        if SERVED in code:
+            url = servers.enter_context(serving(model_dir, context=512)).url
+            code = code.replace(SERVED, url).replace("max_tokens=200", "max_tokens=8")
+        exec(code.replace("path/to/model", str(model_dir)), {})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -79,6 +86,14 @@ def test_commands_work(
     program, *argv = shlex.split(command, comments=True)
     if program == "make":
         subprocess.run(["make", "--dry-run", *argv], cwd=ROOT, check=True, capture_output=True)
+    elif (program, argv[0]) == ("flexinfer", "serve"):
+        argv = [str(model_dir) if one == "path/to/model" else one for one in argv]
+        command = [sys.executable, "-m", "flexinfer", *argv, "--port", "0"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+            assert server.stderr is not None
+            assert any("http://127.0.0.1" in line for line in server.stderr)
+            server.terminate()
+            assert server.wait(60) == 143
     elif program == "flexinfer":
         paths = {
             "path/to": str(model_dir.parent),

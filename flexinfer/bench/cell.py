@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -45,6 +46,8 @@ from flexinfer.bench.records import Limits, Provenance, Record
 
 ROOT = Path(__file__).parents[2]
 BANDWIDTH_S = 1.5
+MIXTURE_TOKENS = 128  # of a prompt after which most experts of a layer have been used
+EXPERTS = re.compile(r"_exps\.|\.experts\.")  # tensors of experts
 SHALLOW_LAYERS = (1, 3)
 RESIDENT_TOKENS = 12
 
@@ -58,6 +61,7 @@ class CheckpointFacts:
     vocab: int
     layers: int
     touched_bytes: int  # of all weights one token touches
+    untouched_bytes: int  # of experts that a token does not touch
     layer_bytes: int  # of the largest decoder layer
     other_bytes: int  # of the largest tensor outside the layers
     kv_bytes_per_token: (
@@ -110,6 +114,8 @@ def run_cell(cell: CellConfig) -> Record:
         )
     engine = dict(child.last("engine").get("told", {}))
     events = engine.pop("events", [])
+    told = child.last("counted").get("told", {})
+    read_bytes = sum(token["bytes"] for token in counted) - told.get("wasted_bytes", 0)
     return Record(
         run_id=uuid.uuid4().hex,
         status=child.status,  # type: ignore[arg-type]
@@ -127,7 +133,7 @@ def run_cell(cell: CellConfig) -> Record:
             note=applied.note,
         ),
         provenance=origin,
-        tokens=len(counted),
+        tokens=sum(len(_ids(token)) for token in counted),
         passes=len(counted),
         token_s=[token["s"] for token in counted],
         token_bytes=[token["bytes"] for token in counted],
@@ -135,8 +141,11 @@ def run_cell(cell: CellConfig) -> Record:
         bytes_read=done.get("bytes_read"),
         load_s=child.last("loaded").get("load_s"),
         peak_memory_bytes=usage.peak_memory_bytes or done.get("peak_bytes"),
-        output_tokens=[token["id"] for token in child.all("token") if token["id"] is not None],
+        output_tokens=[id for token in child.all("token") for id in _ids(token) if id is not None],
         total_weight_bytes=facts.touched_bytes,
+        untouched_bytes=facts.untouched_bytes or None,
+        missed_bytes=max(0, read_bytes) // len(counted) if facts.untouched_bytes and counted else None,
+        counted=told,
         process_bytes=child.last("ready").get("process_bytes"),
         kv_bytes=facts.kv_bytes_per_token * cell.workload.context,
         compute_s_per_pass=compute_s,
@@ -285,8 +294,17 @@ def _job(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str, A
         "min_seconds": workload.min_seconds,
         "max_seconds": workload.max_seconds,
         "prefill_tokens": workload.prefill_tokens,
+        "texts": workload.texts,
+        "replayed": workload.replayed,
+        "max_tokens": workload.max_tokens,
+        "drawn": workload.drawn,
         "trace": cell.trace,
     }
+
+
+def _ids(token: dict[str, Any]) -> list[int | None]:
+    """The tokens of a pass: one, or those that a draft had right and one."""
+    return token["ids"] if "ids" in token else [token["id"]]
 
 
 def _bandwidth(files: list[str], limits: limiting.Limits, job: dict[str, Any]) -> float | None:
@@ -300,7 +318,7 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
     """Seconds of one pass with everything resident, and how they were got."""
     system = cell.system.resident()
     origin = provenance(Path(facts.path))
-    model_id = asdict(cell.model.shape) if cell.model.shape else facts.path
+    model_id = cell.model.shape.facts() if cell.model.shape else facts.path
     what = [model_id, system.kind, system.options, system.format]
     told = [*what, cell.device.cores, origin.cpu, origin.versions]
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
@@ -333,7 +351,14 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
             "min_tokens": RESIDENT_TOKENS,
             "min_seconds": 0.0,
         }
-        job |= {"prompt_tokens": 4, "context": max(64, cell.workload.context), "prefill_tokens": []}
+        prompt_tokens = MIXTURE_TOKENS if facts.untouched_bytes else 4
+        job |= {
+            "prompt_tokens": prompt_tokens,
+            "context": max(64 + prompt_tokens, cell.workload.context),
+            "prefill_tokens": [],
+            "texts": [],
+            "replayed": [],
+        }
         child = run_child(job, cell.workload.timeout_s)
         if child.status != "ok":
             return None, f"not measured: {child.message}"
@@ -390,6 +415,9 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
     checkpoint = Checkpoint.open(_make(model, format, Path(cache_dir).expanduser()))
     told = json.loads((checkpoint.config_dir / "config.json").read_text())
     told |= told.get("text_config", {})
+    experts = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if EXPERTS.search(name))
+    count = told.get("num_local_experts") or told.get("num_experts") or told.get("n_routed_experts") or 1
+    untouched = experts - experts * (told.get("num_experts_per_tok") or 0) // count
     layers: dict[str, int] = {}
     outside: dict[str, int] = {}
     for name, spec in checkpoint.tensors.items():
@@ -407,7 +435,8 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
         files=[str(file) for file in checkpoint.files],
         vocab=told["vocab_size"],
         layers=len(layers),
-        touched_bytes=sum(layers.values()) + sum(outside.values()) - (0 if tied else embedding),
+        touched_bytes=sum(layers.values()) + sum(outside.values()) - (0 if tied else embedding) - untouched,
+        untouched_bytes=untouched,
         layer_bytes=max(layers.values()),
         other_bytes=max(outside.values()),
         kv_bytes_per_token=4 * len(layers) * (told.get("num_key_value_heads") or heads) * head_width,

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 from flexinfer.options import Options
 from flexinfer.plan import parse_size
 
+TEXT_KINDS = ("edit", "code", "chat")
 MODEL_KINDS = ("synthetic", "real", "path")
 SYSTEM_KINDS = ("flexinfer", "llama_cpp", "transformers", "accelerate", "airllm", "ollm")
 KERNELS_OF = {"accelerate": "transformers", "airllm": "transformers", "ollm": "transformers"}
@@ -40,6 +41,36 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
 
 
 @dataclass(slots=True)
+class ExpertsConfig:
+    """The mixture in each layer of a decoder, in place of its feed-forward part."""
+
+    count: int  # experts of a layer
+    used: int  # of each token
+    architecture: str  # llama.cpp's: qwen3moe, or llama (Mixtral)
+    popularity: float = (
+        1.0  # of an expert's share of the routing, the next one's: 1 is even (flexinfer.bench.gguf)
+    )
+
+    def __post_init__(self) -> None:
+        known = ("llama", "qwen3moe")
+        require(
+            0 < self.used <= self.count, "model.shape.experts.used", self.used, f"1 to count={self.count}"
+        )
+        require(
+            self.architecture in known,
+            "model.shape.experts.architecture",
+            self.architecture,
+            f"one of {', '.join(known)}",
+        )
+        require(
+            0 < self.popularity <= 1,
+            "model.shape.experts.popularity",
+            self.popularity,
+            "above 0, at most 1 (even)",
+        )
+
+
+@dataclass(slots=True)
 class ShapeConfig:
     """Shape of a Llama-like decoder."""
 
@@ -50,12 +81,14 @@ class ShapeConfig:
     kv_heads: int
     vocab: int
     tie: bool = False  # lm_head shares the embedding's weight
+    head_dim: int | None = None  # None: hidden / heads
+    experts: ExpertsConfig | None = None  # each with intermediate numbers inside; None: no mixture
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocab"):
             require(getattr(self, name) > 0, f"model.shape.{name}", getattr(self, name), "must be positive")
         require(
-            self.hidden % self.heads == 0,
+            self.head_dim is not None or self.hidden % self.heads == 0,
             "model.shape.heads",
             self.heads,
             f"must divide hidden={self.hidden}",
@@ -69,10 +102,20 @@ class ShapeConfig:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all linears that a token touches, lm_head included (norms and embedding rows are negligible)."""
-        kv = self.hidden // self.heads * self.kv_heads
-        layer = 2 * self.hidden * self.hidden + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.vocab * self.hidden
+        """Weights of all linears and experts, lm_head included (norms, routers and embedding rows are negligible)."""
+        attention = 2 * self.hidden * self.head_width * (self.heads + self.kv_heads)
+        feed_forward = 3 * self.hidden * self.intermediate * (self.experts.count if self.experts else 1)
+        return self.layers * (attention + feed_forward) + self.vocab * self.hidden
+
+    @property
+    def head_width(self) -> int:
+        """Numbers of a head."""
+        return self.head_dim or self.hidden // self.heads
+
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other shapes. Fields that came later are left out where they say nothing."""
+        told = asdict(self)
+        return {key: value for key, value in told.items() if value is not None}
 
 
 @dataclass(slots=True)
@@ -196,6 +239,13 @@ class WorkloadConfig:
         600.0  # the whole process, loading included; then it is killed and recorded as a timeout
     )
     prefill_tokens: list[int] = field(default_factory=list)  # prompts whose prefill is timed
+    # Real text (flexinfer.bench.texts) instead of the fixed prompt, each kind by generate() with up to max_tokens:
+    texts: list[str] = field(default_factory=list)
+    # or tokens that a draft has right before each that it has not, as seen elsewhere; the weights have no say in it
+    replayed: list[int] = field(default_factory=list)
+    drawn: bool = (
+        False  # decode tokens drawn at random instead of greedily: random weights soon repeat themselves
+    )
 
     def __post_init__(self) -> None:
         require(self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive")
@@ -212,6 +262,16 @@ class WorkloadConfig:
         require(self.timeout_s > 0, "workload.timeout_s", self.timeout_s, "must be positive")
         for tokens in self.prefill_tokens:
             require(tokens > 0, "workload.prefill_tokens", tokens, "must be positive")
+        for kind in self.texts:
+            require(kind in TEXT_KINDS, "workload.texts", kind, f"one of {', '.join(TEXT_KINDS)}")
+        for run in self.replayed:
+            require(run >= 0, "workload.replayed", run, "must not be negative")
+        require(
+            not (self.texts and self.replayed),
+            "workload.replayed",
+            self.replayed,
+            "leave workload.texts empty",
+        )
         needed = max(self.prompt_tokens + self.warmup_tokens + self.max_tokens, *self.prefill_tokens, 0)
         require(
             self.context >= needed,
@@ -259,8 +319,16 @@ class CellConfig:
             del told[name]
         for group, name in (("system", "label"), ("device", "source"), ("workload", "name")):
             del told[group][name]
-        if not self.workload.prefill_tokens:  # older than the field are most records
-            del told["workload"]["prefill_tokens"]
+        for name in (
+            "prefill_tokens",
+            "texts",
+            "replayed",
+            "drawn",
+        ):  # older than these fields are most records
+            if not told["workload"][name]:
+                del told["workload"][name]
+        if self.model.shape is not None:
+            told["model"]["shape"] = self.model.shape.facts()
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -355,7 +423,7 @@ def comparison_format(model: ModelConfig, systems: Iterable[SystemConfig], forma
 
 
 def weight_bytes(shape: ShapeConfig, format: str) -> int:
-    """Bytes of the weights one token touches, counted from the shape."""
+    """Bytes of the weights, counted from the shape."""
     return int(shape.linear_weights * BITS_PER_WEIGHT[format] / 8)
 
 

@@ -74,13 +74,17 @@ def use_style() -> None:
     seaborn.set_theme(context="paper", style="whitegrid", font="DejaVu Sans", rc=own)
 
 
-def find_records(results_dir: Path, command: str) -> dict[str, list[Record]]:
+def find_records(results_dir: Path, command: str, *, drafts: bool = False) -> dict[str, list[Record]]:
     """The records below `results_dir` that may stand in one figure, by machine: the one with most records first.
 
+    `drafts`: those of real or replayed text (flexinfer.bench.drafts), which no other figure shows.
     Those of the smoke model only where there are no others. Says which command makes records where there are none. Cells
     that have a limited record are shown without their unlimited ones. B and c of the bounds are a machine's best (`with_common_costs`).
     """
     records = load_records(results_dir) if results_dir.exists() else []
+    records = [
+        one for one in records if bool(one.cell.workload.texts or one.cell.workload.replayed) == drafts
+    ]
     records = [one for one in records if one.cell.model.name != "smoke"] or records
     if not records:
         print(f"No records for this in {results_dir}. Make them with:  {command}")
@@ -97,7 +101,7 @@ def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) 
         machine: [
             one
             for one in records
-            if one.cell.system.name in systems and one.cell.experiment not in ("targets", "resident")
+            if one.cell.system.name in systems and one.cell.experiment not in ("targets", "resident", "moe")
         ]
         for machine, records in found.items()
     }
@@ -138,7 +142,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
                 else None,
                 "weights_gib": one.total_weight_bytes / GIB if one.total_weight_bytes else None,
                 "resident": one.total_weight_bytes is not None
-                and one.cell.budget_bytes > one.total_weight_bytes,
+                and one.cell.budget_bytes > one.total_weight_bytes + (one.untouched_bytes or 0),
                 "tokens": one.tokens,
             }
             for one in records

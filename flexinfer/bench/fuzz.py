@@ -220,6 +220,7 @@ def _gguf_keys() -> Keys:
     numbers = ["context_length", "embedding_length", "feed_forward_length", "rope.dimension_count"]
     numbers += ["attention.head_count", "attention.head_count_kv", "attention.key_length"]
     numbers += ["attention.sliding_window", "rope.scaling.original_context_length"]
+    numbers += ["expert_count", "expert_used_count", "expert_feed_forward_length"]
     ratios = ["rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "rope.scaling.attn_factor"]
     ratios += ["attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"]
     ratios += ["attn_logit_softcapping", "final_logit_softcapping"]
@@ -409,7 +410,10 @@ SMALL_GGUFS: dict[str, dict[str, Any]] = {  # llama.cpp's architecture -> what d
     "phi3": {"model_type": "phi3", "intermediate_size": 32},
     "gemma3": {"model_type": "gemma3_text", "intermediate_size": 32} | WINDOWED,
     "gpt2": {"model_type": "gpt2", "n_inner": 32, "max_position_embeddings": 16},
+    "qwen3moe": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 32},
 }
+GGUF_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 GGUF_VALUES: dict[str, dict[str, Any]] = {  # of all of them, and of one architecture
     "all": {
         "context_length": 64,
@@ -442,6 +446,13 @@ GGUF_VALUES: dict[str, dict[str, Any]] = {  # of all of them, and of one archite
         "rope.scaling.factor": 8.0,
     },
     "gpt2": {"context_length": 16},
+    "qwen3moe": {
+        "attention.head_count_kv": 1,
+        "attention.key_length": 16,
+        "expert_count": 4,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 32,
+    },
 }
 GGUF_ROPES: dict[str, dict[str, list[float]]] = {  # tensors that say how positions are rotated
     "llama": {"rope_freqs.weight": [1.0] * 4 + [1.977967] + [8.0] * 3},
@@ -534,9 +545,15 @@ def small_gguf(architecture: str, file: Path, parts: int = 1) -> list[bytes]:
     for name, parameter in parameters.items():
         module, _, leaf = name.rpartition(".")
         shape = tuple(parameter.shape)
+        if leaf in GGUF_EXPERTS:
+            for way in GGUF_EXPERTS[leaf]:
+                experts = np.zeros((shape[0], 32, 18), np.uint8)
+                tensor = f"blk.{name.split('.')[2]}.ffn_{way}_exps.weight"
+                writer.add_tensor(tensor, experts, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+            continue
         if isinstance(model.get_submodule(module), Conv1D):  # a file has the rows of a linear
             shape = shape[::-1]
-        blocks = len(shape) == 2 and "wpe" not in name
+        blocks = len(shape) == 2 and "wpe" not in name and not name.endswith("mlp.gate.weight")
         data = np.zeros((shape[0], shape[1] // 32 * 18), np.uint8) if blocks else np.zeros(shape, np.float32)
         kind = gguf.GGMLQuantizationType.Q4_0 if blocks else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f"{names.get_name(module)}.{leaf}", data, raw_dtype=kind)

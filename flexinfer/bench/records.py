@@ -119,8 +119,13 @@ class Record(BaseModel):
         default_factory=dict
     )  # prompt tokens -> seconds to the first token, every repeat
     output_tokens: list[Count] = Field(default_factory=list)  # ids, warm-up included, to compare systems
+    counted: dict[str, Count] = Field(default_factory=dict)  # what the engine counted in the counted passes
     # what the bound is made of
-    total_weight_bytes: Size | None = None  # S
+    total_weight_bytes: Size | None = None  # S; of a mixture those that a token touches
+    untouched_bytes: Size | None = None  # of the experts of a mixture that a token does not touch
+    missed_bytes: Count | None = (
+        None  # that a counted pass of a mixture had to read, what was read in vain apart
+    )
     process_bytes: Count | None = None
     kv_bytes: Count | None = None
     compute_s_per_pass: float | None = Field(default=None, gt=0)  # c
@@ -173,7 +178,9 @@ class Record(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def bound_tokens_per_s(self) -> float | None:
-        """No system that takes one pass a token can be faster in this budget."""
+        """No system that takes one pass a token can be faster in this budget; of a mixture: none that misses as many bytes."""
+        if self.missed_bytes is not None and self.bandwidth_bytes_per_s and self.compute_s_per_pass:
+            return 1 / max(self.compute_s_per_pass, self.missed_bytes / self.bandwidth_bytes_per_s)
         if self.process_bytes is None or self.kv_bytes is None:
             return None
         if not (self.total_weight_bytes and self.bandwidth_bytes_per_s and self.compute_s_per_pass):
@@ -192,6 +199,12 @@ class Record(BaseModel):
         if not self.tokens_per_s or not self.bound_tokens_per_s:
             return None
         return self.tokens_per_s * self.passes / self.tokens / self.bound_tokens_per_s
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of the experts that were in memory when a layer wanted them, in the counted passes."""
+        hits, misses = (self.counted.get(f"expert_{name}", 0) for name in ("hits", "misses"))
+        return hits / (hits + misses) if hits + misses else None
 
     def _check_samples(self) -> None:
         if len(self.token_s) != self.passes or (self.token_bytes and len(self.token_bytes) != self.passes):
@@ -258,15 +271,18 @@ def with_common_costs(records: Iterable[Record]) -> list[Record]:
 
     B: the best rate of any system in the same model, device and budget, up to the limit. The disk is one and the same for
     systems that take turns, but a system that reads and computes in turn reads slowly, and by its own B would look as if it were at its
-    bound. c: the least of any run of the same model, kernels and cores, for it depends on neither disk nor budget: a run in
+    bound. The bytes that a mixture misses: the least of any system. c: the least of any run of the same model, kernels and cores, for it depends on neither disk nor budget: a run in
     which everything fits knows it better than an extrapolation.
     """
     records = list(records)
     rates: dict[tuple[str, str, str, int], float] = {}
+    missed: dict[tuple[str, str, str, int], int] = {}
     computes: dict[tuple[str, str, str, str, int | None], float] = {}
     for one in records:
         rate, limit = one.bandwidth_bytes_per_s or 0.0, one.limits.read_bytes_per_s or math.inf
         rates[one.place] = max(rates.get(one.place, 0.0), min(rate, limit))
+        if one.missed_bytes is not None:
+            missed[one.place] = min(missed.get(one.place, one.missed_bytes), one.missed_bytes)
         if one.compute_s_per_pass:
             computes[one.kernels] = min(computes.get(one.kernels, math.inf), one.compute_s_per_pass)
     return [
@@ -274,6 +290,7 @@ def with_common_costs(records: Iterable[Record]) -> list[Record]:
             update={
                 "bandwidth_bytes_per_s": one.bandwidth_bytes_per_s and rates[one.place],
                 "compute_s_per_pass": computes.get(one.kernels),
+                "missed_bytes": missed.get(one.place),
             }
         )
         for one in records

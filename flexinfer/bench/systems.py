@@ -43,6 +43,7 @@ from typing import Any, Protocol
 INSTALL = "make baselines"
 REQUEST_BYTES = 4 << 20
 PREFILL_REPEATS = 3
+COUNTERS = {"expert_hits", "expert_misses", "experts_foretold", "experts_foretold_right", "wasted_bytes"}
 SPIN_COUNT = "6000"  # as flexinfer.cli, which says why; not imported, for its memory would count
 
 
@@ -61,6 +62,12 @@ class System(Protocol):
 
     def step(self) -> int | None:
         """Decode one token greedily. Its id, or None where the system does not tell."""
+
+    def take(self, token: int) -> None:
+        """Go on with `token` instead of the one that was decoded."""
+
+    def counters(self) -> dict[str, int]:
+        """What the system counts, so far."""
 
     def engine(self) -> dict[str, Any]:
         """What the system says of itself."""
@@ -107,6 +114,12 @@ class TorchSystem:
         self.ids = [token]
         return token
 
+    def take(self, token: int) -> None:
+        self.ids = [token]
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
     def engine(self) -> dict[str, Any]:
         return {}
 
@@ -126,13 +139,19 @@ class FlexInfer(TorchSystem):
             told["trace"] = True
         self.model = flexinfer.from_pretrained(self.job["model"], **(told | self.options))
 
+    def counters(self) -> dict[str, int]:
+        return {name: value for name, value in self.model.flexinfer.stats().items() if name in COUNTERS}
+
     def engine(self) -> dict[str, Any]:
         engine = self.model.flexinfer
-        plan = {
+        plan: dict[str, Any] = {
             name: value
             for name in dir(engine.plan)
             if not name.startswith("_") and isinstance(value := getattr(engine.plan, name), int | float | str)
         }
+        draft = engine.plan.draft
+        if draft is not None:
+            plan["draft"] = {name: getattr(draft, name) for name in draft.__slots__}
         told: dict[str, Any] = {"plan": plan, "stats": engine.stats()}
         return told | ({"events": engine.events()} if self.job["trace"] else {})
 
@@ -257,6 +276,12 @@ class LlamaCpp:
         self.next = [token]
         return token
 
+    def take(self, token: int) -> None:
+        self.next = [token]
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
     def engine(self) -> dict[str, Any]:
         return {"system_info": self.api.llama_print_system_info().decode()}
 
@@ -300,19 +325,28 @@ def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
     start_s = time.perf_counter()
     system.load()
     emit("loaded", load_s=time.perf_counter() - start_s)
-    system.start(prompt_ids(job["prompt_tokens"], job["vocab"]))
-    counted, counted_s = 0, 0.0
+    if job["texts"] or job["replayed"]:
+        measure_texts(job, system, emit)
+        return
+    text = prompt_ids(job["prompt_tokens"] + job["tokens"], job["vocab"])
+    system.start(text[: job["prompt_tokens"]])
+    counted, counted_s, before = 0, 0.0, dict[str, int]()
     for number in range(job["tokens"]):
         before_bytes, start_s = bytes_read(), time.perf_counter()
         token = system.step()
         seconds = time.perf_counter() - start_s
         count = number > job["warmup_tokens"]  # the first step takes the prompt in
         emit("token", id=token, s=seconds, bytes=bytes_read() - before_bytes, counted=count)
+        if job["drawn"]:
+            system.take(text[job["prompt_tokens"] + number])
+        if not count:
+            before = system.counters()
         counted, counted_s = counted + count, counted_s + seconds * count
         if counted and counted_s >= job["max_seconds"]:
             break
         if counted >= job["min_tokens"] and counted_s >= job["min_seconds"]:
             break
+    emit("counted", told={name: value - before[name] for name, value in system.counters().items()})
     for tokens in job["prefill_tokens"]:
         for _ in range(PREFILL_REPEATS):
             system.start(prompt_ids(tokens, job["vocab"]))
@@ -322,6 +356,20 @@ def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
     emit("engine", told=system.engine())
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     emit("done", bytes_read=bytes_read(), peak_bytes=peak_bytes)
+    system.close()
+
+
+def measure_texts(job: dict[str, Any], system: System, emit: Callable[..., None]) -> None:
+    """Decode real or replayed text by `generate()`; what drafts give is in the engine's word, by kind of text."""
+    if not isinstance(system, FlexInfer):
+        raise UnsupportedError("texts are decoded by flexinfer alone")
+    texts = importlib.import_module("flexinfer.bench.texts")
+    job["prompt_ids"] = prompt_ids(job["prompt_tokens"], job["vocab"])
+    found = texts.decode(system.model, job, emit, bytes_read)
+    emit("engine", told=system.engine() | {"texts": found})
+    emit(
+        "done", bytes_read=bytes_read(), peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     system.close()
 
 

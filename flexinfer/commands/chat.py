@@ -57,10 +57,13 @@ def plan_lines(path: Path, plan: Plan) -> tuple[str, str]:
         stay = f"{format_size(plan.total_bytes - plan.streamed_bytes)} stay in memory, {format_size(plan.streamed_bytes)} are read"
     else:
         stay = "all of them in memory"
+    if plan.draft is not None:
+        speed = f"{plan.draft.predicted_tokens_per_s:.2g} tokens/s, {plan.draft.tokens_per_pass:.2g} a pass by the draft"
+    else:
+        speed = f"{plan.predicted_tokens_per_s:.2g} tokens/s, at most {plan.bound_tokens_per_s:.2g} in this budget"
     return (
         f"{weights}, {stay}; budget {format_size(plan.budget_bytes)}",
-        f"about {plan.predicted_tokens_per_s:.2g} tokens/s, at most {plan.bound_tokens_per_s:.2g} in this budget; "
-        f"context {plan.fixed.context_tokens} tokens",
+        f"about {speed}; context {plan.fixed.context_tokens} tokens",
     )
 
 

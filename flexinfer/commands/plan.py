@@ -16,6 +16,7 @@ from flexinfer.plan import (
     Costs,
     Fixed,
     Plan,
+    Substitutes,
     Weight,
     format_size,
     make_plan,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from flexinfer.assistant import Drafts, Option
     from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.skeleton import Skeleton
     from flexinfer.model import MemoryOfProcess
@@ -62,16 +64,21 @@ def plan(model: Model, options: Options, png: Png = None, as_json: Json = False)
             costs = measure_costs(skeleton.used, reader, skeleton.dtype, max(1, options.io_threads))
         finally:
             reader.close()
-    chosen = prospect.plan(prospect.budget_bytes, costs)
+        drafted = prospect.drafted(costs)
+    if drafted:
+        chosen = max(drafted, key=lambda one: one.tokens_per_s).plan
+    else:
+        chosen = prospect.plan(prospect.budget_bytes, costs)
     plans = [prospect.plan(nbytes, costs) for nbytes in prospect.budgets()]
     if png is not None:
         from flexinfer.commands.picture import draw_plan
 
         draw_plan(png, skeleton.checkpoint.path.name, chosen, plans)
     if as_json:
-        print(json.dumps(plan_facts(skeleton, chosen, plans)))
+        facts = plan_facts(skeleton, chosen, plans)
+        print(json.dumps(facts | {"drafts": [draft_facts(one) for one in drafted]}))
     else:
-        show(console(), skeleton, chosen, plans)
+        show(console(), skeleton, chosen, plans, drafted)
     return 0
 
 
@@ -83,6 +90,7 @@ class Prospect:
     options: Options
     process: "MemoryOfProcess"
     fixed: Fixed
+    drafts: "Drafts | None"
     budget_bytes: int  # what is asked for; of what is to spare no more than can be used
     smallest_bytes: int
     everything_bytes: int  # with every weight in memory
@@ -91,7 +99,8 @@ class Prospect:
     def of(
         cls, checkpoint: "Checkpoint", options: Options, process: "MemoryOfProcess | None" = None
     ) -> "Prospect":
-        """From headers alone. `process`: what it held before its first model, where this is another."""
+        """From headers alone. Raises DraftError for a draft that cannot be made. `process`: what it held before its first model, where this is another."""
+        from flexinfer.assistant import Drafts
         from flexinfer.formats.skeleton import build_skeleton
         from flexinfer.machine import available_bytes
         from flexinfer.model import MemoryOfProcess, default_context, fixed_memory
@@ -99,12 +108,17 @@ class Prospect:
         skeleton = build_skeleton(checkpoint, options.dtype, options.kv_dtype)
         spare = options.memory == "auto"
         given_bytes = available_bytes() if spare else parse_size(options.memory)
+        drafts, logits_to_keep, choice = None, 1, options.draft_choice
+        if choice is not None:
+            drafts = Drafts(choice, skeleton, skeleton.dtype)
+            logits_to_keep = drafts.fit(given_bytes) + 1
         if process is None:
-            process = MemoryOfProcess.measure(skeleton, with_tokenizer=True)
+            in_blocks = drafts is not None and bool(drafts.kernels)
+            process = MemoryOfProcess.measure(skeleton, with_tokenizer=True, in_blocks=in_blocks)
         else:
             process = process.with_tokenizer_in(checkpoint.config_dir)
-        context = options.context or default_context(skeleton, process, given_bytes)
-        fixed = fixed_memory(skeleton, process, context)
+        context = options.context or default_context(skeleton, process, given_bytes, logits_to_keep, drafts)
+        fixed = fixed_memory(skeleton, process, context, logits_to_keep, drafts)
         everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
         everything_bytes += skeleton.mixture.slots().nbytes if skeleton.mixture is not None else 0
         return cls(
@@ -112,12 +126,13 @@ class Prospect:
             options,
             process,
             fixed,
+            drafts,
             budget_bytes=min(given_bytes, everything_bytes) if spare else given_bytes,
             smallest_bytes=smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture),
             everything_bytes=everything_bytes,
         )
 
-    def plan(self, budget_bytes: int, costs: Costs) -> Plan:
+    def plan(self, budget_bytes: int, costs: Costs, substitutes: Substitutes | None = None) -> Plan:
         """Raises BudgetError below the smallest budget."""
         return make_plan(
             self.skeleton.weights,
@@ -127,6 +142,20 @@ class Prospect:
             policy=self.options.policy,
             window=self.options.window,
             mixture=self.skeleton.mixture,
+            substitutes=substitutes,
+        )
+
+    def drafted(self, costs: Costs) -> "list[Option]":
+        """What the budget is with each draft that comes into question; none where no draft is asked for. Measures what they cost."""
+        from flexinfer.machine import measure_draft_costs
+
+        drafts, skeleton = self.drafts, self.skeleton
+        if drafts is None:
+            return []
+        return drafts.options(
+            lambda substitutes: self.plan(self.budget_bytes, costs, substitutes),
+            costs,
+            lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype),
         )
 
     def least_bytes(self) -> int:
@@ -158,6 +187,28 @@ def locked_by_role(weights: list[Weight], plan: Plan) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def expert_facts(plan: Plan) -> dict[str, Any] | None:
+    """Of a mixture: bytes of all experts, of those that a token uses and of the cache, and the hits where routing is uniform."""
+    experts = plan.experts
+    if experts is None:
+        return None
+    return {
+        "total_bytes": experts.total_bytes,
+        "token_bytes": experts.token_bytes,
+        "cache_bytes": experts.cache_bytes,
+        "hit_rate": experts.hit_rate,
+    }
+
+
+def draft_facts(option: "Option") -> dict[str, Any]:
+    """What a draft, or none, gives."""
+    draft = option.plan.draft
+    facts = {"kind": option.kind, "type": option.type, "tokens_per_s": option.tokens_per_s}
+    return facts | (
+        {"candidates": draft.candidates, "tokens_per_pass": draft.tokens_per_pass} if draft else {}
+    )
+
+
 def plan_facts(skeleton: "Skeleton", plan: Plan, plans: list[Plan]) -> dict[str, Any]:
     """`flexinfer plan --json`."""
     return {
@@ -172,19 +223,23 @@ def plan_facts(skeleton: "Skeleton", plan: Plan, plans: list[Plan]) -> dict[str,
         "predicted_tokens_per_s": plan.predicted_tokens_per_s,
         "bound_tokens_per_s": plan.bound_tokens_per_s,
         "roles": locked_by_role(skeleton.weights, plan),
+        "experts": expert_facts(plan),
         "budgets": [
             {
                 "budget_bytes": other.budget_bytes,
                 "streamed_bytes": other.streamed_bytes,
                 "predicted_tokens_per_s": other.predicted_tokens_per_s,
                 "bound_tokens_per_s": other.bound_tokens_per_s,
+                "expert_hit_rate": other.experts.hit_rate if other.experts is not None else None,
             }
             for other in plans
         ],
     }
 
 
-def show(screen: "Console", skeleton: "Skeleton", plan: Plan, plans: list[Plan]) -> None:
+def show(
+    screen: "Console", skeleton: "Skeleton", plan: Plan, plans: list[Plan], drafted: "list[Option]"
+) -> None:
     """`flexinfer plan` for people: a bar of the budget and tables; bars only where a terminal sees them."""
     name, parts = skeleton.checkpoint.path.name, budget_parts(plan)
     screen.print(
@@ -200,6 +255,10 @@ def show(screen: "Console", skeleton: "Skeleton", plan: Plan, plans: list[Plan])
     compute = f"{plan.costs.compute_s * 1e3:.0f} ms"
     screen.print(f"Speed, reads at {bandwidth}, {compute} of compute a token (* this budget)")
     screen.print(speed_table(plan, plans, bars=screen.is_terminal))
+    for one in drafted:
+        what = f"{one.kind} {one.type}" if one.kind == "substitute" else one.kind or "none"
+        each = f", {one.plan.draft.tokens_per_pass:.3g} tokens a pass" if one.plan.draft else ""
+        screen.print(f"draft {what}: {one.tokens_per_s:.3g} tokens/s expected{each}")
 
 
 def budget_bar(parts: dict[str, int], columns: int) -> "Text":
@@ -231,6 +290,10 @@ def locked_table(skeleton: "Skeleton", plan: Plan) -> "Table":
         share = row["locked_bytes"] / row["nbytes"]
         sizes = format_size(row["nbytes"]), format_size(row["locked_bytes"])
         made.add_row(row["role"], row["kind"], *sizes, f"{share:.0%}")
+    if (experts := plan.experts) is not None:
+        sizes = format_size(experts.total_bytes), f"cache {format_size(experts.cache_bytes)}"
+        name, hits = f"experts ({format_size(experts.token_bytes)} a token)", f"{experts.hit_rate:.0%} hits"
+        made.add_row(name, "ffn", *sizes, hits)
     return made
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from flexinfer.model import Engine
 
+DRAFT_STATS = ("draft", "drafted", "accepted", "acceptance", "draft_s", "draft_predicted_tokens_per_s")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
@@ -105,7 +107,7 @@ def loaded(
 
     if decoding.seed is not None:
         torch.manual_seed(decoding.seed)
-    bars.expect("verify", "load")
+    bars.expect("verify", "load", "draft")
     model = load(
         path,
         replace(
@@ -152,7 +154,7 @@ class Clock:
     bytes_read: list[int] = field(default_factory=list)  # until then
 
     def __post_init__(self) -> None:
-        self.bars.expect("lock", "pass")  # memory is filled before the first pass
+        self.bars.expect("lock", "draft", "pass")  # memory is filled before the first pass
 
     def put(self, value: "torch.Tensor") -> None:
         """Called by transformers with the prompt, then with the tokens of each pass."""
@@ -184,6 +186,7 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
     tokens, passes = sum(counts), len(counts)
     decoding_s = times_s[-1] - times_s[0] if passes > 1 else 0.0
     speed = (tokens - counts[0]) / decoding_s if decoding_s else None
+    pays = engine.draft_that_pays()
     bytes_read = stats["bytes_read"] - clock.bytes_read[0] if clock.bytes_read else 0
     return {
         "tokens": tokens,
@@ -200,6 +203,8 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
         "bound_tokens_per_s": plan.bound_tokens_per_s,
         "ratio": (passes - 1) / decoding_s / plan.bound_tokens_per_s if decoding_s else None,
         "bottleneck": engine.explain(),
+        "draft": {name: stats[name] for name in DRAFT_STATS if name in stats} or None,
+        "draft_that_pays": pays.predicted_tokens_per_s if pays is not None else None,
     }
 
 
@@ -217,7 +222,15 @@ def speed_line(result: dict[str, Any]) -> str:
         parts.append(f"then {result['tokens_per_s']:.3g} tokens/s{reading}")
         parts.append(f"{result['ratio']:.2f} of the bound ({result['bound_tokens_per_s']:.3g})")
     if result["passes"] != result["tokens"]:
-        parts.append(f"{result['passes']} passes")
+        per_pass = result["tokens"] / result["passes"] if result["passes"] else 0
+        parts.append(f"{result['passes']} passes of {per_pass:.3g} tokens")
+        if result["tokens_per_s"] is not None:
+            times = result["tokens_per_s"] / result["bound_tokens_per_s"]
+            parts.append(f"{times:.3g} times the bound of one token a pass")
+    if (draft := result.get("draft")) is not None:
+        parts.append(
+            f"draft {draft['draft'] or 'none'}: {draft['accepted']} of {draft['drafted']} candidates accepted"
+        )
     if result["bytes_per_token"] is not None:
         parts.append(f"{format_size(result['bytes_per_token'])} read per token")
     parts.append(f"peak {format_size(result['peak_bytes'])} of {format_size(result['budget_bytes'])}")

@@ -81,6 +81,7 @@ class TensorSpec:
     added: float = 0.0  # to each element, to get the parameter
     row_order: tuple[int, ...] | None = None  # row i of the parameter is row row_order[i] in the file
     transposed: bool = False  # the rows of the file are the columns of the parameter
+    alternate: "TensorSpec | None" = None  # a tensor whose columns alternate with those of this one
 
     @property
     def dtype(self) -> str:

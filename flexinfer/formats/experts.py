@@ -3,7 +3,7 @@
 transformers keeps the experts of a layer in one module with parameters for all of them (`gate_up_proj` [experts, rows, in] and
 `down_proj`), and lets another implementation compute it (its ExpertsInterface): modules that can be are found by that. In a
 checkpoint the experts lie in one tensor too, or each by itself (`experts.7.gate_proj.weight`) to be joined when they are
-loaded, by rules of transformers' own. Either way the rows of an expert follow one another, so nothing is joined here: an expert's
+loaded, by rules of transformers' own; in a GGUF file in one tensor for each of gate, up and down. Either way the rows of an expert follow one another, so nothing is joined here: an expert's
 weights are read from where they lie, as one or two parts of `gate_up_proj` and one of `down_proj`.
 """
 
@@ -51,6 +51,7 @@ class Experts:
     mixture: Mixture
     kernels: dict[str, tuple[Kernel, ...]]  # by the name of the module: of the weights of any of its experts
     routers: dict[str, Router]  # by the name of the module, where it is known
+    alternate: frozenset[str]  # modules whose outputs on the way up alternate between two weights
 
     def of_a_token(self) -> list[tuple[Weight, Kernel]]:
         """What a token may use: as many experts of each layer."""
@@ -135,7 +136,7 @@ class Matrix:
     rows: int  # outputs
     in_features: int
     row_start: int  # among the rows of the parameter
-    transposed: bool  # its rows in the file are inputs
+    by_columns: bool  # its rows in the file are inputs
     joined: bool  # it lies by itself, and transformers copies it into the parameter
 
 
@@ -143,7 +144,9 @@ def check_shapes(name: str, parts: Parts, shape: Sequence[int]) -> None:
     """Raise CheckpointError where the experts do not make a parameter of `shape` [experts, rows, width]."""
     for part in parts:
         spec, rows = part[0], sum(spec.shape[0] for spec in part)
-        if len(parts) != shape[0] or rows != shape[1] or any(tuple(s.shape[1:]) != (shape[2],) for s in part):
+        wanted = shape[::-1][:2] if spec.transposed else shape[1:]
+        widths = {tuple(one.shape[1:]) for one in part}
+        if len(parts) != shape[0] or rows != wanted[0] or widths != {(wanted[1],)}:
             raise CheckpointError(
                 f"{spec.file}: {spec.name!r} and the other experts of {name} make {[len(parts), rows, *spec.shape[1:]]}, "
                 f"config.json says {list(shape)}; the two do not belong together"
@@ -170,11 +173,11 @@ def build_experts(
     )
     piece_bytes = even_piece_bytes(sizes, piece_bytes)
     layers, kernels = [], {}
-    for name, module in modules.items():
+    for name in modules:
         place = re.match(re.escape(stack_name) + r"\.(\d+)\.", name)
         if place is None:
             raise CheckpointError(f"{name}: experts outside of the decoder layers cannot be streamed")
-        whole = bool(module.is_transposed)  # rows are inputs: a cut would change the order of sums
+        whole = matrices[name][0][0].by_columns  # a cut would change the order of sums
         encodings = {tuple(m.spec.encoding for m in expert) for expert in matrices[name]}
         if len(encodings) > 1:
             raise CheckpointError(
@@ -201,7 +204,9 @@ def build_experts(
             for number, expert in enumerate(matrices[name])
         )
         layers.append(ExpertLayer(name, int(place[1]), routes[name].used, experts))
-    return Experts(Mixture(tuple(layers)), kernels, {n: r.router for n, r in routes.items() if r.router})
+    alternate = {n for n, module in modules.items() if not module.is_concatenated and len(matrices[n][0]) > 2}
+    routers = {n: r.router for n, r in routes.items() if r.router}
+    return Experts(Mixture(tuple(layers)), kernels, routers, frozenset(alternate))
 
 
 def _matrices(name: str, module: Any, parts: Mapping[str, Parts]) -> list[list[Matrix]]:
@@ -213,8 +218,9 @@ def _matrices(name: str, module: Any, parts: Mapping[str, Parts]) -> list[list[M
         for found, of_expert in zip(experts, parts[parameter], strict=True):
             start = 0
             for spec in of_expert:
-                rows, width = spec.shape[::-1] if module.is_transposed else spec.shape
-                found.append(Matrix(role, spec, rows, width, start, module.is_transposed, joined))
+                by_columns = module.is_transposed and not spec.transposed
+                rows, width = spec.shape[::-1] if by_columns else spec.shape
+                found.append(Matrix(role, spec, rows, width, start, by_columns, joined))
                 start += rows
     return experts
 

@@ -13,23 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import (
-    GGUF_DEFAULT_ALIGNMENT,
-    MODEL_ARCH_NAMES,
-    GGMLQuantizationType,
-    GGUFWriter,
-    get_tensor_name_map,
-)
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter
 from transformers import AutoConfig, PretrainedConfig
-from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from flexinfer.formats.checkpoint import ENCODINGS, TensorSpec
-from flexinfer.formats.gguf_model import MODEL_TYPES, TOKEN_IDS, corrected, llama3_divisors, processor_of
+from flexinfer.formats.gguf_model import (
+    GRANITE_SCALES,
+    MIXTRAL,
+    MODEL_TYPES,
+    TOKEN_IDS,
+    corrected,
+    llama3_divisors,
+    mapped_values,
+    processor_of,
+    tensor_names,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ARCHITECTURES = {theirs: ours for ours, theirs in MODEL_TYPES.items()} | {"mistral": "llama"}
+ARCHITECTURES = {theirs: ours for ours, theirs in MODEL_TYPES.items()} | {
+    "mistral": "llama",
+    MIXTRAL: "llama",
+}
 TRAINING = (
     "drop",
     "initializer",
@@ -40,6 +46,7 @@ TRAINING = (
     "aux_loss",
     "chunk_size",
     "gradient",
+    "jitter",
 )
 NOT_OF_THE_MODEL = {
     "dtype",
@@ -75,29 +82,30 @@ class Stored:
     order: tuple[int, ...] | None = None  # row i of the parameter is row order[i] of the file
     transposed: bool = False  # the rows of the file are the columns of the parameter
     added: float = 0.0  # what the parameter is more than what is stored
+    flat: bool = False  # the file has a dimension less, the first, which is 1
 
 
 def stored_tensors(
     model: "PreTrainedModel", architecture: str, parameters: Iterable[str]
 ) -> dict[str, Stored]:
     """The tensor of each of `parameters`, in llama.cpp's names. Raises HeaderError for one that has none."""
-    number = next((n for n, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
-    assert number is not None, architecture
-    names = get_tensor_name_map(number, model.config.num_hidden_layers)
+    name_of = tensor_names(architecture, model)
     processor = processor_of(architecture, model.config)
     stored: dict[str, Stored] = {}
     state = model.state_dict()
     for parameter in parameters:
-        module, _, leaf = parameter.rpartition(".")
-        name = names.get_name(module)
-        if name is None or leaf not in {"weight", "bias"}:
+        name = name_of(parameter)
+        if name is None:
             raise HeaderError(f"llama.cpp's {architecture} has no name for {parameter}")
         shape = tuple(state[parameter].shape)
-        spec = corrected(_unplaced(f"{name}.{leaf}", shape), processor)
+        spec = corrected(_unplaced(name, shape), processor)
         order = spec.row_order
         if len(shape) == 1:  # said of weights alone: a bias goes with the rows of its weight
-            order = corrected(_unplaced(f"{name}.weight", (*shape, 1)), processor).row_order
-        stored[parameter] = Stored(spec.name, order, spec.transposed, spec.added)
+            weight = name.removesuffix(".bias").removesuffix(".weight") + ".weight"
+            order = corrected(_unplaced(weight, (*shape, 1)), processor).row_order
+        stored[parameter] = Stored(
+            spec.name, order, spec.transposed, spec.added, len(spec.shape) > len(shape)
+        )
     return stored
 
 
@@ -112,8 +120,8 @@ def header_values(config: PretrainedConfig, architecture: str) -> dict[str, Any]
     width = facts.get("head_dim") or hidden // heads
     ropes = facts.get("rope_parameters") or {}
     rope = ropes.get("full_attention", ropes)
-    renames: Mapping[str, str | None] = GGUF_CONFIG_MAPPING[architecture]  # type: ignore[assignment]
-    values: dict[str, Any] = {key: facts.get(theirs) for key, theirs in renames.items() if theirs}
+    renames = mapped_values(config.model_type)
+    values: dict[str, Any] = {key: facts.get(theirs) for key, theirs in renames.items()}
     values |= {
         "context_length": facts.get("max_position_embeddings") or facts.get("n_positions"),
         "feed_forward_length": facts.get("intermediate_size")
@@ -133,12 +141,29 @@ def header_values(config: PretrainedConfig, architecture: str) -> dict[str, Any]
         values.pop("attention.layer_norm_rms_epsilon", None)
         names = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
         values["attention.layer_norm_epsilon"] = next(facts[name] for name in names if name in facts)
-    values |= _scaling(rope, facts)
+    values |= _scaling(rope, facts) | _of_experts(facts)
     ids = {f"tokenizer.ggml.{ours}_token_id": facts.get(theirs) for ours, theirs in TOKEN_IDS.items()}
     return {
         **{f"{architecture}.{key}": value for key, value in values.items() if value is not None},
         **{key: number for key, number in ids.items() if isinstance(number, int)},
     }
+
+
+def _of_experts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the header of a mixture has besides."""
+    count = facts.get("num_local_experts") or facts.get("num_experts")
+    if not count:
+        return {}
+    width = facts.get("moe_intermediate_size")
+    oss = facts["model_type"] == "gpt_oss"
+    scales = {key: facts.get(theirs) for key, theirs in GRANITE_SCALES.items()}
+    return {
+        "expert_count": count,
+        "expert_used_count": facts["num_experts_per_tok"],
+        "expert_feed_forward_length": facts["intermediate_size"] if oss else width,
+        "expert_shared_feed_forward_length": facts.get("shared_expert_intermediate_size"),
+        "attention.sliding_window": facts["sliding_window"] if oss else None,
+    } | {key: None if scale is None else float(scale) for key, scale in scales.items()}
 
 
 def _key_value_heads(facts: Mapping[str, Any]) -> int:
@@ -194,6 +219,9 @@ def difference(config: PretrainedConfig, read: Mapping[str, Any]) -> str | None:
     """What matters and is not the same in `config` and in what a header is `read` as; None where all is."""
     there = AutoConfig.for_model(**read)
     ours, theirs = config.to_dict(), there.to_dict()
+    for facts in (ours, theirs):
+        if facts.get("head_dim", 0) is None:
+            facts["head_dim"] = config.hidden_size // config.num_attention_heads
     for key in type(there)().to_dict():
         if key in NOT_OF_THE_MODEL or key.endswith("_token_id") or any(word in key for word in TRAINING):
             continue

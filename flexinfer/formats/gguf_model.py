@@ -12,14 +12,16 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
+from flexinfer.formats.experts import Parts, parameters_of, split_stacked
 from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, check_installed, read_gguf
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
@@ -39,15 +42,35 @@ MODEL_TYPES = {  # llama.cpp's name of an architecture -> transformers'
     "falcon": "falcon",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
     "gpt2": "gpt2",
+    "granitemoe": "granitemoe",
     "llama": "llama",
     "nemotron": "nemotron",
+    "olmoe": "olmoe",
     "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
+MIXTRAL = "mixtral"  # what llama.cpp calls a llama too, with experts
+MIXTURES = {"gpt-oss", "granitemoe", "olmoe", "qwen2moe", "qwen3moe"}
+MAPPED_AS = dict.fromkeys(
+    (MIXTRAL, "granitemoe", "olmoe"), "llama"
+)  # whose headers transformers does not map
+MAPPED_AS |= {"gemma3_text": "gemma3"}
+COMPLETED = {"rope_theta", "head_dim"}  # said here, see `_completed`
+GRANITE_SCALES = {
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+}
+CORRECTED_AS = {"granitemoe": "llama"}  # whose rows llama.cpp puts in the same order
+HAVE_HEAD_DIM = {"llama", "qwen3", "qwen3moe", "gpt-oss", "gemma2", "gemma3", "nemotron"}
 ROTATES_A_PART = {"nemotron", "phi3", "stablelm"}  # of each head, by the config
 LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # the size whose attention is scaled in another way
 ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -177,31 +200,39 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
 
 def config_of(gguf: GGUF) -> dict[str, Any]:
     """What config.json would say. Raises CheckpointError for an architecture that cannot be run."""
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
     name = gguf.architecture
-    if any("_exps." in tensor for tensor in gguf.tensors):
-        raise CheckpointError(
-            f"{gguf.files[0]}: {one_line(name)} with experts (a mixture), which cannot be streamed yet; {_what_works()}"
-        )
-    if name not in MODEL_TYPES or name not in GGUF_CONFIG_MAPPING:
+    if name not in MODEL_TYPES:
         raise CheckpointError(
             f"{gguf.files[0]}: the architecture {shown(name)} cannot be run; {_what_works()}"
         )
+    model_type = MODEL_TYPES[name]
+    if any("_exps." in tensor for tensor in gguf.tensors):
+        if name == "llama":
+            model_type = MIXTRAL
+        elif name not in MIXTURES:
+            raise CheckpointError(f"{gguf.files[0]}: {name} with experts (a mixture), which cannot be run")
     if "token_embd.weight" not in gguf.tensors:
         raise CheckpointError(f"{gguf.files[0]}: has no tensor token_embd.weight; it is incomplete")
-    renames: dict[str, str | None] = GGUF_CONFIG_MAPPING[name]  # type: ignore[assignment]
-    known = {theirs: _of(gguf, key) for key, theirs in renames.items() if theirs}
+    known = {theirs: _of(gguf, key) for key, theirs in mapped_values(model_type).items()}
     config = {theirs: value for theirs, value in known.items() if value is not None}
-    config.pop("rope_theta", None)
     return (
         config
         | _token_ids(gguf)
-        | {"model_type": MODEL_TYPES[name], "dtype": "float32"}
+        | {"model_type": model_type, "dtype": "float32"}
         | {"vocab_size": gguf.tensors["token_embd.weight"].shape[0]}
         | {"tie_word_embeddings": "output.weight" not in gguf.tensors}
-        | _completed(gguf)
+        | _completed(gguf, model_type)
+        | (_of_experts(gguf) if model_type == MIXTRAL or name in MIXTURES else {})
     )
+
+
+def mapped_values(model_type: str) -> dict[str, str]:
+    """By transformers' mapping: a key of the architecture in a header, and what it is called in the config of `model_type`."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    name = MAPPED_AS.get(model_type, model_type)
+    mapping: Mapping[str, str | None] = GGUF_CONFIG_MAPPING[name]  # type: ignore[assignment]
+    return {key: theirs for key, theirs in mapping.items() if theirs and theirs not in COMPLETED}
 
 
 def _token_ids(gguf: GGUF) -> dict[str, int]:
@@ -231,7 +262,38 @@ def _of(gguf: GGUF, key: str) -> Any:
     return value
 
 
-def _completed(gguf: GGUF) -> dict[str, Any]:
+def _of_experts(gguf: GGUF) -> dict[str, Any]:
+    """What a mixture has besides, as llama.cpp computes it."""
+    name = gguf.architecture
+    count, used = _needed(gguf, "expert_count"), _needed(gguf, "expert_used_count")
+    if used > count:
+        raise CheckpointError(
+            f"{gguf.files[0]}: {used} of {count} experts are used: damaged; download it again"
+        )
+    local = name in {"gpt-oss", "granitemoe", "llama"}
+    more: dict[str, Any] = {"num_local_experts" if local else "num_experts": count}
+    more["num_experts_per_tok"] = used
+    if name in {"qwen2moe", "qwen3moe"}:
+        more["moe_intermediate_size"] = _width(gguf, "blk.0.ffn_down_exps.weight")
+        more["norm_topk_prob"] = name == "qwen3moe"
+    if name == "qwen2moe":
+        more["shared_expert_intermediate_size"] = _width(gguf, "blk.0.ffn_down_shexp.weight")
+    elif name == "gpt-oss":
+        more["sliding_window"] = _needed(gguf, "attention.sliding_window")
+    elif name == "granitemoe":
+        scales = {theirs: _ratio(gguf, key) for key, theirs in GRANITE_SCALES.items()}
+        more |= {theirs: scale for theirs, scale in scales.items() if scale is not None}
+    return more
+
+
+def _width(gguf: GGUF, name: str) -> int:
+    """The length of the rows of a tensor, which has to be there."""
+    if name not in gguf.tensors:
+        raise CheckpointError(f"{gguf.files[0]}: has no tensor {name}; it is incomplete")
+    return gguf.tensors[name].shape[-1]
+
+
+def _completed(gguf: GGUF, model_type: str) -> dict[str, Any]:
     """What transformers' mapping leaves out, as llama.cpp reads it."""
     name = gguf.architecture
     hidden, heads = _needed(gguf, "embedding_length"), _needed(gguf, "attention.head_count")
@@ -245,7 +307,7 @@ def _completed(gguf: GGUF) -> dict[str, Any]:
     epsilon = _of(gguf, "attention.layer_norm_epsilon")
     rope = _rope_parameters(gguf, rotated)
     more: dict[str, Any] = {"rope_parameters": rope}
-    if name in {"llama", "qwen3", "gemma2", "gemma3", "nemotron"}:
+    if name in HAVE_HEAD_DIM:
         more["head_dim"] = width
     if name in ROTATES_A_PART:
         more["partial_rotary_factor"] = rope["partial_rotary_factor"] = rotated / width
@@ -253,7 +315,9 @@ def _completed(gguf: GGUF) -> dict[str, Any]:
         raise CheckpointError(
             f"{gguf.files[0]}: {name} with {rotated} of {width} numbers of a head rotated, which cannot be run"
         )
-    if name == "llama":
+    if model_type == "gpt_oss" and rope["rope_type"] == "yarn":
+        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    elif model_type == "llama":
         more["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
         more["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
     elif name in LAYERS_OF_27B:
@@ -408,36 +472,95 @@ def _numbers(gguf: GGUF, name: str) -> list[float]:
 # ---- tensors
 
 
-def specs_of(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    """The tensor of each parameter that the file has. Raises CheckpointError when it has tensors that the model has no place for."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+def specs_of(
+    model: "PreTrainedModel", checkpoint: Checkpoint, experts: Mapping[str, Any]
+) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
+    """The tensor of each parameter that the file has; and of the parameters of the modules `experts`, by name, those of each expert.
 
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == checkpoint.architecture)
-    names = get_tensor_name_map(number, model.config.num_hidden_layers)
+    Raises CheckpointError when the file has tensors that the model has no place for.
+    """
+    parts: dict[str, Parts] = {}
+    specs: dict[str, TensorSpec] = {}
+    for name, module in experts.items():
+        of_module, biases = _experts_of(name, module, checkpoint.tensors)
+        parts |= of_module
+        specs |= biases
+    name_of = tensor_names(str(checkpoint.architecture), model)
     processor = processor_of(str(checkpoint.architecture), model.config)
     orders: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: all layers share them
-    specs: dict[str, TensorSpec] = {}
     for parameter in model.state_dict():
-        module, _, leaf = parameter.rpartition(".")
-        name = f"{names.get_name(module)}.{leaf}"
-        if name in checkpoint.tensors:
-            spec = corrected(checkpoint.tensors[name], processor)
+        tensor = name_of(parameter)
+        if parameter not in parts | specs and tensor in checkpoint.tensors:
+            spec = corrected(checkpoint.tensors[tensor], processor)
             if spec.row_order is not None:
                 spec = replace(spec, row_order=orders.setdefault(spec.row_order, spec.row_order))
             specs[parameter] = spec
-    used = {spec.name for spec in specs.values()} | ROPE_TENSORS
+    used = {spec.name for one in specs.values() for spec in (one, one.alternate) if spec} | ROPE_TENSORS
+    used |= {spec.name for of_parameter in parts.values() for spec in of_parameter[0]}
     if unused := [name for name in checkpoint.tensors if name not in used]:
         raise CheckpointError(
             f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}, such as {shown(unused[0])}; "
             "this kind of model cannot be run yet"
         )
-    return specs
+    return specs, parts
+
+
+def tensor_names(architecture: str, model: "PreTrainedModel") -> Callable[[str], str | None]:
+    """A function from a parameter's name to that of its tensor; None where llama.cpp has none."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(number, model.config.num_hidden_layers)
+
+    def name_of(parameter: str) -> str | None:
+        module, _, leaf = parameter.rpartition(".")
+        if leaf in {"weight", "bias"}:
+            found = names.get_name(module) or names.get_name(
+                f"{module}.layer"
+            )  # as it once was in transformers
+            return f"{found}.{leaf}" if found else None
+        found = names.get_name(parameter)  # a parameter of a layer's own
+        return f"{found}.weight" if found else None
+
+    return name_of
+
+
+def expert_tensors(name: str, module: Any) -> dict[str, tuple[str, ...]]:
+    """Of each parameter of an experts module the tensors that llama.cpp keeps its rows in, one after another."""
+    up, down = parameters_of(name, module)
+    place = re.search(r"\.(\d+)\.", name)
+    block = f"blk.{place[1] if place else ''}.ffn_"
+    ways = ("gate", "up") if module.has_gate else ("up",)
+    return {up: tuple(f"{block}{way}_exps" for way in ways), down: (f"{block}down_exps",)}
+
+
+def _experts_of(
+    name: str, module: Any, tensors: Mapping[str, TensorSpec]
+) -> tuple[dict[str, Parts], dict[str, TensorSpec]]:
+    """By parameter the tensors of each expert, and the biases."""
+    parts: dict[str, Parts] = {}
+    biases: dict[str, TensorSpec] = {}
+    for parameter, names in expert_tensors(name, module).items():
+        joined = names[0].replace("_gate_", "_gate_up_")
+        names = (joined,) if f"{joined}.weight" in tensors else names
+        found = [tensors[f"{one}.weight"] for one in names if f"{one}.weight" in tensors]
+        alike = {spec.shape[0] for spec in found if len(spec.shape) == 3}
+        if len(found) == len(names) and len(alike) == 1:
+            stacked = [split_stacked(replace(spec, transposed=module.is_transposed)) for spec in found]
+            parts[parameter] = [[*chain(*of_expert)] for of_expert in zip(*stacked, strict=True)]
+        bias = [tensors[f"{one}.bias"] for one in names if f"{one}.bias" in tensors]
+        if module.has_bias and len(bias) == len(names):
+            first, other = bias[0], bias[1] if len(bias) > 1 else None
+            shape = (*first.shape[:-1], sum(spec.shape[-1] for spec in bias))
+            biases[f"{parameter}_bias"] = replace(first, shape=shape, alternate=other)
+    return parts, biases
 
 
 def processor_of(architecture: str, config: "PretrainedConfig") -> Any:
     """What transformers changes the tensors of `architecture` with."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
+    architecture = CORRECTED_AS.get(architecture, architecture)
     return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config.to_dict())
 
 
@@ -452,6 +575,8 @@ def corrected(spec: TensorSpec, processor: Any) -> TensorSpec:
     rows = np.arange(spec.shape[0], dtype=np.float64)
     column = rows.reshape(-1, *(1 for _ in spec.shape[1:]))  # [rows, 1] or [rows]
     done: npt.NDArray[np.float64] = processor.process(weights=column, name=spec.name).weights
+    if done.shape == (1, *column.shape):
+        return replace(spec, shape=(1, *spec.shape))
     if done.shape == column.shape[::-1] and len(spec.shape) == 2 and done.shape != column.shape:
         return replace(spec, transposed=True)
     if done.shape == column.shape:

@@ -25,10 +25,10 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,13 +50,14 @@ from flexinfer.formats.gguf_header import (
     stored_tensors,
     write_header,
 )
-from flexinfer.formats.gguf_model import NAMES_KEY, config_of
+from flexinfer.formats.gguf_model import NAMES_KEY, config_of, expert_tensors
 from flexinfer.formats.gguf_vocabulary import vocabulary
 from flexinfer.formats.skeleton import Skeleton, build_skeleton
-from flexinfer.kernels.dense import Conv1DKernel
+from flexinfer.kernels import Kernel
+from flexinfer.kernels.dense import ColumnsKernel, Conv1DKernel, DenseKernel
 from flexinfer.kernels.ggml import TYPES as GGML_TYPES
 from flexinfer.kernels.ggml import dequantize_rows, quantize_rows
-from flexinfer.plan import format_size
+from flexinfer.plan import Weight, format_size
 
 MODEL_FILE = "model.gguf"
 # Has all its length from the start, so it must not be taken for a model.
@@ -91,6 +92,9 @@ STATE_FILE = "quantize_state.json"  # in DST.partial: what is being made of what
 REPORT_FILE = "quantize_report.json"
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
 NOT_COPIED = {"config.json", INDEX_FILE, REPORT_FILE}
+
+
+ALL = slice(None)
 
 
 class QuantizeError(ValueError):
@@ -174,11 +178,6 @@ def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progres
             f"{src}: a GGUF file runs as it is; to make a smaller copy, start from the original checkpoint"
         )
     skeleton = build_skeleton(source)
-    if skeleton.experts is not None:
-        raise QuantizeError(
-            f"{src}: {type(skeleton.model).__name__} is a mixture of experts, which cannot be quantised yet; it can be run as it is"
-        )
-
     partial = dst.with_name(dst.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / STATE_FILE).open("a+", encoding="utf-8") as state_file:
@@ -223,7 +222,8 @@ def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progres
             kind=kind,
             source_bytes=sum(
                 spec.nbytes for spec in {spec.name: spec for spec in skeleton.specs.values()}.values()
-            ),
+            )
+            + (skeleton.mixture.nbytes if skeleton.mixture is not None else 0),
             nbytes=nbytes,
             seconds=time.perf_counter() - start_s,
             packed=[tensor for tensor in state.done if tensor is not None],
@@ -284,9 +284,14 @@ class _Source:
 
     parameter: str  # the model's name
     spec: TensorSpec
-    transposed: bool  # the rows of the entry are the columns of the source
-    order: tuple[int, ...] | None  # row i of the source is row order[i] of the entry
-    added: float  # what the source is more than the entry
+    transposed: bool = False  # the rows of the entry are the columns of the source
+    order: tuple[int, ...] | None = None  # row i of the source is row order[i] of the entry
+    added: float = 0.0  # what the source is more than the entry
+    rows: slice = field(
+        default_factory=lambda: ALL
+    )  # those of the source, as the entry has them, that go into it
+    columns: slice = field(default_factory=lambda: ALL)
+    count: int | None = None  # rows that it gives; None: all of the entry
 
 
 class _Job:
@@ -301,7 +306,7 @@ class _Job:
         self.kept: dict[str, str] = {}
         self.packed: set[str] = set()  # names of entries in blocks
         self.notes: list[str] = []
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, list[_Source]] = {}  # of an entry, one after another
         self._extra = rope_tensors(skeleton.config)
         self.architecture = ARCHITECTURES.get(skeleton.config.model_type)
         fresh = file.with_name(file.name + ".header")
@@ -325,10 +330,13 @@ class _Job:
         """Write the header, in llama.cpp's words if `architecture` is one of its names, else in transformers'."""
         self._sources, self.packed, self.kept = {}, set(), {}
         skeleton, name = self._skeleton, self.architecture
-        stored = stored_tensors(skeleton.model, name, self._in_order_of_use()) if name else {}
+        experts = list(_expert_sources(skeleton, apart=name is not None))
+        among_them = {sources[0].parameter for _, _, sources in experts}  # biases
+        order = [parameter for parameter in self._in_order_of_use() if parameter not in among_them]
+        stored = stored_tensors(skeleton.model, name, order) if name else {}
         entries = [_entry(tensor, "F32", numbers.shape) for tensor, numbers in self._extra.items()]
-        for parameter in self._in_order_of_use():
-            entries.append(self._entry(parameter, stored.get(parameter, Stored(parameter))))
+        entries += [self._entry(parameter, stored.get(parameter, Stored(parameter))) for parameter in order]
+        entries += [self._expert_entry(*one) for one in experts]
         values: dict[str, Any] = {
             "general.file_type": _file_type(self._kind),
             "general.quantization_version": 2,
@@ -359,6 +367,8 @@ class _Job:
 
     def _entry(self, parameter: str, stored: Stored) -> Entry:
         spec, kernel = self._skeleton.specs[parameter], self._skeleton.kernels.get(parameter)
+        if stored.flat:
+            spec, kernel = replace(spec, shape=spec.shape[1:]), None
         matrix = kernel is not None or parameter == self._skeleton.embedding_name + ".weight"
         by_columns = isinstance(kernel, Conv1DKernel)  # its weight is [in, out]
         shape, kind = spec.shape, None
@@ -375,8 +385,21 @@ class _Job:
             self.packed.add(stored.name)
         else:
             kind = _plain_kind(spec, matrix)
-        self._sources[stored.name] = _Source(parameter, spec, transposed, stored.order, stored.added)
+        self._sources[stored.name] = [_Source(parameter, spec, transposed, stored.order, stored.added)]
         return _entry(stored.name, kind, shape)
+
+    def _expert_entry(self, name: str, shape: tuple[int, ...], sources: list[_Source]) -> Entry:
+        self._sources[name] = sources
+        kind: str | None = "F32"
+        if len(shape) == 3:
+            kind = kind_for(self._kind, shape[-1])
+            if kind is None:
+                self.kept[name] = f"its rows of {shape[-1]} weights are no multiple of 32"
+                kind = sources[0].spec.encoding.name
+            else:
+                self.packed.add(name)
+        assert kind is not None
+        return _entry(name, kind, shape)
 
     def _fill_extra(self, file: Path) -> None:
         with file.open("r+b") as stream:
@@ -397,30 +420,24 @@ class _Job:
         assert offset_bytes == entry.offset_bytes + entry.nbytes, entry
         if entry.name not in self.packed:
             return None
-        shape = (entry.shape[0], entry.shape[1])
-        parameter = self._sources[entry.name].parameter
+        shape = (math.prod(entry.shape[:-1]), entry.shape[-1])
+        parameter = self._sources[entry.name][0].parameter
         return TensorReport(parameter, entry.kind, shape, entry.nbytes, errors.relative, errors.largest)
 
     def _chunks(self, entry: Entry, pool: ThreadPoolExecutor, errors: "_Errors") -> Iterator[memoryview]:
         if entry.name in self._extra:
             yield memoryview(self._extra[entry.name].tobytes())
             return
-        rows_of = _rows_of(self._sources[entry.name], entry.shape)
-        row_weights = math.prod(entry.shape[1:])
-        step = max(1, BLOCK_WEIGHTS // row_weights)
-        cuts = [(start, min(start + step, entry.shape[0])) for start in range(0, entry.shape[0], step)]
+        todo = _cuts(self._sources[entry.name], entry.shape[0])
         if entry.name not in self.packed:
             dtype: torch.dtype = getattr(torch, str(ENCODING_OF[entry.kind].torch_name))
-            for cut in cuts:
-                yield rows_of(*cut).to(dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
+            for rows_of, start, stop in todo:
+                yield rows_of(start, stop).to(dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
             return
-        todo = iter(cuts)
-        running = deque(
-            pool.submit(_pack, entry.kind, rows_of, *cut) for cut in itertools.islice(todo, _cores())
-        )
+        running = deque(pool.submit(_pack, entry.kind, *cut) for cut in itertools.islice(todo, _cores()))
         while running:
             data, *found = running.popleft().result()
-            running.extend(pool.submit(_pack, entry.kind, rows_of, *cut) for cut in itertools.islice(todo, 1))
+            running.extend(pool.submit(_pack, entry.kind, *cut) for cut in itertools.islice(todo, 1))
             errors.add(*found)
             yield data.numpy().data.cast("B")
 
@@ -453,8 +470,89 @@ def _pack(
     return data, float(error.norm()), norm, float(error.abs().max())
 
 
-def _rows_of(source: _Source, shape: tuple[int, ...]) -> Callable[[int, int], torch.Tensor]:
-    """A function that reads rows [start, stop) of an entry of `shape`."""
+def _expert_sources(
+    skeleton: Skeleton, *, apart: bool
+) -> Iterator[tuple[str, tuple[int, ...], list[_Source]]]:
+    """Name, shape and sources of the entries of experts, layer by layer: weights [experts, rows, in], biases [experts, rows].
+
+    apart: in llama.cpp's names, which has gate and up in two tensors, and biases beside them; else by the model's parameters.
+    """
+    if skeleton.experts is None:
+        return
+    for layer in skeleton.experts.mixture.layers:
+        module: Any = skeleton.model.get_submodule(layer.name)
+        kernels, experts = skeleton.experts.kernels[layer.name], layer.experts
+        for parameter, names in expert_tensors(layer.name, module).items():
+            down = parameter.endswith("down_proj")
+            own = range(len(kernels) - 1, len(kernels)) if down else range(len(kernels) - 1)
+            count = sum(_rows(experts[0][i]) for i in own)
+            halves = [slice(0, count // 2), slice(count // 2, None)]
+            if not module.is_concatenated:
+                halves = [slice(0, None, 2), slice(1, None, 2)]
+            entries: list[
+                tuple[str, Sequence[int], slice, slice]
+            ]  # name, weights, rows of them, columns of the bias
+            if not apart or len(names) == 1:
+                entries = [(f"{names[0]}.weight" if apart else parameter, own, ALL, ALL)]
+            elif len(own) == 2:  # the source has them apart too
+                entries = [(f"{names[n]}.weight", own[n : n + 1], ALL, halves[n]) for n in range(2)]
+            else:
+                entries = [(f"{names[n]}.weight", own, halves[n], halves[n]) for n in range(2)]
+            rows = count // len(entries)
+            for name, weights, cut, columns in entries:
+                sources = [
+                    _expert_source(expert[i], kernels[i], parameter, cut, rows // len(weights))
+                    for expert in experts
+                    for i in weights
+                ]
+                yield name, (len(experts), rows, kernels[weights[0]].in_features), sources
+                if apart and module.has_bias:
+                    bias = f"{parameter}_bias"
+                    source = _Source(bias, skeleton.specs[bias], columns=columns, count=len(experts))
+                    yield name.replace(".weight", ".bias"), (len(experts), rows), [source]
+
+
+def _rows(weight: Weight) -> int:
+    return weight.pieces[-1].row_stop - weight.pieces[0].row_start
+
+
+def _expert_source(weight: Weight, kernel: Kernel, parameter: str, rows: slice, count: int) -> _Source:
+    """`rows` of the weight of one expert, as the entry has them."""
+    assert isinstance(kernel, DenseKernel | ColumnsKernel)
+    by_columns = isinstance(kernel, ColumnsKernel)
+    encoding = next(
+        one for one in ENCODING_OF.values() if one.torch_name == str(kernel.file_dtype).removeprefix("torch.")
+    )
+    shape = (_rows(weight), kernel.in_features)
+    first = weight.pieces[0]
+    spec = TensorSpec(
+        weight.name,
+        first.file,
+        first.offset_bytes,
+        weight.nbytes,
+        encoding,
+        shape[::-1] if by_columns else shape,
+    )
+    return _Source(parameter, spec, transposed=by_columns, rows=rows, count=count)
+
+
+def _cuts(sources: list[_Source], rows: int) -> Iterator[tuple[Callable[[int, int], torch.Tensor], int, int]]:
+    """What an entry is made of: a function that reads rows, and which of them; a block of weights at a time.
+
+    rows: of the entry, where a source does not say how many it gives.
+    """
+    for source in sources:
+        rows_of, count = _rows_of(source), source.count or rows
+        width = (
+            math.prod(source.spec.shape) // source.spec.shape[-1 if source.transposed else 0] if rows else 1
+        )
+        step = max(1, BLOCK_WEIGHTS // max(1, width))
+        for start in range(0, count, step):
+            yield rows_of, start, min(start + step, count)
+
+
+def _rows_of(source: _Source) -> Callable[[int, int], torch.Tensor]:
+    """A function that reads rows [start, stop) of what `source` gives."""
     spec = source.spec
     row_bytes = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
 
@@ -465,15 +563,19 @@ def _rows_of(source: _Source, shape: tuple[int, ...]) -> Callable[[int, int], to
         )
         return rows.view(stop - start, *spec.shape[1:])
 
-    if source.transposed or source.order is not None:  # another order of rows: read it whole, once
+    if (
+        source.transposed or source.order is not None or source.rows.step
+    ):  # another order of rows: read it whole, once
         whole = read(0, spec.shape[0])
         whole = whole.T.contiguous() if source.transposed else whole
         if source.order is not None:
             whole = whole[torch.tensor(source.order).argsort()]
+        whole = whole[source.rows]
         return lambda start, stop: whole[start:stop]
     if source.added:
         return lambda start, stop: read(start, stop).float() - source.added
-    return read
+    first = source.rows.start or 0
+    return lambda start, stop: read(first + start, first + stop)[..., source.columns]
 
 
 def _entry(name: str, kind: str, shape: tuple[int, ...]) -> Entry:

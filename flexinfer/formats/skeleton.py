@@ -123,6 +123,7 @@ class Skeleton:
     experts: Experts | None  # those of a mixture
     kernels: dict[str, Kernel]  # by the name of the weight
     row_orders: dict[str, torch.Tensor]  # of weights whose rows the file has in another order
+    together: list[list[str]]  # weights that are given the same input, one after another
     cache_layers: list[LayerShape]
     kv_dtype: torch.dtype  # what the KV cache is kept in
     meter: PassMeter
@@ -200,7 +201,7 @@ def build_skeleton(
         model.eval().requires_grad_(False)
         set_generation_config(model, checkpoint)
         linears = {linear.name: linear for linear in find_linears(model)}
-        order, cache_layers, routes = _dry_run(shapes, linears.keys())
+        order, together, cache_layers, routes = _dry_run(shapes, linears.keys())
         experts = _experts(shapes, expert_parts, routes, compute_dtype)
         parts = [_weight_of(linears[name], specs, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
@@ -216,6 +217,7 @@ def build_skeleton(
         experts=experts,
         kernels={weight.name: kernel for weight, kernel in parts},
         row_orders=row_orders,
+        together=[[f"{name}.weight" for name in names] for names in together],
         cache_layers=cache_layers,
         kv_dtype=kept_dtype,
         meter=PassMeter(config, compute_dtype, cache_layers, products, kv_dtype=kept_dtype),
@@ -344,7 +346,7 @@ def _resident_facts(
     config = load_config(checkpoint)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
     with refusing(checkpoint.config_file, "no causal LM"):
-        return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[1]
+        return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[2]
 
 
 def _resident_meter(config: PretrainedConfig, dtype: torch.dtype, layers: Sequence[LayerShape]) -> PassMeter:
@@ -376,6 +378,7 @@ def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
         experts=None,
         kernels={},
         row_orders={},
+        together=[],
         cache_layers=layers,
         kv_dtype=compute_dtype,
         meter=_resident_meter(config, compute_dtype, layers),
@@ -418,7 +421,7 @@ def _experts(
     """The experts of `model`, if it has some."""
 
     def kernel_of(matrix: Matrix) -> Kernel:
-        if matrix.transposed:
+        if matrix.by_columns:
             return ColumnsKernel(matrix.in_features, matrix.spec.torch_dtype, dtype)
         kernel = _kernel(matrix.spec, matrix.in_features, dtype)
         return replace(kernel, aligned=matrix.joined) if isinstance(kernel, DenseKernel) else kernel
@@ -445,8 +448,9 @@ def _multiplies_alike(module: nn.Module) -> bool:
 def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
     """The tensor of each parameter and persistent buffer; and by parameter those of each expert."""
     state = model.state_dict()
+    modules = expert_modules(model)
     if checkpoint.architecture:
-        specs, parts = specs_of(model, checkpoint), dict[str, Parts]()
+        specs, parts = specs_of(model, checkpoint, modules)
     else:
         specs, parts = _renamed(model, checkpoint)
     if model.config.get_text_config().tie_word_embeddings:
@@ -460,6 +464,15 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Te
             f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
             "the checkpoint is incomplete or of another model"
         )
+    for name, module in modules.items():
+        for parameter in parameters_of(name, module):
+            if parameter in specs:
+                spec = specs.pop(parameter)
+                in_rows = (
+                    spec.encoding.torch_name is None and module.is_transposed
+                )  # of outputs, as blocks lie
+                parts[parameter] = split_stacked(replace(spec, transposed=in_rows))
+            check_shapes(parameter, parts[parameter], state[parameter].shape)
     for name, spec in specs.items():
         shape = tuple(state[name].shape)
         if spec.shape != (shape[::-1] if spec.transposed else shape):
@@ -467,11 +480,6 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Te
                 f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
                 "the two do not belong together"
             )
-    for name, module in expert_modules(model).items():
-        for parameter in parameters_of(name, module):
-            if parameter in specs:
-                parts[parameter] = split_stacked(specs.pop(parameter))
-            check_shapes(parameter, parts[parameter], state[parameter].shape)
     return specs, parts
 
 
@@ -512,15 +520,21 @@ def _renamed(
 
 def _dry_run(
     model: PreTrainedModel, linears: Collection[str]
-) -> tuple[list[str], list[LayerShape], dict[str, Route]]:
-    """One pass on the meta device: the order in which the linears run, what a token keeps in each cache layer, and how it comes to
-    the experts of each module."""
+) -> tuple[list[str], list[list[str]], list[LayerShape], dict[str, Route]]:
+    """One pass on the meta device: the order in which the linears run, which of them are given the same input, what a token keeps in
+    each cache layer, and how it comes to the experts of each module."""
     order: list[str] = []
+    inputs: list[object] = []
+
+    def note(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        order.append(name)
+        inputs.append(args[0] if args else None)
+
     routes = _watch_routes(model)
     with deferred(), torch.device("meta"), torch.no_grad():
         for name, module in model.named_modules():
             if name in linears:
-                module.register_forward_pre_hook(lambda _module, _args, name=name: order.append(name))
+                module.register_forward_pre_hook(partial(note, name))
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), cache=cache, use_cache=True)
     layers = []
@@ -538,7 +552,14 @@ def _dry_run(
             )
         )
     once = list(dict.fromkeys(order))
-    return once + [name for name in linears if name not in once], layers, routes
+    together: list[list[str]] = []
+    for i, name in enumerate(order):
+        if order.count(name) == 1 and inputs[i] is not None and i and inputs[i] is inputs[i - 1]:
+            together[-1].append(name)
+        else:
+            together.append([name])
+    several = [names for names in together if len(names) > 1]
+    return once + [name for name in linears if name not in once], several, layers, routes
 
 
 def _watch_routes(model: PreTrainedModel) -> dict[str, Route]:

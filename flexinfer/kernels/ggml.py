@@ -4,8 +4,8 @@ A row of a weight is `in_features` numbers in blocks of 32 or 256, each block wi
 that ggml alone has to understand. Activations are float32; ggml quantises them itself (to 8 bit, a
 row at a time) before it multiplies, as llama.cpp does.
 
-How it is called. A graph of one product is built once for each thread; type, shape and addresses
-are set before each call, so nothing is kept per shape. The threads are torch's own: each multiplies
+How it is called. A graph of one product is built once for each thread and shape, the last few shapes
+are kept, and addresses are set before each call. The threads are torch's own: each multiplies
 its share of the output rows, with ggml on one thread. A pool of ggml's beside torch's would have to
 share the cores with threads of torch that spin for some milliseconds after each operation: twice
 the time (docs/log.md). Calls come one at a time (a lock); the interpreter is free meanwhile.
@@ -30,7 +30,7 @@ and memory (the caller owns the bytes). bf16, fp16 and fp32 have torch's kernels
 import ctypes
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -63,6 +63,7 @@ F32 = 0  # ggml's number for the type of activations and outputs
 WORK_ROWS = 256  # activation rows that are multiplied at a time
 SHARE_ROWS = 16  # output rows of a thread are a multiple of this: float32 outputs of one cache line
 FEW_ROWS = 8  # up to so many activation rows the memory to work in is kept from call to call
+KEPT_SHAPES = 24  # products whose graphs are kept: a model has ten or so, for one token and for a few
 ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
 
 
@@ -86,6 +87,9 @@ class GgmlType:
             raise GgmlError(f"{self.name}: rows of {in_features} are no multiple of {self.block_elements}")
         return blocks * self.block_bytes
 
+
+# Of a product: in_features, output rows, activation rows, threads, and which it is of those that are computed together.
+Shape = tuple[GgmlType, int, int, int, int, int]
 
 TYPES = {
     blocks.name: GgmlType(blocks.name, number, blocks.block_elements, blocks.block_bytes)
@@ -144,11 +148,28 @@ class GgmlKernel:
     ) -> None:
         """y [n, rows] = x [n, in] times the rows in `view`, plus `bias`; rounded once."""
         product = y if y.dtype == torch.float32 else torch.empty(y.shape)
-        library().multiply(self.type, view, x.float().contiguous(), product)
+        library().multiply(x.float().contiguous(), [(self.type, view, product)])
         if bias is not None:
             product += bias
         if product is not y:
             y.copy_(product)
+
+
+def multiply_each(
+    x: torch.Tensor, parts: Sequence[tuple[GgmlKernel, torch.Tensor, int, torch.Tensor | None]]
+) -> list[torch.Tensor]:
+    """What each kernel's `multiply` makes of x, view, rows and bias, computed together: threads are woken once for all.
+
+    x has FEW_ROWS activation rows at most, and all kernels have its dtype and width.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    exact = flat.float().contiguous()
+    products = [torch.empty(len(flat), rows) for _, _, rows, _ in parts]
+    library().multiply(exact, [(part[0].type, part[1], y) for part, y in zip(parts, products, strict=True)])
+    for (_, _, _, bias), y in zip(parts, products, strict=True):
+        if bias is not None:
+            y += bias
+    return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1]) for y in products]
 
 
 def quantize_rows(kind: GgmlType, weight: torch.Tensor) -> torch.Tensor:
@@ -222,34 +243,39 @@ class Library:
         cpu.ggml_cpu_init()
         self._base, self._cpu = base, cpu
         self._team = _Team(cpu.ggml_graph_compute)
-        self._products: list[_Product] = []  # one for each thread
-        self._shaped: tuple[GgmlType, int, int, int, int] | None = None  # what they have the shape of now
-        self._shared: list[_Product] = []  # those that take part in it
+        self._shared: dict[Shape, list[_Product]] = {}  # a product for each thread; the last used is the last
+        self._work: list[torch.Tensor] = []  # what each thread works in
         self._lock = threading.Lock()
 
-    def multiply(self, kind: GgmlType, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y [n, rows] = x [n, in] times the rows in `weight`; x and y float32, all contiguous."""
-        (n, in_features), rows = x.shape, y.shape[1]
-        assert weight.shape == (rows, kind.row_bytes(in_features))
-        threads = torch.get_num_threads() if n * rows * in_features >= ONE_THREAD_WORK else 1
+    def multiply(
+        self, x: torch.Tensor, weights: Sequence[tuple[GgmlType, torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """For each type, weight and y in `weights`: y [n, rows] = x [n, in] times the rows in the weight. x and y are float32, all
+        is contiguous."""
+        n, in_features = x.shape
         with self._lock:
-            products = self._shares(kind, in_features, rows, n, threads)
-            addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-            for product in products:
-                product.place(*addresses)
-            failed = self._team.run(products)
+            products: list[_Product] = []
+            for part, (kind, weight, y) in enumerate(weights):
+                rows = y.shape[1]
+                assert weight.shape == (rows, kind.row_bytes(in_features))
+                threads = torch.get_num_threads() if n * rows * in_features >= ONE_THREAD_WORK else 1
+                addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
+                for product in self._shares((kind, in_features, rows, n, threads, part)):
+                    self._make_room(len(products), product.work_bytes)
+                    product.place(*addresses, self._work[len(products)].data_ptr())
+                    products.append(product)
+            failed = self._team.run(products, torch.get_num_threads())
             if n > FEW_ROWS:
-                self._forget()
+                self._work.clear()
         if failed:
-            raise RuntimeError(f"ggml: could not multiply {kind.name}, {n} x {in_features} x {rows}")
+            kinds = ", ".join(kind.name for kind, _, _ in weights)
+            raise RuntimeError(f"ggml: could not multiply {kinds}, {n} x {in_features}")
 
     def work_bytes(self, kind: GgmlType, in_features: int, rows: int, n: int) -> int:
         """Memory that `multiply` takes besides x and y."""
         with self._lock:
-            products = self._shares(kind, in_features, rows, n, torch.get_num_threads())
-            nbytes = sum(product.work.nbytes for product in products)
-            self._forget()
-            return nbytes
+            products = self._shares((kind, in_features, rows, n, torch.get_num_threads(), 0))
+            return sum(product.work_bytes for product in products)
 
     def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """weight float32 [rows, in] into packed uint8 [rows, row_bytes], both contiguous."""
@@ -271,27 +297,27 @@ class Library:
         traits = self._base.ggml_get_type_traits(kind.id).contents
         _TO_FLOAT(traits.to_float)(packed.data_ptr(), weight.data_ptr(), weight.numel())
 
-    def _shares(self, kind: GgmlType, in_features: int, rows: int, n: int, threads: int) -> "list[_Product]":
-        """Products that make up [n, in] x [in, rows], one for each thread if there are enough rows."""
-        wanted = (kind, in_features, rows, n, threads)
-        if wanted == self._shaped:  # as a rule: queries, keys and values; gate and up
-            return self._shared
-        self._forget()
-        share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
-        starts = range(0, rows, share)
-        while len(self._products) < len(starts):
-            self._products.append(_Product(self._base, self._cpu))
-        self._shared = self._products[: len(starts)]
-        for product, start in zip(self._shared, starts, strict=True):
-            product.shape(kind, in_features, start, min(share, rows - start), rows, n)
-        self._shaped = wanted
-        return self._shared
+    def _shares(self, shape: Shape) -> "list[_Product]":
+        """Products that make up one of `shape`, one for each thread if there are enough rows."""
+        products = self._shared.pop(shape, None)
+        if products is None:
+            kind, in_features, rows, n, threads, _ = shape
+            share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
+            starts = range(0, rows, share)
+            products = self._shared.pop(next(iter(self._shared))) if len(self._shared) == KEPT_SHAPES else []
+            products += [_Product(self._base, self._cpu) for _ in starts[len(products) :]]
+            del products[len(starts) :]
+            for product, start in zip(products, starts, strict=True):
+                product.shape(kind, in_features, start, min(share, rows - start), rows, n)
+        self._shared[shape] = products
+        return products
 
-    def _forget(self) -> None:
-        """Give back the memory that products have worked in."""
-        self._shaped = None
-        for product in self._shared:
-            product.work = torch.empty(0, dtype=torch.uint8)
+    def _make_room(self, i: int, nbytes: int) -> None:
+        """See that the `i`-th product of a call has memory to work in."""
+        if i == len(self._work):
+            self._work.append(torch.empty(nbytes, dtype=torch.uint8))
+        elif self._work[i].nbytes < nbytes:
+            self._work[i] = torch.empty(nbytes, dtype=torch.uint8)
 
 
 class _Product:
@@ -312,7 +338,7 @@ class _Product:
         self._start_row = self._row_bytes = 0
 
     def shape(self, kind: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int) -> None:
-        """Say which part of which product this is. Takes the memory to work in."""
+        """Say which part of which product this is."""
         self._start_row, self._row_bytes = start, kind.row_bytes(in_features)
         self._weight.type = kind.id
         for tensor, inner, outer, unit_bytes, line_bytes in (
@@ -322,13 +348,13 @@ class _Product:
         ):
             tensor.ne[:2] = inner, outer
             tensor.nb[:] = unit_bytes, line_bytes, outer * line_bytes, outer * line_bytes
-        plan = self._make_plan(self._graph, 1, self._pool)
-        self.work = torch.empty(plan.work_size, dtype=torch.uint8)
-        plan.work_data = self.work.data_ptr()
-        self.call = self._graph, byref(plan)
+        self._plan = self._make_plan(self._graph, 1, self._pool)
+        self.work_bytes = int(self._plan.work_size)
+        self.call = self._graph, byref(self._plan)
 
-    def place(self, weight: int, x: int, y: int) -> None:
-        """Say where the whole weight, x and y begin."""
+    def place(self, weight: int, x: int, y: int, work: int) -> None:
+        """Say where the whole weight, x and y begin, and the memory to work in."""
+        self._plan.work_data = work
         self._weight.data = weight + self._start_row * self._row_bytes
         self._x.data = x
         self._y.data = y + 4 * self._start_row
@@ -356,14 +382,14 @@ class _Team:
         self._start.restype, self._start.argtypes = None, [c_void_p, c_void_p, c_uint]
         self._end.restype = None
 
-    def run(self, products: "list[_Product]") -> bool:
-        """Compute them all, one of them in this thread. Returns whether one failed."""
+    def run(self, products: "list[_Product]", threads: int) -> bool:
+        """Compute them all, on so many threads, of which this is one. Returns whether one failed."""
         self._waiting, self._failed = iter(products), False
-        if len(products) == 1:
+        if min(threads, len(products)) == 1:
             self._take()
         else:
             try:  # what is raised in here (Ctrl-C) is raised after the first call
-                self._start(self._job, None, len(products))
+                self._start(self._job, None, min(threads, len(products)))
                 self._take()
             finally:
                 self._end()

@@ -72,15 +72,17 @@ class ReservedLayer(DynamicLayer):
                 f"the KV cache is sized for context={batch * room} tokens in all ({batch} x {room}) and this pass needs "
                 f"{batch} x {stop}; load the model with a larger context, flexinfer.from_pretrained(..., context={batch * stop})"
             )
-        self._key_memory[:, :, start:stop] = key_states
-        self._value_memory[:, :, start:stop] = value_states
         self._show(stop)
-        keys, values = self._kept()
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        keys.narrow(2, start, stop - start).copy_(key_states)
+        values.narrow(2, start, stop - start).copy_(value_states)
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     def _kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         length = self._length
-        return self._key_memory[:, :, :length], self._value_memory[:, :, :length]
+        return self._key_memory.narrow(2, 0, length), self._value_memory.narrow(2, 0, length)
 
     def _show(self, length: int) -> None:
         self._length = length

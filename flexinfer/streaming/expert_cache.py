@@ -5,6 +5,9 @@ are used; the others are read at once, before anything else, into free slots or 
 (flexinfer.expert_policies). When the disk is idle, what a layer before foretold is read, and takes the place of others likewise.
 An expert is read at most once while its layer runs, unless the cache is smaller than what the layer uses at a time.
 
+Looking ahead stops where it does not pay: when more than half of what was read because it was foretold has gone again before anybody wanted it,
+as in a cache of a few slots. Now and then it is tried again.
+
 All pieces have slots of one size. Where even the safe pieces fill the cache, the compute thread's next piece takes the place
 of the one that it will use last; so two slots are enough for any layer.
 """
@@ -20,15 +23,26 @@ from flexinfer.streaming.read_queue import Read, ReadQueue
 from flexinfer.streaming.reader import padded_bytes
 from flexinfer.trace import Trace
 
+RECENT = 64  # pieces read ahead, over which it is judged whether that pays
+TRY_AGAIN = 64  # layers that do not look ahead, until one tries whether it would pay now
+
 
 class ExpertCache:
     """Pieces of `experts` (each: its pieces in order of use), in slots of `slot_bytes`. Without memory until `resize`.
+
+    token_experts: that a token uses, over all layers.
 
     Experts are numbered over all layers, pieces over all experts. One thread wants and acquires; the readers of a queue fill.
     """
 
     def __init__(
-        self, experts: Sequence[Sequence[Piece]], slot_bytes: int, policy: str, trace: Trace
+        self,
+        experts: Sequence[Sequence[Piece]],
+        slot_bytes: int,
+        policy: str,
+        trace: Trace,
+        *,
+        token_experts: int,
     ) -> None:
         self._experts: list[range] = []
         self._pieces: list[Piece] = []
@@ -38,7 +52,7 @@ class ExpertCache:
             self._pieces.extend(pieces)
             self._expert_of.extend([number] * len(pieces))
         self._slot_bytes = slot_bytes
-        self._policy = POLICIES[policy]()
+        self._policy = POLICIES[policy](token_experts)
         self._trace = trace
         self._queue: ReadQueue | None = None
         self._chunks: list[tuple[int, Buffer]] = []  # the first slot of each, and its memory
@@ -53,6 +67,8 @@ class ExpertCache:
         self._foretold: deque[int] = deque()  # may be wanted by the next layer
         self._guessed: set[int] = set()  # experts in there, until their layer comes
         self._unused: set[int] = set()  # pieces that were read because they were foretold, and not wanted yet
+        self._worth = 1.0  # the share of pieces read ahead that was wanted in the end, a moving average
+        self._not_ahead = 0  # layers that have not looked ahead
         self._failed: dict[int, BaseException] = {}
         self._blocked: int | None = None  # what the compute thread waits for
 
@@ -60,6 +76,10 @@ class ExpertCache:
     def slots(self) -> int:
         """Pieces that it has room for."""
         return len(self._slots)
+
+    def holds(self, expert: int) -> bool:
+        """Whether all of `expert` is in memory."""
+        return self._there.get(expert, 0) == len(self._experts[expert])
 
     def attach(self, queue: ReadQueue) -> None:
         """Have the readers of `queue` fill the cache. The owner has it serve `take` and `take_foretold`."""
@@ -98,7 +118,7 @@ class ExpertCache:
         assert self._queue is not None
         with self._queue.changed:
             self._forget()
-            here = {e: self._there.get(e, 0) == len(self._experts[e]) for e in experts}
+            here = {expert: self.holds(expert) for expert in experts}
             hits = sum(here.values())
             self._trace.expert_hits += hits
             self._trace.expert_misses += len(experts) - hits
@@ -108,6 +128,9 @@ class ExpertCache:
                 self._policy.touch(expert)
                 for number in self._experts[expert]:
                     self._wanted[number] = None
+                    if number in self._unused and number in self._slot_of:
+                        self._unused.discard(number)
+                        self._judge_piece(wanted=True)
                     self._unused.discard(number)
                     if number not in self._slot_of and number not in self._reading:
                         self._needed.append(number)
@@ -115,11 +138,22 @@ class ExpertCache:
                 self._queue.changed.notify_all()
         return list(experts)
 
+    def looks_ahead(self) -> bool:
+        """Whether it is worth foretelling what the next layer wants. Called once a layer."""
+        if self._queue is None or self._queue.synchronous:
+            return False
+        if self._worth >= 0.5:
+            return True
+        self._not_ahead = (self._not_ahead + 1) % TRY_AGAIN
+        return self._not_ahead == 0
+
+    def _judge_piece(self, *, wanted: bool) -> None:
+        """A piece that was read ahead has been wanted, or has gone before it was."""
+        self._worth += (wanted - self._worth) / RECENT
+
     def foretell(self, experts: Sequence[int]) -> None:
         """`experts` may be what the next layer wants: read them when there is nothing else to read."""
         assert self._queue is not None
-        if self._queue.synchronous:
-            return
         with self._queue.changed:
             self._guessed = set(experts)
             self._trace.experts_foretold += len(experts)
@@ -239,6 +273,7 @@ class ExpertCache:
         del self._position_of[number]
         if number in self._unused:
             self._unused.discard(number)
+            self._judge_piece(wanted=False)
             self._trace.wasted_bytes += self._read_bytes(number)
         expert = self._expert_of[number]
         self._there[expert] -= 1

@@ -44,13 +44,35 @@ class Group:
     """The tokens that are routed to one expert."""
 
     expert: int
-    tokens: torch.Tensor  # [n] rows of the hidden states
-    places: torch.Tensor  # [n] where among the experts of its token it stands
+    tokens: torch.Tensor | None  # [n] rows of the hidden states; None where there is but one token
+    places: torch.Tensor | int  # [n] where among the experts of its token it stands
+
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [tokens, hidden] -> [n, hidden]."""
+        return hidden if self.tokens is None else hidden[self.tokens]
+
+    def weigh(self, y: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """y [n, hidden], top_k_weights [tokens, k] -> [n, hidden]."""
+        if self.tokens is None:
+            return y * top_k_weights[0, self.places]
+        return y * top_k_weights[self.tokens, self.places, None]
+
+    def add(self, y: torch.Tensor, output: torch.Tensor) -> None:
+        """Add y [n, hidden] to the rows of its tokens."""
+        if self.tokens is None:
+            output.add_(y)
+        else:
+            output.index_add_(0, self.tokens, y)
 
 
 def group(top_k_index: torch.Tensor, num_experts: int) -> list[Group]:
     """top_k_index [tokens, k] -> its experts in the order of their numbers, their tokens in the order of (place, token)."""
     tokens = len(top_k_index)
+    if (
+        tokens == 1
+    ):  # as a rule; each tensor operation that it is spared is spared for every expert of every layer
+        place_of = {expert: place for place, expert in enumerate(top_k_index[0].tolist())}
+        return [Group(expert, None, place_of[expert]) for expert in sorted(place_of) if expert < num_experts]
     flat = top_k_index.t().reshape(-1)
     order = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
@@ -88,16 +110,26 @@ class StreamedExperts:
         trace: Trace,
         lock: threading.RLock,
         see_to_memory: Callable[[], None],
+        *,
+        alternate: bool = False,
     ) -> None:
+        self._alternate = (
+            alternate  # the model has the outputs of gate and up in turns, the file one after another
+        )
         self._layer, self._kernels = layer, kernels
         self._first = first  # the number of this layer's first expert, over all layers
         self._trace, self._lock, self._see_to_memory = trace, lock, see_to_memory
         self._foretell: Callable[[torch.Tensor], Sequence[int]] | None = None
+        self._note: Callable[[list[int]], object] | None = None
         self.detach(NOT_READ)
 
     def look_ahead(self, foretell: Callable[[torch.Tensor], Sequence[int]]) -> None:
         """Have what `foretell` makes of hidden states [tokens, hidden], experts numbered over all layers, read ahead."""
         self._foretell = foretell
+
+    def record(self, note: Callable[[list[int]], object]) -> None:
+        """Call `note` with the experts of each pass, numbered over all layers."""
+        self._note = note
 
     def attach(self, cache: ExpertCache) -> None:
         """Take weights from `cache`."""
@@ -120,8 +152,10 @@ class StreamedExperts:
             held_bytes = top_k_index.numel() * hidden.shape[-1] * hidden.element_size()
             cache.judge(numbers)
             order = cache.want(numbers, those_here_first=held_bytes <= HELD_BYTES)
-            if self._foretell is not None and len(hidden) <= FEW_TOKENS:
+            if self._foretell is not None and len(hidden) <= FEW_TOKENS and cache.looks_ahead():
                 cache.foretell(self._foretell(hidden))
+            if self._note is not None:
+                self._note(numbers)
             group_of = dict(zip(numbers, groups, strict=True))
             turns = iter(numbers)
             turn = next(turns, None)
@@ -129,10 +163,10 @@ class StreamedExperts:
             held: dict[int, torch.Tensor] = {}
             for number in order:
                 one = group_of[number]
-                y = self._output(module, hidden[one.tokens], one.expert)
-                held[number] = y * top_k_weights[one.tokens, one.places, None]
+                y = self._output(module, one.take(hidden), one.expert)
+                held[number] = one.weigh(y, top_k_weights)
                 while turn in held:
-                    output.index_add_(0, group_of[turn].tokens, held.pop(turn).to(output.dtype))
+                    group_of[turn].add(held.pop(turn).to(output.dtype), output)
                     turn = next(turns, None)
             return output
 
@@ -145,7 +179,8 @@ class StreamedExperts:
         weights = self._layer.experts[expert]
 
         def up(x: torch.Tensor) -> torch.Tensor:
-            return self._product(x, expert, 0, weights[:-1], self._kernels[:-1])
+            y = self._product(x, expert, 0, weights[:-1], self._kernels[:-1])  # [n, gate and up]
+            return y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if self._alternate else y
 
         def down(x: torch.Tensor) -> torch.Tensor:
             first = sum(len(weight.pieces) for weight in weights[:-1])

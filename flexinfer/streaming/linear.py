@@ -18,6 +18,7 @@ from torch import nn
 
 from flexinfer.formats.checkpoint import TensorSpec
 from flexinfer.kernels import Kernel
+from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
 from flexinfer.plan import Piece, Weight
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer
 from flexinfer.streaming.prefetch import Prefetcher
@@ -26,6 +27,13 @@ from flexinfer.trace import Trace
 
 NOT_READ = "its weights have not been read yet"
 JOINED_OUTPUT_BYTES = 8 << 20  # outputs of locked rows are made at once up to so much
+
+
+@dataclass(slots=True)
+class Drafting:
+    """Whether candidates are drafted now, for all linears of a model: then rows that are streamed are computed from their substitute."""
+
+    now: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,8 @@ class StreamedLinear(nn.Module):
         lock: threading.RLock,
         see_to_memory: Callable[[], None],
         row_order: torch.Tensor | None = None,
+        drafting: Drafting | None = None,
+        substitute_kernel: Kernel | None = None,
     ) -> None:
         super().__init__()
         self._row_order = row_order  # [out_features]: row i of the output is row row_order[i] of the file
@@ -116,14 +126,27 @@ class StreamedLinear(nn.Module):
         self._out_features = weight.pieces[-1].row_stop
         self._trace = trace
         self._lock = lock
+        self._drafting, self._substitute_kernel = drafting or Drafting(), substitute_kernel
+        self._together: Sequence[StreamedLinear] = ()
         self.detach(NOT_READ)
         self.register_state_dict_pre_hook(_refuse_state_dict)
 
+    def lead(self, others: Sequence["StreamedLinear"]) -> None:
+        """Compute `others` too, which are given the same input next, where all are in memory and there are few rows: one call of a
+        kernel for all. Only for weights in ggml's blocks."""
+        self._together = (self, *others)
+
     def attach(
-        self, locked: list[LockedPieces], streamed: list[tuple[int, Piece]], prefetcher: Prefetcher | None
+        self,
+        locked: list[LockedPieces],
+        streamed: list[tuple[int, Piece]],
+        prefetcher: Prefetcher | None,
+        substitute: LockedRows | None = None,
     ) -> None:
-        """Take the leading rows from `locked` and the others, at their places in the schedule, from `prefetcher`."""
+        """Take the leading rows from `locked` and the others, at their places in the schedule, from `prefetcher`, or while a draft is
+        made from their `substitute`."""
         assert prefetcher is not None or not streamed
+        self._substitute: LockedRows | None = substitute
         self._locked = [pieces.rows() for pieces in locked]
         self._streamed, self._prefetcher = streamed, prefetcher
         self._detached: str | None = None
@@ -131,20 +154,33 @@ class StreamedLinear(nn.Module):
     def detach(self, why: str) -> None:
         """Let go of all memory; a forward pass raises RuntimeError saying `why`."""
         self._locked, self._streamed, self._prefetcher, self._detached = [], [], None, why
+        self._substitute = None
+        self._ahead: tuple[torch.Tensor, int, torch.Tensor] | None = (
+            None  # an input, its version, and its output
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
         y = self._in_file_order(x)
-        return y if self._row_order is None else y.index_select(-1, self._row_order)
+        return y if self._row_order is None else y.gather(-1, self._row_order.expand(y.shape))
 
     def _in_file_order(self, x: torch.Tensor) -> torch.Tensor:
         with self._lock:
             self._see_to_memory()
             if self._detached is not None:
                 raise RuntimeError(f"{self.spec.name}: {self._detached}")
+            if self._ahead is not None:
+                (seen, version, y), self._ahead = self._ahead, None
+                if seen is x and x._version == version:
+                    return y
             as_one_matrix = folds(x)
-            if as_one_matrix and len(self._locked) == 1 and not self._streamed:
+            if as_one_matrix and self._is_locked:
+                if self._together and x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_inference():
+                    return self._multiply_together(x)
                 return self._multiply(x, self._locked[0].view, 0, self._out_features, self.spec.nbytes)
+            substitute = self._substitute if self._drafting.now else None
+            if substitute is not None and not self._locked:
+                return self._from_substitute(x, substitute)
             y = x.new_empty(*x.shape[:-1], self._out_features)
             row_bytes = x.numel() // x.shape[-1] * x.element_size()  # of one output row, all positions
             for rows in self._locked:
@@ -155,6 +191,9 @@ class StreamedLinear(nn.Module):
                     view = rows.view if count == rows.count else rows.view[first : first + count]
                     start, nbytes = rows.row_start + first, rows.nbytes * count // rows.count
                     y[..., start : start + count] = self._multiply(x, view, start, start + count, nbytes)
+            if substitute is not None:
+                y[..., substitute.row_start :] = self._from_substitute(x, substitute)
+                return y
             for place, piece in self._streamed:
                 assert self._prefetcher is not None
                 buffer, position, release = self._prefetcher.acquire(place)
@@ -166,12 +205,42 @@ class StreamedLinear(nn.Module):
                 y[..., piece.row_start : piece.row_stop] = part
             return y
 
+    @property
+    def _is_locked(self) -> bool:
+        return len(self._locked) == 1 and not self._streamed
+
+    def _multiply_together(self, x: torch.Tensor) -> torch.Tensor:
+        """The output for `x`, those of the others kept until they are asked for the same."""
+        linears = [linear for linear in self._together if linear._is_locked]
+        start_s = perf_counter()
+        parts = [
+            (cast(GgmlKernel, linear.kernel), linear._locked[0].view, linear._out_features, linear.bias)
+            for linear in linears
+        ]
+        first, *others = multiply_each(x, parts)
+        for linear, y in zip(linears[1:], others, strict=True):
+            linear._ahead = x, x._version, y
+        nbytes = sum(linear.spec.nbytes for linear in linears)
+        self._trace.add("compute", self.spec.name, self.spec.layer, start_s, nbytes)
+        return first
+
+    def _from_substitute(self, x: torch.Tensor, rows: LockedRows) -> torch.Tensor:
+        return self._multiply(
+            x, rows.view, rows.row_start, self._out_features, rows.nbytes, self._substitute_kernel
+        )
+
     def _multiply(
-        self, x: torch.Tensor, view: torch.Tensor, row_start: int, row_stop: int, nbytes: int
+        self,
+        x: torch.Tensor,
+        view: torch.Tensor,
+        row_start: int,
+        row_stop: int,
+        nbytes: int,
+        kernel: Kernel | None = None,
     ) -> torch.Tensor:
         start_s = perf_counter()
         bias = None if self.bias is None else self.bias[row_start:row_stop]
-        y = self.kernel.multiply(x, view, row_stop - row_start, bias)
+        y = (kernel or self.kernel).multiply(x, view, row_stop - row_start, bias)
         self._trace.add("compute", self.spec.name, self.spec.layer, start_s, nbytes)
         return y
 
@@ -193,7 +262,8 @@ class StreamedEmbedding(nn.Module):
     """The input embedding, its rows read from disk as they are looked up (a few KB a token).
 
     `stock` is the module it replaces: it looks the rows up, scaled or not, in a table of just those that are asked for.
-    `decode` makes numbers of the bytes of a row, which begin at a position of a buffer.
+    `decode` makes numbers of the bytes of a row, which begin at a position of a buffer. The last `kept_rows` that were read stay in memory:
+    a candidate is looked up by the draft and again by the pass that verifies it.
     """
 
     def __init__(
@@ -204,8 +274,10 @@ class StreamedEmbedding(nn.Module):
         spec: TensorSpec,
         dtype: torch.dtype,
         lock: threading.RLock,
+        kept_rows: int = 0,
     ) -> None:
         super().__init__()
+        self._kept_rows, self._kept = kept_rows, dict[int, torch.Tensor]()
         self.num_embeddings, self.embedding_dim = stock.num_embeddings, stock.embedding_dim
         self.padding_idx = stock.padding_idx
         stock.padding_idx = None  # matters for gradients alone, and is no row of the small table
@@ -230,12 +302,19 @@ class StreamedEmbedding(nn.Module):
         with self._lock:
             memory = self._row.memory(0, self._row.nbytes)
             for i, token in enumerate(unique.tolist()):
+                if token in self._kept:
+                    table[i] = self._kept[token]
+                    continue
                 try:
                     position = self._read_row(token, memory)
                 except BaseException:  # a read that was given up may come back and write
                     self._row = Buffer(self._row.nbytes, lock=False)
                     raise
                 table[i] = self._decode(self._row, position)
+                if self._kept_rows:
+                    self._kept[token] = table[i].clone()
+                    if len(self._kept) > self._kept_rows:
+                        del self._kept[next(iter(self._kept))]  # the one that came first
             stock = self._stock[0]
             stock.weight = nn.Parameter(table, requires_grad=False)
             output = stock(inverse)

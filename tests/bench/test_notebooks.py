@@ -15,11 +15,19 @@ from bench_samples import MACHINE, ROOT, make_cell, make_record
 from nbclient import NotebookClient
 from small_model import CONFIG, add_tokenizer
 
-from flexinfer.bench import claims, figures
-from flexinfer.bench.config import DeviceConfig, ModelConfig, ShapeConfig, SystemConfig, WorkloadConfig
+from flexinfer.bench import claims, figures, mixtures
+from flexinfer.bench.config import (
+    DeviceConfig,
+    ExpertsConfig,
+    ModelConfig,
+    ShapeConfig,
+    SystemConfig,
+    WorkloadConfig,
+)
 from flexinfer.bench.records import QUALITY, RELIABILITY, Record, RecordError, load_records
 from flexinfer.bench.runner import save
 from flexinfer.bench.soak import draw
+from flexinfer.expert_policies import HINDSIGHT, POLICIES
 from flexinfer.notebook import last_pass
 
 ALL_NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -133,6 +141,37 @@ def save_residents(results: Path) -> None:
     (results / QUALITY / "agreement.jsonl").write_text(json.dumps(line) + "\n")
 
 
+def save_mixtures(results: Path) -> None:
+    """What +exp=moe and the recorder of routings leave."""
+    shape = ShapeConfig(256, 256, 2, 4, 2, 1024, experts=ExpertsConfig(8, 2, "llama"))
+    told = {"untouched_bytes": 3 * WEIGHTS, "missed_bytes": WEIGHTS // 2, "experiment": "moe"}
+    told |= {"model": ModelConfig("moe-test", shape=shape)}
+    counts = {"expert_hits": 30, "expert_misses": 10, "experts_foretold": 8, "experts_foretold_right": 6}
+    for budget in (0.3, 0.6):
+        save(results, simulated("llama-cpp-mmap", budget, **told))
+        save(results, simulated("flexinfer", budget, **told, counted=counts | {"wasted_bytes": 300}))
+    rates = {name: {"0.1": 0.2, "0.5": 0.6} for name in (*POLICIES, HINDSIGHT)}
+    line = {"name": "even", "kind": "measured", "tokens": 8, "hit_rates": rates}
+    (results / QUALITY).mkdir(exist_ok=True)
+    (results / QUALITY / "routing.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_mixtures_are_told_with_their_hits_and_drawn_with_their_policies(results: Path) -> None:
+    save_mixtures(results)
+    records = [one for one in load_records(results) if one.cell.experiment == "moe"]
+    table = mixtures.experts_table(records)
+    ours = table[table["system"] == "flexinfer"]
+    assert ours["hit rate"].tolist() == [0.75, 0.75]
+    assert ours["foretold right"].tolist() == [2.0, 2.0]
+    assert ours["of them in vain GB"].tolist() == [1e-7, 1e-7]
+    assert table[table["system"] == "llama cpp mmap"]["hit rate"].isna().all()
+    for one in records:
+        assert one.bound_tokens_per_s == pytest.approx(1 / max(COMPUTE_S, WEIGHTS // 2 / RATE))
+    figure = mixtures.policies(mixtures.load_routings(results))
+    assert figure is not None
+    assert {line.get_label() for line in figure.axes[0].lines} == {*POLICIES, HINDSIGHT}
+
+
 def reliability_lines() -> dict[str, dict[str, Any]]:
     """One line of each kind, as the soak and the run under pressure leave them."""
     facts = simulated("flexinfer", 0.6).provenance.model_dump(mode="json")
@@ -175,6 +214,7 @@ def test_a_notebook_draws_from_records_and_saves_its_figure(
 ) -> None:
     monkeypatch.setenv("FLEXINFER_RESULTS", str(results))
     save_residents(results)
+    save_mixtures(results)
     before = {file: file.read_bytes() for file in results.rglob("*.jsonl")}
     book = nbformat.read(notebook, 4)
     NotebookClient(

@@ -67,6 +67,8 @@ def test_every_figure_of_every_machine_is_there_as_png_and_svg(machines: dict[st
     for machine, records in machines.items():
         if any(one.prefill_s for one in records):
             wanted.add(figures.file_name("resident", machine))
+        if any(one.cell.experiment == "moe" for one in records):
+            wanted.add(figures.file_name("moe", machine))
     for line in reliability.load(RESULTS, "pressure"):
         wanted.add(figures.file_name("reliability", reliability.machine(line)))
     folder = RESULTS / "figures"

@@ -1,5 +1,7 @@
 """The soak draws every family and every kind of call, tells good from bad, and a short one is run for real."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,25 @@ def test_wrong_tokens_refusals_and_leaks_are_told_apart() -> None:
     for left in ([1, 0, 0], [0, 1, 0], [0, 0, 4096]):
         assert judge(SMALL, expected, report | {"left": left})[0] == "leak"
     assert {"killed", "wrong", "leak"} <= set(BAD)
+
+
+def test_a_drafted_text_may_differ_where_two_tokens_are_as_good_as_equal() -> None:
+    case = replace(SMALL, draft="substitute", calls=(Call("greedy", 1, 1, 3),))
+    told = {"refusals": [None], "left": [0, 0, 0]}
+    ours = told | {"outputs": [{"text": [5, 1, 2, 3], "margins": [1.0] * 3}]}
+    for theirs, margin, outcome in (
+        ([1, 2, 3], 1.0, "ok"),
+        ([1, 9, 9], 1e-4, "ok"),
+        ([1, 9, 9], 0.5, "wrong"),
+    ):
+        expected = {"outputs": [{"text": [5, *theirs], "margins": [1.0, margin, 1.0]}]}
+        assert judge(case, expected, ours)[0] == outcome
+    assert {case.draft for case in map(partial(draw, 0), range(100))} == {
+        None,
+        "substitute",
+        "lookup",
+        "auto",
+    }
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "opt"])

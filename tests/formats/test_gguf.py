@@ -180,7 +180,13 @@ BAD: dict[str, tuple[bytes, str]] = {
         file_of([value("general.architecture", 8, string("bananas"))], ONE),
         "architecture 'bananas' cannot be run; these can: .*llama.*qwen3",
     ),
-    "mixture": (file_of([ARCHITECTURE], [tensor("blk.0.ffn_up_exps.weight", (2, 32), 2, 0)]), "experts"),
+    "experts of an architecture that has none here": (
+        file_of(
+            [value("general.architecture", 8, string("gemma2"))],
+            [tensor("blk.0.ffn_up_exps.weight", (2, 32), 2, 0)],
+        ),
+        "gemma2 with experts",
+    ),
     "no embedding": (file_of([ARCHITECTURE], ONE), "token_embd.weight"),
     "no layers": (
         file_of([ARCHITECTURE], [tensor("token_embd.weight", (2, 32), 2, 0)]),

@@ -22,6 +22,8 @@ from flexinfer.formats.checkpoint import Checkpoint, CheckpointError
 from flexinfer.formats.quantize import KINDS, QuantizeError, Report, kind_for, quantize
 from flexinfer.kernels.ggml import TYPES, dequantize_rows
 
+ALL_FAMILIES = gguf_models.FAMILIES | gguf_models.MIXTURES
+
 
 def make(source: Path, target: Path, kind: str = "q4_0") -> Report:
     return quantize(source, target, kind, progress=False)
@@ -125,11 +127,12 @@ def test_weights_that_cannot_be_cut_into_blocks_are_kept_and_named(
     assert logits(load(tmp_path / "copy"), prompt()).isfinite().all()
 
 
-@pytest.mark.parametrize("stop_at", [0, 1, 7])
+@pytest.mark.parametrize(("family", "stop_at"), [("llama", 0), ("llama", 1), ("llama", 7), ("mixtral", 26)])
 def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
-    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, stop_at: int
 ) -> None:
-    source = checkpoint("llama", torch.bfloat16)
+    mixture = gguf_models.write_model(tmp_path, family, ["Q8_0"]).stock if family == "mixtral" else None
+    source = mixture or checkpoint(family, torch.bfloat16)
     monkeypatch.setattr(flexinfer.formats.quantize, "SYNC_BYTES", 1)
     whole = make(source, tmp_path / "whole")
     target, partial = tmp_path / "copy", tmp_path / "copy.partial"
@@ -202,12 +205,12 @@ def test_the_source_is_read_a_block_at_a_time(
     assert max(sizes) <= 2 * 8192
 
 
-@pytest.mark.parametrize("family", [*gguf_models.FAMILIES])
+@pytest.mark.parametrize("family", [*ALL_FAMILIES])
 def test_a_copy_says_what_the_source_says(family: str, tmp_path: Path, load: Load) -> None:
     """A source whose weights are numbers of blocks already: nothing is lost, and the file alone says the same as with its config.json."""
     written = gguf_models.write_model(tmp_path, family, ["Q8_0"])
     report = make(written.stock, tmp_path / "copy", "q8_0")
-    assert report.architecture == (gguf_models.FAMILIES[family].architecture or family), report.notes
+    assert report.architecture == (ALL_FAMILIES[family].architecture or family), report.notes
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(tmp_path / "copy" / "model.gguf", alone)

@@ -16,6 +16,7 @@ import torch
 from flexinfer.kernels import ggml
 from flexinfer.kernels.ggml import (
     FEW_ROWS,
+    KEPT_SHAPES,
     TYPES,
     WORK_ROWS,
     GgmlError,
@@ -183,7 +184,22 @@ def test_memory_to_work_in_is_bounded_and_given_back() -> None:
     in_bf16 = GgmlKernel(IN, TYPES["Q4_K"], torch.bfloat16).work_bytes(WORK_ROWS, ROWS)
     assert in_bf16 == kernel.work_bytes(WORK_ROWS, ROWS) + 4 * WORK_ROWS * (IN + ROWS)
     kernel.multiply(torch.randn(FEW_ROWS + 1, IN), random_rows(kernel.type), ROWS, None)
-    assert sum(product.work.nbytes for product in library()._products) == 0
+    assert library()._work == []
+
+
+def test_graphs_of_the_last_shapes_are_kept_and_no_more() -> None:
+    kernel = GgmlKernel(IN, TYPES["Q4_K"], torch.float32)
+    packed, x = random_rows(kernel.type), torch.randn(1, IN)
+    expected = kernel.multiply(x, packed, ROWS, None)
+    kept = library()._shared
+    graphs = list(kept.values())[-1]
+    kernel.multiply(torch.randn(2, IN), packed, ROWS, None)
+    assert torch.equal(kernel.multiply(x, packed, ROWS, None), expected)
+    assert list(kept.values())[-1] is graphs
+    for rows in range(3, KEPT_SHAPES + 3):
+        kernel.multiply(torch.randn(rows, IN), packed, ROWS, None)
+    assert len(kept) == KEPT_SHAPES
+    assert torch.equal(kernel.multiply(x, packed, ROWS, None), expected)
 
 
 def test_rows_that_end_within_a_block_are_refused() -> None:

@@ -13,7 +13,7 @@ from test_prefetch import CONTENT, FILE, MemoryReader, wait_until_quiet
 
 from flexinfer.expert_policies import POLICIES
 from flexinfer.plan import Piece
-from flexinfer.streaming.expert_cache import ExpertCache
+from flexinfer.streaming.expert_cache import TRY_AGAIN, ExpertCache
 from flexinfer.streaming.read_queue import ReadQueue
 from flexinfer.streaming.reader import FileReader, ReadError, padded_bytes
 from flexinfer.trace import Trace
@@ -53,7 +53,7 @@ class Reading:
     def __init__(self, reader: FileReader, slots: int, io_threads: int = 2, policy: str = "recency") -> None:
         self.experts, self.trace, self.reader = experts_of_file(), Trace(), reader
         slot_bytes = max(piece.memory_bytes for pieces in self.experts for piece in pieces)
-        self.cache = ExpertCache(self.experts, slot_bytes, policy, self.trace)
+        self.cache = ExpertCache(self.experts, slot_bytes, policy, self.trace, token_experts=8)
         self.io_threads = io_threads
         self.cache.resize(slots)
         self.attach()
@@ -198,6 +198,33 @@ def test_what_was_foretold_is_read_before_it_is_wanted() -> None:
         one.use([7, 8, 9, 10, 11])
         one.use([0, 1, 2, 3])
         assert one.trace.wasted_bytes == sum(piece.memory_bytes for piece in one.experts[4])
+
+
+def test_looking_ahead_stops_while_it_does_not_pay() -> None:
+    """Foretold experts are gone before they are wanted: few more are read. When the guesses come true it goes on."""
+    reader = MemoryReader()
+    with reading(3 * PIECES, reader=reader) as one:
+
+        def layer(step: int, wanted: list[int], guessed: list[int]) -> bool:
+            ahead = one.cache.looks_ahead()
+            if ahead:
+                one.cache.foretell(guessed)
+                while one.cache.slots and any(
+                    not one.cache.holds(expert) for expert in guessed
+                ):  # until it has been read
+                    threading.Event().wait(0.001)
+            one.cache.judge(wanted)
+            one.use(wanted)
+            return ahead
+
+        looked = [layer(step, [step % 2, 2 + step % 2], [4 + step % 8]) for step in range(600)]
+        wasted_bytes = one.trace.wasted_bytes
+        assert sum(looked[:100]) > 10
+        assert sum(looked[300:]) <= 300 // TRY_AGAIN + 1
+        assert 0 < wasted_bytes <= sum(looked) * max(sum(p.memory_bytes for p in e) for e in one.experts)
+        wants = [[4 + step % 8] for step in range(3000)]
+        looked = [layer(step, wants[step], wants[step]) for step in range(3000)]
+        assert all(looked[-100:]), "it pays again"
 
 
 def test_what_is_needed_goes_before_what_was_foretold() -> None:
