@@ -1,7 +1,7 @@
 """Builds the wheel, installs it into an empty environment with the core dependencies alone, and runs it there: make wheel.
 
 A small checkpoint is made here (tests/small_model.py); there it is planned, run and listed, from a directory that knows nothing of this
-checkout. A GGUF file has to be refused with the command that installs what is missing.
+checkout. A GGUF file and the server have to be refused with the command that installs what is missing.
 """
 
 import json
@@ -27,7 +27,7 @@ plain = Path(sys.argv[1]) / "plain"
 transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape, **CONFIG)).save_pretrained(plain)
 add_tokenizer(plain, Path(sys.argv[1]) / "model")
 """
-NOT_CORE = ("gguf", "transcribe-cpp-native", "matplotlib", "hydra-core", "pytest")
+NOT_CORE = ("gguf", "transcribe-cpp-native", "uvicorn", "matplotlib", "hydra-core", "pytest")
 
 
 def main() -> int:
@@ -57,6 +57,11 @@ def main() -> int:
         )
         assert refused.returncode == 2, refused.stderr
         assert "pip install 'flexinfer[ggml]'" in refused.stderr, refused.stderr
+        refused = subprocess.run(
+            [command, "serve", "model"], cwd=here, capture_output=True, text=True, check=False
+        )
+        assert refused.returncode == 2, refused.stderr
+        assert "pip install 'flexinfer[serve]'" in refused.stderr, refused.stderr
         print(f"{wheel.name} works in an empty environment")
     return 0
 

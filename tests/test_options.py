@@ -50,6 +50,9 @@ def test_the_readme_and_the_help_name_every_option() -> None:
         ({"logits_to_keep": 0}, "logits_to_keep=0 must be at least 1"),
         ({"dtype": "int3"}, "dtype='int3' is not supported; choose one of auto"),
         ({"kv_dtype": "int3"}, "kv_dtype='int3' is not supported"),
+        ({"draft_type": "q8_0"}, "draft_type='q8_0' needs a draft"),
+        ({"draft": "auto", "draft_tokens": 0}, "draft_tokens=0 must be at least 1"),
+        ({"draft": "lookup", "draft_dir": "/tmp"}, "draft='lookup' has no substitute"),
         ({"trace": "/nothing/here/run.json"}, "cannot be written"),
     ],
 )
