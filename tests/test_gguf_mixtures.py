@@ -104,7 +104,7 @@ def test_an_expert_is_read_where_it_lies(mixture: WriteGGUF, load: Load) -> None
         (lambda w: w.add_uint32("qwen3moe.expert_count", 11), r"\[11, "),
         (
             lambda w: w.add_uint32("qwen3moe.expert_count", 10**9),
-            "num_experts is 1000000000, but the largest",
+            "num_experts' is 1000000000, but the largest",
         ),
         (lambda w: w.add_uint32("qwen3moe.expert_used_count", 0), "expert_used_count is 0"),
     ],

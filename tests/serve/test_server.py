@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -218,6 +219,7 @@ def test_transformers_chat(served: Served, talker: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "0"},  # it takes a server on this machine for the Hub
     )
     assert done.returncode == 0, done.stderr
     assert "talker was already loaded" in done.stdout
