@@ -219,16 +219,8 @@ def serve(arguments: argparse.Namespace) -> int:
         api_key=arguments.api_key,
         queue=arguments.queue,
         grace_s=arguments.grace,
-        gguf_file=arguments.gguf_file,
-        policy=arguments.policy,
-        window=arguments.window,
-        io_threads=arguments.io_threads,
-        direct=not arguments.buffered,
-        verify=arguments.verify,
-        read_timeout_s=arguments.read_timeout,
         context=arguments.context,
-        dtype=arguments.dtype,
-        kv_dtype=arguments.kv_dtype,
+        **_engine_options(arguments),
     )
     return 0
 
@@ -549,25 +541,32 @@ def _load_model(
     model = flexinfer.from_pretrained(
         arguments.model,
         arguments.memory,
-        gguf_file=arguments.gguf_file,
-        policy=arguments.policy,
-        window=arguments.window,
-        io_threads=arguments.io_threads,
-        direct=not arguments.buffered,
-        verify=arguments.verify,
-        read_timeout_s=arguments.read_timeout,
         context=context,
         logits_to_keep=(arguments.prompt_lookup or 0) + 1,
         tokenizer=tokenizer,
         draft=arguments.draft,
-        dtype=arguments.dtype,
-        kv_dtype=arguments.kv_dtype,
         trace=arguments.trace or False,
         progress=bars.progress,
+        **_engine_options(arguments),
     )
     bars.stop()
     with engine_of(model):
         yield model
+
+
+def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of from_pretrained() that every command which loads a model takes as they are given."""
+    return {
+        "gguf_file": arguments.gguf_file,
+        "policy": arguments.policy,
+        "window": arguments.window,
+        "io_threads": arguments.io_threads,
+        "direct": not arguments.buffered,
+        "verify": arguments.verify,
+        "read_timeout_s": arguments.read_timeout,
+        "dtype": arguments.dtype,
+        "kv_dtype": arguments.kv_dtype,
+    }
 
 
 def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:

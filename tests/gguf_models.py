@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
 from conftest import TOKENS, VOCAB
@@ -227,6 +228,26 @@ class Written:
     file: Path
     stock: Path
     stored: dict[str, Stored]
+
+
+WriteGGUF = Callable[..., Written]
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
+    """write(family="llama", kinds=MIX, **config) that writes each model the first time it is asked for; do not change them."""
+    made: dict[str, Written] = {}
+
+    def write(family: str = "llama", kinds: tuple[str, ...] = MIX, **config: Any) -> Written:
+        key = repr((family, kinds, sorted(config.items())))
+        if key not in made:
+            made[key] = write_model(tmp_path_factory.mktemp(f"gguf-{family}"), family, kinds, **config)
+        return made[key]
+
+    return write
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 def write_model(

@@ -2,42 +2,27 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
 import torch
 from conftest import Load, logits, prompt, resize_to_share, stock
-from gguf_models import MIX, MIXTURES, Written, whole_model, write_model
+from gguf_models import MIXTURES, WriteGGUF, made_once, relative_error, whole_model, write_model
 
 from flexinfer import CheckpointError
 from flexinfer.expert_policies import POLICIES
-
-WriteGGUF = Callable[..., Written]
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
     """mixture(family, kinds=MIX, **config); made once, do not change it."""
-    made: dict[str, Written] = {}
-
-    def make(family: str, kinds: tuple[str, ...] = MIX, **config: Any) -> Written:
-        key = repr((family, kinds, sorted(config.items())))
-        if key not in made:
-            made[key] = write_model(tmp_path_factory.mktemp(family), family, kinds, **config)
-        return made[key]
-
-    return make
+    return made_once(tmp_path_factory)
 
 
 @pytest.fixture
 def load(load: Load) -> Load:
     """With the KV cache of a stock model, float32: what is compared to one here is the weights."""
     return lambda *given, **options: load(*given, **{"kv_dtype": options.get("dtype", "float32")} | options)
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,15 @@ import pytest
 import torch
 import transformers
 from conftest import Load, logits, prompt, resize_to_share, stock
-from gguf_models import FAMILIES, MIX, Written, byte_level, whole_model, write_model
+from gguf_models import (
+    FAMILIES,
+    WriteGGUF,
+    byte_level,
+    made_once,
+    relative_error,
+    whole_model,
+    write_model,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import flexinfer.kernels.ggml
@@ -26,31 +33,18 @@ from flexinfer.formats.gguf import BLOCKS
 from flexinfer.kernels.ggml import GgmlError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-WriteGGUF = Callable[..., Written]
 
 
 @pytest.fixture(scope="session")
 def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
     """gguf_model(family, kinds=MIX, **config); made once a session, do not change it."""
-    made: dict[str, Written] = {}
-
-    def make(family: str = "llama", kinds: tuple[str, ...] = MIX, **config: Any) -> Written:
-        key = repr((family, kinds, sorted(config.items())))
-        if key not in made:
-            made[key] = write_model(tmp_path_factory.mktemp(f"gguf-{family}"), family, kinds, **config)
-        return made[key]
-
-    return make
+    return made_once(tmp_path_factory)
 
 
 @pytest.fixture
 def load(load: Load) -> Load:
     """With the KV cache of a stock model, float32: what is compared to one here is the weights."""
     return lambda *given, **options: load(*given, **{"kv_dtype": options.get("dtype", "float32")} | options)
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

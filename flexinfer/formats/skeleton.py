@@ -135,7 +135,7 @@ class Skeleton:
     @property
     def dense(self) -> bool:
         """Whether weights are multiplied as floats, by torch's own kernels."""
-        return any(isinstance(kernel, DenseKernel | Conv1DKernel | ColumnsKernel) for _, kernel in self.used)
+        return any(isinstance(kernel, DenseKernel | ColumnsKernel) for _, kernel in self.used)
 
     @property
     def in_blocks(self) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -77,15 +78,15 @@ class DenseKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Conv1DKernel:
-    """GPT-2's transposed weight [in_features, out_features]: rows of the file are inputs, so it is never cut."""
+class ColumnsKernel:
+    """A weight whose rows in the file are inputs, [in_features, rows], as gpt-oss has its experts; never cut."""
 
     in_features: int
     file_dtype: torch.dtype
     dtype: torch.dtype
 
     @property
-    def resident(self) -> "Conv1DKernel":
+    def resident(self) -> Self:
         return self if self.file_dtype == self.dtype else replace(self, file_dtype=self.dtype)
 
     def resident_bytes(self, nbytes: int) -> int:
@@ -106,40 +107,17 @@ class Conv1DKernel:
     def multiply(
         self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        assert bias is not None
-        y = torch.addmm(bias, x.view(-1, x.size(-1)), view.to(self.dtype))  # [batch x positions, rows]
-        return y.view(*x.shape[:-1], rows)
+        y = x @ view.to(self.dtype)
+        return y if bias is None else y + bias
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnsKernel:
-    """A weight whose rows in the file are inputs, [in_features, rows], as gpt-oss has its experts; never cut."""
-
-    in_features: int
-    file_dtype: torch.dtype
-    dtype: torch.dtype
-
-    @property
-    def resident(self) -> "ColumnsKernel":
-        return self if self.file_dtype == self.dtype else replace(self, file_dtype=self.dtype)
-
-    def resident_bytes(self, nbytes: int) -> int:
-        return nbytes // self.file_dtype.itemsize * self.dtype.itemsize
-
-    def copied_bytes(self, nbytes: int) -> int:
-        """In another dtype than the file's one copy; and one more where torch lays the weight out anew."""
-        copies = 1 if self.file_dtype == self.dtype else 2
-        return copies * self.resident_bytes(nbytes)
-
-    def work_bytes(self, activation_rows: int, output_rows: int) -> int:
-        """torch's own, small and of any size: in the margin."""
-        return 0
-
-    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
-        return buffer.tensor(position, self.file_dtype, (self.in_features, rows))
+class Conv1DKernel(ColumnsKernel):
+    """GPT-2's transposed weight, multiplied as transformers' module does."""
 
     def multiply(
         self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        y = x @ view.to(self.dtype)
-        return y if bias is None else y + bias
+        assert bias is not None
+        y = torch.addmm(bias, x.view(-1, x.size(-1)), view.to(self.dtype))  # [batch x positions, rows]
+        return y.view(*x.shape[:-1], rows)
