@@ -104,11 +104,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--read-timeout", type=float, metavar="SECONDS", help="give a read up after so long (default: never)"
     )
-    options.add_argument(
-        "--draft",
-        metavar="WHAT",
-        help="several tokens a pass, same output: substitute, lookup, a small model of the same tokenizer, or auto",
-    )
     options.add_argument("--context", type=int, help="tokens the KV cache is sized for")
     options.add_argument(
         "--dtype", default="auto", help="what to compute in (default: the checkpoint's; float32 for GGUF)"
@@ -117,6 +112,13 @@ def parser() -> argparse.ArgumentParser:
         "--kv-dtype",
         default="auto",
         help="what the KV cache is kept in (default: as --dtype; float16 for GGUF)",
+    )
+
+    drafting = argparse.ArgumentParser(add_help=False)
+    drafting.add_argument(
+        "--draft",
+        metavar="WHAT",
+        help="several tokens a pass, same output: substitute, lookup, a small model of the same tokenizer, or auto",
     )
 
     sampling = argparse.ArgumentParser(add_help=False)
@@ -146,13 +148,15 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--json", action="store_true", help="print one JSON object")
 
     command = commands.add_parser(
-        "generate", parents=[engine, sampling, machine], help="go on from a prompt; the text is streamed"
+        "generate",
+        parents=[engine, drafting, sampling, machine],
+        help="go on from a prompt; the text is streamed",
     )
     command.add_argument("prompt", nargs="?", help="the text to go on from (default: standard input)")
     command.set_defaults(run=generate)
 
     command = commands.add_parser(
-        "chat", parents=[engine, sampling], help="talk to an instruction-tuned model; /exit leaves"
+        "chat", parents=[engine, drafting, sampling], help="talk to an instruction-tuned model; /exit leaves"
     )
     command.add_argument("--system", help="system message")
     command.set_defaults(run=chat)
@@ -177,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "plan",
-        parents=[engine, machine],
+        parents=[engine, drafting, machine],
         help="where a budget would go, and how fast; reads no weights but a sample",
     )
     command.set_defaults(run=show_plan)
