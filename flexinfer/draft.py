@@ -18,7 +18,7 @@ from flexinfer.plan import Costs, DraftPlan, Plan
 DEFAULT_TYPE = "q4_0"
 MOST_CANDIDATES = 16
 LOOKUP_CANDIDATES = 10  # transformers' default
-# Of a candidate whose predecessors were accepted, before any was seen: at 4.5 and 8.5 bits of SmolLM2-135M (docs/performance.md), else guessed.
+# Of a candidate whose predecessors were accepted, before any was seen: at 4.5 and 8.5 bits of SmolLM2-135M (docs/log.md), else guessed.
 ACCEPTANCE_OF_BITS = ((2.6, 0.45), (3.5, 0.7), (4.5, 0.85), (5.5, 0.9), (8.5, 0.95))
 ACCEPTANCE_OF = {"model": 0.7, "lookup": 0.2}
 PRIOR_CANDIDATES = 16.0  # what is seen counts as much as the prior after so many
