@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexinfer.bench.provenance import provenance
-from flexinfer.bench.records import QUALITY
+from flexinfer.bench.records import QUALITY, load_lines
 
 TOPICS = ("objects", "execmodel")  # of pydoc_data.topics: "Objects, values and types" and "Execution model"
 MEMORY = "2GiB"  # FlexInfer's budget; streamed logits are the resident ones, bit for bit
@@ -51,11 +51,7 @@ def documentation(names: Iterable[str] | None = None) -> str:
 
 def load(results_dir: Path) -> list[dict[str, Any]]:
     """The records, oldest first. Says which command makes them where there are none."""
-    file = results_dir / QUALITY / "agreement.jsonl"
-    if not file.exists():
-        print(f"No records in {file}. Make them with:  make agreement")
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return load_lines(results_dir / QUALITY / "agreement.jsonl", "make agreement")
 
 
 # ---- in a process of its own each

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from flexinfer.bench.records import Record, check_comparable, load_records, with_common_costs
+from flexinfer.bench.records import Record, check_comparable, load_records, say_none, with_common_costs
 
 GIB = 2**30
 
@@ -91,7 +91,7 @@ def find_records(results_dir: Path, command: str, *, drafts: bool = False) -> di
     ]
     records = [one for one in records if one.cell.model.name != "smoke"] or records
     if not records:
-        print(f"No records for this in {results_dir}. Make them with:  {command}")
+        say_none(results_dir, command)
     machines: dict[str, list[Record]] = defaultdict(list)
     for one in records:
         machines[one.provenance.machine].append(one)

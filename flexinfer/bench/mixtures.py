@@ -1,6 +1,5 @@
 """Tables and figures of mixtures of experts: cells of `+exp=moe`, and policies of the cache on recorded routings. It runs nothing."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -10,7 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flexinfer.bench.records import QUALITY, Record
+from flexinfer.bench.records import QUALITY, Record, load_lines
 from flexinfer.expert_policies import HINDSIGHT
 
 COMMAND = "python -m flexinfer.bench.routing MODEL --record results/quality/routing.jsonl"
@@ -62,11 +61,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def load_routings(results_dir: Path) -> list[dict[str, Any]]:
     """The lines of `flexinfer.bench.routing`, oldest first. Says which command makes them where there are none."""
-    file = results_dir / QUALITY / "routing.jsonl"
-    if not file.exists():
-        print(f"No records in {file}. Make them with:  {COMMAND}")
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return load_lines(results_dir / QUALITY / "routing.jsonl", COMMAND)
 
 
 def policies(lines: Sequence[Mapping[str, Any]]) -> Figure | None:

@@ -347,6 +347,19 @@ def read_file(path: Path) -> list[Record]:
     return records
 
 
+def load_lines(file: Path, command: str) -> list[dict[str, Any]]:
+    """The lines of a JSON Lines file, oldest first. Where there is none it says that `command` makes them."""
+    if not file.exists():
+        say_none(file, command)
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def say_none(place: Path, command: str) -> None:
+    """Say that `place` has no records of a kind, and which command makes them."""
+    print(f"No records for this in {os.path.relpath(place)}. Make them with:  {command}")
+
+
 def load_records(path: Path | str) -> list[Record]:
     """The records of a .jsonl file, or of every one below a directory but RELIABILITY and QUALITY; run ids seen twice are refused."""
     path = Path(path)

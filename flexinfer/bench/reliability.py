@@ -4,7 +4,6 @@ One JSON Lines file for each kind: `soak.jsonl` and `large.jsonl` (flexinfer.ben
 (flexinfer.bench.pressure), `fuzz.jsonl` (flexinfer.bench.fuzz). Every line carries the provenance of its run.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from flexinfer.bench.figures import LOOKS
-from flexinfer.bench.records import RELIABILITY, Provenance
+from flexinfer.bench.records import RELIABILITY, Provenance, load_lines
 
 MIB, GIB = 2**20, 2**30
 COMMANDS = {
@@ -28,11 +27,7 @@ COMMANDS = {
 
 def load(results_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind, oldest first. Says which command makes them where there are none."""
-    file = results_dir / RELIABILITY / f"{kind}.jsonl"
-    if not file.exists():
-        print(f"No records in {file}. Make them with:  {COMMANDS[kind]}")
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return load_lines(results_dir / RELIABILITY / f"{kind}.jsonl", COMMANDS[kind])
 
 
 def soak_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
