@@ -93,13 +93,14 @@ class _Library:
 
 def _libraries() -> Iterator[_Library]:
     start = stop = 0  # of none
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if not fields[0].endswith(":"):  # the line that begins a mapping
-            of_file = len(fields) == 6 and fields[5].startswith("/") and "w" not in fields[1]
-            start, stop = (int(address, 16) for address in fields[0].split("-")) if of_file else (0, 0)
-        elif fields[0] == "Anonymous:" and stop:
-            yield _Library(start, stop, changed=fields[1] != "0")
+    with Path("/proc/self/smaps").open() as lines:  # line by line: of a large process they are megabytes
+        for line in lines:
+            fields = line.split(maxsplit=5)
+            if not fields[0].endswith(":"):  # the line that begins a mapping
+                of_file = len(fields) == 6 and fields[5].startswith("/") and "w" not in fields[1]
+                start, stop = (int(address, 16) for address in fields[0].split("-")) if of_file else (0, 0)
+            elif fields[0] == "Anonymous:" and stop:
+                yield _Library(start, stop, changed=fields[1] != "0")
 
 
 def _advise(library: _Library, advice: int) -> None:
