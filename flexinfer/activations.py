@@ -189,7 +189,7 @@ def _cache(
         if layer.window is None:
             room = (states(length, layer.value).to(kv_dtype), states(length, layer.key).to(kv_dtype))
             memory.extend(room)
-            reserved = ReservedLayer(partial(_of_pair, room))
+            reserved = ReservedLayer(partial(_of_pair, room), torch.empty(0, dtype=model.dtype))
             if i < len(cache.layers):
                 cache.layers[i] = reserved
             else:

@@ -86,7 +86,7 @@ from flexinfer.plan import (
 )
 from flexinfer.rehearsal import rehearse_once
 from flexinfer.report import bottleneck, memory_stall_s, plan_line
-from flexinfer.streaming.cache import KVReserve
+from flexinfer.streaming.cache import KVReserve, reserved_bytes
 from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
 from flexinfer.streaming.expert_cache import ExpertCache
 from flexinfer.streaming.experts import StreamedExperts, foretold
@@ -378,7 +378,7 @@ class Engine:
         if self._drafts is not None:
             self._choose_draft(budget_bytes, skeleton)
         self.plan = self._make_plan(budget_bytes, skeleton)
-        self._kv = KVReserve(self._layers, self.context, skeleton.kv_dtype)
+        self._kv = KVReserve(self._layers, self.context, skeleton.kv_dtype, skeleton.dtype)
         self._place_modules(skeleton)
         self._loaded_bytes = anonymous_bytes()
         self._explained = self.stats()
@@ -1256,9 +1256,10 @@ def fixed_memory(
     drafts: Drafts | None = None,
 ) -> Fixed:
     """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
-    itemsize = skeleton.kv_dtype.itemsize
     state = skeleton.model.state_dict()
-    kv_bytes = sum(layer.nbytes(context, itemsize) for layer in skeleton.cache_layers)
+    kv_bytes, attention_bytes = reserved_bytes(
+        skeleton.cache_layers, context, skeleton.kv_dtype, skeleton.dtype
+    )
     activation_bytes = skeleton.meter.planned_bytes(context, logits_to_keep)
     # It is loaded before the first pass as a rule, when the room of cache and activations is free.
     loading_bytes = measured.tokenizer_loading_bytes - kv_bytes - activation_bytes
@@ -1271,4 +1272,5 @@ def fixed_memory(
         margin_bytes=MARGIN_BYTES,
         context_tokens=context,
         draft_bytes=drafts.bytes_beside(context) if drafts is not None else 0,
+        attention_bytes=attention_bytes,
     )

@@ -95,6 +95,9 @@ class Fixed:
     context_tokens: int = 0  # what the KV cache and the activations are sized for
     tokenizer_bytes: int = 0  # kept free for a tokenizer that has not been loaded yet
     draft_bytes: int = 0  # a draft model, and the scores of candidates
+    attention_bytes: int = (
+        0  # some heads of keys and values as attention takes them, where the cache keeps another dtype
+    )
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +105,7 @@ class Fixed:
             self.process_bytes
             + self.tokenizer_bytes
             + self.draft_bytes
+            + self.attention_bytes
             + self.resident_bytes
             + self.kv_bytes
             + self.activation_bytes

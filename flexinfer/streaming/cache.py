@@ -2,8 +2,8 @@
 
 transformers' `DynamicLayer` grows by concatenation: each token copies the cache and holds both copies for a moment. Here
 a layer is a view into memory that was set aside at load time, so a long generation takes no more than a short one. The
-values and their order are the same, unless the memory is of a smaller dtype: then they are rounded when they are kept, and a layer's
-are copied to the dtype of the attention when it is computed. Sliding-window layers stay transformers' own: the window bounds them.
+values and their order are the same, unless the memory is of a smaller dtype: then they are rounded when they are kept, and made wide again
+for the attention, some heads at a time (flexinfer.streaming.attention). Sliding-window layers stay transformers' own: the window bounds them.
 """
 
 import weakref
@@ -14,11 +14,15 @@ from typing import Any
 import torch
 
 from flexinfer.imports import deferred
+from flexinfer.streaming.attention import Rounded
 from flexinfer.streaming.memory import Buffer
 
 with deferred():
     from transformers import DynamicCache, PretrainedConfig
     from transformers.cache_utils import DynamicLayer
+
+WIDE_HEADS = 4  # heads of a whole context that are made wide at a time, so that each thread has some
+WIDE_BYTES = 2 << 20  # and at least so much
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,21 @@ class LayerShape:
         numbers = self.key[0] * self.key[1] + self.value[0] * self.value[1]
         return context * numbers * itemsize if self.window is None else 0
 
+    def wide_bytes(self, context: int, itemsize: int) -> int:
+        """Bytes for some of the heads of `context` tokens in another dtype."""
+        all_bytes = self.nbytes(context, itemsize)
+        return min(all_bytes, max(WIDE_BYTES, -(-all_bytes * WIDE_HEADS // self.key[0])))
+
+
+def reserved_bytes(
+    layers: Sequence[LayerShape], context: int, dtype: torch.dtype, compute_dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes to set aside for keys and values in `dtype`, and beside them for heads in `compute_dtype` if that is another."""
+    kept_bytes = sum(layer.nbytes(context, dtype.itemsize) for layer in layers)
+    if dtype == compute_dtype:
+        return kept_bytes, 0
+    return kept_bytes, max((layer.wide_bytes(context, compute_dtype.itemsize) for layer in layers), default=0)
+
 
 class ContextError(ValueError):
     """A sequence is longer than the KV cache was sized for."""
@@ -42,9 +61,14 @@ class ContextError(ValueError):
 class ReservedLayer(DynamicLayer):
     """A full-attention layer whose keys and values lie in reserved memory, perhaps in another dtype than is computed in."""
 
-    def __init__(self, reserve: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        reserve: Callable[[torch.Tensor, bool], torch.Tensor],
+        scratch: torch.Tensor
+        | None = None,  # for wide copies of some heads, of the dtype that is computed in
+    ) -> None:
         super().__init__()
-        self._reserve = reserve
+        self._reserve, self._scratch = reserve, scratch
         self._length = 0
         self._revoked = False
 
@@ -78,7 +102,10 @@ class ReservedLayer(DynamicLayer):
         assert values is not None
         keys.narrow(2, start, stop - start).copy_(key_states)
         values.narrow(2, start, stop - start).copy_(value_states)
-        return keys.to(key_states.dtype), values.to(value_states.dtype)
+        if self._scratch is None or keys.dtype == key_states.dtype:
+            return keys.to(key_states.dtype), values.to(value_states.dtype)
+        assert key_states.dtype == value_states.dtype == self._scratch.dtype
+        return Rounded.of(keys, self._scratch), Rounded.of(values, self._scratch)
 
     def _kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         length = self._length
@@ -133,14 +160,19 @@ class ReservedLayer(DynamicLayer):
 class KVReserve:
     """Memory for the keys and values of one cache at a time, `context` tokens over all its sequences."""
 
-    def __init__(self, layers: Sequence[LayerShape], context: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        context: int,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype | None = None,  # None: the same
+    ) -> None:
         self._context, self._dtype, self._layers = context, dtype, layers
-        self._starts: list[int] = []
-        nbytes = 0
-        for layer in layers:
-            self._starts.append(nbytes)
-            nbytes += layer.nbytes(context, dtype.itemsize)
-        self.nbytes = nbytes
+        sizes = [layer.nbytes(context, dtype.itemsize) for layer in layers]
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._wide_dtype = compute_dtype or dtype
+        self._kept_bytes, self._wide_bytes = reserved_bytes(layers, context, dtype, self._wide_dtype)
+        self.nbytes = self._kept_bytes + self._wide_bytes
         self._buffer: Buffer | None = None
         self._user: weakref.ref[DynamicCache] | None = None
         self._lent = False  # to a cache that nobody asked for: it makes way for the next
@@ -188,10 +220,17 @@ class KVReserve:
         adopted = False
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer and self._layers[i].window is None:
-                cache.layers[i] = ReservedLayer(self._reserver(i))
+                cache.layers[i] = ReservedLayer(self._reserver(i), self._scratch())
                 adopted = True
         if adopted:
             self._user, self._lent = weakref.ref(cache), False
+
+    def _scratch(self) -> torch.Tensor | None:
+        if not self._wide_bytes:
+            return None
+        assert self._buffer is not None
+        count = self._wide_bytes // self._wide_dtype.itemsize
+        return self._buffer.tensor(self._kept_bytes, self._wide_dtype, (count,))
 
     def _reserver(self, layer: int) -> Callable[[torch.Tensor, bool], torch.Tensor]:
         def reserve(states: torch.Tensor, is_key: bool) -> torch.Tensor:
