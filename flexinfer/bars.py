@@ -9,18 +9,14 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from flexinfer.report import TITLES
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.status import Status
 
     from flexinfer import trace
 
-TITLES = {
-    "load": "reading what stays",
-    "lock": "filling locked memory",
-    "pass": "reading the prompt",
-    "draft": "making the draft",
-}
 PATIENCE_S = 0.5  # what will be done by then gets no bar
 
 
