@@ -477,10 +477,3 @@ def test_advice_names_what_holds_a_machine_back(change: dict[str, Any], said: st
 def test_more_threads_are_advised_only_where_they_matter() -> None:
     assert better_threads({1: 1.0, 2: 1.0, 4: 1.1}) is None
     assert better_threads({1: 2.0, 2: 1.0, 4: 1.1}) == 1
-
-
-def test_the_server_refuses_a_draft_instead_of_going_without(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "a/model", "--memory", "4GiB", "--draft", "lookup"])
-    assert ended.value.code == 2
-    assert "--draft" in capsys.readouterr().err
