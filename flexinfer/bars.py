@@ -42,8 +42,9 @@ class Bars:
         if self._visible:
             import rich.progress  # noqa: F401  (before a budget is measured, not in the middle of a pass)
             from rich.console import Console
+            from rich.markup import escape
 
-            self._spinner = Console(stderr=True).status(text)
+            self._spinner = Console(stderr=True).status(escape(text))
             self._spinner.start()
 
     def expect(self, *stages: str) -> None:

@@ -145,7 +145,8 @@ def test_what_cannot_be_had_is_one_line(
     assert main(["chat", "nobody/nothing"]) == 2
     *before, error = capsys.readouterr().err.splitlines()
     assert len(before) == 1  # that it is fetched
-    assert error.startswith("error: nobody/nothing: neither a directory")
+    said = "neither a directory, nor to be had from the Hub (OSError: no network); check the name and the network"
+    assert error == f"error: nobody/nothing: {said}"
 
 
 def test_a_chat_at_a_terminal_begins_with_the_plan_in_two_lines(model_dir: Path, load: Any) -> None:

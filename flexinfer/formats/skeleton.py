@@ -56,7 +56,7 @@ from flexinfer.formats.gguf import SPLIT_NAME
 from flexinfer.formats.gguf_model import specs_of
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, Conv1DKernel, DenseKernel
-from flexinfer.messages import shown
+from flexinfer.messages import cause, shown
 from flexinfer.mixture import Mixture
 from flexinfer.plan import Kind, Piece, Weight
 from flexinfer.streaming.cache import LayerShape
@@ -103,8 +103,9 @@ def resolve(
         try:
             return Path(snapshot_download(name, allow_patterns=wanted)) / (gguf_file or "")
         except Exception as error:
+            partial = f", nor whole in the Hub cache ({why})" if isinstance(why, CheckpointError) else ""
             raise CheckpointError(
-                f"{name}: neither a directory, nor whole in the Hugging Face cache ({why}), nor to be had from the Hub ({error})"
+                f"{name}: neither a directory{partial}, nor to be had from the Hub ({cause(error)}); check the name and the network"
             ) from error
 
 
