@@ -1,7 +1,7 @@
 """What we use of torch and transformers beyond their documented names is listed here, and is there in what is installed.
 
 `make test` runs this with the pinned versions. At other ends of the ranges in pyproject.toml: install those versions beside pytest, and run
-`python -m pytest tests/test_private_names.py`.
+`python -m pytest --noconftest tests/test_private_names.py`.
 """
 
 import ast
