@@ -8,24 +8,25 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BASELINES := $(VENV)/.baselines
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINNED := --quiet --constraint constraints.txt
 SMOKE := outputs/smoke
 # gcc 12 compiles llama.cpp's AMX kernels so that they crash; a mapped file does not use them (docs/log.md)
 LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types notebooks smoke agreement soak soak-serve fuzz baselines clean
+.PHONY: help install demo test wheel lint format types notebooks smoke agreement soak soak-serve fuzz baselines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## the virtual environment, with everything the other targets need (some minutes, once)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "installing into $(VENV): some minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --quiet --upgrade pip
-	@$(PIP) install --quiet --editable '.[bench,dev,serve]'
+	@$(PIP) install $(PINNED) --editable '.[ggml,serve,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## a real model in less memory than it needs, then FlexInfer against stock transformers (5 min)
@@ -33,6 +34,9 @@ demo: $(INSTALLED) ## a real model in less memory than it needs, then FlexInfer 
 
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest
+
+wheel: $(INSTALLED) ## a wheel, into an empty environment with the core dependencies alone, and run there (2 min)
+	$(BIN)/python scripts/check_wheel.py
 
 lint: $(INSTALLED) ## format and lint, notebooks too
 	$(BIN)/ruff format --check .
@@ -45,13 +49,13 @@ format: $(INSTALLED) ## mend what lint finds, where a machine can
 types: $(INSTALLED) ## static types
 	$(BIN)/mypy flexinfer scripts
 
-notebooks: $(INSTALLED) ## draw the figures again from the records in RESULTS (results)
+notebooks: $(INSTALLED) ## run the notebooks again: use, and the figures from the records in RESULTS (results)
 	FLEXINFER_RESULTS=$(abspath $(RESULTS)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb
 
 smoke: $(INSTALLED) $(BASELINES) ## a small experiment, and the notebooks on its records (3 min)
 	rm -rf $(SMOKE)
 	$(BIN)/python scripts/run.py +exp=smoke results_dir=$(SMOKE)
-	FLEXINFER_RESULTS=$(abspath $(SMOKE)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --output-dir $(SMOKE)/notebooks notebooks/*.ipynb
+	FLEXINFER_RESULTS=$(abspath $(SMOKE)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --output-dir $(SMOKE)/notebooks $(filter-out notebooks/use.ipynb,$(wildcard notebooks/*.ipynb))
 
 agreement: $(INSTALLED) $(BASELINES) ## FlexInfer beside llama.cpp on a real GGUF file: top tokens, divergence, perplexity (1 min)
 	$(BIN)/python -m flexinfer.bench.agreement --record $(RESULTS)/quality/agreement.jsonl
@@ -63,7 +67,7 @@ soak-serve: $(INSTALLED) ## the server in such a group, eight clients at once, s
 	$(BIN)/python -m flexinfer.bench.serve --minutes $(or $(MINUTES),30) --record $(RESULTS)/reliability/serve.jsonl
 
 fuzz: $(INSTALLED) ## hostile headers, indices, configurations, GGUF files and records (SECONDS=3600: an hour each)
-	@$(PIP) install --quiet --editable '.[fuzz]'
+	@$(PIP) install $(PINNED) --editable '.[fuzz]'
 	@for target in header index config gguf records; do \
 		$(BIN)/python -m flexinfer.bench.fuzz $$target --seconds $(or $(SECONDS),60) --record $(RESULTS)/reliability/fuzz.jsonl || exit 1; \
 	done
@@ -72,7 +76,7 @@ baselines: $(BASELINES) ## the systems compared with: llama.cpp (compiled, 4 min
 
 $(BASELINES): $(INSTALLED)
 	@echo "compiling llama.cpp for this CPU: 4 minutes on two cores"
-	@CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(PIP) install --quiet --editable '.[baselines]'
+	@CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" $(PIP) install $(PINNED) --editable '.[baselines]'
 	@$(PIP) install --quiet --no-deps ollm
 	@touch $@
 

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flexinfer.formats.checkpoint import CheckpointError
     from flexinfer.model import from_pretrained
+    from flexinfer.options import Options
     from flexinfer.plan import BudgetError, Plan
 
-__all__ = ["BudgetError", "CheckpointError", "Plan", "from_pretrained"]
+__version__ = "0.1.0"
+
+__all__ = ["BudgetError", "CheckpointError", "Options", "Plan", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +26,7 @@ def __getattr__(name: str) -> Any:
     home = {
         "CheckpointError": "formats.checkpoint",
         "from_pretrained": "model",
+        "Options": "options",
         "BudgetError": "plan",
         "Plan": "plan",
     }

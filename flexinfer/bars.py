@@ -9,18 +9,14 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from flexinfer.report import TITLES
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.status import Status
 
     from flexinfer import trace
 
-TITLES = {
-    "load": "reading what stays",
-    "lock": "filling locked memory",
-    "pass": "reading the prompt",
-    "draft": "making the draft",
-}
 PATIENCE_S = 0.5  # what will be done by then gets no bar
 
 
@@ -46,8 +42,9 @@ class Bars:
         if self._visible:
             import rich.progress  # noqa: F401  (before a budget is measured, not in the middle of a pass)
             from rich.console import Console
+            from rich.markup import escape
 
-            self._spinner = Console(stderr=True).status(text)
+            self._spinner = Console(stderr=True).status(escape(text))
             self._spinner.start()
 
     def expect(self, *stages: str) -> None:

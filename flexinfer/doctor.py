@@ -13,7 +13,6 @@ import platform
 import resource
 import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,12 +20,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from rich.table import Table
 
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
 from flexinfer.kernels.ggml import TYPES, GgmlError, GgmlKernel, library
-from flexinfer.machine import available_bytes
+from flexinfer.machine import available_bytes, kernel_s, read_speed
 from flexinfer.plan import format_size
 from flexinfer.streaming.memory import Buffer
 from flexinfer.streaming.reader import FileReader
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     from flexinfer.bench.limits import Place
 
 REQUEST_BYTES = 4 << 20
+SCRATCH = ".flexinfer-doctor-"  # begins the names of scratch directories
 THREADS = (1, 2, 4)
 KERNEL_SHAPE = (4096, 4096)  # (out_features, in_features): an attention weight of a 7B model
 REPEATS = {1: 7, 64: 3}  # by activation rows
@@ -85,7 +84,7 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
             f"size={format_size(size_bytes)} does not fit: {format_size(free_bytes)} are free at {path}; give a smaller --size"
         )
     place, load = _cgroup_place(), os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(dir=path, prefix=".flexinfer-doctor-") as scratch:
+    with tempfile.TemporaryDirectory(dir=path, prefix=SCRATCH) as scratch:
         file = Path(scratch) / "blob"
         write_speed = _write(file, size_bytes)
         direct, note = {}, ""
@@ -96,13 +95,13 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
         if works:
             direct = {threads: _read_speed(file, size_bytes, threads, direct=True) for threads in THREADS}
         buffered = {threads: _read_speed(file, size_bytes, threads, direct=False) for threads in THREADS}
-    kernel_s = _kernels()
+    kernels = _kernels()
     soft_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lock_works = Buffer(LOCK_TEST_BYTES, lock=True).locked
     return Facts(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         load=load,
         torch_threads=torch.get_num_threads(),
@@ -117,8 +116,8 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
         write_bytes_per_s=write_speed,
         direct_bytes_per_s=direct,
         buffered_bytes_per_s=buffered,
-        kernel_bytes_per_s={name: _weight_bytes(name) / by_rows[1] for name, by_rows in kernel_s.items()},
-        kernel_s=kernel_s,
+        kernel_bytes_per_s={name: nbytes / by_rows[1] for name, (nbytes, by_rows) in kernels.items()},
+        kernel_s={name: by_rows for name, (_, by_rows) in kernels.items()},
         lock_limit_bytes=None if soft_limit == resource.RLIM_INFINITY else soft_limit,
         lock_works=lock_works,
         cgroup_method=place.method,
@@ -153,7 +152,7 @@ def advice(facts: Facts) -> list[str]:
         direct, buffered = max(facts.direct_bytes_per_s.values()), max(facts.buffered_bytes_per_s.values())
         if buffered > 1.15 * direct:
             lines.append(
-                f"Buffered reads are faster here ({_speed(buffered)} against {_speed(direct)}): try --buffered."
+                f"Buffered reads are faster here ({shown_speed(buffered)} against {shown_speed(direct)}): try --buffered."
             )
         threads = better_threads(facts.direct_bytes_per_s)
         if threads is not None:
@@ -163,7 +162,7 @@ def advice(facts: Facts) -> list[str]:
     slowest = min(facts.kernel_bytes_per_s, key=lambda name: facts.kernel_bytes_per_s[name])
     if facts.kernel_bytes_per_s[slowest] < best:
         lines.append(
-            f"The {slowest} kernel takes {_speed(facts.kernel_bytes_per_s[slowest])} of weights, less than the disk gives: for such "
+            f"The {slowest} kernel takes {shown_speed(facts.kernel_bytes_per_s[slowest])} of weights, less than the disk gives: for such "
             "weights the CPU is the limit, and a larger budget will not help."
         )
     if facts.memory_bytes < 2 << 30:
@@ -195,42 +194,9 @@ def better_threads(speeds: dict[int, float]) -> int | None:
     return best if best != 2 and speeds[best] > 1.2 * speeds[2] else None
 
 
-def facts_table(facts: Facts) -> Table:
-    """The facts for people."""
-    table = Table(show_header=False)
-    table.add_row(
-        "processor", f"{facts.cpu}, {facts.cores} cores, {facts.vector_width}, load {facts.load:.1f}"
-    )
-    table.add_row("threads of torch", str(facts.torch_threads))
-    table.add_row("memory to be had", format_size(facts.memory_bytes))
-    limit = "unlimited" if facts.lock_limit_bytes is None else format_size(facts.lock_limit_bytes)
-    worked = "works" if facts.lock_works else "refused"
-    table.add_row("locking memory", f"limit {limit}; {format_size(LOCK_TEST_BYTES)}: {worked}")
-    table.add_row("disk", f"{facts.path} ({facts.file_system}), {format_size(facts.free_disk_bytes)} free")
-    table.add_row("writing", _speed(facts.write_bytes_per_s))
-    table.add_row("direct reads", _by_threads(facts.direct_bytes_per_s) or f"no: {facts.direct_note}")
-    table.add_row("buffered reads", _by_threads(facts.buffered_bytes_per_s))
-    for name, by_rows in facts.kernel_s.items():
-        many = max(by_rows)
-        table.add_row(
-            f"{name} kernel",
-            f"{facts.kernel_bytes_per_s[name] / 1e9:.1f} GB/s of weights at 1 row; {by_rows[1] * 1e3:.2f} ms at 1 row, "
-            f"{by_rows[many] * 1e3:.1f} ms at {many}",
-        )
-    table.add_row("ggml", facts.ggml)
-    rights = [name for name, has in (("memory", facts.cgroup_memory), ("reads", facts.cgroup_reads)) if has]
-    table.add_row("control groups", f"{facts.cgroup_method}: can limit {' and '.join(rights) or 'nothing'}")
-    return table
-
-
-def _speed(bytes_per_s: float) -> str:
+def shown_speed(bytes_per_s: float) -> str:
+    """For people."""
     return f"{bytes_per_s / 1e6:.0f} MB/s"
-
-
-def _by_threads(speeds: dict[int, float]) -> str:
-    return ", ".join(f"{_speed(speed)} with {threads}" for threads, speed in speeds.items()) + (
-        " threads" if speeds else ""
-    )
 
 
 def _write(file: Path, size_bytes: int) -> float:
@@ -255,60 +221,48 @@ def _read_speed(file: Path, size_bytes: int, threads: int, *, direct: bool) -> f
     with file.open("rb") as stream:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     reader = FileReader([file], direct=direct)
-    buffers = [Buffer(REQUEST_BYTES, lock=False) for _ in range(threads)]
-
-    def read_every(worker: int) -> None:
-        memory = buffers[worker].memory(0, REQUEST_BYTES)
-        for offset in range(worker * REQUEST_BYTES, size_bytes, threads * REQUEST_BYTES):
-            reader.read(file, offset, REQUEST_BYTES, memory)
-
+    spans = [(file, offset, REQUEST_BYTES) for offset in range(0, size_bytes, REQUEST_BYTES)]
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            start_s = perf_counter()
-            list(pool.map(read_every, range(threads)))
-            return size_bytes / (perf_counter() - start_s)
+        return read_speed(reader, spans, threads, REQUEST_BYTES)
     finally:
         reader.close()
 
 
-def _kernel(name: str) -> tuple[Kernel, torch.dtype, int]:
-    """The kernel of a kind of weight, what it computes in, and the bytes of a weight of KERNEL_SHAPE."""
+def disk_speed(folder: Path, size_bytes: int, threads: int = 2) -> float:
+    """Bytes per second of reading a scratch file in `folder` the way the engine does. Raises OSError where none can be written."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+        file = Path(scratch) / "blob"
+        _write(file, size_bytes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _read_speed(file, size_bytes, threads, direct=True)
+
+
+def kernel_times(name: str) -> tuple[int, dict[int, float]]:
+    """Of a weight of KERNEL_SHAPE, stored as `name` ("bfloat16", "Q4_K"): its bytes, and the kernel's seconds by activation rows."""
     out_features, in_features = KERNEL_SHAPE
     if name in TYPES:
-        kernel = GgmlKernel(in_features, TYPES[name], torch.float32)
-        return kernel, torch.float32, out_features * kernel.row_bytes
-    dtype: torch.dtype = getattr(torch, name)
-    return DenseKernel(in_features, dtype, dtype), dtype, out_features * in_features * dtype.itemsize
+        dtype = torch.float32
+        kernel: Kernel = GgmlKernel(in_features, TYPES[name], dtype)
+        nbytes = out_features * TYPES[name].row_bytes(in_features)
+    else:
+        dtype = getattr(torch, name)
+        kernel = DenseKernel(in_features, dtype, dtype)
+        nbytes = out_features * in_features * dtype.itemsize
+    buffer = Buffer(4 * nbytes, lock=False)  # several weights, so that none stays in the CPU's cache
+    buffer.bytes.zero_()
+    return nbytes, {
+        rows: kernel_s(kernel, out_features, nbytes, dtype, buffer, rows, repeats)
+        for rows, repeats in REPEATS.items()
+    }
 
 
-def _weight_bytes(name: str) -> int:
-    return _kernel(name)[2]
-
-
-def _kernels() -> dict[str, dict[int, float]]:
-    """Seconds of each kernel for a weight of KERNEL_SHAPE, by activation rows: medians."""
-    seconds: dict[str, dict[int, float]] = {}
+def _kernels() -> dict[str, tuple[int, dict[int, float]]]:
     names: tuple[str, ...] = ("bfloat16", "float32")
     with contextlib.suppress(GgmlError):
         library()
         names += ("Q4_0", "Q4_K", "Q8_0")
-    for name in names:
-        kernel, dtype, nbytes = _kernel(name)
-        buffer = Buffer(4 * nbytes, lock=False)  # several weights, so that none stays in the CPU's cache
-        buffer.bytes.zero_()
-        seconds[name] = {rows: _kernel_s(kernel, dtype, buffer, nbytes, rows) for rows in REPEATS}
-    return seconds
-
-
-def _kernel_s(kernel: Kernel, dtype: torch.dtype, buffer: Buffer, nbytes: int, rows: int) -> float:
-    out_features, in_features = KERNEL_SHAPE
-    x = torch.ones(rows, in_features, dtype=dtype)
-    samples = []
-    for i in range(REPEATS[rows]):
-        start_s = perf_counter()
-        kernel.multiply(x, kernel.view(buffer, i % 4 * nbytes, out_features), out_features, None)
-        samples.append(perf_counter() - start_s)
-    return sorted(samples)[len(samples) // 2]
+    return {name: kernel_times(name) for name in names}
 
 
 def _ggml() -> str:
@@ -318,7 +272,7 @@ def _ggml() -> str:
         return str(error)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flexinfer.plan import Costs, DraftPlan, Plan
 
+DRAFTS = ("substitute", "lookup", "auto")  # beside small models
 DEFAULT_TYPE = "q4_0"
 MOST_CANDIDATES = 16
 LOOKUP_CANDIDATES = 10  # transformers' default
@@ -51,7 +52,7 @@ class DraftChoice:
             raise ValueError(
                 f"draft_tokens={candidates} must be at least 1 candidate; leave it out to have it chosen"
             )
-        kind = str(draft) if draft in ("substitute", "lookup", "auto") else "model"
+        kind = str(draft) if draft in DRAFTS else "model"
         if kind in ("lookup", "model") and (type is not None or folder is not None):
             raise ValueError(f"draft={str(draft)!r} has no substitute: leave draft_type and draft_dir out")
         where = draft if kind == "model" else None

@@ -24,6 +24,11 @@ class Terminated(SystemExit):
         super().__init__(TERMINATED)
 
 
+def exit_code(stop: BaseException) -> int:
+    """The exit code of a command that `stop` has ended."""
+    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Within it SIGTERM raises Terminated. Does nothing outside the main thread, where no handler can be set."""
@@ -39,6 +44,29 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Within it SIGINT and SIGTERM wait until its end: C code of libraries that are being imported swallows what a handler raises.
+
+    A mask would not do: another thread takes the signal, and Python runs the handler in the main thread all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        if came:
+            signal.raise_signal(came[-1])
 
 
 class Interrupt:

@@ -9,7 +9,6 @@ import math
 from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +18,7 @@ import torch
 
 from flexinfer.draft import DraftCosts
 from flexinfer.kernels import Kernel
-from flexinfer.plan import Costs, Piece, Weight
+from flexinfer.plan import Costs, Weight
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer, round_up
 from flexinfer.streaming.reader import FileReader
 
@@ -86,23 +85,9 @@ def measure_costs(
         return Costs(bandwidth_bytes_per_s=math.inf, compute_s=0.0)
     sample = pieces[: bisect(list(accumulate(piece.nbytes for piece in pieces)), SAMPLE_BYTES) + 1]
     slot_bytes = round_up(max(piece.memory_bytes for piece in sample))
-    io_threads = min(io_threads, max(1, memory_bytes // slot_bytes))
-    start_s = perf_counter()
-    with ThreadPoolExecutor(io_threads) as pool:
-        buffer = Buffer(io_threads * slot_bytes, lock=False)  # one, as the window is: in huge pages
-
-        def read_every(worker: int) -> None:
-            for piece in sample[worker::io_threads]:
-                reader.read(
-                    piece.file,
-                    piece.offset_bytes,
-                    piece.nbytes,
-                    buffer.memory(worker * slot_bytes, slot_bytes),
-                )
-
-        list(pool.map(read_every, range(io_threads)))
-    bandwidth = sum(piece.nbytes for piece in sample) / (perf_counter() - start_s)
-    del buffer
+    threads = min(io_threads, max(1, memory_bytes // slot_bytes))
+    spans = [(piece.file, piece.offset_bytes, piece.nbytes) for piece in sample]
+    bandwidth = read_speed(reader, spans, threads, slot_bytes)
     buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * max(p.nbytes for p in pieces)), lock=True)
     buffer.bytes.fill_(
         0
@@ -111,7 +96,8 @@ def measure_costs(
     for weight, kernel in used:
         if weight.role not in seconds_per_byte:
             piece = weight.pieces[0]
-            seconds_per_byte[weight.role] = _compute_s(kernel, piece, dtype, buffer) / piece.nbytes
+            rows = piece.row_stop - piece.row_start
+            seconds_per_byte[weight.role] = kernel_s(kernel, rows, piece.nbytes, dtype, buffer) / piece.nbytes
     return Costs(bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used))
 
 
@@ -137,16 +123,56 @@ def measure_draft_costs(
         piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
         if (weight.role, 1) not in seconds:
             for count in DRAFT_ROWS:
-                taken_s = _compute_s(kernel, piece, dtype, buffer, repeats=5, activation_rows=count)
+                taken_s = kernel_s(kernel, rows, piece.nbytes, dtype, buffer, count, repeats=5)
                 seconds[weight.role, count] = taken_s / piece.nbytes
             if (substitute := substitutes.get(weight.name)) is not None:
                 nbytes = substitute.view(buffer, 0, rows).nbytes
-                taken_s = _compute_s(substitute, replace(piece, nbytes=nbytes), dtype, buffer)
+                taken_s = kernel_s(substitute, rows, nbytes, dtype, buffer)
                 seconds[weight.role, 0] = taken_s / piece.nbytes
         for count in DRAFT_ROWS:
             rows_s[count] += weight.nbytes * seconds[weight.role, count]
         draft_s += weight.nbytes * seconds.get((weight.role, 0), 0.0)
     return DraftCosts(tuple(rows_s.items()), draft_s or model_share * rows_s[1], rows_s[1])
+
+
+def read_speed(
+    reader: FileReader, spans: Sequence[tuple[Path, int, int]], threads: int, slot_bytes: int
+) -> float:
+    """Bytes per second of reading `spans` (file, offset in bytes, bytes) once, by some threads with memory of `slot_bytes` each."""
+    start_s = perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        buffer = Buffer(threads * slot_bytes, lock=False)  # one, as the window is: in huge pages
+
+        def read_every(worker: int) -> None:
+            memory = buffer.memory(worker * slot_bytes, slot_bytes)
+            for file, offset_bytes, nbytes in spans[worker::threads]:
+                reader.read(file, offset_bytes, nbytes, memory)
+
+        list(pool.map(read_every, range(threads)))
+    return sum(nbytes for _, _, nbytes in spans) / (perf_counter() - start_s)
+
+
+def kernel_s(
+    kernel: Kernel,
+    rows: int,
+    nbytes: int,
+    dtype: torch.dtype,
+    buffer: Buffer,
+    activation_rows: int = 1,
+    repeats: int = 9,
+) -> float:
+    """Median seconds of `kernel` for `rows` of a weight, `nbytes` in all, which come from memory rather than from the CPU's cache:
+    from one place of `buffer` after the other, which holds zeros and more than `nbytes`.
+    """
+    x = torch.ones(activation_rows, kernel.in_features, dtype=dtype)
+    bias = torch.zeros(rows, dtype=dtype)
+    samples = []
+    for i in range(repeats):
+        position = round_up(i * nbytes) % (buffer.nbytes - nbytes)
+        start_s = perf_counter()
+        kernel.multiply(x, kernel.view(buffer, position - position % PAGE_BYTES, rows), rows, bias)
+        samples.append(perf_counter() - start_s)
+    return sorted(samples)[repeats // 2]
 
 
 def anonymous_bytes() -> int:
@@ -172,24 +198,3 @@ def reset_peak() -> None:
     """Count the peak from now on. Where the kernel does not allow it, the peak of the process's whole life counts."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _compute_s(
-    kernel: Kernel,
-    piece: Piece,
-    dtype: torch.dtype,
-    buffer: Buffer,
-    repeats: int = 9,
-    activation_rows: int = 1,
-) -> float:
-    """Median seconds of `kernel` for `piece` at so many rows, its bytes (zeros) from memory rather than from the CPU's cache."""
-    rows = piece.row_stop - piece.row_start
-    x = torch.ones(activation_rows, kernel.in_features, dtype=dtype)
-    bias = torch.zeros(rows, dtype=dtype)
-    samples = []
-    for i in range(repeats):
-        position = round_up(i * piece.nbytes) % (buffer.nbytes - piece.nbytes)
-        start_s = perf_counter()
-        kernel.multiply(x, kernel.view(buffer, position - position % PAGE_BYTES, rows), rows, bias)
-        samples.append(perf_counter() - start_s)
-    return sorted(samples)[repeats // 2]

@@ -27,23 +27,13 @@ from functools import partial, wraps
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from flexinfer.assistant import Drafts
-from flexinfer.draft import (
-    DEFAULT_TYPE,
-    DraftChoice,
-    DraftCosts,
-    Pace,
-    acceptance_of,
-    plan_draft,
-    rough_costs,
-)
-from flexinfer.expert_policies import DEFAULT as DEFAULT_EXPERT_POLICY
-from flexinfer.expert_policies import POLICIES as EXPERT_POLICIES
+from flexinfer.draft import DEFAULT_TYPE, DraftCosts, Pace, acceptance_of, plan_draft, rough_costs
 from flexinfer.follow import Follower
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
 from flexinfer.formats.experts import parameters_of
@@ -68,7 +58,9 @@ from flexinfer.machine import (
     peak_bytes,
     reset_peak,
 )
-from flexinfer.perfetto import trace_path, write_trace
+from flexinfer.notebook import TqdmBars, engine_html, timeline
+from flexinfer.options import Options
+from flexinfer.perfetto import write_trace
 from flexinfer.plan import (
     MIN_SLOTS,
     BudgetError,
@@ -114,10 +106,13 @@ from flexinfer.streaming.substitute import (
     substitute_kernels,
 )
 from flexinfer.tokenizer import load_tokenizer, loading_bytes, tokenizer_bytes
-from flexinfer.trace import MAX_EVENTS, Progress, Trace
+from flexinfer.trace import MAX_EVENTS, Trace
 
 with deferred():
     from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MARGIN_BYTES = 16 << 20  # threads' stacks, allocator, what a first pass imports
 GROWTH_BYTES = 6 << 20  # a process that grows by less is left alone: the margin is for it
@@ -136,30 +131,7 @@ CLOSED = "this model is closed; load it again with flexinfer.from_pretrained()"
 
 
 def from_pretrained(
-    path_or_hub_id: str | Path,
-    memory: str | int = "auto",
-    *,
-    gguf_file: str | None = None,
-    policy: str = "balanced",
-    expert_policy: str = DEFAULT_EXPERT_POLICY,
-    look_ahead: bool = True,
-    window: str | int | None = None,
-    io_threads: int = 2,
-    read_timeout_s: float | None = None,
-    verify: bool | str | Path = False,
-    direct: bool = True,
-    context: int | None = None,
-    logits_to_keep: int = 1,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str | torch.dtype = "auto",
-    kv_dtype: str | torch.dtype = "auto",
-    draft: str | Path | None = None,
-    draft_type: str | None = None,
-    draft_tokens: int | None = None,
-    draft_dir: str | Path | None = None,
-    follow: bool = False,
-    trace: bool | str | Path = False,
-    progress: Progress | None = None,
+    path_or_hub_id: str | Path, memory: str | int = "auto", **options: Any
 ) -> PreTrainedModel:
     """Load a causal LM that streams its weights from disk inside a memory budget.
 
@@ -167,40 +139,7 @@ def from_pretrained(
         path_or_hub_id: a checkpoint directory (safetensors), a GGUF file or a directory with one, or a Hugging Face Hub id, taken
             from the local cache when it is there.
         memory: budget of the whole process, "4GiB" or bytes; "auto" takes what the machine or its cgroup has to spare.
-        gguf_file: the name of a GGUF file in that directory or on the Hub; of a split one, the first part.
-        policy: what to keep in memory: "balanced" (ours), "unbalanced", "attention-first", "ffn-first", "algorithm1"
-            (the paper's), "none".
-        expert_policy: which experts of a mixture stay in the cache that the rest of the budget makes: "frequency", "recency", "fixed"
-            (flexinfer.expert_policies).
-        look_ahead: while a layer computes, ask the next layer's router which experts it may want, and read those when the disk is idle.
-        window: memory for prefetched weights: bytes, "64MiB", or "3 layers" (the paper's unit); None: 20 MiB.
-        io_threads: reader threads; 0 reads synchronously, when a weight is needed.
-        read_timeout_s: how long a pass waits for one read before it raises ReadError; None: as long as it takes, with a line in the
-            log (logger "flexinfer") every ten seconds.
-        verify: hold every page that is read against its checksum, and raise ReadError where they differ. Checksums are made once per
-            file, in one read of all of it, and kept in ~/.cache/flexinfer/checksums, or in the directory given here.
-        direct: read past the page cache (O_DIRECT); otherwise through it, dropping pages behind.
-        context: tokens the KV cache and the activations are sized for, over all sequences of a batch; None: 2048,
-            or the model's own limit, or fewer if they would take more than a quarter of the budget.
-        logits_to_keep: positions of one pass, over all its sequences, whose logits the plan has room for: 1 to generate one text,
-            the batch or the number of beams, the number of candidates and one, or the length of a text that is scored.
-        tokenizer: one that the program has loaded already. None: the plan keeps room for the one beside the weights, which
-            `model.flexinfer.tokenizer` loads.
-        dtype: "auto" (the checkpoint's; float32 for GGUF), or what to compute in.
-        kv_dtype: what the KV cache is kept in; "auto" is `dtype`, and float16 for GGUF, as in llama.cpp. Layers with a sliding window
-            are kept in `dtype`.
-        draft: several tokens for each pass (flexinfer.draft): "substitute", the model itself with its streamed weights in a few bits;
-            "lookup", what stands in the text already; a directory or Hub id, a small model of the same tokenizer that stays in memory; "auto", what
-            the measured costs make the fastest; None: one token a pass. It serves single texts, greedy or sampled; batches and beams go without.
-        draft_type: ggml's type of the substitute's blocks; None: q4_0 (with "auto" one of several).
-        draft_tokens: candidates of a pass, always; None: chosen by costs and by how many are accepted, up to 16.
-        draft_dir: keep the substitute in this directory, made once; None: made when memory is filled where that takes no longer than two
-            passes over the weights, else kept in ~/.cache/flexinfer/drafts.
-        follow: give memory back when the machine or the control group runs short, and take it again later, up to `memory`.
-        trace: keep a timeline of reads, waits and kernels (`model.flexinfer.events()`); a path has `close()` write it
-            there too, for https://ui.perfetto.dev.
-        progress: called with (stage, bytes done, bytes in all) while parameters that stay are read ("load"), while memory
-            is filled and locked ("lock"), and piece by piece in each pass ("pass").
+        options: the other fields of `flexinfer.Options`, by name, which say what they mean.
 
     Returns:
         The transformers model, with its `Engine` as `model.flexinfer`.
@@ -210,57 +149,39 @@ def from_pretrained(
         DraftError: the draft cannot be made of, or for, this model.
         BudgetError: `memory` or `window` is no size, or too small for this model; names the smallest that works.
         ValueError: another argument is wrong.
+        TypeError: there is no option of that name.
     """
-    if io_threads < 0:
-        raise ValueError(f"io_threads={io_threads} must be 0 (synchronous) or more")
-    if read_timeout_s is not None and (read_timeout_s <= 0 or io_threads == 0):
-        raise ValueError(
-            f"read_timeout_s={read_timeout_s} must be more than 0, and needs a reader thread to give up on (io_threads={io_threads})"
-        )
-    if context is not None and context < 1:
-        raise ValueError(f"context={context} must be at least 1 token")
-    if logits_to_keep < 1:
-        raise ValueError(f"logits_to_keep={logits_to_keep} must be at least 1 position")
-    if expert_policy not in EXPERT_POLICIES:
-        raise ValueError(
-            f"expert_policy={expert_policy!r} does not exist; there are {', '.join(sorted(EXPERT_POLICIES))}"
-        )
-    choice = DraftChoice.of(draft, draft_type, draft_tokens, draft_dir)
-    trace_file = trace_path(trace)
+    return load(path_or_hub_id, Options.of({"memory": memory} | options))
+
+
+from_pretrained.__signature__ = Options.signature_of(from_pretrained)  # type: ignore[attr-defined]  # for help() and notebooks
+
+
+def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
+    """`from_pretrained`, with options that are made already."""
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
     bound_kernel_caches()
-    checkpoint = Checkpoint.open(resolve(path_or_hub_id, gguf_file))
-    budget_bytes = available_bytes() if memory == "auto" else parse_size(memory)
+    checkpoint = Checkpoint.open(resolve(path_or_hub_id, options.gguf_file))
+    budget_bytes = available_bytes() if options.memory == "auto" else parse_size(options.memory)
     try:
-        skeleton = build_skeleton(checkpoint, dtype, kv_dtype)
+        skeleton = build_skeleton(checkpoint, options.dtype, options.kv_dtype)
     except NotStreamableError as error:
-        skeleton = _resident_or_refused(checkpoint, dtype, budget_bytes, context, error)
-    recorder = Trace(max_events=MAX_EVENTS if trace else 0, progress=progress)  # its memory is measured too
-    checksums = _checksums(skeleton, verify, progress)  # and theirs
+        skeleton = _resident_or_refused(checkpoint, options.dtype, budget_bytes, options.context, error)
+    progress = TqdmBars() if options.progress is True else options.progress or None
+    trace = Trace(max_events=MAX_EVENTS if options.trace else 0, progress=progress)
+    checksums = _checksums(skeleton, options.verify, progress)  # measured too, as the trace is
+    choice = options.draft_choice
     drafts = Drafts(choice, skeleton, skeleton.dtype) if choice is not None else None
+    logits_to_keep = options.logits_to_keep
     if drafts is not None:
         logits_to_keep = max(logits_to_keep, drafts.fit(budget_bytes) + 1)
     in_blocks = drafts is not None and bool(drafts.kernels)
-    measured = MemoryOfProcess.measure(skeleton, with_tokenizer=tokenizer is None, in_blocks=in_blocks)
-    context = context or default_context(skeleton, measured, budget_bytes, logits_to_keep, drafts)
-    engine = Engine(
-        skeleton,
-        measured,
-        policy=policy,
-        expert_policy=expert_policy,
-        look_ahead=look_ahead,
-        window=window,
-        io_threads=io_threads,
-        read_timeout_s=read_timeout_s,
-        checksums=checksums,
-        direct=direct,
-        context=context,
-        logits_to_keep=logits_to_keep,
-        tokenizer=tokenizer,
-        drafts=drafts,
-        trace=recorder,
-        trace_file=trace_file,
+    measured = MemoryOfProcess.measure(
+        skeleton, with_tokenizer=options.tokenizer is None, in_blocks=in_blocks
     )
+    context = options.context or default_context(skeleton, measured, budget_bytes, logits_to_keep, drafts)
+    options = replace(options, context=context, logits_to_keep=logits_to_keep)
+    engine = Engine(skeleton, measured, options, checksums, trace, drafts)
     try:
         engine.load(budget_bytes)
     except BaseException:
@@ -273,7 +194,7 @@ def from_pretrained(
         stock: Any = model.generate
         model.generate = wraps(stock)(partial(engine.generate, model, stock))  # type: ignore[assignment]
     weakref.finalize(model, engine.close_when_collected)
-    if follow:
+    if options.follow:
         engine.follow()
     return model
 
@@ -296,22 +217,14 @@ class Engine:
         self,
         skeleton: Skeleton,
         measured: "MemoryOfProcess",
-        *,
-        policy: str = "balanced",
-        expert_policy: str = DEFAULT_EXPERT_POLICY,
-        look_ahead: bool = True,
-        window: str | int | None = None,
-        io_threads: int = 2,
-        read_timeout_s: float | None = None,
-        checksums: Mapping[Path, Checksums] | None = None,
-        direct: bool = True,
-        context: int = 2048,
-        logits_to_keep: int = 1,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        drafts: Drafts | None = None,
-        trace: Trace | None = None,
-        trace_file: Path | None = None,
+        options: Options,
+        checksums: Mapping[Path, Checksums] | None,
+        trace: Trace,
+        drafts: Drafts | None,
     ) -> None:
+        assert options.context is not None
+        self._options, self.context, self._logits_to_keep = options, options.context, options.logits_to_keep
+        self._checksums, self._trace = checksums, trace
         self._drafts = drafts
         self._pace: Pace | None = None
         self._drafting = Drafting()
@@ -320,12 +233,7 @@ class Engine:
         self._substitute_rows: dict[str, tuple[int, LockedRows]] = {}  # the first piece, and its rows
         self._draft_costs: DraftCosts | None = None
         self._text = _Text()
-        self._policy, self._window, self._io_threads = policy, window, io_threads
-        self._expert_policy, self._look_ahead = expert_policy, look_ahead
-        self._read_timeout_s, self._checksums = read_timeout_s, checksums
         self._pid = os.getpid()
-        self._direct, self.context, self._logits_to_keep = direct, context, logits_to_keep
-        self._trace, self._trace_file = trace or Trace(), trace_file
         self._explained: dict[str, Any] = {}  # the statistics that explain() began from
         self._skeleton: Skeleton | None = skeleton
         self._weights, self._kernels = skeleton.weights, skeleton.kernels
@@ -334,9 +242,9 @@ class Engine:
         self._cache: ExpertCache | None = None
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
-        self._fixed = fixed_memory(skeleton, measured, context, logits_to_keep, drafts)
+        self._fixed = fixed_memory(skeleton, measured, self.context, self._logits_to_keep, drafts)
         self._libraries, self.file_bytes = measured.libraries, measured.file_bytes
-        self._tokenizer = tokenizer
+        self._tokenizer = options.tokenizer
         self._linears: dict[str, StreamedLinear] = {}
         self._locked: dict[str, list[LockedPieces]] = {}
         self._reader: FileReader | None = None
@@ -364,15 +272,15 @@ class Engine:
         reset_peak()
         self._reader = FileReader(
             skeleton.checkpoint.files,
-            direct=self._direct,
-            timeout_s=self._read_timeout_s,
+            direct=self._options.direct,
+            timeout_s=self._options.read_timeout_s,
             checksums=self._checksums,
         )
         self._costs = measure_costs(
             skeleton.used,
             self._reader,
             skeleton.dtype,
-            max(1, self._io_threads),
+            max(1, self._options.io_threads),
             budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2,
         )
         if self._drafts is not None:
@@ -393,8 +301,8 @@ class Engine:
                 fixed or self._fixed,
                 budget_bytes,
                 self._costs,
-                policy=self._policy,
-                window=self._window,
+                policy=self._options.policy,
+                window=self._options.window,
                 mixture=self.mixture,
                 substitutes=self._substitutes,
             )
@@ -469,7 +377,7 @@ class Engine:
                 folder,
             )
         file.make(maker, self._trace.progress)
-        file.open(direct=self._direct)
+        file.open(direct=self._options.direct)
         self._substitute_source = file
 
     def _place_modules(self, skeleton: Skeleton) -> None:
@@ -530,7 +438,9 @@ class Engine:
         pieces = list(experts.mixture.pieces())
         slot_bytes = experts.mixture.slots().slot_bytes
         used = sum(layer.used for layer in experts.mixture.layers)
-        self._cache = ExpertCache(pieces, slot_bytes, self._expert_policy, self._trace, token_experts=used)
+        self._cache = ExpertCache(
+            pieces, slot_bytes, self._options.expert_policy, self._trace, token_experts=used
+        )
         first, before = 0, None
         for layer in experts.mixture.layers:
             streamed = StreamedExperts(
@@ -545,7 +455,7 @@ class Engine:
             module: Any = skeleton.model.get_submodule(layer.name)
             module.streamed = self._experts[layer.name] = streamed
             router = experts.routers.get(layer.name)
-            if self._look_ahead and router is not None and before is not None:
+            if self._options.look_ahead and router is not None and before is not None:
                 chooses = skeleton.model.get_submodule(router.name)
                 before.look_ahead(partial(foretold, chooses, router.place, first))
             before = streamed
@@ -600,7 +510,7 @@ class Engine:
         ]
         done_bytes = 0
         try:
-            with ThreadPoolExecutor(max(1, self._io_threads)) as pool:
+            with ThreadPoolExecutor(max(1, self._options.io_threads)) as pool:
                 for nbytes, _ in zip(new_bytes, pool.map(lock, self._weights), strict=True):
                     done_bytes += nbytes
                     if self._trace.progress is not None and nbytes:
@@ -662,7 +572,7 @@ class Engine:
         schedule = [piece for pieces in streamed.values() for piece in pieces]
         prefetcher = None
         if schedule or self._cache is not None:
-            self._queue = ReadQueue(self._reader, self._trace, io_threads=self._io_threads)
+            self._queue = ReadQueue(self._reader, self._trace, io_threads=self._options.io_threads)
         if self._queue is not None and self._cache is not None:
             self._queue.serve(self._cache.take)
         if self._queue is not None and schedule:
@@ -1033,6 +943,17 @@ class Engine:
         """The timeline of reads, waits and kernels, oldest first; empty unless loaded with trace=True."""
         return self._trace.events()
 
+    def timeline(self) -> "Figure":
+        """Reads, waits and kernels of the last pass as a matplotlib figure, for a model loaded with trace=True.
+
+        Raises ValueError where no pass was recorded, ImportError without matplotlib.
+        """
+        return timeline(self.events())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where the budget goes, and what the passes so far have come to."""
+        return engine_html(self.plan, self.stats())
+
     def resize(self, memory: str | int) -> Plan:
         """Change the budget of the live model, from any thread. Returns the new plan.
 
@@ -1106,9 +1027,10 @@ class Engine:
         """Say what the last passes waited for, and write the timeline."""
         if self._explained and self._trace.passes > self._explained["passes"]:
             self.explain()
-        if self._explained and self._trace_file is not None:
+        trace_file = self._options.trace
+        if self._explained and not isinstance(trace_file, bool):
             try:
-                write_trace(self._trace_file, self._trace.timeline())
+                write_trace(Path(trace_file), self._trace.timeline())
             except OSError as error:
                 warnings.warn(f"the trace could not be written: {error}", RuntimeWarning, stacklevel=3)
 
@@ -1198,9 +1120,14 @@ class MemoryOfProcess:
         )
         gc.collect()  # the dry run's model
         trim_heap()
-        path = skeleton.checkpoint.config_dir
-        tokenizer = (tokenizer_bytes(path), loading_bytes(path)) if with_tokenizer else (0, 0)
-        return cls(anonymous_bytes(), libraries, libraries.nbytes or file_bytes(), *tokenizer)
+        process = cls(anonymous_bytes(), libraries, libraries.nbytes or file_bytes(), 0, 0)
+        return process.with_tokenizer_in(skeleton.checkpoint.config_dir) if with_tokenizer else process
+
+    def with_tokenizer_in(self, path: Path) -> "MemoryOfProcess":
+        """The same process, with the tokenizer of the checkpoint in `path` to come."""
+        return replace(
+            self, tokenizer_bytes=tokenizer_bytes(path), tokenizer_loading_bytes=loading_bytes(path)
+        )
 
 
 def default_context(

@@ -88,11 +88,10 @@ def _short(event: Event) -> str:
     return f"{event.layer} {within}" if within != name else name
 
 
-def trace_path(trace: bool | str | Path) -> Path | None:
-    """The file that `trace` asks for. Raises ValueError, before a long run, for one that cannot be written."""
+def check_trace(trace: bool | str | Path) -> None:
+    """Raises ValueError, before a long run, where the file that `trace` asks for cannot be written."""
     if isinstance(trace, bool):
-        return None
+        return
     path = Path(trace)
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise ValueError(f"trace={str(trace)!r} cannot be written; name a file in a directory that can")
-    return path

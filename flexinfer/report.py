@@ -26,6 +26,47 @@ COUNTERS = (
 FAULT_S = 1e-3  # our choice for a page read back from a disk that is in use
 OVERLAP_SHARE = 0.7  # of the measured bandwidth, below which reads are said not to overlap; our choice
 
+TITLES = {  # of the stages of progress
+    "verify": "making checksums",
+    "load": "reading what stays",
+    "lock": "filling locked memory",
+    "pass": "reading the prompt",
+    "draft": "making the draft",
+}
+PART_COLOURS = {  # of the parts of a budget, on a terminal and in a picture
+    "process": "#9e9e9e",
+    "tokenizer": "#7f7f7f",
+    "parameters that stay": "#5f5f5f",
+    "KV cache": "#1f77b4",
+    "activations": "#17becf",
+    "margin": "#c7c7c7",
+    "window": "#ffbf00",
+    "unused": "#eeeeee",
+    "draft": "#e377c2",
+    "cache of experts": "#9467bd",
+    "locked weights": "#2ca02c",
+}
+
+
+def budget_parts(plan: Plan) -> dict[str, int]:
+    """Where the budget goes, in bytes; the parts add up to it."""
+    fixed = plan.fixed
+    parts = {
+        "process": fixed.process_bytes,
+        "tokenizer": fixed.tokenizer_bytes,
+        "parameters that stay": fixed.resident_bytes,
+        "KV cache": fixed.kv_bytes,
+        "activations": fixed.activation_bytes,
+        "margin": fixed.margin_bytes,
+        "window": plan.window_bytes,
+        "unused": plan.unused_bytes,
+    }
+    if plan.substitute_bytes or fixed.draft_bytes:
+        parts["draft"] = plan.substitute_bytes + fixed.draft_bytes
+    if plan.experts is not None:
+        parts["cache of experts"] = plan.experts.cache_bytes
+    return parts | {"locked weights": plan.budget_bytes - sum(parts.values())}
+
 
 def plan_line(plan: Plan) -> str:
     """Where the budget goes, and the speed to expect."""

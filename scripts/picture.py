@@ -13,10 +13,11 @@ from typing import Any
 
 from openai import OpenAI
 from rich.console import Console
+from rich.text import Text
 
 from flexinfer.bench.smollm2 import make_smollm2
 
-QUESTIONS = ("Which planet is the largest?", "And what are its rings made of?")
+QUESTIONS = ("What is the capital of France?", "And of Italy?")
 
 
 def main() -> None:
@@ -60,8 +61,7 @@ def main() -> None:
             text = answer.choices[0].message.content or ""
             said.append({"role": "assistant", "content": text})
             console.print(f"[bold blue]user:[/] {question}", highlight=False)
-            console.print("[bold magenta]assistant:[/]", end=" ")
-            console.print(text, highlight=False, markup=False)
+            console.print(Text.assemble(("assistant:", "bold magenta"), " ", text))
             console.print(server.stderr.readline().rstrip(), style="dim", highlight=False, markup=False)
         server.send_signal(signal.SIGTERM)
         console.print(server.stderr.readline().rstrip(), style="dim", highlight=False)

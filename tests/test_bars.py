@@ -101,14 +101,18 @@ def test_stages_that_are_not_expected_get_no_bar(monkeypatch: pytest.MonkeyPatch
 
 
 def run_at_terminal(
-    argv: list[str], keys: bytes = b"", until: bytes = b"", number: int = 0
+    argv: list[str], keys: bytes = b"", until: bytes = b"", number: int = 0, stdout_too: bool = False
 ) -> tuple[int, bytes, bytes]:
-    """Run at a pseudo-terminal; stdout is a pipe. Types `keys`, sends a signal when `until` is on the screen, checks that
+    """Run at a pseudo-terminal; stdout is a pipe, unless that is the terminal too. Types `keys`, sends a signal when `until` is on the screen, checks that
     the terminal is left as it was. Returns exit code, stdout, what the terminal showed."""
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
     process = subprocess.Popen(
-        argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE, env=os.environ | {"TERM": "xterm"}
+        argv,
+        stdin=theirs,
+        stderr=theirs,
+        stdout=theirs if stdout_too else subprocess.PIPE,
+        env=os.environ | {"TERM": "xterm"},
     )
     os.write(ours, keys)
     screen = b""
@@ -131,7 +135,7 @@ def run_at_terminal(
     assert termios.tcgetattr(theirs) == before
     os.close(ours)
     os.close(theirs)
-    return process.returncode, out, screen
+    return process.returncode, screen if stdout_too else out, screen
 
 
 @pytest.fixture(scope="module")

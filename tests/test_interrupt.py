@@ -15,7 +15,7 @@ import torch
 from small_model import CONFIG, add_tokenizer
 
 from flexinfer.formats.checkpoint import Checkpoint, CheckpointError
-from flexinfer.interrupt import Interrupt, Terminated, terminable
+from flexinfer.interrupt import Interrupt, Terminated, held_back, terminable
 
 TIMEOUT_S = 300  # a busy machine is no failure
 MANY = "3900"  # tokens: far more than come before the signal
@@ -222,3 +222,21 @@ def test_terminable_puts_the_handler_back() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_that_is_held_back_comes_at_the_end(number: int, raised: type[BaseException]) -> None:
+    reached: list[int] = []
+
+    def run() -> None:
+        with terminable(), held_back():
+            signal.raise_signal(number)
+            reached.append(number)
+
+    with pytest.raises(raised):
+        run()
+    assert reached == [number]
+    with held_back():
+        pass  # nothing came, nothing is raised

@@ -6,13 +6,19 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+
+import flexinfer
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+INSTALLED = ("ggml", "serve", "bench", "dev")  # the extras that make installs
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 
 
@@ -29,9 +35,9 @@ def ranges(requirements: list[str]) -> dict[str, set[str]]:
 def test_environment_and_project_name_the_same_packages_and_ranges() -> None:
     listed = next(one["pip"] for one in ENVIRONMENT["dependencies"] if isinstance(one, dict))
     extras = PROJECT["optional-dependencies"]
-    wanted = ranges([*PROJECT["dependencies"], *extras["bench"], *extras["dev"], *extras["serve"]])
+    wanted = ranges([*PROJECT["dependencies"], *(line for name in INSTALLED for line in extras[name])])
     assert ranges([line for line in listed if not line.startswith("-")]) == wanted
-    assert "--editable ." in listed
+    assert {"--editable .", "--constraint constraints.txt"} <= set(listed)
 
 
 def test_environment_and_project_ask_for_the_same_python() -> None:
@@ -42,6 +48,30 @@ def test_environment_and_project_ask_for_the_same_python() -> None:
 def test_a_range_that_differs_would_be_noticed() -> None:
     assert ranges(["Torch==2.13.0"]) == ranges(["torch == 2.13.0"]) != ranges(["torch==2.12.0"])
     assert ranges(["a>=1,<2"]) == ranges(["a<2,>=1"])
+
+
+def test_every_package_is_pinned_within_its_range() -> None:
+    pins = ranges([line for line in CONSTRAINTS.splitlines() if not line.startswith("#")])
+    extras = PROJECT["optional-dependencies"]
+    for line in (*PROJECT["dependencies"], *(line for name in INSTALLED for line in extras[name])):
+        requirement = Requirement(line)
+        (pin,) = pins[requirement.name.lower().replace("_", "-")]
+        assert pin.startswith("=="), line
+        assert requirement.specifier.contains(pin.removeprefix("==")), line
+    assert pins["torch"] == {"==2.13.0"}  # its CPU build is small
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert "version" in PROJECT["dynamic"]
+    assert version("flexinfer") == flexinfer.__version__
+    assert f"## {flexinfer.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert "version:" not in (ROOT / "CITATION.cff").read_text().replace("cff-version:", "")
+
+
+def test_the_citation_names_licence_and_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == PROJECT["license"]
+    assert citation["preferred-citation"]["url"] in (ROOT / "README.md").read_text()
 
 
 def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> None:
@@ -67,7 +97,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> N
 def test_both_ways_to_start_it_show_the_commands(command: list[str]) -> None:
     program = shutil.which(command[0], path=str(Path(sys.executable).parent)) or command[0]
     done = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, check=True)
-    for name in ("generate", "chat", "serve", "plan", "quantize", "doctor"):
+    for name in ("generate", "chat", "serve", "plan", "ls", "quantize", "doctor"):
         assert name in done.stdout
 
 

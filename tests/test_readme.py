@@ -95,7 +95,11 @@ def test_commands_work(
             server.terminate()
             assert server.wait(60) == 143
     elif program == "flexinfer":
-        paths = {"path/to/model": str(model_dir), "path/to/copy": str(tmp_path / "copy")}
+        paths = {
+            "path/to": str(model_dir.parent),
+            "path/to/model": str(model_dir),
+            "path/to/copy": str(tmp_path / "copy"),
+        }
         argv = [paths.get(one, one) for one in argv]
         monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
         quick = {"chat": ["--max-new-tokens", "4"], "doctor": [str(tmp_path), "--size", "32MiB"]}

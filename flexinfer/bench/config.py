@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
 
+from flexinfer.options import Options
 from flexinfer.plan import parse_size
 
 TEXT_KINDS = ("edit", "code", "chat")
@@ -168,6 +169,13 @@ class SystemConfig:
             self.format,
             f"auto or one of {', '.join(FORMATS)}",
         )
+
+    def check_options(self) -> None:
+        """Raises ConfigError where `flexinfer.from_pretrained` would refuse the options."""
+        try:
+            Options.of({name: value for name, value in self.options.items() if name != "python"})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"system.options of {self.name}: {error}") from error
 
     def resident(self) -> "SystemConfig":
         """What computes this system's passes when everything is in memory: its kernels, without what it does about memory."""
@@ -348,6 +356,9 @@ class RunConfig:
         require(
             bool(self.systems), "system", [], "name at least one, such as system=[flexinfer,llama-cpp-mmap]"
         )
+        for one in self.systems.values():
+            if one.kind == "flexinfer":
+                one.check_options()
         require(
             self.format in ("auto", *FORMATS), "format", self.format, f"auto or one of {', '.join(FORMATS)}"
         )

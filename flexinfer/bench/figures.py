@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from flexinfer.bench.records import Record, check_comparable, load_records, say_none, with_common_costs
+from flexinfer.notebook import draw_pass, last_pass
 
 GIB = 2**30
 
@@ -52,11 +53,6 @@ LOOKS = {
     "accelerate": Look("#44AA99", "h", "-.", "**"),
     "airllm": Look("#DDCC77", "<", ":", "\\|"),
     "ollm": Look("#555555", ">", ":", "-/"),
-}
-KINDS = {
-    "read": Look("#0072B2", "", "", ""),
-    "wait": Look("#F0E442", "", "", "xx"),
-    "compute": Look("#D55E00", "", "", "//"),
 }
 BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}
 AT_ONE_BUDGET: dict[str, Any] = {"marker": "_", "markersize": 9}  # a line through one point would not be seen
@@ -541,23 +537,6 @@ def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:
     return events
 
 
-def one_pass(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events of the last whole pass, times from its start; a pass ends with the last kernel of the highest layer."""
-    head = max(event["layer"] for event in events)
-    computed = sorted((one for one in events if one["kind"] == "compute"), key=lambda one: one["start_s"])
-    ends = [
-        one["stop_s"]
-        for one, following in zip(computed, [*computed[1:], None], strict=True)
-        if one["layer"] == head and (following is None or following["layer"] < head)
-    ]
-    begin, end = (ends[-2], ends[-1]) if len(ends) > 1 else (min(one["start_s"] for one in events), ends[-1])
-    inside = [one for one in events if one["stop_s"] > begin and one["start_s"] < end]
-    return [
-        one | {"start_s": max(one["start_s"], begin) - begin, "stop_s": min(one["stop_s"], end) - begin}
-        for one in inside
-    ]
-
-
 def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
     """Figure 3: reads, waits and kernels of one pass, unbalanced locking above balanced, at the largest budget with both."""
     order = {"unbalanced": 0, "flexinfer": 1}
@@ -574,21 +553,11 @@ def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
         len(traced), 1, figsize=(10, 2.1 * len(traced)), squeeze=False, sharex=True, layout="constrained"
     )
     for record, axes in zip(traced, grid[:, 0], strict=True):
-        events = one_pass(load_events(results_dir, record))
-        for row, (kind, look) in enumerate(KINDS.items()):
-            spans = [
-                (one["start_s"], one["stop_s"] - one["start_s"]) for one in events if one["kind"] == kind
-            ]
-            hatch = look.hatch if kind == "wait" else ""
-            axes.broken_barh(spans, (2.1 - row, 0.8), facecolor=look.colour, edgecolor="none", hatch=hatch)
-        waited = sum(one["stop_s"] - one["start_s"] for one in events if one["kind"] == "wait")
-        length = max(one["stop_s"] for one in events)
-        axes.set_yticks([2.5, 1.5, 0.5], ["disk reads", "compute waits", "kernels"])
+        events = last_pass(load_events(results_dir, record))
+        length, waited = draw_pass(axes, events)
         axes.set_title(
             f"{record.cell.system.label}: {length:.2f} s a token, of which {waited:.2f} s waiting", loc="left"
         )
-        axes.set_ylim(0, 3)
-        axes.grid(axis="y", visible=False)
     grid[-1][0].set_xlabel("time within one token [s]")
     grid[-1][0].set_xlim(left=0)
     extra = f"Budget {traced[0].cell.budget_bytes / GIB:.2f} GiB, {traced[0].cell.model.name}; the last token of each run."

@@ -360,7 +360,7 @@ def _measured(
         thread.start()
     while process.poll() is None and any(thread.is_alive() for thread in threads):
         samples.append(_anonymous_bytes(process))
-        threads[0].join(min(10.0, seconds / 10))
+        sleep(min(10.0, seconds / 10))
     alive = process.poll() is None
     if alive:
         for thread in threads:

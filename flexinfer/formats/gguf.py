@@ -8,6 +8,7 @@ split over files -00001-of-000NN, of which the first has the metadata.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Knows nothing of transformers (flexinfer.formats.gguf_model does).
 """
 
+import importlib.util
 import math
 import re
 import struct
@@ -34,6 +35,9 @@ SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+PACKAGES = ("gguf", "transcribe_cpp_native")  # of the extra `ggml`
+INSTALL = "pip install 'flexinfer[ggml]'"
 
 BLOCKS = {  # of ggml's types of weights: elements and bytes of a block
     2: Encoding("Q4_0", 32, 18),
@@ -86,6 +90,13 @@ class GGUF:
     def of_architecture(self, key: str) -> Any:
         """The value of `key` for this architecture; None where there is none."""
         return self.metadata.get(f"{self.architecture}.{key}")
+
+
+def check_installed() -> None:
+    """Raises CheckpointError, with the command that installs them, where packages are missing that GGUF files need."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CheckpointError(f"GGUF files need {' and '.join(missing)}: {INSTALL}")
 
 
 def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
 from flexinfer.formats.experts import Parts, parameters_of, split_stacked
-from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, read_gguf
+from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, check_installed, read_gguf
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
@@ -107,6 +107,7 @@ def open_gguf(file: Path) -> Checkpoint:
 
     Raises CheckpointError when the file is damaged or of an architecture that cannot be run.
     """
+    check_installed()
     gguf = read_gguf(file)
     whose = gguf.metadata.get(NAMES_KEY)
     if whose == "transformers":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ from flexinfer.formats.gguf import SPLIT_NAME
 from flexinfer.formats.gguf_model import specs_of
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, Conv1DKernel, DenseKernel
-from flexinfer.messages import shown
+from flexinfer.messages import cause, shown
 from flexinfer.mixture import Mixture
 from flexinfer.plan import Kind, Piece, Weight
 from flexinfer.streaming.cache import LayerShape
@@ -69,10 +69,13 @@ ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
 TABLES_BYTES = 64 << 20  # that masks, positions and other tables of a model may take, whatever its weights
 
 
-def resolve(path_or_hub_id: str | Path, gguf_file: str | None = None) -> Path:
+def resolve(
+    path_or_hub_id: str | Path, gguf_file: str | None = None, fetching: Callable[[], None] | None = None
+) -> Path:
     """The checkpoint directory, or the GGUF file: a local one, or in the Hugging Face cache (downloaded if need be).
 
     gguf_file: the file's name in the directory or on the Hub, as transformers' argument of that name.
+    fetching: called before a download begins.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -95,11 +98,14 @@ def resolve(path_or_hub_id: str | Path, gguf_file: str | None = None) -> Path:
         Checkpoint.open(cached)  # all of it: a tokenizer that was loaded alone leaves a part of a snapshot
         return cached
     except Exception as why:
+        if fetching is not None:
+            fetching()
         try:
             return Path(snapshot_download(name, allow_patterns=wanted)) / (gguf_file or "")
         except Exception as error:
+            partial = f", nor whole in the Hub cache ({why})" if isinstance(why, CheckpointError) else ""
             raise CheckpointError(
-                f"{name}: neither a directory, nor whole in the Hugging Face cache ({why}), nor to be had from the Hub ({error})"
+                f"{name}: neither a directory{partial}, nor to be had from the Hub ({cause(error)}); check the name and the network"
             ) from error
 
 
@@ -181,7 +187,7 @@ def build_skeleton(
     config = load_config(checkpoint)
     _refuse_quantized(config, file)
     compute_dtype = _compute_dtype(dtype, config, checkpoint)
-    kept_dtype = _dtype(kv_dtype, "kv_dtype") or (torch.float16 if checkpoint.in_gguf else compute_dtype)
+    kept_dtype = _dtype(kv_dtype) or (torch.float16 if checkpoint.in_gguf else compute_dtype)
     if kept_dtype.itemsize > compute_dtype.itemsize:
         kept_dtype = compute_dtype
     register()
@@ -283,20 +289,16 @@ def _refuse_quantized(config: PretrainedConfig, file: Path) -> None:
     )
 
 
-def _dtype(dtype: str | torch.dtype, what: str) -> torch.dtype | None:
-    """The dtype that argument `what` names; None for "auto". Raises ValueError for one that cannot be computed in."""
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype of that name (flexinfer.options.DTYPES); None for "auto"."""
     if dtype == "auto":
         return None
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if named not in {torch.bfloat16, torch.float16, torch.float32}:
-        raise ValueError(
-            f"{what}={dtype!r} is not supported; choose 'auto', 'bfloat16', 'float16' or 'float32'"
-        )
-    return cast(torch.dtype, named)
+    named: torch.dtype = getattr(torch, str(dtype).removeprefix("torch."))
+    return named
 
 
 def _compute_dtype(dtype: str | torch.dtype, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    if (asked := _dtype(dtype, "dtype")) is not None:
+    if (asked := _dtype(dtype)) is not None:
         return asked
     if isinstance(config.dtype, torch.dtype):
         return config.dtype

@@ -54,11 +54,10 @@ from typing import Any
 
 import torch
 
-from flexinfer.formats.gguf import BLOCKS
+from flexinfer.formats.gguf import BLOCKS, INSTALL
 from flexinfer.streaming.memory import Buffer
 
 PACKAGE = "transcribe_cpp_native"
-INSTALL = "pip install transcribe-cpp-native==0.4.1"
 VERSION = "0.26."  # of ggml: the structures below are laid out as in its header
 F32 = 0  # ggml's number for the type of activations and outputs
 WORK_ROWS = 256  # activation rows that are multiplied at a time
@@ -418,7 +417,9 @@ def best_kernels(folder: Path) -> Path:
         scores[path] = 1 if score is None else score()
     best = max(scores, key=scores.__getitem__, default=None)
     if best is None or not scores[best]:
-        raise GgmlError(f"{folder}: ggml has no kernels for this CPU; run `{INSTALL} --no-binary :all:`")
+        raise GgmlError(
+            f"{folder}: ggml has no kernels for this CPU; run `pip install --no-binary :all: --force-reinstall {PACKAGE}`"
+        )
     return best
 
 

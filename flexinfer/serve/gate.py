@@ -252,6 +252,8 @@ class Gate:
             if turn.tokens_per_s is not None:
                 share = turn.tokens_per_s / self._plan.bound_tokens_per_s
                 line += f", then {turn.tokens_per_s:.3g} tokens/s, {share:.2f} of the bound"
+                if turn.passes != turn.new_tokens:
+                    line += f" of one token a pass ({turn.passes} passes)"
             if turn.failure is not None:
                 line += f", {turn.failure}"
         quiet = exchange.method == "GET" and status == 200  # what is polled

@@ -1,11 +1,12 @@
 """Generation for the server: transformers' own manager, with a watch on each request.
 
 One request at a time generates (flexinfer.serve.gate gives the turns), on one thread that keeps all that torch holds for a thread; the model is
-loaded on it too, so that what is measured then is what is there later. A `Turn` is the watch: a stopping criterion that ends the text
-after the token in hand once nobody wants it any more, and a clock.
+loaded on it too, so that what is measured then is what is there later. A `Turn` is what the gate sees of it: a clock, counts, and a way to
+end the text after the pass in hand once nobody wants it any more. `Text` watches the tokens, of which a pass gives several with a draft.
 
 Stop strings are looked for here: transformers' StopStringCriteria makes a table of the vocabulary times the length of the strings, 100 MB for
-256,000 tokens and 100 characters, and keeps eight of them. What is stopped by is the same, at the same token.
+256,000 tokens and 100 characters, and keeps eight of them; it looks once a pass, so that a draft's tokens would go past the string. What is
+stopped by is the same, at the same token.
 """
 
 import asyncio
@@ -31,21 +32,23 @@ logger = logging.getLogger("flexinfer.serve")
 
 @dataclass(slots=True)
 class Turn:
-    """What one request makes of its turn. A stopping criterion of transformers: called after each token."""
+    """What one request makes of its turn."""
 
     loop: asyncio.AbstractEventLoop
     prompt_tokens: int = 0
     new_tokens: int = 0
+    passes: int = 0  # that gave them
     begun: bool = False  # whether its generation was handed to the thread
     failure: str | None = None
     start_s: float = field(default_factory=perf_counter)
-    first_s: float = 0.0  # when its first token was there
+    first_s: float = 0.0  # when its first pass was done
+    first_tokens: int = 0  # that it gave
     last_s: float = 0.0
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # the thread is done with it
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
-        """End the text after the token in hand. From any thread."""
+        """End the text after the pass in hand. From any thread."""
         self._stopped.set()
 
     @property
@@ -54,35 +57,59 @@ class Turn:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """After the first token, which waits for the prompt."""
-        seconds = self.last_s - self.first_s
-        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds else None
+        """After the first pass, which waits for the prompt."""
+        seconds, tokens = self.last_s - self.first_s, self.new_tokens - self.first_tokens
+        return tokens / seconds if tokens and seconds else None
+
+    def saw(self, tokens: int) -> None:
+        """A pass has given so many."""
+        self.last_s = perf_counter()
+        self.passes += 1
+        self.new_tokens += tokens
+        if self.passes == 1:
+            self.first_s, self.first_tokens = self.last_s, tokens
 
     def end(self) -> None:
         """Called by the thread when it is done."""
         self.loop.call_soon_threadsafe(self.ended.set)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.last_s = perf_counter()
-        self.first_s = self.first_s or self.last_s
-        self.new_tokens += 1
-        return torch.full((input_ids.shape[0],), self.stopped, dtype=torch.bool)
-
 
 class StopText:
-    """A stopping criterion: one of `stops` is in the text of the new tokens, of one sequence."""
+    """Looks for `stops` in the text of new tokens, of one sequence."""
 
     def __init__(self, tokenizer: Any, stops: list[str]) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        self._longest = max(map(len, stops))
+        self._longest = max(map(len, stops), default=0)
         self._stream = DecodeStream([], skip_special_tokens=True)
         self._tail = ""
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self._tail += self._stream.step(self._tokenizer, int(input_ids[0, -1])) or ""
+    def ends_with(self, token: int) -> bool:
+        """Whether `token`, the next one, completes one of them."""
+        if not self._stops:
+            return False
+        self._tail += self._stream.step(self._tokenizer, token) or ""
         found = any(stop in self._tail for stop in self._stops)
         self._tail = self._tail[-self._longest :]
-        return torch.full((input_ids.shape[0],), found, dtype=torch.bool)
+        return found
+
+
+class Text:
+    """The new tokens of one text, as a stopping criterion of transformers sees them: after each pass, which gives several with a draft. They
+    go to `streamer` one by one, up to the end of a stop string; the text ends then, or once nobody wants it."""
+
+    def __init__(self, turn: Turn, stop: StopText, streamer: Any = None) -> None:
+        self._turn, self._stop, self._streamer = turn, stop, streamer
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        new, complete = input_ids[0, self._turn.prompt_tokens + self._turn.new_tokens :], False
+        for count, token in enumerate(new.tolist(), 1):
+            if self._stop.ends_with(token):
+                new, complete = new[:count], True
+                break
+        self._turn.saw(len(new))
+        if self._streamer is not None:
+            self._streamer.put(new)
+        return torch.full((input_ids.shape[0],), complete or self._turn.stopped, dtype=torch.bool)
 
 
 class Failed(RuntimeError):
@@ -95,22 +122,27 @@ class _Watched:
 
     generate_with: Callable[..., torch.Tensor]
     turn: Turn
-    criteria: list[Callable[..., torch.Tensor]]
+    stop: StopText
 
-    def generate(self, **inputs: Any) -> torch.Tensor:
+    def generate(self, streamer: Any = None, **inputs: Any) -> torch.Tensor:
         """On the thread. Raises Failed, which holds no frame and so no KV cache: there is memory for one."""
         try:
-            sequences = self._generated(inputs)
+            sequences = self._generated(streamer, inputs)
         finally:
             self.turn.end()
         if sequences is None:
             kind = str(self.turn.failure).partition(":")[0]
             raise Failed(f"the generation failed ({kind}); the log of the server says more")
-        return sequences
+        return sequences[:, : self.turn.prompt_tokens + self.turn.new_tokens]
 
-    def _generated(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def _generated(self, streamer: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         try:
-            return self.generate_with(**inputs, stopping_criteria=self.criteria)
+            if streamer is not None:
+                streamer.put(inputs["input_ids"])  # it leaves the prompt out
+            sequences = self.generate_with(**inputs, stopping_criteria=[Text(self.turn, self.stop, streamer)])
+            if streamer is not None:
+                streamer.end()
+            return sequences
         except _GenerationCancelled:
             raise
         except Exception as failure:
@@ -149,12 +181,10 @@ class Generation(GenerateManager):
         if room < 1:
             raise limits.too_long(f"the prompt has {turn.prompt_tokens}")
         config.max_new_tokens = min(config.max_new_tokens or NEW_TOKENS, room)
-        criteria: list[Callable[..., torch.Tensor]] = [turn]
-        stops, config.stop_strings = config.stop_strings, None
-        if stops:
-            criteria.append(StopText(processor._tokenizer, [stops] if isinstance(stops, str) else stops))
+        stops, config.stop_strings = config.stop_strings or [], None
         turn.begun = True
-        return _Watched(model.generate, turn, criteria)
+        stop = StopText(processor._tokenizer, [stops] if isinstance(stops, str) else stops)
+        return _Watched(model.generate, turn, stop)
 
     def generate_streaming(
         self,

@@ -258,13 +258,11 @@ async def rehearse(generation: Generation, tokenizer: Any) -> None:
     """Have a request of each kind go through the handlers, streamed and not, with a model that repeats its last token: what they
     import and build once is there when the process is measured."""
 
-    def repeat(input_ids: torch.Tensor, streamer: Any = None, **kwargs: Any) -> torch.Tensor:
-        last = input_ids[:, -1:]
-        if streamer is not None:
-            streamer.put(input_ids[0])
-            streamer.put(last[0])
-            streamer.end()
-        return torch.cat((input_ids, last), dim=1)
+    def repeat(input_ids: torch.Tensor, stopping_criteria: Any = (), **kwargs: Any) -> torch.Tensor:
+        text = torch.cat((input_ids, input_ids[:, -1:]), dim=1)
+        for criterion in stopping_criteria:
+            criterion(text, None)
+        return text
 
     model = SimpleNamespace(
         generate=repeat,

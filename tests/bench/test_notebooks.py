@@ -13,6 +13,7 @@ import nbformat
 import pytest
 from bench_samples import MACHINE, ROOT, make_cell, make_record
 from nbclient import NotebookClient
+from small_model import CONFIG, add_tokenizer
 
 from flexinfer.bench import claims, figures, mixtures
 from flexinfer.bench.config import (
@@ -27,8 +28,10 @@ from flexinfer.bench.records import QUALITY, RELIABILITY, Record, RecordError, l
 from flexinfer.bench.runner import save
 from flexinfer.bench.soak import draw
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
+from flexinfer.notebook import last_pass
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ALL_NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [file for file in ALL_NOTEBOOKS if file.stem != "use"]  # those that draw records
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())["claims"]
 WEIGHTS, RATE, COMPUTE_S, PROCESS = 3_716_481_024, 500_000_000, 0.25, 450_000_000
 SLOWDOWN = {
@@ -239,7 +242,22 @@ def test_without_records_a_notebook_says_the_command_and_draws_nothing(
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
+def test_the_notebook_of_use_runs_on_any_checkpoint(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "FLEXINFER_MODEL", str(add_tokenizer(checkpoint("llama", **CONFIG), tmp_path / "model"))
+    )
+    shown: list[Any] = []
+    names = {"display": shown.append}
+    for cell in nbformat.read(ROOT / "notebooks" / "use.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, "use.ipynb", "exec"), names)
+    assert names["streamed"] == names["resident"]
+    assert [type(one).__name__ for one in shown] == ["Engine", "Engine", "Figure"]
+
+
+@pytest.mark.parametrize("notebook", ALL_NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_is_short_and_relative(notebook: Path) -> None:
     assert code_lines(notebook) <= 60
     sources = "".join(cell.source for cell in nbformat.read(notebook, 4).cells)
@@ -422,7 +440,7 @@ def test_the_smoke_model_is_shown_only_where_there_is_no_other(tmp_path: Path) -
 
 
 def test_the_last_whole_pass_is_cut_out_of_a_trace() -> None:
-    events = figures.one_pass(simulated_events(unbalanced=True))
+    events = last_pass(simulated_events(unbalanced=True))
     assert min(one["start_s"] for one in events) == pytest.approx(0)
     assert max(one["stop_s"] for one in events) == pytest.approx(3 * 0.4 + 5 * 0.05)
     assert {one["layer"] for one in events if one["kind"] == "compute"} == {0, 1, 2, 3, 4}

@@ -222,12 +222,12 @@ def test_types_that_need_calibration_are_refused(name: str) -> None:
 
 def test_without_ggml_the_error_says_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(GgmlError, match="pip install transcribe-cpp-native"):
+    with pytest.raises(GgmlError, match=r"pip install 'flexinfer\[ggml\]'"):
         library.__wrapped__()
 
 
 def test_a_package_without_its_libraries_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(GgmlError, match="pip install transcribe-cpp-native"):
+    with pytest.raises(GgmlError, match=r"pip install 'flexinfer\[ggml\]'"):
         ggml.Library(tmp_path)
 
 

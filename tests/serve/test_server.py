@@ -226,6 +226,74 @@ def test_transformers_chat(served: Served, talker: Path) -> None:
     assert "16 tokens in" in done.stdout, "it had the usage"
 
 
+# ---- with a draft
+
+ROUND: Any = "round and round and round and "  # in which a lookup finds candidates
+
+
+@pytest.fixture(scope="module")
+def drafting(talker: Path, brake: Brake) -> Iterator[Served]:
+    with serving(talker, draft="lookup", progress=brake) as server:
+        yield server
+
+
+def completed(server: Served, stream: bool, **options: Any) -> tuple[str, str | None, int, list[str]]:
+    """Text, reason of its end, its tokens by the usage, and its pieces."""
+    made: Any = server.client().completions.create(model="talker", prompt=ROUND, stream=stream, **options)
+    chunks = list(made) if stream else [made]
+    pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices and chunk.choices[0].text]
+    return "".join(pieces), chunks[-1].choices[0].finish_reason, chunks[-1].usage.completion_tokens, pieces
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_draft_changes_no_text_and_saves_passes(
+    drafting: Served, talker: Path, brake: Brake, stream: bool
+) -> None:
+    counted = 'flexinfer_tokens_total{of="answer"}'
+    completed(drafting, stream, max_tokens=1)  # what was never counted is not there
+    for tokens in (1, 2, 3, 17, 80):
+        before, passes = drafting.metric(counted), brake.passes
+        text, reason, used, pieces = completed(drafting, stream, max_tokens=tokens)
+        assert (text, reason, used) == (expected(talker, tokens, ROUND), "length", tokens)
+        assert len(pieces) == (tokens if stream else 1)
+        assert drafting.metric(counted) == before + tokens
+    assert brake.passes - passes < 80 * 0.8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_a_drafted_text_at_the_same_token(
+    drafting: Served, talker: Path, stream: bool
+) -> None:
+    whole = expected(talker, 80, ROUND)  # a token is a character
+    for place in range(30, 60):
+        stop = whole[place : place + 2]
+        ends = whole.index(stop) + len(stop)
+        text, reason, used, _ = completed(drafting, stream, max_tokens=80, stop=[stop])
+        assert (text, reason, used) == (whole[:ends], "stop", ends)
+
+
+def test_sampling_with_a_draft_is_repeatable_by_its_seed(drafting: Served) -> None:
+    first, again, other = (
+        completed(drafting, False, max_tokens=40, temperature=1.5, seed=seed)[0] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_stops_a_drafted_text_within_a_pass(
+    drafting: Served, brake: Brake, stream: bool
+) -> None:
+    before = brake.passes
+    brake.hold()
+    with raw_request(drafting, {"prompt": ROUND, "max_tokens": 90, "stream": stream}):
+        assert brake.held.wait(60)
+    for _ in range(3):
+        assert httpx.get(f"{drafting.root}/health").status_code == 200
+    brake.go.set()
+    wait_for(lambda: not drafting.metric("flexinfer_generating"))
+    assert brake.passes - before <= 2
+
+
 # ---- what else there is
 
 

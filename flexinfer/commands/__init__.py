@@ -1,0 +1,1 @@
+"""The commands of `flexinfer`, one file a command; flexinfer.cli puts them together."""
