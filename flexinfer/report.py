@@ -55,7 +55,7 @@ def budget_parts(plan: Plan) -> dict[str, int]:
         "process": fixed.process_bytes,
         "tokenizer": fixed.tokenizer_bytes,
         "parameters that stay": fixed.resident_bytes,
-        "KV cache": fixed.kv_bytes,
+        "KV cache": fixed.kv_bytes + fixed.attention_bytes,
         "activations": fixed.activation_bytes,
         "margin": fixed.margin_bytes,
         "window": plan.window_bytes,
