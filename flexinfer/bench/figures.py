@@ -140,7 +140,9 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
                 "bytes_per_token": sum(one.token_bytes) / one.tokens
                 if one.tokens and one.token_bytes
                 else None,
-                "weights_gib": one.total_weight_bytes / GIB if one.total_weight_bytes else None,
+                "weights_gib": (one.total_weight_bytes + (one.untouched_bytes or 0)) / GIB
+                if one.total_weight_bytes
+                else None,
                 "resident": one.total_weight_bytes is not None
                 and one.cell.budget_bytes > one.total_weight_bytes + (one.untouched_bytes or 0),
                 "tokens": one.tokens,
