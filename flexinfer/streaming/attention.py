@@ -71,28 +71,31 @@ def attend(
     **options: Any,
 ) -> torch.Tensor:
     """scaled_dot_product_attention of query [batch, query heads, new tokens, head_dim] to key and value [batch, heads, tokens, head_dim]."""
-    in_heads = isinstance(key, Rounded) and isinstance(value, Rounded) and query.dim() == key.dim() == 4
-    if not isinstance(key, Rounded) or not in_heads or not (step := _heads_at_once(key, value)):
-        return F.scaled_dot_product_attention(query, widened(key), widened(value), attn_mask, **options)
+    if isinstance(key, Rounded) and isinstance(value, Rounded) and query.dim() == key.dim() == 4:
+        numbers_of_a_head = (key.numel() + value.numel()) // key.shape[1]
+        step = min(key.scratch.numel() // max(1, numbers_of_a_head), key.shape[1])
+        if step:
+            return _attend_by_heads(query, key, value, attn_mask, step, **options)
+    return F.scaled_dot_product_attention(query, widened(key), widened(value), attn_mask, **options)
+
+
+def _attend_by_heads(
+    query: torch.Tensor, key: Rounded, value: Rounded, mask: torch.Tensor | None, step: int, **options: Any
+) -> torch.Tensor:
+    """`step` heads at a time. `mask`: None, or [..., new tokens, tokens], before that one for each query head or one for all."""
     heads = key.shape[1]
     group = query.shape[1] // heads
     batch, _, tokens, _ = query.shape
     output = query.new_empty(batch, tokens, query.shape[1], value.shape[-1]).transpose(1, 2)
+    of_each_head = mask is not None and mask.dim() > 2 and mask.shape[-3] > 1
     for first in range(0, heads, step):
         some, asking = slice(first, first + step), slice(group * first, group * (first + step))
         wide_key, wide_value = _wide(key[:, some], value[:, some], key.scratch)
-        mask = attn_mask if attn_mask is None or attn_mask.shape[-3] == 1 else attn_mask[..., asking, :, :]
+        some_mask = mask[..., asking, :, :] if mask is not None and of_each_head else mask
         output[:, asking] = F.scaled_dot_product_attention(
-            query[:, asking], wide_key, wide_value, mask, **options
+            query[:, asking], wide_key, wide_value, some_mask, **options
         )
     return output
-
-
-def _heads_at_once(key: Rounded, value: torch.Tensor) -> int:
-    """How many heads there is room for; 0: for none."""
-    batch, heads, tokens, head_dim = key.shape
-    room: int = key.scratch.numel() // max(1, batch * tokens * (head_dim + value.shape[-1]))
-    return min(room, heads)
 
 
 def _wide(key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ for the attention, some heads at a time (flexinfer.streaming.attention). Sliding
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -102,10 +103,10 @@ class ReservedLayer(DynamicLayer):
         assert values is not None
         keys.narrow(2, start, stop - start).copy_(key_states)
         values.narrow(2, start, stop - start).copy_(value_states)
-        if self._scratch is None or keys.dtype == key_states.dtype:
-            return keys.to(key_states.dtype), values.to(value_states.dtype)
-        assert key_states.dtype == value_states.dtype == self._scratch.dtype
-        return Rounded.of(keys, self._scratch), Rounded.of(values, self._scratch)
+        scratch = self._scratch
+        if scratch is not None and keys.dtype != key_states.dtype == value_states.dtype == scratch.dtype:
+            return Rounded.of(keys, scratch), Rounded.of(values, scratch)
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     def _kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         length = self._length
@@ -168,8 +169,7 @@ class KVReserve:
         compute_dtype: torch.dtype | None = None,  # None: the same
     ) -> None:
         self._context, self._dtype, self._layers = context, dtype, layers
-        sizes = [layer.nbytes(context, dtype.itemsize) for layer in layers]
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._starts = list(accumulate((one.nbytes(context, dtype.itemsize) for one in layers), initial=0))
         self._wide_dtype = compute_dtype or dtype
         self._kept_bytes, self._wide_bytes = reserved_bytes(layers, context, dtype, self._wide_dtype)
         self.nbytes = self._kept_bytes + self._wide_bytes

@@ -33,7 +33,7 @@ def pair(batch: int, heads: int, room: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("heads_at_once", [0, 1, 3, 99])
 @pytest.mark.parametrize(("batch", "heads", "group"), [(1, 6, 1), (2, 4, 3)])
 @pytest.mark.parametrize("queries", [1, 7, TOKENS])
-@pytest.mark.parametrize("masked", ["no", "all heads", "each head", "causal"])
+@pytest.mark.parametrize("masked", ["no", "all heads", "each head", "causal", "two dimensions"])
 def test_heads_a_few_at_a_time_give_the_same_bits(
     heads_at_once: int, batch: int, heads: int, group: int, queries: int, masked: str
 ) -> None:
@@ -43,6 +43,8 @@ def test_heads_a_few_at_a_time_give_the_same_bits(
     query = torch.randn(batch, queries, heads * group, HEAD_DIM).transpose(1, 2)
     mask_heads = {"all heads": 1, "each head": heads * group}.get(masked)
     mask = None if mask_heads is None else torch.rand(batch, mask_heads, queries, TOKENS) > 0.3
+    if masked == "two dimensions":
+        mask = torch.rand(queries, TOKENS) > 0.3
     options = {"enable_gqa": group > 1, "is_causal": masked == "causal", "scale": 0.3}
     expected = F.scaled_dot_product_attention(query, key.float(), value.float(), attn_mask=mask, **options)
     ours = F.scaled_dot_product_attention(query, rounded_key, rounded_value, attn_mask=mask, **options)

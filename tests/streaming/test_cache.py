@@ -171,3 +171,14 @@ def test_no_memory_is_set_aside_for_sliding_layers() -> None:
     per_token = HEADS * (KEY_DIM + VALUE_DIM) * 4
     assert sliding.nbytes(CONTEXT, 4) == 0
     assert KVReserve([sliding, SHAPES[0]], CONTEXT, torch.float32).nbytes == CONTEXT * per_token
+
+
+def test_states_of_a_third_dtype_come_back_in_it() -> None:
+    reserve, cache = KVReserve(SHAPES, CONTEXT, torch.float16, torch.bfloat16), DynamicCache()
+    reserve.allocate()
+    reserve.adopt(cache)
+    key, value = states(1, 3, 0)  # float32, where bfloat16 is computed in
+    kept = cache.layers[0].update(key, value)
+    assert [type(one) for one in kept] == [torch.Tensor, torch.Tensor]
+    assert torch.equal(kept[0], key.half().float())
+    assert torch.equal(kept[1], value.half().float())
