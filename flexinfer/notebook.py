@@ -126,10 +126,10 @@ class TqdmBars:
         self._stage = ""
 
     def __call__(self, stage: str, done_bytes: int, total_bytes: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that without ipywidgets the bars are text
-            from tqdm.auto import tqdm
         if self._bar is None or stage != self._stage or done_bytes < self._bar.n:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that without ipywidgets the bars are text
+                from tqdm.auto import tqdm
             self._close()
             self._stage = stage
             self._bar = tqdm(

@@ -387,7 +387,7 @@ def _too_little(
     return (
         f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {smallest_bytes} bytes "
         f"({format_size(smallest_bytes + (1 << 20))}): process {format_size(fixed.process_bytes)}, tokenizer {format_size(fixed.tokenizer_bytes)}, parameters that stay "
-        f"{format_size(fixed.resident_bytes)}, KV cache {format_size(fixed.kv_bytes)}, activations "
+        f"{format_size(fixed.resident_bytes)}, KV cache {format_size(fixed.kv_bytes + fixed.attention_bytes)}, activations "
         f"{format_size(fixed.activation_bytes)}, margin {format_size(fixed.margin_bytes)}, window "
         f"{format_size(MIN_SLOTS * slot_bytes)}{others}. A smaller context makes the KV cache and activations smaller."
     )
