@@ -1,10 +1,10 @@
 """`from_pretrained`: a stock transformers model whose weights come from disk as they are needed.
 
 The way: index the checkpoint, build the model empty (flexinfer.formats.skeleton), measure process and costs (flexinfer.machine), divide
-the budget (flexinfer.plan), and put a `StreamedLinear` where each linear was. Locked memory is filled by the first pass, so that until then
-it is free for what a program loads besides. Everything else of the model, and `generate()` with all that is built on it, stays
-transformers' own, experts of a mixture too: they are computed through the interface that it has for this (flexinfer.streaming.experts), and kept in
-a cache of what the budget leaves. Parameters that are no weight of a linear or an expert are not streamed: they stay
+the budget (flexinfer.plan), and put a `StreamedLinear` where each linear was. Locked memory is filled by the first pass as it comes to each
+weight (flexinfer.streaming.locked), so that until then it is free for what a program loads besides. Everything else of the model, and
+`generate()` with all that is built on it, stays transformers' own, experts of a mixture too: they are computed through the interface that it
+has for this (flexinfer.streaming.experts), and kept in a cache of what the budget leaves. Parameters that are no weight of a linear or an expert are not streamed: they stay
 in memory, or the budget is refused and they are named.
 
 The budget is held pass by pass: a call whose activations the plan has no room for is refused before it runs, and where the process itself
@@ -84,13 +84,11 @@ from flexinfer.streaming.expert_cache import ExpertCache
 from flexinfer.streaming.experts import StreamedExperts, foretold
 from flexinfer.streaming.linear import (
     Drafting,
-    LockedPieces,
-    LockedRows,
     StreamedEmbedding,
     StreamedLinear,
-    lock_pieces,
     streamed_weight,
 )
+from flexinfer.streaming.locked import Filler, LockedPieces
 from flexinfer.streaming.memory import Buffer, LibraryPages, return_freed_memory, trim_heap
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.read_queue import ReadQueue
@@ -100,6 +98,7 @@ from flexinfer.streaming.substitute import (
 )
 from flexinfer.streaming.substitute import (
     DraftError,
+    Substitute,
     SubstituteFile,
     SubstituteMaker,
     substitute_bytes,
@@ -159,6 +158,9 @@ from_pretrained.__signature__ = Options.signature_of(from_pretrained)  # type: i
 
 def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
     """`from_pretrained`, with options that are made already."""
+    progress = TqdmBars() if options.progress is True else options.progress or None
+    # Before the process is measured: its memory is part of it.
+    trace = Trace(max_events=MAX_EVENTS if options.trace else 0, progress=progress)
     return_freed_memory()  # before the dry run: what it frees would stay in the heap
     bound_kernel_caches()
     checkpoint = Checkpoint.open(resolve(path_or_hub_id, options.gguf_file))
@@ -167,9 +169,10 @@ def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
         skeleton = build_skeleton(checkpoint, options.dtype, options.kv_dtype)
     except NotStreamableError as error:
         skeleton = _resident_or_refused(checkpoint, options.dtype, budget_bytes, options.context, error)
-    progress = TqdmBars() if options.progress is True else options.progress or None
-    trace = Trace(max_events=MAX_EVENTS if options.trace else 0, progress=progress)
+    trace.first_token.reached("header")
     checksums = _checksums(skeleton, options.verify, progress)  # measured too, as the trace is
+    if checksums is not None:
+        trace.first_token.reached("verify")
     choice = options.draft_choice
     drafts = Drafts(choice, skeleton, skeleton.dtype) if choice is not None else None
     logits_to_keep = options.logits_to_keep
@@ -179,6 +182,7 @@ def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
     measured = MemoryOfProcess.measure(
         skeleton, with_tokenizer=options.tokenizer is None, in_blocks=in_blocks
     )
+    trace.first_token.reached("rehearsal")
     context = options.context or default_context(skeleton, measured, budget_bytes, logits_to_keep, drafts)
     options = replace(options, context=context, logits_to_keep=logits_to_keep)
     engine = Engine(skeleton, measured, options, checksums, trace, drafts)
@@ -230,7 +234,7 @@ class Engine:
         self._drafting = Drafting()
         self._substitutes: Substitutes | None = None  # what of them is in the plan
         self._substitute_source: SubstituteFile | SubstituteMaker | None = None
-        self._substitute_rows: dict[str, tuple[int, LockedRows]] = {}  # the first piece, and its rows
+        self._in_few_bits: dict[str, tuple[int, Substitute]] = {}  # the first piece, and its rows
         self._draft_costs: DraftCosts | None = None
         self._text = _Text()
         self._pid = os.getpid()
@@ -285,11 +289,13 @@ class Engine:
         )
         if self._drafts is not None:
             self._choose_draft(budget_bytes, skeleton)
+        self._trace.first_token.reached("costs")
         self.plan = self._make_plan(budget_bytes, skeleton)
         self._kv = KVReserve(self._layers, self.context, skeleton.kv_dtype, skeleton.dtype)
         self._place_modules(skeleton)
         self._loaded_bytes = anonymous_bytes()
         self._explained = self.stats()
+        self._trace.first_token.reached("load")
         logger.info("%s", plan_line(self.plan))
 
     def _make_plan(
@@ -478,45 +484,32 @@ class Engine:
     def _apply(self, plan: Plan) -> None:
         """Make memory what `plan` says: give back first, so that no more than the larger budget is ever in use.
 
-        After a failed read all that was locked before is still locked, the rest is streamed, and the error is raised.
+        What is new in it is read by the readers, the next pass waiting for each weight as it comes to it.
         """
-        assert self._reader is not None
         assert self._kv is not None
         self._detach("its memory is being changed")
         count_of = {w.name: plan.locked_pieces.get(w.name, 0) for w in self._weights}
         for weight in self._weights:
             self._locked[weight.name] = _keep(self._locked.get(weight.name, []), count_of[weight.name])
-            if self._substitute_rows.get(weight.name, (-1, None))[0] != count_of[weight.name]:
-                self._substitute_rows.pop(weight.name, None)
+            if self._in_few_bits.get(weight.name, (-1, None))[0] != count_of[weight.name]:
+                self._in_few_bits.pop(weight.name, None)
         if not plan.substitute_bytes:
-            self._substitute_rows.clear()
+            self._in_few_bits.clear()
         self._kv.allocate()
         slots = plan.experts.slots if plan.experts is not None else 0
         if self._cache is not None and slots < self._cache.slots:
             self._cache.resize(slots)
-        reader = self._reader
-
-        def lock(weight: Weight) -> None:
-            if self._closed:
-                return
+        for weight in self._weights:
             have, want = _count(self._locked[weight.name]), count_of[weight.name]
             if have < want:
-                more = lock_pieces(weight, have, want, self._kernels[weight.name], reader)
-                self._locked[weight.name].append(more)
-
-        new_bytes = [
-            sum(piece.nbytes for piece in w.pieces[_count(self._locked[w.name]) : count_of[w.name]])
-            for w in self._weights
-        ]
-        done_bytes = 0
+                block = LockedPieces(weight.pieces[have:want], self._kernels[weight.name])
+                self._locked[weight.name].append(block)
         try:
-            with ThreadPoolExecutor(max(1, self._options.io_threads)) as pool:
-                for nbytes, _ in zip(new_bytes, pool.map(lock, self._weights), strict=True):
-                    done_bytes += nbytes
-                    if self._trace.progress is not None and nbytes:
-                        self._trace.progress("lock", done_bytes, sum(new_bytes))
-                if plan.substitute_bytes:
-                    self._fill_substitutes(pool, count_of)
+            if (source := self._substitute_source) is not None and plan.substitute_bytes:
+                for weight in self._weights:
+                    first = count_of[weight.name]
+                    if first < len(weight.pieces) and weight.name not in self._in_few_bits:
+                        self._in_few_bits[weight.name] = (first, source.begin(weight, first))
             if self._cache is not None and not self._closed:
                 self._cache.resize(slots)
         finally:
@@ -528,28 +521,33 @@ class Engine:
         if self._in_pass and self._rest_bytes is not None:  # with its activations
             self._rest_bytes += plan.held_bytes - before.held_bytes
         else:
-            self._rest_bytes = anonymous_bytes()
+            self._rest_bytes = self._expected_bytes()
 
-    def _fill_substitutes(self, pool: ThreadPoolExecutor, count_of: dict[str, int]) -> None:
-        """Have a substitute of all rows that are not locked."""
-        source = self._substitute_source
-        assert source is not None
-        missing = [
-            weight
-            for weight in self._weights
-            if count_of[weight.name] < len(weight.pieces) and weight.name not in self._substitute_rows
-        ]
+    def _expected_bytes(self) -> int:
+        """Anonymous memory of this process, with what is yet to be taken for weights that stay."""
+        if self._queue is None:
+            return anonymous_bytes()
+        with self._queue.changed:  # none is taken meanwhile
+            blocks = (block for locked in self._locked.values() for block in locked)
+            return anonymous_bytes() + sum(block.missing_bytes for block in blocks)
 
-        def fill(weight: Weight) -> None:
+    def _complete_substitutes(self) -> None:
+        """Have a substitute of all rows that are not locked: of those that no pass has made, and from a file. Raises ReadError."""
+        source, ones = self._substitute_source, self._in_few_bits
+        missing = [w for w in self._weights if w.name in ones and ones[w.name][1].missing]
+        if source is None or not missing:
+            return
+
+        def complete(weight: Weight) -> None:
             if not self._closed:
-                first = count_of[weight.name]
-                self._substitute_rows[weight.name] = (first, source.fill(weight, first))
+                source.complete(weight, ones[weight.name][1])
 
         done_bytes, all_bytes = 0, sum(weight.nbytes for weight in missing)
-        for weight, _ in zip(missing, pool.map(fill, missing), strict=True):
-            done_bytes += weight.nbytes
-            if self._trace.progress is not None:
-                self._trace.progress("draft", done_bytes, all_bytes)
+        with ThreadPoolExecutor(max(1, self._options.io_threads)) as pool:
+            for weight, _ in zip(missing, pool.map(complete, missing), strict=True):
+                done_bytes += weight.nbytes
+                if self._trace.progress is not None:
+                    self._trace.progress("draft", done_bytes, all_bytes)
 
     def _detach(self, why: str) -> None:
         """Take everything from the linears and experts, and end the window."""
@@ -570,8 +568,9 @@ class Engine:
         assert self._reader is not None
         streamed = {w.name: w.pieces[_count(self._locked[w.name]) :] for w in self._weights}
         schedule = [piece for pieces in streamed.values() for piece in pieces]
-        prefetcher = None
-        if schedule or self._cache is not None:
+        prefetcher = filler = None
+        blocks = [block for w in self._weights for block in self._locked[w.name] if not block.filled]
+        if schedule or blocks or self._cache is not None:
             self._queue = ReadQueue(self._reader, self._trace, io_threads=self._options.io_threads)
         if self._queue is not None and self._cache is not None:
             self._queue.serve(self._cache.take)
@@ -584,6 +583,9 @@ class Engine:
                 window_layers=plan.window_layers,
             )
             self._queue.serve(prefetcher.take)
+        if self._queue is not None and blocks:
+            filler = Filler(blocks, self._queue)
+            self._queue.serve(filler.take)
         if self._queue is not None and self._cache is not None:
             self._queue.serve(self._cache.take_foretold)
             self._cache.attach(self._queue)
@@ -593,10 +595,9 @@ class Engine:
         for weight in self._weights:
             places = list(enumerate(streamed[weight.name], place))
             place += len(places)
-            first, rows = self._substitute_rows.get(weight.name, (-1, None))
-            if first != _count(self._locked[weight.name]):  # memory could not be filled
-                rows = None
-            self._linears[weight.name].attach(self._locked[weight.name], places, prefetcher, rows)
+            _, draft = self._in_few_bits.get(weight.name, (-1, None))
+            locked = self._locked[weight.name]
+            self._linears[weight.name].attach(locked, places, prefetcher, filler, draft)
 
     def generate(
         self, model: PreTrainedModel, generate: Callable[..., Any], *args: Any, **kwargs: Any
@@ -653,6 +654,7 @@ class Engine:
     def _while_drafting(self) -> Iterator[None]:
         """Passes of this block are drafts: they read no weight, and are no passes over the weights."""
         with self._lock:
+            self._complete_substitutes()
             start_s, self._drafting.now = perf_counter(), True
             try:
                 yield
@@ -679,6 +681,7 @@ class Engine:
             ids = asked.get("input_ids")
             if ids is None:
                 ids = asked.get("inputs_embeds")
+            self._trace.first_token.reached("program")
             if self._rest_bytes is None:
                 self._first_fill()
             if ids is not None:
@@ -688,7 +691,10 @@ class Engine:
                 self._trace.begin_pass()
             self._in_pass = True
             try:
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+                if not drafting and self._trace.came_to_its_end():
+                    logger.info("%s", self._trace.first_token.line())
+                return output
             finally:
                 self._in_pass = False
                 if drafting:
@@ -762,7 +768,7 @@ class Engine:
             and shape.total_tokens <= self.context
             and shape.batch * shape.kept_tokens <= self._logits_to_keep
         )
-        grown_bytes = anonymous_bytes() - self._rest_bytes
+        grown_bytes = self._expected_bytes() - self._rest_bytes
         if planned and grown_bytes <= GROWTH_BYTES:
             return
         needed_bytes = self._meter.extra_bytes(shape, self.context)
@@ -773,7 +779,7 @@ class Engine:
             raise BudgetError(self._too_large(shape, needed_bytes, room_bytes, can_keep_fewer))
         gc.collect()
         trim_heap()
-        grown_bytes = anonymous_bytes() - self._rest_bytes
+        grown_bytes = self._expected_bytes() - self._rest_bytes
         if needed_bytes + grown_bytes > room_bytes:
             self._give_back(grown_bytes)
 
@@ -835,16 +841,19 @@ class Engine:
                 else:  # memory is full by now: make room for the loading, then see what it took
                     loading = replace(self._fixed, tokenizer_bytes=loading_bytes(self._config_dir))
                     self._apply(self._make_plan(self.plan.budget_bytes, fixed=loading))
-                    start = anonymous_bytes()
+                    start = self._expected_bytes()
                     self._tokenizer = load_tokenizer(self._config_dir)
-                    taken = max(0, anonymous_bytes() - start)
+                    taken = max(0, self._expected_bytes() - start)
                     self._fixed = replace(self._fixed, process_bytes=self._fixed.process_bytes + taken)
                     self._apply(self._make_plan(self.plan.budget_bytes))
             return self._tokenizer
 
     def stats(self) -> dict[str, Any]:
         """Counters since loading: passes over the weights, tokens (rows) that went through, bytes and seconds; of a mixture also
-        experts that were in memory when a layer wanted them (hits) or had to be read (misses), and those that were foretold."""
+        experts that were in memory when a layer wanted them (hits) or had to be read (misses), and those that were foretold.
+
+        After the first pass "first_token_s" too, from the call of `from_pretrained` on, and its parts (flexinfer.first_token).
+        """
         trace = self._trace
         of_experts = {
             "expert_hits": trace.expert_hits,
@@ -866,6 +875,7 @@ class Engine:
             "wasted_bytes": trace.wasted_bytes,
             "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
             "memory_stall_s": memory_stall_s(),
+            **trace.first_token.facts(),
         }
 
     def _draft_stats(self) -> dict[str, Any]:
@@ -1009,7 +1019,7 @@ class Engine:
         with self._lock:
             self._detach(CLOSED)  # what that pass may have attached meanwhile
             self._locked.clear()
-            self._substitute_rows.clear()
+            self._in_few_bits.clear()
             if self._drafts is not None:
                 self._drafts.model = None
             if isinstance(self._substitute_source, SubstituteFile):
@@ -1063,9 +1073,13 @@ def _keep(locked: list[LockedPieces], count: int) -> list[LockedPieces]:
     """The first `count` pieces of what is locked of a weight; the others are let go of."""
     kept = []
     for one in locked:
-        if count > 0:
-            kept.append(one if len(one.pieces) <= count else one.keep(count))
-        count -= len(one.pieces)
+        if count <= 0:
+            break
+        have = len(one.pieces)
+        if have > count:
+            one.keep(count)
+        kept.append(one)
+        count -= have
     return kept
 
 

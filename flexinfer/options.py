@@ -138,7 +138,7 @@ class Options:
     )
     draft_dir: str | Path | None = option(
         None,
-        "keep the substitute in this directory, made once; if left out it is made when memory is filled, where that takes no longer than "
+        "keep the substitute in this directory, made once; if left out it is made by the first pass, where that takes no longer than "
         "two passes over the weights, and else kept in ~/.cache/flexinfer/drafts",
         metavar="DIR",
     )
@@ -155,8 +155,8 @@ class Options:
     )
     progress: "Progress | bool | None" = option(
         None,
-        "called with (stage, bytes done, bytes in all) while parameters that stay are read ('load'), while memory is filled and locked "
-        "('lock'), and piece by piece in each pass ('pass'); True: bars by tqdm.auto, for notebooks",
+        "called with (stage, bytes done, bytes in all) while parameters that stay are read ('load'), a draft is made ('draft'), and piece by "
+        "piece in each pass ('pass'); True: bars by tqdm.auto, for notebooks",
         on_line=False,
     )
 

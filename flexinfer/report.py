@@ -29,7 +29,6 @@ OVERLAP_SHARE = 0.7  # of the measured bandwidth, below which reads are said not
 TITLES = {  # of the stages of progress
     "verify": "making checksums",
     "load": "reading what stays",
-    "lock": "filling locked memory",
     "pass": "reading the prompt",
     "draft": "making the draft",
 }

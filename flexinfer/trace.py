@@ -17,6 +17,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+from flexinfer.first_token import FirstToken
+
 Kind = Literal["read", "wait", "compute", "pass", "budget", "locked", "window", "resident"]
 Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all)
 
@@ -105,11 +107,13 @@ class Trace:
     expert_misses: int = 0
     experts_foretold: int = 0  # of those that were to be read ahead, because the layer before thought so
     experts_foretold_right: int = 0  # and were wanted
+    first_token: FirstToken = field(default_factory=FirstToken)
     _memory_bytes: tuple[int, int, int] = (0, 0, 0)  # budget, locked, window
     _total_bytes: int = 0
     _pass_start_s: float = 0.0
     _pass_first_token: int = 0
     _pass_bytes: int = 0
+    _pass_wait_s: float = 0.0  # waited before it
     _sampled_s: float = float("-inf")
     _ring: Ring | None = field(init=False)
 
@@ -131,7 +135,15 @@ class Trace:
 
     def begin_pass(self) -> None:
         """A pass over the weights begins now; its tokens are those counted until it ends."""
+        self.first_token.reached("memory")
         self._pass_start_s, self._pass_first_token, self._pass_bytes = perf_counter(), self.tokens, 0
+        self._pass_wait_s = self.wait_s
+
+    def came_to_its_end(self) -> bool:
+        """The pass was not cut short. Whether it is the first such."""
+        first = not self.first_token.total_s
+        self.first_token.came(self.wait_s - self._pass_wait_s)
+        return first
 
     def end_pass(self) -> None:
         """The pass ends now."""

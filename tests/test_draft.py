@@ -39,10 +39,12 @@ def make(checkpoint: MakeCheckpoint, family: str = "llama", **config: Any) -> Pa
 
 
 def draft_passes_read(model: PreTrainedModel) -> int:
-    """Pieces read by a text whose draft passes read some: `reads` is more than passes times the pieces of one."""
+    """Pieces read by a text whose draft passes read some: `reads` is more than passes times the pieces of one, and once what is locked of
+    each weight."""
     engine = model.flexinfer
+    locked = sum(count > 0 for count in engine.plan.locked_pieces.values())
     pieces = sum(len(w.pieces) - engine.plan.locked_pieces.get(w.name, 0) for w in engine._weights)
-    return engine.stats()["reads"] - engine.stats()["passes"] * pieces
+    return engine.stats()["reads"] - locked - engine.stats()["passes"] * pieces
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
@@ -154,7 +156,7 @@ def test_auto_takes_a_substitute_where_reading_is_slow_and_lets_go_of_one_that_d
     assert torch.equal(model.generate(prompt(), **GREEDY), expected)
     assert engine.stats()["draft"] == "lookup"
     assert engine.plan.substitute_bytes == 0
-    assert not engine._substitute_rows
+    assert not engine._in_few_bits
     assert torch.equal(model.generate(prompt(), **GREEDY), expected)
     monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: Costs(1e12, 1.0))
     slow = DraftCosts(((1, 1.0), (17, 17.0)), 1.0, 1.0)
@@ -256,7 +258,7 @@ def test_resize_and_close_with_a_draft(checkpoint: MakeCheckpoint, load: Load) -
     assert held[0] > held[2] > held[1] > held[3] == (0, 0)
     assert smallest_budget(model) > model.flexinfer.plan.fixed.nbytes + held[0][0]
     model.flexinfer.close()
-    assert not model.flexinfer._substitute_rows
+    assert not model.flexinfer._in_few_bits
     with pytest.raises(RuntimeError, match="closed"):
         model.generate(prompt(), **GREEDY)
 
@@ -329,3 +331,41 @@ def test_a_plan_with_substitutes_adds_up() -> None:
         assert locked == 10 or plan.unused_bytes < 70
     with pytest.raises(flexinfer.BudgetError, match="at least 500 bytes"):
         make_plan([weight], fixed, 499, Costs(1.0, 1.0), window=200, substitutes={"w": [30] * 10})
+
+
+def test_a_substitute_is_made_of_what_the_first_pass_reads(checkpoint: MakeCheckpoint, load: Load) -> None:
+    """Each weight is read once until the first token, and the draft reads none; where the first pass was cut short it reads what is missing."""
+    path = make(checkpoint)
+    for cut in (False, True):
+        model = load(path, draft="substitute", draft_type="q8_0", draft_tokens=4, io_threads=0)
+        resize_to_share(model, 0.4)
+        engine, reads = model.flexinfer, list[int]()
+        read_now = engine._reader.read_now
+
+        def read(file: Path, offset: int, *rest: Any, read_now: Any = read_now, reads: Any = reads) -> int:
+            reads.append(offset)
+            return read_now(file, offset, *rest)
+
+        engine._reader.read_now = read
+        if cut:
+            layer = model.model.layers[2]
+            hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                model(prompt())
+            hook.remove()
+        else:
+            model(prompt())
+        streamed = [
+            p.offset_bytes
+            for w in engine._weights
+            for p in w.pieces[engine.plan.locked_pieces.get(w.name, 0) :]
+        ]
+        seen = [offset for offset in reads if offset in streamed]
+        assert len(seen) == len(set(seen)) < len(streamed) + 1
+        assert (set(seen) < set(streamed)) == cut
+        reads.clear()
+        with engine._while_drafting():
+            assert {offset for offset in reads if offset in streamed} == set(streamed) - set(seen)
+        reads.clear()
+        assert torch.equal(model.generate(prompt(), **GREEDY), stock(path).generate(prompt(), **GREEDY))
+        assert engine.stats()["draft_passes"] > 0

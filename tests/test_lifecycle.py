@@ -199,6 +199,7 @@ def test_memory_is_locked_and_follows_the_budget(checkpoint: MakeCheckpoint) -> 
     tolerance = 1 << 20
     for share in (0.0, 0.7, 0.2, 3.0, 0.4):
         resize_to_share(model, share)
+        model(prompt())
         gc.collect()
         plan = model.flexinfer.plan
         locked = plan.locked_bytes + plan.window_bytes + plan.kv_bytes

@@ -154,7 +154,7 @@ class Clock:
     bytes_read: list[int] = field(default_factory=list)  # until then
 
     def __post_init__(self) -> None:
-        self.bars.expect("lock", "draft", "pass")  # memory is filled before the first pass
+        self.bars.expect("draft", "pass")
 
     def put(self, value: "torch.Tensor") -> None:
         """Called by transformers with the prompt, then with the tokens of each pass."""
@@ -188,14 +188,15 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
     speed = (tokens - counts[0]) / decoding_s if decoding_s else None
     pays = engine.draft_that_pays()
     bytes_read = stats["bytes_read"] - clock.bytes_read[0] if clock.bytes_read else 0
+    decoding_bytes = clock.bytes_read[-1] - clock.bytes_read[1] if decoding_s else None
     return {
         "tokens": tokens,
         "passes": passes,
         "first_token_s": times_s[0] - clock.start_s if times_s else None,
         "tokens_per_s": speed,
         "bytes_read": bytes_read,
-        "read_bytes_per_s": (clock.bytes_read[-1] - clock.bytes_read[1]) / decoding_s if decoding_s else None,
-        "bytes_per_token": bytes_read / tokens if tokens else None,
+        "read_bytes_per_s": decoding_bytes / decoding_s if decoding_bytes is not None else None,
+        "bytes_per_token": decoding_bytes / (tokens - counts[0]) if decoding_bytes is not None else None,
         "streamed_bytes_per_pass": plan.streamed_bytes,
         "total_bytes_per_pass": plan.total_bytes,
         "peak_bytes": stats["peak_bytes"],

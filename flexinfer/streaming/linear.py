@@ -9,9 +9,9 @@ It knows neither files nor budgets: it is handed buffers (flexinfer.streaming.me
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import nn
@@ -20,9 +20,9 @@ from flexinfer.formats.checkpoint import TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
 from flexinfer.plan import Piece, Weight
+from flexinfer.streaming.locked import Filler, LockedPieces, LockedRows
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer
 from flexinfer.streaming.prefetch import Prefetcher
-from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.trace import Trace
 
 NOT_READ = "its weights have not been read yet"
@@ -36,64 +36,14 @@ class Drafting:
     now: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LockedPieces:
-    """Pieces of a weight that follow one another and stay in memory, in one buffer."""
+class Draft(Protocol):
+    """Streamed rows in few bits, from which candidates are drafted."""
 
-    pieces: tuple[Piece, ...]
-    positions: tuple[int, ...]  # where the first byte of each lies in the buffer
-    buffer: Buffer
-    kernel: Kernel
+    rows: LockedRows
 
-    def keep(self, count: int) -> "LockedPieces":
-        """The first `count` pieces; the memory of the others goes back to the system."""
-        last = self.pieces[count - 1]
-        self.buffer.release_from(self.positions[count - 1] + self.kernel.resident_bytes(last.nbytes))
-        return replace(self, pieces=self.pieces[:count], positions=self.positions[:count])
-
-    def rows(self) -> "LockedRows":
-        """What there is to multiply, all of it as one."""
-        counts = [piece.row_stop - piece.row_start for piece in self.pieces]
-        view = self.kernel.resident.view(self.buffer, self.positions[0], sum(counts))
-        nbytes = sum(piece.nbytes for piece in self.pieces)
-        return LockedRows(self.pieces[0].row_start, sum(counts), max(counts), nbytes, view)
-
-
-@dataclass(frozen=True, slots=True)
-class LockedRows:
-    """Output rows that stay in memory, ready to be multiplied."""
-
-    row_start: int
-    count: int
-    step: int  # rows that are multiplied at a time where all at once would take too much memory
-    nbytes: int  # in the file
-    view: torch.Tensor
-
-
-def lock_pieces(weight: Weight, start: int, stop: int, kernel: Kernel, reader: FileReader) -> LockedPieces:
-    """Read pieces `start` to `stop` of `weight` into memory of their own and lock it there.
-
-    In another dtype than the file's they are converted here, once, a piece at a time.
-    """
-    pieces = weight.pieces[start:stop]
-    first, nbytes = pieces[0], sum(piece.nbytes for piece in pieces)
-    resident = kernel.resident
-    if resident is kernel:
-        buffer = Buffer(padded_bytes(first.offset_bytes, nbytes), lock=True)
-        begin = reader.read(first.file, first.offset_bytes, nbytes, buffer.memory(0, buffer.nbytes))
-    else:
-        buffer, begin = Buffer(kernel.resident_bytes(nbytes), lock=True), 0
-    positions = tuple(
-        begin + kernel.resident_bytes(piece.offset_bytes - first.offset_bytes) for piece in pieces
-    )
-    if resident is not kernel:
-        scratch = Buffer(max(piece.memory_bytes for piece in pieces), lock=False)
-        for piece, position in zip(pieces, positions, strict=True):
-            count = piece.row_stop - piece.row_start
-            memory = scratch.memory(0, scratch.nbytes)
-            at = reader.read(piece.file, piece.offset_bytes, piece.nbytes, memory)
-            resident.view(buffer, position, count).copy_(kernel.view(scratch, at, count))
-    return LockedPieces(pieces, positions, buffer, kernel)
+    def add(self, piece: Piece, view: torch.Tensor) -> None:
+        """A pass has the true rows of `piece` in memory."""
+        ...
 
 
 class StreamedLinear(nn.Module):
@@ -141,20 +91,23 @@ class StreamedLinear(nn.Module):
         locked: list[LockedPieces],
         streamed: list[tuple[int, Piece]],
         prefetcher: Prefetcher | None,
-        substitute: LockedRows | None = None,
+        filler: Filler | None = None,
+        substitute: Draft | None = None,
     ) -> None:
-        """Take the leading rows from `locked` and the others, at their places in the schedule, from `prefetcher`, or while a draft is
-        made from their `substitute`."""
+        """Take the leading rows from `locked`, which `filler` fills, and the others, at their places in the schedule, from
+        `prefetcher`, or while a draft is made from their `substitute`, which passes fill."""
         assert prefetcher is not None or not streamed
-        self._substitute: LockedRows | None = substitute
-        self._locked = [pieces.rows() for pieces in locked]
+        self._substitute: Draft | None = substitute
+        self._blocks, self._filler = locked, filler
+        self._locked = [block.rows() for block in locked if block.filled]
         self._streamed, self._prefetcher = streamed, prefetcher
         self._detached: str | None = None
 
     def detach(self, why: str) -> None:
         """Let go of all memory; a forward pass raises RuntimeError saying `why`."""
-        self._locked, self._streamed, self._prefetcher, self._detached = [], [], None, why
-        self._substitute = None
+        self._blocks, self._locked, self._streamed = [], [], []
+        self._filler = self._prefetcher = None
+        self._substitute, self._detached = None, why
         self._ahead: tuple[torch.Tensor, int, torch.Tensor] | None = (
             None  # an input, its version, and its output
         )
@@ -169,6 +122,8 @@ class StreamedLinear(nn.Module):
             self._see_to_memory()
             if self._detached is not None:
                 raise RuntimeError(f"{self.spec.name}: {self._detached}")
+            if len(self._locked) < len(self._blocks):
+                self._fill()
             if self._ahead is not None:
                 (seen, version, y), self._ahead = self._ahead, None
                 if seen is x and x._version == version:
@@ -178,7 +133,7 @@ class StreamedLinear(nn.Module):
                 if self._together and x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_inference():
                     return self._multiply_together(x)
                 return self._multiply(x, self._locked[0].view, 0, self._out_features, self.spec.nbytes)
-            substitute = self._substitute if self._drafting.now else None
+            substitute = self._substitute.rows if self._substitute and self._drafting.now else None
             if substitute is not None and not self._locked:
                 return self._from_substitute(x, substitute)
             y = x.new_empty(*x.shape[:-1], self._out_features)
@@ -200,14 +155,24 @@ class StreamedLinear(nn.Module):
                 try:
                     view = self.kernel.view(buffer, position, piece.row_stop - piece.row_start)
                     part = self._multiply(x, view, piece.row_start, piece.row_stop, piece.nbytes)
+                    if self._substitute is not None:
+                        self._substitute.add(piece, view)
                 finally:
                     release()
                 y[..., piece.row_start : piece.row_stop] = part
             return y
 
+    def _fill(self) -> None:
+        """Wait until all that stays has been read."""
+        assert self._filler is not None
+        for block in self._blocks:
+            if not block.filled:
+                self._filler.wait_for(block)
+        self._locked = [block.rows() for block in self._blocks]
+
     @property
     def _is_locked(self) -> bool:
-        return len(self._locked) == 1 and not self._streamed
+        return len(self._locked) == len(self._blocks) == 1 and not self._streamed
 
     def _multiply_together(self, x: torch.Tensor) -> torch.Tensor:
         """The output for `x`, those of the others kept until they are asked for the same."""
@@ -245,7 +210,7 @@ class StreamedLinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        locked_bytes = sum(rows.nbytes for rows in self._locked)
+        locked_bytes = sum(block.nbytes for block in self._blocks)
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, locked={locked_bytes} of {self.spec.nbytes} bytes"
 
 

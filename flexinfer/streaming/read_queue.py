@@ -1,7 +1,7 @@
 """Reader threads, and what they read next: the first thing that any of their sources wants, asked in the order of priority.
 
 A source decides what is read and where it goes: the window of dense weights (flexinfer.streaming.prefetch), the cache of
-experts (flexinfer.streaming.expert_cache). What a pass waits for comes from the source that is asked first, what will surely be needed from the next, what may be
+experts (flexinfer.streaming.expert_cache), memory that keeps weights (flexinfer.streaming.locked). What a pass waits for comes from the source that is asked first, what will surely be needed from the next, what may be
 needed from the last. A reader that is free asks; nothing is planned ahead, so a source may change its mind until then. A read
 that is under way is not broken off.
 
@@ -35,6 +35,7 @@ class Read:
     piece: Piece
     slot: int
     into: memoryview
+    job: Callable[[], object] | None = None  # what reads it, where that is not one read of `piece` as it is
 
 
 class Source(Protocol):
@@ -133,7 +134,11 @@ class ReadQueue:
                     self.changed.wait()
                 self._under_way[me] = (read, perf_counter())
             try:
-                outcome: int | BaseException = self.read(read.piece, read.into)
+                outcome: int | BaseException = 0
+                if read.job is not None:
+                    read.job()
+                else:
+                    outcome = self.read(read.piece, read.into)
             except BaseException as error:
                 outcome = error
             with self.changed:

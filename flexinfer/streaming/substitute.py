@@ -4,9 +4,9 @@ SubSpec (arXiv 2509.18344): of each weight that is streamed in part, the streame
 blocks, flexinfer.kernels.ggml). While candidates are drafted the same modules compute locked rows as they are and the others from their
 substitute, so a draft pass reads no weight. They are in the file's order of rows, as the weights are.
 
-Where they come from: made of the true rows whenever memory is filled, or read from a file that holds those of all rows, made once
-(`SubstituteFile`), so that any budget finds its part there. Costs: the first reads the streamed bytes once and quantises them (on two cores
-800 million weights a second for Q4_0, 25 for Q4_K: flexinfer.formats.quantize); the second reads a third of that. Memory: a piece and 32,768
+Where they come from: made of the true rows by the first pass, which has them in memory to multiply them, or read before the first draft from
+a file that holds those of all rows, made once (`SubstituteFile`), so that any budget finds its part there. Costs: the first quantises the
+streamed rows (on two cores 800 million weights a second for Q4_0, 25 for Q4_K: flexinfer.formats.quantize), the second reads a third of them. Memory: a piece and 32,768
 numbers for each thread. Not here: how many bits, and what is locked (flexinfer.plan, flexinfer.draft).
 """
 
@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -25,7 +26,7 @@ from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
 from flexinfer.kernels.ggml import TYPES, GgmlKernel, dequantize_rows, quantize_rows
 from flexinfer.plan import Piece, Weight, format_size
-from flexinfer.streaming.linear import LockedRows
+from flexinfer.streaming.locked import LockedRows
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer, round_up
 from flexinfer.streaming.reader import FileReader, padded_bytes
 
@@ -96,26 +97,50 @@ def true_rows(kernel: Kernel, view: torch.Tensor, start: int, stop: int) -> torc
     return view[start:stop].float()
 
 
+class Substitute:
+    """The rows of a weight from one piece on, in few bits; complete when none of `pieces` is missing."""
+
+    def __init__(
+        self,
+        rows: LockedRows,
+        pieces: Sequence[Piece],
+        pack: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        memory: Buffer | None = None,
+    ) -> None:
+        self.rows, self.memory = rows, memory
+        self.missing = {piece.row_start: piece for piece in pieces}
+        self._pack = pack
+
+    def add(self, piece: Piece, view: torch.Tensor) -> None:
+        """Make the part of `piece`, whose true rows `view` has; nothing where it is read from a file, or there already."""
+        if self._pack is not None and piece.row_start in self.missing:
+            start, stop = piece.row_start - self.rows.row_start, piece.row_stop - self.rows.row_start
+            self._pack(view, self.rows.view[start:stop])
+            del self.missing[piece.row_start]
+
+
 class SubstituteMaker:
-    """Makes substitutes of the true rows, as they are wanted."""
+    """Makes substitutes of the true rows, as passes have them in memory."""
 
     def __init__(
         self, kernels: Mapping[str, Kernel], substitutes: Mapping[str, GgmlKernel], reader: FileReader
     ) -> None:
         self._kernels, self._substitutes, self._reader = kernels, substitutes, reader
 
-    def fill(self, weight: Weight, first: int) -> LockedRows:
-        """The substitute of all pieces of `weight` from number `first` on, in memory of its own."""
+    def begin(self, weight: Weight, first: int) -> Substitute:
+        """Memory for the substitute of all pieces of `weight` from number `first` on, which passes fill as they multiply them."""
         kernel = self._substitutes[weight.name]
-        row_start, row_stop = weight.pieces[first].row_start, weight.pieces[-1].row_stop
-        buffer = Buffer((row_stop - row_start) * kernel.row_bytes, lock=True)
-        packed = kernel.view(buffer, 0, row_stop - row_start)
+        count = weight.pieces[-1].row_stop - weight.pieces[first].row_start
+        packed = kernel.view(Buffer(count * kernel.row_bytes, lock=True), 0, count)
+        return Substitute(_as_rows(weight, first, packed), weight.pieces[first:], partial(self._pack, weight))
+
+    def complete(self, weight: Weight, substitute: Substitute) -> None:
+        """Read and make what no pass has made. Raises ReadError."""
+        kernel = self._kernels[weight.name]
         scratch = Buffer(max(piece.memory_bytes for piece in weight.pieces), lock=False)
-        for piece in weight.pieces[first:]:
-            self.pack(
-                weight, piece, scratch, packed[piece.row_start - row_start : piece.row_stop - row_start]
-            )
-        return _as_rows(weight, first, packed)
+        for piece in list(substitute.missing.values()):
+            position = self._read(piece, scratch)
+            substitute.add(piece, kernel.view(scratch, position, piece.row_stop - piece.row_start))
 
     def seconds_per_number(self, weight: Weight) -> float:
         """Of quantising, all cores at work: measured on as few rows as are quantised in one call. Reading is not in it."""
@@ -131,10 +156,17 @@ class SubstituteMaker:
 
     def pack(self, weight: Weight, piece: Piece, scratch: Buffer, packed: torch.Tensor) -> None:
         """Read a piece of `weight` into `scratch`, and write its substitute to `packed` [rows, row_bytes] uint8."""
-        kernel, substitute = self._kernels[weight.name], self._substitutes[weight.name]
-        memory, rows = scratch.memory(0, scratch.nbytes), piece.row_stop - piece.row_start
-        position = self._reader.read(piece.file, piece.offset_bytes, piece.nbytes, memory)
-        view = kernel.view(scratch, position, rows)
+        position = self._read(piece, scratch)
+        view = self._kernels[weight.name].view(scratch, position, piece.row_stop - piece.row_start)
+        self._pack(weight, view, packed)
+
+    def _read(self, piece: Piece, scratch: Buffer) -> int:
+        memory = scratch.memory(0, scratch.nbytes)
+        return self._reader.read(piece.file, piece.offset_bytes, piece.nbytes, memory)
+
+    def _pack(self, weight: Weight, view: torch.Tensor, packed: torch.Tensor) -> None:
+        """The substitute of the rows that `view` has, to `packed` [rows, row_bytes] uint8."""
+        kernel, substitute, rows = self._kernels[weight.name], self._substitutes[weight.name], len(packed)
         step = max(1, NUMBERS_AT_ONCE // kernel.in_features)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -235,16 +267,28 @@ class SubstituteFile:
         """Be ready for `fill`."""
         self._file = FileReader([self.path], direct=direct)
 
-    def fill(self, weight: Weight, first: int) -> LockedRows:
-        """As `SubstituteMaker.fill`, read from the file. Raises ReadError."""
-        assert self._file is not None
-        kernel, place = self._substitutes[weight.name], self._places[weight.name]
-        row_start, row_stop = weight.pieces[first].row_start, weight.pieces[-1].row_stop
-        offset = place.offset_bytes + row_start * kernel.row_bytes
-        nbytes = (row_stop - row_start) * kernel.row_bytes
+    def begin(self, weight: Weight, first: int) -> Substitute:
+        """Memory for the substitute of all pieces of `weight` from number `first` on, which `complete` fills."""
+        offset, nbytes = self._span(weight, first)
         buffer = Buffer(padded_bytes(offset, nbytes), lock=True)
-        position = self._file.read(self.path, offset, nbytes, buffer.memory(0, buffer.nbytes))
-        return _as_rows(weight, first, kernel.view(buffer, position, row_stop - row_start))
+        count = nbytes // self._substitutes[weight.name].row_bytes
+        packed = self._substitutes[weight.name].view(buffer, offset % PAGE_BYTES, count)
+        return Substitute(_as_rows(weight, first, packed), weight.pieces[first:], memory=buffer)
+
+    def complete(self, weight: Weight, substitute: Substitute) -> None:
+        """Read it from the file. Raises ReadError."""
+        assert self._file is not None
+        assert substitute.memory is not None
+        first = len(weight.pieces) - len(substitute.missing)
+        buffer = substitute.memory
+        self._file.read(self.path, *self._span(weight, first), buffer.memory(0, buffer.nbytes))
+        substitute.missing.clear()
+
+    def _span(self, weight: Weight, first: int) -> tuple[int, int]:
+        """Where the substitute of the pieces from `first` on lies in the file, and its bytes."""
+        row_bytes, row_start = self._substitutes[weight.name].row_bytes, weight.pieces[first].row_start
+        offset = self._places[weight.name].offset_bytes + row_start * row_bytes
+        return offset, (weight.pieces[-1].row_stop - row_start) * row_bytes
 
     def close(self) -> None:
         if self._file is not None:

@@ -1,0 +1,187 @@
+"""Memory that keeps weights, filled by the first pass that uses it: each byte is read once, straight to where it stays.
+
+The readers that fill the window (flexinfer.streaming.prefetch) fill this memory too, in the order of use, whenever the window is full; the
+compute thread waits for a block when it comes to it. So the first pass reads what is streamed and what stays, computing meanwhile, and loading
+reads none of it. A block is what is new of one weight, read in one call: pieces share the pages at their ends. Memory is taken when
+a block is about to be read.
+
+After an error, or a pass that was cut short, blocks that are filled stay so, and the next pass waits for the others.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+
+import torch
+
+from flexinfer.kernels import Kernel
+from flexinfer.plan import Piece
+from flexinfer.streaming.memory import PAGE_BYTES, Buffer, round_up
+from flexinfer.streaming.read_queue import Read, ReadQueue
+from flexinfer.streaming.reader import padded_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LockedRows:
+    """Output rows that stay in memory, ready to be multiplied."""
+
+    row_start: int
+    count: int
+    step: int  # rows that are multiplied at a time where all at once would take too much memory
+    nbytes: int  # in the file
+    view: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class LockedPieces:
+    """Pieces of a weight that follow one another and stay in memory, in one buffer, from when they are read on.
+
+    In another dtype than the file's they are converted when they are read, a piece at a time.
+    """
+
+    pieces: tuple[Piece, ...]
+    kernel: Kernel
+    filled: bool = False
+    _buffer: Buffer | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def as_in_file(self) -> bool:
+        """Whether it is read as it is."""
+        return self.kernel.resident is self.kernel
+
+    @property
+    def _begin(self) -> int:
+        """Where the first byte lies in the buffer: as in its page of the file, unless it is converted."""
+        return self.pieces[0].offset_bytes % PAGE_BYTES if self.as_in_file else 0
+
+    def _position(self, piece: Piece) -> int:
+        return self._begin + self.kernel.resident_bytes(piece.offset_bytes - self.pieces[0].offset_bytes)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Memory that it has yet to take."""
+        return 0 if self._buffer is not None else round_up(self._memory_bytes)
+
+    @property
+    def _memory_bytes(self) -> int:
+        if self.as_in_file:
+            return padded_bytes(self.pieces[0].offset_bytes, self.nbytes)
+        return self.kernel.resident_bytes(self.nbytes)
+
+    def allocate(self) -> Buffer:
+        """Its memory, taken now if it is not yet."""
+        if self._buffer is None:
+            self._buffer = Buffer(self._memory_bytes, lock=True)
+        return self._buffer
+
+    def let_go(self) -> None:
+        """Leave its memory to a read that may yet write to it."""
+        self._buffer = None
+
+    def read(self, read: Callable[[Piece, memoryview], int]) -> None:
+        """Read the pieces into its memory. Raises ReadError."""
+        buffer, resident = self.allocate(), self.kernel.resident
+        if self.as_in_file:
+            position = read(self.as_one(), buffer.memory(0, buffer.nbytes))
+            assert position == self._begin
+            return
+        scratch = Buffer(max(piece.memory_bytes for piece in self.pieces), lock=False)
+        for piece in self.pieces:
+            count = piece.row_stop - piece.row_start
+            at = read(piece, scratch.memory(0, scratch.nbytes))
+            view = resident.view(buffer, self._position(piece), count)
+            view.copy_(self.kernel.view(scratch, at, count))
+
+    def as_one(self) -> Piece:
+        """All pieces."""
+        first, last = self.pieces[0], self.pieces[-1]
+        return replace(first, row_stop=last.row_stop, nbytes=self.nbytes, memory_bytes=self._memory_bytes)
+
+    def keep(self, count: int) -> None:
+        """Keep the first `count` pieces; the memory of the others goes back to the system."""
+        self.pieces = self.pieces[:count]
+        if not self.filled:
+            self._buffer = None
+        elif self._buffer is not None:
+            last = self.pieces[-1]
+            self._buffer.release_from(self._position(last) + self.kernel.resident_bytes(last.nbytes))
+
+    def rows(self) -> LockedRows:
+        """What there is to multiply, all of it as one. Only when it is filled."""
+        assert self.filled
+        assert self._buffer is not None
+        counts = [piece.row_stop - piece.row_start for piece in self.pieces]
+        view = self.kernel.resident.view(self._buffer, self._begin, sum(counts))
+        return LockedRows(self.pieces[0].row_start, sum(counts), max(counts), self.nbytes, view)
+
+
+class Filler:
+    """Has the readers of `queue`, once it serves `take`, fill `blocks`, which are in the order of use."""
+
+    def __init__(self, blocks: Sequence[LockedPieces], queue: ReadQueue) -> None:
+        self._blocks, self._queue = blocks, queue
+        self._number = {id(block): number for number, block in enumerate(blocks)}
+        self._next = deque(range(len(blocks)))  # to be read, the one that is wanted next first
+        self._failed: dict[int, BaseException] = {}
+
+    def wait_for(self, block: LockedPieces) -> None:
+        """Return when `block` is filled. Raises ReadError if it could not be read, now and not when it was read ahead."""
+        queue, number, piece = self._queue, self._number[id(block)], block.as_one()
+        start_s = perf_counter()
+        if queue.synchronous:
+            block.read(queue.read)
+            block.filled = True
+        with queue.changed:
+            if number in self._next:  # a pass that begins elsewhere, or goes on after memory was changed
+                self._next.rotate(-self._next.index(number))
+            tried_again = False
+            while not block.filled:
+                error = self._failed.pop(number, None)
+                if error is None:
+                    queue.wait(piece, start_s)
+                    continue
+                self._next.appendleft(number)
+                queue.changed.notify_all()
+                if tried_again:
+                    raise error
+                tried_again = True  # it may have been read long ago: what was wrong then may be mended
+        queue.trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
+
+    # ---- what the readers call, holding the lock
+
+    def take(self) -> Read | None:
+        """The next block in order of use."""
+        if not self._next:
+            return None
+        number = self._next.popleft()
+        block = self._blocks[number]
+        try:
+            buffer = block.allocate()
+        except Exception as error:  # no memory to be had: said where the block is waited for
+            self._failed[number] = error
+            self._queue.changed.notify_all()
+            return None
+        job = None if block.as_in_file else partial(block.read, self._queue.read)
+        return Read(self, number, block.as_one(), 0, buffer.memory(0, buffer.nbytes), job)
+
+    def finish(self, read: Read, outcome: int | BaseException) -> None:
+        """The block is there, or failed."""
+        if isinstance(outcome, BaseException):
+            self._failed[read.key] = outcome
+        else:
+            self._blocks[read.key].filled = True
+
+    def give_up(self, read: Read) -> None:
+        """Have the block read again, into other memory."""
+        self._blocks[read.key].let_go()
+        self._next.appendleft(read.key)
+
+    def come_back(self, read: Read) -> None:
+        """The memory of the read goes with it."""
