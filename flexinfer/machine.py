@@ -88,10 +88,7 @@ def measure_costs(
     threads = min(io_threads, max(1, memory_bytes // slot_bytes))
     spans = [(piece.file, piece.offset_bytes, piece.nbytes) for piece in sample]
     bandwidth = read_speed(reader, spans, threads, slot_bytes)
-    buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * max(p.nbytes for p in pieces)), lock=True)
-    buffer.bytes.fill_(
-        0
-    )  # pages of its own: unwritten ones are one page of zeros, which the CPU's cache holds
+    buffer = _zeros(used, memory_bytes)
     seconds_per_byte: dict[str, float] = {}
     for weight, kernel in used:
         if weight.role not in seconds_per_byte:
@@ -112,27 +109,50 @@ def measure_draft_costs(
 
     As `measure_costs`: from one piece of each role, in at most `memory_bytes` or two pieces.
     """
-    pieces = [piece for weight, _ in used for piece in weight.pieces]
-    if not pieces:
-        return DraftCosts(tuple((rows, 0.0) for rows in DRAFT_ROWS), 0.0, 0.0)
-    buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * max(piece.nbytes for piece in pieces)), lock=True)
-    buffer.bytes.fill_(0)
-    seconds: dict[tuple[str, int], float] = {}  # of a byte, by role and rows; rows 0 for the substitute
-    rows_s, draft_s = dict.fromkeys(DRAFT_ROWS, 0.0), 0.0
+    rows_s = measure_rows(used, DRAFT_ROWS, dtype, memory_bytes)
+    draft_s, seconds = 0.0, dict[str, float]()  # of a byte, by role
+    if substitutes:
+        buffer = _zeros(used, memory_bytes)
+        for weight, _ in used:
+            piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
+            if weight.role not in seconds:
+                substitute = substitutes[weight.name]
+                nbytes = substitute.view(buffer, 0, rows).nbytes
+                seconds[weight.role] = kernel_s(substitute, rows, nbytes, dtype, buffer) / piece.nbytes
+            draft_s += weight.nbytes * seconds[weight.role]
+    alone_s = rows_s[0][1]
+    return DraftCosts(rows_s, draft_s or model_share * alone_s, alone_s)
+
+
+def measure_rows(
+    used: Sequence[tuple[Weight, Kernel]],
+    counts: Sequence[int],
+    dtype: torch.dtype,
+    memory_bytes: int = CACHE_BYTES,
+) -> tuple[tuple[int, float], ...]:
+    """(rows, seconds of computing a pass of so many rows) for each of `counts`: from one piece of each role, in at most
+    `memory_bytes` or two pieces."""
+    if not used:
+        return tuple((count, 0.0) for count in counts)
+    buffer = _zeros(used, memory_bytes)
+    seconds: dict[tuple[str, int], float] = {}  # of a byte, by role and rows
+    rows_s = dict.fromkeys(counts, 0.0)
     for weight, kernel in used:
         piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
-        if (weight.role, 1) not in seconds:
-            for count in DRAFT_ROWS:
+        for count in counts:
+            if (weight.role, count) not in seconds:
                 taken_s = kernel_s(kernel, rows, piece.nbytes, dtype, buffer, count, repeats=5)
                 seconds[weight.role, count] = taken_s / piece.nbytes
-            if (substitute := substitutes.get(weight.name)) is not None:
-                nbytes = substitute.view(buffer, 0, rows).nbytes
-                taken_s = kernel_s(substitute, rows, nbytes, dtype, buffer)
-                seconds[weight.role, 0] = taken_s / piece.nbytes
-        for count in DRAFT_ROWS:
             rows_s[count] += weight.nbytes * seconds[weight.role, count]
-        draft_s += weight.nbytes * seconds.get((weight.role, 0), 0.0)
-    return DraftCosts(tuple(rows_s.items()), draft_s or model_share * rows_s[1], rows_s[1])
+    return tuple(rows_s.items())
+
+
+def _zeros(used: Sequence[tuple[Weight, Kernel]], memory_bytes: int) -> Buffer:
+    """Pages of their own to time kernels on: unwritten ones are one page of zeros, which the CPU's cache holds."""
+    largest_bytes = max(piece.nbytes for weight, _ in used for piece in weight.pieces)
+    buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * largest_bytes), lock=True)
+    buffer.bytes.fill_(0)
+    return buffer
 
 
 def read_speed(

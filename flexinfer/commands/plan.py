@@ -1,6 +1,7 @@
 """flexinfer plan: where a budget would go, and how fast it would be at this and other budgets."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexinfer.bars import Bars
+from flexinfer.batches import Batch, best_batch, counts_up_to, plan_batches
 from flexinfer.commands.parameters import Json, Model
 from flexinfer.commands.terminal import console, table
 from flexinfer.commands.text import find
@@ -37,14 +39,25 @@ if TYPE_CHECKING:
 
 STEPS = 8  # between the smallest budget and everything in memory
 BAR_COLUMNS = 32
+BatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", metavar="N", help="tokens/s for 1, 2, 4, ... N sequences at a time, each of the context"
+    ),
+]
 Png = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="draw it into a PNG file as well")]
 
 
-def plan(model: Model, options: Options, png: Png = None, as_json: Json = False) -> int:
+def plan(
+    model: Model, options: Options, batch: BatchOption = None, png: Png = None, as_json: Json = False
+) -> int:
     """Where a budget would go, and how fast.
 
     Reads no weights but a sample.
     """
+    counts = counts_up_to(batch) if batch is not None else []
+    if counts and options.draft is not None:
+        raise ValueError(f"batch={batch}: batches go without a draft; leave one of --batch and --draft out")
     if png is not None:
         from flexinfer.commands.picture import check_png
 
@@ -65,6 +78,7 @@ def plan(model: Model, options: Options, png: Png = None, as_json: Json = False)
         finally:
             reader.close()
         drafted = prospect.drafted(costs)
+        batches = prospect.batches(costs, counts)
     if drafted:
         chosen = max(drafted, key=lambda one: one.tokens_per_s).plan
     else:
@@ -75,10 +89,13 @@ def plan(model: Model, options: Options, png: Png = None, as_json: Json = False)
 
         draw_plan(png, skeleton.checkpoint.path.name, chosen, plans)
     if as_json:
-        facts = plan_facts(skeleton, chosen, plans)
-        print(json.dumps(facts | {"drafts": [draft_facts(one) for one in drafted]}))
+        facts = plan_facts(skeleton, chosen, plans) | {"drafts": [draft_facts(one) for one in drafted]}
+        print(json.dumps(facts | ({"batches": batch_facts(batches)} if batches else {})))
     else:
         show(console(), skeleton, chosen, plans, drafted)
+        if batches:
+            console().print(f"Several sequences at a time, of {chosen.fixed.context_tokens} tokens each")
+            console().print(batch_table(batches))
     return 0
 
 
@@ -132,11 +149,17 @@ class Prospect:
             everything_bytes=everything_bytes,
         )
 
-    def plan(self, budget_bytes: int, costs: Costs, substitutes: Substitutes | None = None) -> Plan:
+    def plan(
+        self,
+        budget_bytes: int,
+        costs: Costs,
+        substitutes: Substitutes | None = None,
+        fixed: Fixed | None = None,
+    ) -> Plan:
         """Raises BudgetError below the smallest budget."""
         return make_plan(
             self.skeleton.weights,
-            self.fixed,
+            fixed or self.fixed,
             budget_bytes,
             costs,
             policy=self.options.policy,
@@ -156,6 +179,33 @@ class Prospect:
             lambda substitutes: self.plan(self.budget_bytes, costs, substitutes),
             costs,
             lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype),
+        )
+
+    def batches(self, costs: Costs, counts: Sequence[int]) -> list[Batch]:
+        """What so many sequences at a time give, each of the context. Measures what passes of so many rows cost.
+
+        As `from_pretrained(..., context=sequences * context, logits_to_keep=sequences)` plans it. Raises ValueError for a mixture.
+        """
+        from flexinfer.machine import measure_rows
+        from flexinfer.model import fixed_memory
+
+        skeleton = self.skeleton
+        if not counts:
+            return []
+        if skeleton.mixture is not None:
+            raise ValueError(
+                "batch: this is a mixture of experts, whose reads depend on what sequences are routed to; plan it without --batch"
+            )
+
+        def fixed_of(count: int) -> Fixed:
+            return fixed_memory(skeleton, self.process, count * self.fixed.context_tokens, count)
+
+        return plan_batches(
+            counts,
+            fixed_of,
+            lambda fixed, costs: self.plan(self.budget_bytes, costs, fixed=fixed),
+            costs,
+            measure_rows(skeleton.used, counts, skeleton.dtype),
         )
 
     def least_bytes(self) -> int:
@@ -207,6 +257,38 @@ def draft_facts(option: "Option") -> dict[str, Any]:
     return facts | (
         {"candidates": draft.candidates, "tokens_per_pass": draft.tokens_per_pass} if draft else {}
     )
+
+
+def batch_facts(batches: Sequence[Batch]) -> list[dict[str, Any]]:
+    """What each number of sequences takes and gives; the speed is None where the budget is too small."""
+    return [
+        {
+            "sequences": one.sequences,
+            "tokens_per_s": one.tokens_per_s if one.plan is not None else None,
+            "compute_s": one.plan.costs.compute_s if one.plan is not None else None,
+            "locked_bytes": one.plan.locked_bytes if one.plan is not None else None,
+            "streamed_bytes": one.plan.streamed_bytes if one.plan is not None else None,
+            "kv_bytes": one.fixed.kv_bytes,
+            "activation_bytes": one.fixed.activation_bytes,
+            "best": one is best_batch(batches),
+        }
+        for one in batches
+    ]
+
+
+def batch_table(batches: Sequence[Batch]) -> "Table":
+    """tokens/s by the number of sequences."""
+    made = table("sequences", "KV and activations", "read per pass", "compute", "tokens/s predicted", left=0)
+    for one in batches:
+        best = one is best_batch(batches)
+        sizes = format_size(one.fixed.kv_bytes + one.fixed.activation_bytes)
+        number = ("* " if best else "") + str(one.sequences)
+        if one.plan is None:
+            made.add_row(number, sizes, "", "", "does not fit")
+            continue
+        read, compute = format_size(one.plan.streamed_bytes), f"{one.plan.costs.compute_s * 1e3:.0f} ms"
+        made.add_row(number, sizes, read, compute, f"{one.tokens_per_s:.3g}", style="bold" if best else "")
+    return made
 
 
 def plan_facts(skeleton: "Skeleton", plan: Plan, plans: list[Plan]) -> dict[str, Any]:
