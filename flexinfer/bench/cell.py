@@ -147,7 +147,7 @@ def run_cell(cell: CellConfig) -> Record:
         missed_bytes=max(0, read_bytes) // len(counted) if facts.untouched_bytes and counted else None,
         counted=told,
         process_bytes=child.last("ready").get("process_bytes"),
-        kv_bytes=facts.kv_bytes_per_token * cell.workload.context,
+        kv_bytes=facts.kv_bytes_per_token * cell.workload.context * (cell.workload.batch or 1),
         compute_s_per_pass=compute_s,
         compute_source=compute_source,
         bandwidth_bytes_per_s=min(max(measured), at_most) if measured else None,
@@ -282,7 +282,7 @@ def _job(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str, A
         "core_set": core_set,
         "cores": len(core_set),
         "budget_bytes": cell.budget_bytes,
-        "kv_bytes": facts.kv_bytes_per_token * workload.context,
+        "kv_bytes": facts.kv_bytes_per_token * workload.context * (workload.batch or 1),
         "layer_bytes": facts.layer_bytes,
         "other_bytes": facts.other_bytes,
         "context": workload.context,
@@ -298,6 +298,8 @@ def _job(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str, A
         "replayed": workload.replayed,
         "max_tokens": workload.max_tokens,
         "drawn": workload.drawn,
+        "batch": workload.batch or 1,
+        "predict": workload.batch is not None,
         "trace": cell.trace,
     }
 
@@ -315,12 +317,13 @@ def _bandwidth(files: list[str], limits: limiting.Limits, job: dict[str, Any]) -
 
 
 def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> tuple[float | None, str]:
-    """Seconds of one pass with everything resident, and how they were got."""
+    """Seconds of one pass with everything resident, of as many rows as there are sequences, and how they were got."""
     system = cell.system.resident()
     origin = provenance(Path(facts.path))
     model_id = cell.model.shape.facts() if cell.model.shape else facts.path
     what = [model_id, system.kind, system.options, system.format]
-    told = [*what, cell.device.cores, origin.cpu, origin.versions]
+    batch = cell.workload.batch or 1
+    told = [*what, cell.device.cores, origin.cpu, origin.versions, *([batch] if batch > 1 else [])]
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     store = Path(cell.cache_dir).expanduser() / "resident" / f"{key}.json"
     if store.exists():
@@ -356,6 +359,7 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
             "prompt_tokens": prompt_tokens,
             "context": max(64 + prompt_tokens, cell.workload.context),
             "prefill_tokens": [],
+            "predict": False,
             "texts": [],
             "replayed": [],
         }

@@ -246,6 +246,9 @@ class WorkloadConfig:
     drawn: bool = (
         False  # decode tokens drawn at random instead of greedily: random weights soon repeat themselves
     )
+    batch: int | None = (
+        None  # sequences at a time, each of `context` tokens; what the plan says of it is recorded
+    )
 
     def __post_init__(self) -> None:
         require(self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive")
@@ -271,6 +274,13 @@ class WorkloadConfig:
             "workload.replayed",
             self.replayed,
             "leave workload.texts empty",
+        )
+        require(self.batch is None or self.batch > 0, "workload.batch", self.batch, "must be positive")
+        require(
+            self.batch is None or not (self.texts or self.replayed or self.prefill_tokens or self.drawn),
+            "workload.batch",
+            self.batch,
+            "leave texts, replayed, prefill_tokens and drawn empty",
         )
         needed = max(self.prompt_tokens + self.warmup_tokens + self.max_tokens, *self.prefill_tokens, 0)
         require(
@@ -324,6 +334,7 @@ class CellConfig:
             "texts",
             "replayed",
             "drawn",
+            "batch",
         ):  # older than these fields are most records
             if not told["workload"][name]:
                 del told["workload"][name]

@@ -32,6 +32,7 @@ import mmap
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -58,10 +59,10 @@ class System(Protocol):
         """Open the model."""
 
     def start(self, prompt: list[int]) -> None:
-        """Begin a new text with the prompt; the first `step` may do the work."""
+        """Begin a new text with the prompt, or a batch of texts; the first `step` may do the work."""
 
-    def step(self) -> int | None:
-        """Decode one token greedily. Its id, or None where the system does not tell."""
+    def step(self) -> list[int]:
+        """Decode one token of each sequence greedily. Their ids."""
 
     def take(self, token: int) -> None:
         """Go on with `token` instead of the one that was decoded."""
@@ -88,7 +89,7 @@ class TorchSystem:
         self.torch, self.job, self.options = torch, job, dict(job["options"])
         self.model: Any = None
         self.cache: Any = None
-        self.ids: list[int] = []
+        self.ids: list[list[int]] = []  # of each sequence
         self.last_alone: dict[str, int] = {}
 
     def load(self) -> None:
@@ -101,21 +102,22 @@ class TorchSystem:
     def start(self, prompt: list[int]) -> None:
         from transformers import DynamicCache
 
-        self.ids, self.cache = prompt, None  # the old one goes first
+        shifted = (prompt[i % len(prompt) :] + prompt[: i % len(prompt)] for i in range(self.job["batch"]))
+        self.ids, self.cache = list(shifted), None  # the old one goes first
         self.cache = DynamicCache(config=self.model.config)
         parameters = inspect.signature(self.model.forward).parameters
         self.last_alone = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
-    def step(self) -> int | None:
-        ids = self.torch.tensor([self.ids])
+    def step(self) -> list[int]:
+        ids = self.torch.tensor(self.ids)
         out = self.model(input_ids=ids, cache=self.cache, use_cache=True, **self.last_alone)
         self.cache = out.cache
-        token = int(out.logits[0, -1].argmax())
-        self.ids = [token]
-        return token
+        tokens: list[int] = out.logits[:, -1].argmax(-1).tolist()
+        self.ids = [[token] for token in tokens]
+        return tokens
 
     def take(self, token: int) -> None:
-        self.ids = [token]
+        self.ids = [[token]]
 
     def counters(self) -> dict[str, int]:
         return {}
@@ -131,10 +133,24 @@ class FlexInfer(TorchSystem):
     def __init__(self, job: dict[str, Any]) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         super().__init__(job)
+        self.predicted: dict[str, Any] = {}
+
+    def predict(self) -> None:
+        """What `flexinfer plan --batch` says, asked under the limits that the run has; the process is gone before it."""
+        job = self.job
+        context = f"--context={job['context']}"
+        argv = ["plan", job["model"], f"--memory={job['budget_bytes']}", context, f"--batch={job['batch']}"]
+        told = subprocess.run(
+            [sys.executable, "-m", "flexinfer", *argv, "--json"], check=True, capture_output=True, text=True
+        )
+        self.predicted = {"batches": json.loads(told.stdout)["batches"]}
 
     def load(self) -> None:
         flexinfer = importlib.import_module("flexinfer")
-        told: dict[str, Any] = {"memory": self.job["budget_bytes"], "context": self.job["context"]}
+        batch = self.job["batch"]
+        told: dict[str, Any] = {"memory": self.job["budget_bytes"], "context": self.job["context"] * batch}
+        if batch > 1:
+            told["logits_to_keep"] = batch
         if self.job["trace"]:
             told["trace"] = True
         self.model = flexinfer.from_pretrained(self.job["model"], **(told | self.options))
@@ -152,7 +168,7 @@ class FlexInfer(TorchSystem):
         draft = engine.plan.draft
         if draft is not None:
             plan["draft"] = {name: getattr(draft, name) for name in draft.__slots__}
-        told: dict[str, Any] = {"plan": plan, "stats": engine.stats()}
+        told: dict[str, Any] = {"plan": plan, "stats": engine.stats(), **self.predicted}
         return told | ({"events": engine.events()} if self.job["trace"] else {})
 
     def close(self) -> None:
@@ -228,7 +244,7 @@ class OLLM(TorchSystem):
             raise _unsupported("ollm", error) from error
         self.model = holder.model
 
-    def step(self) -> int | None:
+    def step(self) -> list[int]:
         try:
             return super().step()
         except (RuntimeError, AttributeError, TypeError) as error:
@@ -267,14 +283,14 @@ class LlamaCpp:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         self.next = prompt
 
-    def step(self) -> int | None:
+    def step(self) -> list[int]:
         ids = (self.api.llama_token * len(self.next))(*self.next)
         failed = self.api.llama_decode(self.context, self.api.llama_batch_get_one(ids, len(ids)))
         if failed:
             raise RuntimeError(f"llama.cpp: llama_decode returns {failed}")
         token = int(self.api.llama_sampler_sample(self.sampler, self.context, -1))
         self.next = [token]
-        return token
+        return [token]
 
     def take(self, token: int) -> None:
         self.next = [token]
@@ -321,6 +337,10 @@ def prompt_ids(tokens: int, vocab: int) -> list[int]:
 def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
     """Load one system and decode until the workload has enough; one event for each pass."""
     system = SYSTEMS[job["kind"]](job)
+    if job["batch"] > 1 and not isinstance(system, TorchSystem):
+        raise UnsupportedError("a batch is decoded by flexinfer and transformers alone")
+    if job["predict"] and isinstance(system, FlexInfer):
+        system.predict()
     emit("ready", process_bytes=resident_bytes())
     start_s = time.perf_counter()
     system.load()
@@ -333,10 +353,11 @@ def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
     counted, counted_s, before = 0, 0.0, dict[str, int]()
     for number in range(job["tokens"]):
         before_bytes, start_s = bytes_read(), time.perf_counter()
-        token = system.step()
+        tokens = system.step()
         seconds = time.perf_counter() - start_s
         count = number > job["warmup_tokens"]  # the first step takes the prompt in
-        emit("token", id=token, s=seconds, bytes=bytes_read() - before_bytes, counted=count)
+        told = {"id": tokens[0]} if len(tokens) == 1 else {"ids": tokens}
+        emit("token", **told, s=seconds, bytes=bytes_read() - before_bytes, counted=count)
         if job["drawn"]:
             system.take(text[job["prompt_tokens"] + number])
         if not count:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ def job(tmp_path: Path) -> dict[str, Any]:
     data.write_bytes(bytes(systems.REQUEST_BYTES))
     told = {"kind": "bandwidth", "files": [str(data)], "seconds": 0.4}
     return told | {"scratch": str(tmp_path), "cores": 1, "core_set": [0], "options": {}}
+
+
+def test_a_cell_of_a_batch_counts_all_its_tokens_and_carries_the_prediction(tmp_path: Path) -> None:
+    cell = tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30)
+    record = cells.run_cell(replace(cell, workload=replace(cell.workload, batch=2)))
+    assert (record.status, record.message) == ("ok", "")
+    assert (record.tokens, record.passes, len(record.output_tokens)) == (6, 3, 10)
+    assert record.kv_bytes == 2 * 4 * 4 * 2 * 64 * 64
+    assert [one["sequences"] for one in record.engine["batches"]] == [1, 2]
+    assert record.engine["plan"]["kv_bytes"] == record.engine["batches"][1]["kv_bytes"]
+    append_record(tmp_path / "records.jsonl", record)
+    assert load_records(tmp_path / "records.jsonl") == [record]
 
 
 def test_a_cell_of_ours_is_a_valid_record_with_its_bound(tmp_path: Path) -> None:

@@ -318,3 +318,16 @@ def test_cfg_job_prints_what_would_run() -> None:
     assert done.returncode == 0, done.stderr
     assert "name: phone" in done.stdout
     assert "experiment: fig5" in done.stdout
+
+
+def test_batches_are_swept_and_older_keys_stay(load: Callable[..., RunConfig]) -> None:
+    told = (ROOT / "conf" / "exp" / "batches.yaml").read_text()
+    assert "workload.batch: 1,2,4,8,16,32" in told
+    cells = [cells_of(load("+exp=batches", f"workload.batch={n}"))[0] for n in (1, 2)]
+    assert cells[0].key != cells[1].key
+    alone = cells_of(load("+exp=batches", "workload.batch=null"))[0]
+    assert alone.key not in (cells[0].key, cells[1].key)
+    with pytest.raises((ConfigError, HydraException), match=r"workload\.batch"):
+        load("+exp=batches", "workload.batch=0")
+    with pytest.raises((ConfigError, HydraException), match=r"workload\.batch"):
+        load("+exp=batches", "workload.drawn=true")

@@ -37,6 +37,7 @@ def make_job(kind: str, model: Path, scratch: Path, **changes: Any) -> dict[str,
     }
     told |= {"tokens": 6, "min_tokens": 4, "min_seconds": 0.0, "max_seconds": 600.0, "trace": False}
     told |= {"prefill_tokens": [], "texts": [], "replayed": [], "drawn": False}
+    told |= {"batch": 1, "predict": False}
     told |= {"budget_bytes": 4 << 30, "kv_bytes": 1 << 20, "layer_bytes": 1 << 20, "other_bytes": 1 << 20}
     return told | changes
 
@@ -115,6 +116,20 @@ def test_llama_cpp_and_flexinfer_decode_the_same_file(format: str, tmp_path: Pat
         }
         told.append([event["id"] for event in child.all("token")])
     assert told[0] == told[1] == told[2]
+
+
+def test_a_batch_is_decoded_as_by_transformers_and_carries_what_the_plan_said(
+    bf16: Path, tmp_path: Path
+) -> None:
+    job = make_job("flexinfer", bf16, tmp_path, batch=3, predict=True)
+    events, stock = measured(job), measured(make_job("transformers", bf16, tmp_path, batch=3))
+    ids = [event["ids"] for event in events if event["event"] == "token"]
+    assert ids == [event["ids"] for event in stock if event["event"] == "token"]
+    assert {len(one) for one in ids} == {3}
+    told = next(event["told"] for event in events if event["event"] == "engine")
+    assert [one["sequences"] for one in told["batches"]] == [1, 2, 3]
+    assert told["batches"][-1]["locked_bytes"] == told["plan"]["locked_bytes"]
+    assert told["batches"][-1]["kv_bytes"] == told["plan"]["kv_bytes"] == 3 * told["batches"][0]["kv_bytes"]
 
 
 def test_prefills_are_timed_from_an_empty_cache(bf16: Path, tmp_path: Path) -> None:
