@@ -9,6 +9,9 @@ from conftest import Load, MakeCheckpoint, prompt, resize_to_share, stock
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from flexinfer.plan import PassShape
+from flexinfer.streaming.cache import ContextError
+
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95},
@@ -163,3 +166,22 @@ def test_passes_and_tokens_are_counted(checkpoint: MakeCheckpoint, load: Load) -
     assert sum(event["bytes"] for event in computed) == 4 * model.flexinfer.plan.total_bytes
     assert all(event["start_s"] <= event["stop_s"] for event in events)
     assert {event["kind"] for event in events} == {"read", "wait", "compute"}
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_a_prompt_as_long_as_the_context_is_one_pass_or_one_for_each_chunk(
+    checkpoint: MakeCheckpoint, load: Load, chunk: int | None
+) -> None:
+    """The plan has room for a pass of all the context, so the weights are read once for a prompt; in chunks, once for each."""
+    model, ids = load(checkpoint(), policy="none", io_threads=0), prompt(tokens=63)
+    options = {"max_new_tokens": 1, "do_sample": False, "prefill_chunk_size": chunk, "pad_token_id": 0}
+    expected = stock(checkpoint()).generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    stats, plan = model.flexinfer.stats(), model.flexinfer.plan
+    assert stats["passes"] == (1 if chunk is None else 4)
+    pieces = sum(len(weight.pieces) for weight in model.flexinfer._weights)
+    assert stats["reads"] == stats["passes"] * pieces
+    assert stats["tokens"] == 63
+    assert plan.fixed.activation_bytes >= model.flexinfer._meter.extra_bytes(PassShape(1, 63), 64)
+    with pytest.raises(ContextError, match="context=64"):
+        model.generate(prompt(tokens=66), **options)
