@@ -48,7 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_nothing_is_shown_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with Bars() as bars:
         bars.spin("loading")
-        bars.expect("lock")
+        bars.expect("draft")
         assert bars.progress is None
     assert capsys.readouterr() == ("", "")
 
@@ -60,15 +60,15 @@ def test_a_bar_takes_the_place_of_the_spinner_when_much_is_left(
     with Bars() as bars:
         assert bars.progress is not None
         bars.spin("loading")
-        bars.expect("load", "lock")
+        bars.expect("load", "draft")
         clock[0] += 1
-        bars.progress("lock", 50, 100)  # a second for half of it: another is left
+        bars.progress("draft", 50, 100)  # a second for half of it: another is left
         assert (bars._spinner, type(bars._bar)) == (None, Progress)
         bars.stopping()
-        bars.progress("lock", 100, 100)
+        bars.progress("draft", 100, 100)
         assert bars._bar is None
         bars.stopping()
-    assert "filling locked memory" in terminal.getvalue()
+    assert "making the draft" in terminal.getvalue()
     assert "one token more" in terminal.getvalue()
 
 
@@ -77,8 +77,8 @@ def test_what_is_quick_gets_no_bar(monkeypatch: pytest.MonkeyPatch, clock: list[
     with Bars() as bars:
         assert bars.progress is not None
         bars.spin("loading")
-        bars.expect("load", "lock")
-        for stage in ("load", "lock"):
+        bars.expect("load", "draft")
+        for stage in ("load", "draft"):
             for done in range(10, 110, 10):
                 clock[0] += 0.01
                 bars.progress(stage, done, 100)
@@ -91,11 +91,11 @@ def test_stages_that_are_not_expected_get_no_bar(monkeypatch: pytest.MonkeyPatch
     terminal = at_terminal(monkeypatch)
     with Bars() as bars:
         assert bars.progress is not None
-        bars.expect("load", "lock")
+        bars.expect("load", "draft")
         clock[0] += 10
         bars.progress("pass", 1, 100)
         bars.stop()
-        bars.progress("lock", 1, 100)
+        bars.progress("draft", 1, 100)
         assert bars._bar is None
     assert terminal.getvalue() == ""
 

@@ -286,7 +286,6 @@ def test_progress_true_draws_a_bar_for_each_stage(
     stages = [desc for desc, _ in drawn]
     assert stages == [
         "reading what stays",
-        "filling locked memory",
         "reading the prompt",
         "reading the prompt",
     ]

@@ -50,6 +50,8 @@ def test_both_systems_decode_the_same_mixture(architecture: str, tmp_path: Path)
             "min_seconds": 0.0,
             "max_seconds": 30.0,
             "prefill_tokens": [],
+            "texts": [],
+            "replayed": [],
             "batch": 1,
             "predict": False,
             "drawn": True,
