@@ -93,6 +93,7 @@ from flexinfer.streaming.memory import Buffer, LibraryPages, return_freed_memory
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.read_queue import ReadQueue
 from flexinfer.streaming.reader import FileReader, padded_bytes
+from flexinfer.streaming.results import ReusedResults
 from flexinfer.streaming.substitute import (
     CACHE as DRAFTS,
 )
@@ -118,6 +119,7 @@ GROWTH_BYTES = 6 << 20  # a process that grows by less is left alone: the margin
 LARGE_PARAMETER_BYTES = 16 << 20
 SMALLEST_DEFAULT_CONTEXT = 128
 CACHE_LINE_BYTES = 64
+MANY_ROWS = 128  # of a prompt, from which its results use memory again
 MOST_TOGETHER = 7  # weights that are computed in one call with the first that is given their input
 READING_TOKENS_PER_S = 6.0  # as fast as people read; nobody needs to be told of drafts
 ENOUGH_PASSES, BETTER = (
@@ -690,8 +692,10 @@ class Engine:
             if not drafting:
                 self._trace.begin_pass()
             self._in_pass = True
+            many = ids is not None and ids.shape[0] * ids.shape[1] >= MANY_ROWS
             try:
-                output = forward(*args, **kwargs)
+                with ReusedResults(self._fixed.activation_bytes) if many else contextlib.nullcontext():
+                    output = forward(*args, **kwargs)
                 if not drafting and self._trace.came_to_its_end():
                     logger.info("%s", self._trace.first_token.line())
                 return output

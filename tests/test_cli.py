@@ -157,14 +157,20 @@ def test_verbose_says_where_the_budget_goes_and_what_made_it_slow(
     options = ("--memory", MEMORY, "--max-new-tokens", "4", "--policy", "none")
     for _ in range(2):  # the second run must not say everything twice
         assert main(["generate", str(model_dir), "abc", *options, "-v"]) == 0
-        plan, why, speed = capsys.readouterr().err.splitlines()
+        plan, first, why, speed = capsys.readouterr().err.splitlines()
         assert plan.startswith("budget 2.00 GiB: ")
+        assert first.startswith("first token after ")
         assert why.partition(":")[0] in {"disk", "kernels", "memory"}
         assert speed.startswith("4 tokens, ")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain"))
     assert main(["chat", str(model_dir), *options, "--verbose"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(" ")[0] for line in lines[::2]] == ["budget", "4", "4"]
+    assert [line.split()[0] for line in lines if not line.startswith(("disk", "kernels", "memory"))] == [
+        "budget",
+        "first",
+        "4",
+        "4",
+    ]
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
