@@ -177,7 +177,7 @@ def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
         trace.first_token.reached("verify")
     choice = options.draft_choice
     drafts = Drafts(choice, skeleton, skeleton.dtype) if choice is not None else None
-    logits_to_keep = options.logits_to_keep
+    logits_to_keep = undrafted_logits = options.logits_to_keep
     if drafts is not None:
         logits_to_keep = max(logits_to_keep, drafts.fit(budget_bytes) + 1)
     in_blocks = drafts is not None and bool(drafts.kernels)
@@ -187,7 +187,7 @@ def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
     trace.first_token.reached("rehearsal")
     context = options.context or default_context(skeleton, measured, budget_bytes, logits_to_keep, drafts)
     options = replace(options, context=context, logits_to_keep=logits_to_keep)
-    engine = Engine(skeleton, measured, options, checksums, trace, drafts)
+    engine = Engine(skeleton, measured, options, checksums, trace, drafts, undrafted_logits)
     try:
         engine.load(budget_bytes)
     except BaseException:
@@ -227,6 +227,7 @@ class Engine:
         checksums: Mapping[Path, Checksums] | None,
         trace: Trace,
         drafts: Drafts | None,
+        undrafted_logits: int,  # positions to keep the logits of, without a draft
     ) -> None:
         assert options.context is not None
         self._options, self.context, self._logits_to_keep = options, options.context, options.logits_to_keep
@@ -249,6 +250,10 @@ class Engine:
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
         self._fixed = fixed_memory(skeleton, measured, self.context, self._logits_to_keep, drafts)
+        self._undrafted = self._fixed, self._logits_to_keep  # what "auto" goes back to where no draft pays
+        if drafts is not None and drafts.auto:
+            fixed = fixed_memory(skeleton, measured, self.context, undrafted_logits)
+            self._undrafted = fixed, undrafted_logits
         self._libraries, self.file_bytes = measured.libraries, measured.file_bytes
         self._tokenizer = options.tokenizer
         self._linears: dict[str, StreamedLinear] = {}
@@ -273,7 +278,10 @@ class Engine:
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         if self._drafts is not None and not self._drafts.auto:
             self._substitutes = self._drafts.substitutes
+        drafted = self._fixed, self._logits_to_keep
+        self._fixed, self._logits_to_keep = self._undrafted
         self._make_plan(budget_bytes, skeleton)
+        self._fixed, self._logits_to_keep = drafted
         self._libraries.lock()
         reset_peak()
         self._reader = FileReader(
@@ -343,8 +351,11 @@ class Engine:
         assert self._reader is not None
         room_bytes = budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2
 
+        drafted = self._fixed, self._logits_to_keep
+
         def plan_with(substitutes: Substitutes | None) -> Plan:
             self._substitutes = substitutes
+            self._fixed, self._logits_to_keep = self._undrafted if drafts.kind is None else drafted
             return self._make_plan(budget_bytes, skeleton)
 
         def measure() -> DraftCosts:
@@ -356,6 +367,7 @@ class Engine:
         best = max(found, key=lambda option: option.tokens_per_s)
         drafts.kind, drafts.type, self._draft_costs = best.kind, best.type, best.costs
         self._substitutes = drafts.substitutes if best.kind == "substitute" else None
+        self._fixed, self._logits_to_keep = self._undrafted if best.kind is None else drafted
         if drafts.auto:
             told = ", ".join(f"{one.kind or 'none'} {one.type} {one.tokens_per_s:.3g}" for one in found)
             logger.info("draft %s: tokens/s expected: %s", best.kind or "none", told)

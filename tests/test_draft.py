@@ -17,8 +17,10 @@ from transformers import AttentionInterface, PreTrainedModel
 import flexinfer
 import flexinfer.model
 from flexinfer.draft import DraftCosts, Pace, best_candidates, expected_tokens, looked_up
+from flexinfer.model import MemoryOfProcess
 from flexinfer.plan import Costs, DraftPlan, Fixed, Piece, Weight, make_plan
 from flexinfer.streaming.cache import ContextError
+from flexinfer.streaming.memory import LibraryPages
 from flexinfer.streaming.substitute import DraftError
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -136,6 +138,14 @@ def test_other_drafts_and_calls_that_have_none(checkpoint: MakeCheckpoint, load:
     assert load(path, draft=small).flexinfer.plan.draft.kind == "model"
 
 
+@pytest.fixture
+def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process holds is what it held at the first load: it grows by more than the weights of these models."""
+    measured = MemoryOfProcess(400 << 20, LibraryPages(), 0, 0, 0)
+    monkeypatch.setattr(MemoryOfProcess, "measure", lambda *_, **__: measured)
+
+
+@pytest.mark.usefixtures("steady_process")
 def test_auto_takes_a_substitute_where_reading_is_slow_and_lets_go_of_one_that_does_not_pay(
     checkpoint: MakeCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +174,27 @@ def test_auto_takes_a_substitute_where_reading_is_slow_and_lets_go_of_one_that_d
     fast_disk = load(path, substitute + (1 << 20), draft="auto").flexinfer
     assert fast_disk.stats()["draft"] is None, "candidates cost as much as passes, and reading nothing"
     assert fast_disk.plan.draft is None
+
+
+@pytest.mark.usefixtures("steady_process")
+def test_auto_locks_all_in_a_budget_that_holds_all_and_no_scores_of_candidates(
+    checkpoint: MakeCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft needs memory of its own; what plain use has is not judged with that taken away."""
+    path = make(checkpoint)
+    monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: Costs(1e4, 1e-4))
+    monkeypatch.setattr(
+        flexinfer.model, "measure_draft_costs", lambda *_: DraftCosts(((1, 1e-4), (17, 1e-3)), 1e-4, 1e-4)
+    )
+    whole = load(path).flexinfer.plan
+    memory = whole.budget_bytes - whole.unused_bytes
+    assert load(path, memory, draft="lookup").flexinfer.plan.streamed_bytes > 0
+    auto = load(path, memory, draft="auto").flexinfer
+    assert auto.plan.draft is None
+    assert auto.stats()["draft"] is None
+    assert auto.plan.locked_bytes == whole.locked_bytes
+    assert auto.plan.streamed_bytes == 0
+    assert smallest_budget(load(path, draft="auto")) <= smallest_budget(load(path, draft="lookup"))
 
 
 def test_a_padded_prompt(checkpoint: MakeCheckpoint, load: Load) -> None:

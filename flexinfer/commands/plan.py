@@ -107,6 +107,7 @@ class Prospect:
     options: Options
     process: "MemoryOfProcess"
     fixed: Fixed
+    undrafted: Fixed  # where no draft is chosen: with draft="auto" less than `fixed`
     drafts: "Drafts | None"
     budget_bytes: int  # what is asked for; of what is to spare no more than can be used
     smallest_bytes: int
@@ -135,7 +136,9 @@ class Prospect:
         else:
             process = process.with_tokenizer_in(checkpoint.config_dir)
         context = options.context or default_context(skeleton, process, given_bytes, logits_to_keep, drafts)
-        fixed = fixed_memory(skeleton, process, context, logits_to_keep, drafts)
+        fixed = undrafted = fixed_memory(skeleton, process, context, logits_to_keep, drafts)
+        if drafts is not None and drafts.auto:
+            undrafted = fixed_memory(skeleton, process, context)
         everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
         everything_bytes += skeleton.mixture.slots().nbytes if skeleton.mixture is not None else 0
         return cls(
@@ -143,9 +146,10 @@ class Prospect:
             options,
             process,
             fixed,
+            undrafted,
             drafts,
             budget_bytes=min(given_bytes, everything_bytes) if spare else given_bytes,
-            smallest_bytes=smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture),
+            smallest_bytes=smallest_budget_bytes(skeleton.weights, undrafted, skeleton.mixture),
             everything_bytes=everything_bytes,
         )
 
@@ -175,8 +179,13 @@ class Prospect:
         drafts, skeleton = self.drafts, self.skeleton
         if drafts is None:
             return []
+
+        def plan_with(substitutes: Substitutes | None) -> Plan:
+            fixed = self.undrafted if drafts.kind is None else self.fixed
+            return self.plan(self.budget_bytes, costs, substitutes, fixed)
+
         return drafts.options(
-            lambda substitutes: self.plan(self.budget_bytes, costs, substitutes),
+            plan_with,
             costs,
             lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype),
         )
