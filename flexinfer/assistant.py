@@ -155,6 +155,8 @@ class Drafts:
                 if not found:
                     raise
                 continue
+            if self.auto and self.kind == "substitute" and not plan.streamed_bytes:
+                continue  # its draft passes would be passes
             if self.type not in costs_of:
                 costs_of[self.type] = measure()
             draft = self.planned(plan, costs, costs_of[self.type]) if self.kind else None

@@ -47,7 +47,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                     "budget_gib": one.cell.budget_bytes / GIB,
                     "system": one.cell.system.name,
                     "label": one.cell.system.label,
-                    "text": kind,
+                    "text": one.cell.workload.name if one.cell.workload.replayed else kind,
                     "tokens_per_s": speed,
                     "tokens_per_pass": tokens / passes,
                     "accepted": sum(text.get("accepted", 0) for text in texts),

@@ -74,17 +74,16 @@ def use_style() -> None:
     seaborn.set_theme(context="paper", style="whitegrid", font="DejaVu Sans", rc=own)
 
 
-def find_records(results_dir: Path, command: str, *, drafts: bool = False) -> dict[str, list[Record]]:
+def find_records(results_dir: Path, command: str, tokens: str = "one by one") -> dict[str, list[Record]]:
     """The records below `results_dir` that may stand in one figure, by machine: the one with most records first.
 
-    `drafts`: those of real or replayed text (flexinfer.bench.drafts), which no other figure shows.
+    `tokens`: "one by one"; "drafts": of real or replayed text (flexinfer.bench.drafts); "batches": of several sequences
+    (flexinfer.bench.batches). They are in no figure together.
     Those of the smoke model only where there are no others. Says which command makes records where there are none. Cells
     that have a limited record are shown without their unlimited ones. B and c of the bounds are a machine's best (`with_common_costs`).
     """
     records = load_records(results_dir) if results_dir.exists() else []
-    records = [
-        one for one in records if bool(one.cell.workload.texts or one.cell.workload.replayed) == drafts
-    ]
+    records = [one for one in records if _tokens(one) == tokens]
     records = [one for one in records if one.cell.model.name != "smoke"] or records
     if not records:
         say_none(results_dir, command)
@@ -93,6 +92,13 @@ def find_records(results_dir: Path, command: str, *, drafts: bool = False) -> di
         machines[one.provenance.machine].append(one)
     largest_first = sorted(machines.items(), key=lambda one: (-len(one[1]), one[0]))
     return {machine: with_common_costs(_limited(machine, found)) for machine, found in largest_first}
+
+
+def _tokens(record: Record) -> str:
+    workload = record.cell.workload
+    if workload.batch is not None:
+        return "batches"
+    return "drafts" if workload.texts or workload.replayed else "one by one"
 
 
 def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) -> dict[str, list[Record]]:

@@ -78,7 +78,7 @@ def test_near_ties_are_found_and_figures_of_one_token_a_pass_leave_drafts_out(tm
     for one in records:
         append_record(tmp_path / "past" / "a.jsonl", one)
     assert figures.find_records(tmp_path, "") == {}
-    assert len(next(iter(figures.find_records(tmp_path, "", drafts=True).values()))) == 2
+    assert len(next(iter(figures.find_records(tmp_path, "", "drafts").values()))) == 2
 
 
 def test_texts_that_there_are_not_are_refused() -> None:
