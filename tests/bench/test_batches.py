@@ -16,7 +16,9 @@ def record(count: int, pass_s: float) -> Record:
     cell = make_cell(experiment="batches", workload=replace(WorkloadConfig(), batch=count))
     said = [{"sequences": one, "tokens_per_s": 0.2 * one} for one in (1, count)]
     engine = {"batches": said, "plan": {"streamed_bytes": 2_000_000_000}}
-    return make_record(cell, tokens=2 * count, passes=2, token_s=[pass_s] * 2, engine=engine)
+    return make_record(
+        cell, tokens=2 * count, passes=2, token_s=[pass_s] * 2, token_bytes=[10, 10], engine=engine
+    )
 
 
 def test_each_number_of_sequences_stands_beside_its_plan_and_the_bound_of_one(tmp_path: Path) -> None:
