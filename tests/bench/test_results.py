@@ -85,6 +85,9 @@ def test_every_figure_of_every_machine_is_there_as_png_and_svg(machines: dict[st
             wanted.add(figures.file_name("resident", machine))
         if any(one.cell.experiment == "moe" for one in records):
             wanted.add(figures.file_name("moe", machine))
+    for name, tokens in (("past", "drafts"), ("batches", "batches")):
+        for machine in figures.find_records(RESULTS, "", tokens):
+            wanted.add(figures.file_name(name, machine))
     for line in reliability.load(RESULTS, "pressure"):
         wanted.add(figures.file_name("reliability", reliability.machine(line)))
     folder = RESULTS / "figures"
