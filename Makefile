@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 RESULTS ?= results
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BASELINES := $(VENV)/.baselines
@@ -32,8 +33,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## a real model in less memory than it needs, then FlexInfer against stock transformers (5 min)
 	$(BIN)/python scripts/demo.py
 
-test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## all tests, WORKERS files at a time (2)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 wheel: $(INSTALLED) ## a wheel, into an empty environment with the core dependencies alone, and run there (2 min)
 	$(BIN)/python scripts/check_wheel.py

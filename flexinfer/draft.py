@@ -22,8 +22,8 @@ LOOKUP_CANDIDATES = 10  # transformers' default
 # Of a candidate whose predecessors were accepted, before any was seen: at 4.5 and 8.5 bits of SmolLM2-135M (docs/log.md), else guessed.
 ACCEPTANCE_OF_BITS = ((2.6, 0.45), (3.5, 0.7), (4.5, 0.85), (5.5, 0.9), (8.5, 0.95))
 ACCEPTANCE_OF = {"model": 0.7, "lookup": 0.2}
-PRIOR_CANDIDATES = 16.0  # what is seen counts as much as the prior after so many
-FORGETTING = 0.98  # what was seen counts so much less with each pass
+PRIOR_CANDIDATES = 16.0  # as many the prior counts for at first; it is forgotten as what was seen is
+FORGETTING = 0.85  # what was seen counts so much less with each pass (docs/log.md)
 READING_SHARE = 0.8  # a pass whose kernels should take less than this part of it waits for the disk
 LOOKED_UP_TOKENS = 3  # the longest run of tokens that is looked for in the text so far
 
@@ -157,6 +157,7 @@ class Pace:
     most: int
     rows_s: Callable[[int], float]  # seconds of computing a pass of so many rows
     fixed: bool = False  # always as many as planned
+    _prior: float = PRIOR_CANDIDATES
     _accepted: float = 0.0
     _rejected: float = 0.0
     _draft_s: float | None = None
@@ -167,11 +168,11 @@ class Pace:
     @property
     def acceptance(self) -> float:
         seen = self._accepted + self._rejected
-        prior = PRIOR_CANDIDATES * self.planned.acceptance
-        return (self._accepted + prior) / (seen + PRIOR_CANDIDATES)
+        return (self._accepted + self._prior * self.planned.acceptance) / (seen + self._prior)
 
     def saw(self, candidates: int, accepted: int) -> None:
         """A pass verified so many candidates and kept the first `accepted` of them."""
+        self._prior *= FORGETTING
         self._accepted = self._accepted * FORGETTING + accepted
         self._rejected = self._rejected * FORGETTING + (accepted < candidates)
 
