@@ -81,7 +81,10 @@ def test_a_draft_says_what_it_gave_and_plan_what_it_would_give(
     line = speed_line(result)
     assert f"{result['passes']} passes of {12 / result['passes']:.3g} tokens" in line
     assert f"draft substitute: {result['draft']['accepted']} of" in line
-    planned = run_json(capsys, "plan", str(model_dir), "--memory", MEMORY, "--draft", "auto")
+    plan = ("plan", str(model_dir), "--memory", MEMORY, "--draft", "auto")
+    kinds = [(one["kind"], one["type"]) for one in run_json(capsys, *plan)["drafts"]]
+    assert kinds == [(None, "q4_0"), ("lookup", "q4_0")], "a substitute of nothing is none"
+    planned = run_json(capsys, *plan, "--policy", "none")
     kinds = [(one["kind"], one["type"]) for one in planned["drafts"]]
     assert kinds == [(None, "q4_0"), ("lookup", "q4_0"), ("substitute", "q4_0"), ("substitute", "q8_0")]
     assert sum(planned["parts_bytes"].values()) == 2 << 30

@@ -163,7 +163,7 @@ class Prospect:
         """Raises BudgetError below the smallest budget."""
         return make_plan(
             self.skeleton.weights,
-            fixed or self.fixed,
+            fixed or self.undrafted,
             budget_bytes,
             costs,
             policy=self.options.policy,
