@@ -49,7 +49,7 @@ PRIVATE = {
 }
 # Attributes with a leading underscore, of objects of theirs.
 ATTRIBUTES = {
-    *("_C", "_cdata", "_is_param", "_make_subclass"),  # torch
+    *("_C", "_cdata", "_is_param", "_make_subclass", "_schema", "_to_copy"),  # torch
     *("_apply_gate", "_attn_implementation", "_experts_implementation", "_from_config"),  # transformers
 }
 OF_PYTHON = {"_getframe"}
