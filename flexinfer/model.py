@@ -278,10 +278,7 @@ class Engine:
         self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
         if self._drafts is not None and not self._drafts.auto:
             self._substitutes = self._drafts.substitutes
-        drafted = self._fixed, self._logits_to_keep
-        self._fixed, self._logits_to_keep = self._undrafted
-        self._make_plan(budget_bytes, skeleton)
-        self._fixed, self._logits_to_keep = drafted
+        self._make_plan(budget_bytes, skeleton, fixed=self._undrafted[0])
         self._libraries.lock()
         reset_peak()
         self._reader = FileReader(
@@ -351,12 +348,10 @@ class Engine:
         assert self._reader is not None
         room_bytes = budget_bytes - self._fixed.process_bytes - MARGIN_BYTES // 2
 
-        drafted = self._fixed, self._logits_to_keep
-
         def plan_with(substitutes: Substitutes | None) -> Plan:
             self._substitutes = substitutes
-            self._fixed, self._logits_to_keep = self._undrafted if drafts.kind is None else drafted
-            return self._make_plan(budget_bytes, skeleton)
+            fixed = self._undrafted[0] if drafts.kind is None else self._fixed
+            return self._make_plan(budget_bytes, skeleton, fixed=fixed)
 
         def measure() -> DraftCosts:
             return measure_draft_costs(
@@ -367,7 +362,8 @@ class Engine:
         best = max(found, key=lambda option: option.tokens_per_s)
         drafts.kind, drafts.type, self._draft_costs = best.kind, best.type, best.costs
         self._substitutes = drafts.substitutes if best.kind == "substitute" else None
-        self._fixed, self._logits_to_keep = self._undrafted if best.kind is None else drafted
+        if best.kind is None:
+            self._fixed, self._logits_to_keep = self._undrafted
         if drafts.auto:
             told = ", ".join(f"{one.kind or 'none'} {one.type} {one.tokens_per_s:.3g}" for one in found)
             logger.info("draft %s: tokens/s expected: %s", best.kind or "none", told)

@@ -89,8 +89,8 @@ class ReusedResults(TorchDispatchMode):
                     if func in COPIES
                     else INTO_MEMORY[func](*args, **kwargs, out=memory)
                 )
-        elif not (func.is_view or func._schema.is_mutable) and any(map(_is_large, args)):
-            self._make_room(max(arg.nbytes for arg in args if _is_large(arg)))
+        elif not (func.is_view or func._schema.is_mutable) and (large := list(filter(_is_large, args))):
+            self._make_room(max(arg.nbytes for arg in large))
             result = func(*args, **kwargs)
             for one in filter(_is_large, result if isinstance(result, tuple | list) else (result,)):
                 self._count(one.untyped_storage())
