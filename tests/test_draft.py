@@ -138,6 +138,15 @@ def test_other_drafts_and_calls_that_have_none(checkpoint: MakeCheckpoint, load:
     assert load(path, draft=small).flexinfer.plan.draft.kind == "model"
 
 
+FEW_ROWS_COST_LITTLE = DraftCosts(((1, 1e-4), (17, 1e-3)), 1e-4, 1e-4)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, costs: Costs, draft_costs: DraftCosts) -> None:
+    """Have models that are loaded from now on find that reading, computing and drafting cost so much."""
+    monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: costs)
+    monkeypatch.setattr(flexinfer.model, "measure_draft_costs", lambda *_: draft_costs)
+
+
 @pytest.fixture
 def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process holds is what it held at the first load: it grows by more than the weights of these models."""
@@ -150,9 +159,7 @@ def test_auto_takes_a_substitute_where_reading_is_slow_and_lets_go_of_one_that_d
     checkpoint: MakeCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make(checkpoint)
-    monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: Costs(1e6, 1e-4))
-    costs = DraftCosts(((1, 1e-4), (17, 1e-3)), 1e-4, 1e-4)
-    monkeypatch.setattr(flexinfer.model, "measure_draft_costs", lambda *_: costs)
+    machine(monkeypatch, Costs(1e6, 1e-4), FEW_ROWS_COST_LITTLE)
     substitute = smallest_budget(load(path, draft="substitute"))
     model = load(path, substitute + (1 << 20), draft="auto", policy="none")
     expected = stock(path).generate(prompt(), **GREEDY)
@@ -168,9 +175,7 @@ def test_auto_takes_a_substitute_where_reading_is_slow_and_lets_go_of_one_that_d
     assert engine.plan.substitute_bytes == 0
     assert not engine._in_few_bits
     assert torch.equal(model.generate(prompt(), **GREEDY), expected)
-    monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: Costs(1e12, 1.0))
-    slow = DraftCosts(((1, 1.0), (17, 17.0)), 1.0, 1.0)
-    monkeypatch.setattr(flexinfer.model, "measure_draft_costs", lambda *_: slow)
+    machine(monkeypatch, Costs(1e12, 1.0), DraftCosts(((1, 1.0), (17, 17.0)), 1.0, 1.0))
     fast_disk = load(path, substitute + (1 << 20), draft="auto").flexinfer
     assert fast_disk.stats()["draft"] is None, "candidates cost as much as passes, and reading nothing"
     assert fast_disk.plan.draft is None
@@ -182,10 +187,7 @@ def test_auto_locks_all_in_a_budget_that_holds_all_and_no_scores_of_candidates(
 ) -> None:
     """A draft needs memory of its own; what plain use has is not judged with that taken away."""
     path = make(checkpoint)
-    monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: Costs(1e4, 1e-4))
-    monkeypatch.setattr(
-        flexinfer.model, "measure_draft_costs", lambda *_: DraftCosts(((1, 1e-4), (17, 1e-3)), 1e-4, 1e-4)
-    )
+    machine(monkeypatch, Costs(1e4, 1e-4), FEW_ROWS_COST_LITTLE)
     whole = load(path).flexinfer.plan
     memory = whole.budget_bytes - whole.unused_bytes
     assert load(path, memory, draft="lookup").flexinfer.plan.streamed_bytes > 0
