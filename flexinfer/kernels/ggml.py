@@ -1,12 +1,13 @@
 """ggml's kernels: rows as they lie in a GGUF file, multiplied where they are. All calls of ggml are here.
 
 A row of a weight is `in_features` numbers in blocks of 32 or 256, each block with its scales: bytes
-that ggml alone has to understand. Activations are float32; ggml quantises them itself (to 8 bit, a
-row at a time) before it multiplies, as llama.cpp does.
+that ggml alone has to understand. Activations are float32, quantised (to 8 bit, a row at a time)
+before they are multiplied, as llama.cpp does: by ggml's own function, once for all threads.
 
-How it is called. A graph of one product is built once for each thread and shape, the last few shapes
-are kept, and addresses are set before each call. The threads are torch's own: each multiplies
-its share of the output rows, with ggml on one thread. A pool of ggml's beside torch's would have to
+How it is called. Output rows are cut into shares, a few for each thread, and a thread takes the next when
+it is done with one: one that wakes late holds the others up less. The graph of a share is built once for
+each shape, the last few shapes are kept, and addresses are set before each call. The threads are
+torch's own, with ggml on one thread in each. A pool of ggml's beside torch's would have to
 share the cores with threads of torch that spin for some milliseconds after each operation: twice
 the time (docs/log.md). Calls come one at a time (a lock); the interpreter is free meanwhile.
 
@@ -61,8 +62,13 @@ PACKAGE = "transcribe_cpp_native"
 VERSION = "0.26."  # of ggml: the structures below are laid out as in its header
 F32 = 0  # ggml's number for the type of activations and outputs
 WORK_ROWS = 256  # activation rows that are multiplied at a time
-SHARE_ROWS = 16  # output rows of a thread are a multiple of this: float32 outputs of one cache line
+SHARE_ROWS = 16  # output rows of a share are a multiple of this: float32 outputs of one cache line
 FEW_ROWS = 8  # up to so many activation rows the memory to work in is kept from call to call
+SHARES_OF_FEW, SHARES_OF_MANY = (
+    4,
+    2,
+)  # of output rows, for each thread, with up to FEW_ROWS activation rows and with more
+CONTEXT_BYTES = 4096  # for the structures of one product, of which ggml 0.26 takes 1440
 KEPT_SHAPES = 24  # products whose graphs are kept: a model has ten or so, for one token and for a few
 ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
 
@@ -90,6 +96,9 @@ class GgmlType:
 
 # Of a product: in_features, output rows, activation rows, threads, and which it is of those that are computed together.
 Shape = tuple[GgmlType, int, int, int, int, int]
+Job = Callable[
+    [int], object
+]  # what a thread does, with the address of memory to work in; something true says that it failed
 
 TYPES = {
     blocks.name: GgmlType(blocks.name, number, blocks.block_elements, blocks.block_bytes)
@@ -233,6 +242,7 @@ class Library:
             (cpu.ggml_threadpool_new, c_void_p, [POINTER(_PoolParams)]),
             (cpu.ggml_graph_plan, _Plan, [c_void_p, c_int, c_void_p]),
             (cpu.ggml_graph_compute, c_int, [c_void_p, POINTER(_Plan)]),
+            (cpu.ggml_get_type_traits_cpu, POINTER(_CpuTraits), [c_int]),
         )  # fmt: skip
         for function, result, arguments in signatures:
             function.restype, function.argtypes = result, arguments
@@ -242,8 +252,10 @@ class Library:
             raise GgmlError(f"ggml {self.version} is installed, flexinfer knows {VERSION}x; run `{INSTALL}`")
         cpu.ggml_cpu_init()
         self._base, self._cpu = base, cpu
-        self._team = _Team(cpu.ggml_graph_compute)
-        self._shared: dict[Shape, list[_Product]] = {}  # a product for each thread; the last used is the last
+        self._team = _Team()
+        self._shared: dict[Shape, list[_Product]] = {}  # the last used is the last
+        self._spare: list[_Product] = []  # of shapes that are no longer kept
+        self._activation_types: dict[GgmlType, GgmlType] = {}
         self._work: list[torch.Tensor] = []  # what each thread works in
         self._lock = threading.Lock()
 
@@ -254,17 +266,24 @@ class Library:
         is contiguous."""
         n, in_features = x.shape
         with self._lock:
+            threads = torch.get_num_threads()
+            packed: dict[GgmlType, torch.Tensor] = {}
             products: list[_Product] = []
             for part, (kind, weight, y) in enumerate(weights):
                 rows = y.shape[1]
                 assert weight.shape == (rows, kind.row_bytes(in_features))
-                threads = torch.get_num_threads() if n * rows * in_features >= ONE_THREAD_WORK else 1
-                addresses = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-                for product in self._shares((kind, in_features, rows, n, threads, part)):
-                    self._make_room(len(products), product.work_bytes)
-                    product.place(*addresses, self._work[len(products)].data_ptr())
+                blocks = self._activation_type(kind)
+                if blocks not in packed:
+                    packed[blocks] = self._pack(x, blocks, threads)
+                addresses = weight.data_ptr(), packed[blocks].data_ptr(), y.data_ptr()
+                few_threads = threads if n * rows * in_features >= ONE_THREAD_WORK else 1
+                for product in self._shares((kind, in_features, rows, n, few_threads, part)):
+                    product.place(*addresses)
                     products.append(product)
-            failed = self._team.run(products, torch.get_num_threads())
+            threads = min(threads, len(products))
+            self._make_room(threads, max(product.work_bytes for product in products))
+            room = [work.data_ptr() for work in self._work[:threads]]
+            failed = self._team.run([product.compute for product in products], room)
             if n > FEW_ROWS:
                 self._work.clear()
         if failed:
@@ -274,8 +293,34 @@ class Library:
     def work_bytes(self, kind: GgmlType, in_features: int, rows: int, n: int) -> int:
         """Memory that `multiply` takes besides x and y."""
         with self._lock:
-            products = self._shares((kind, in_features, rows, n, torch.get_num_threads(), 0))
-            return sum(product.work_bytes for product in products)
+            threads = torch.get_num_threads()
+            products = self._shares((kind, in_features, rows, n, threads, 0))
+            packed_bytes = n * self._activation_type(kind).row_bytes(in_features)
+            return packed_bytes + threads * max(product.work_bytes for product in products)
+
+    def _activation_type(self, kind: GgmlType) -> GgmlType:
+        """What activations are quantised to for a weight of `kind`."""
+        if kind not in self._activation_types:
+            number = self._cpu.ggml_get_type_traits_cpu(kind.id).contents.vec_dot_type
+            traits = self._base.ggml_get_type_traits(number).contents
+            blocks = GgmlType(traits.type_name.decode(), number, traits.blck_size, traits.type_size)
+            self._activation_types[kind] = blocks
+        return self._activation_types[kind]
+
+    def _pack(self, x: torch.Tensor, blocks: GgmlType, threads: int) -> torch.Tensor:
+        """x [n, in] in `blocks`: uint8 [n, row_bytes]. Threads share many rows out."""
+        packed = torch.empty(len(x), blocks.row_bytes(x.shape[1]), dtype=torch.uint8)
+        from_float = _FROM_FLOAT(self._cpu.ggml_get_type_traits_cpu(blocks.id).contents.from_float)
+
+        def job(start: int, stop: int) -> Job:
+            return lambda _: from_float(
+                x[start:].data_ptr(), packed[start:].data_ptr(), (stop - start) * x.shape[1]
+            )
+
+        step = max(1, len(x) if len(x) <= FEW_ROWS else -(-len(x) // threads))
+        jobs = [job(start, min(start + step, len(x))) for start in range(0, len(x), step)]
+        self._team.run(jobs, [0] * len(jobs))
+        return packed
 
     def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """weight float32 [rows, in] into packed uint8 [rows, row_bytes], both contiguous."""
@@ -298,33 +343,39 @@ class Library:
         _TO_FLOAT(traits.to_float)(packed.data_ptr(), weight.data_ptr(), weight.numel())
 
     def _shares(self, shape: Shape) -> "list[_Product]":
-        """Products that make up one of `shape`, one for each thread if there are enough rows."""
+        """Products that make up one of `shape`: several for each thread if there are enough rows."""
         products = self._shared.pop(shape, None)
         if products is None:
+            if len(self._shared) == KEPT_SHAPES:
+                self._spare += self._shared.pop(next(iter(self._shared)))
             kind, in_features, rows, n, threads, _ = shape
-            share = -(-rows // (threads * SHARE_ROWS)) * SHARE_ROWS
-            starts = range(0, rows, share)
-            products = self._shared.pop(next(iter(self._shared))) if len(self._shared) == KEPT_SHAPES else []
-            products += [_Product(self._base, self._cpu) for _ in starts[len(products) :]]
-            del products[len(starts) :]
-            for product, start in zip(products, starts, strict=True):
-                product.shape(kind, in_features, start, min(share, rows - start), rows, n)
+            shares = 1 if threads == 1 else threads * (SHARES_OF_FEW if n <= FEW_ROWS else SHARES_OF_MANY)
+            share = -(-rows // (shares * SHARE_ROWS)) * SHARE_ROWS
+            products = []
+            for start in range(0, rows, share):
+                product = self._spare.pop() if self._spare else _Product(self._base, self._cpu)
+                count, blocks = min(share, rows - start), self._activation_type(kind)
+                product.shape(kind, blocks, in_features, start, count, rows, n)
+                products.append(product)
         self._shared[shape] = products
         return products
 
-    def _make_room(self, i: int, nbytes: int) -> None:
-        """See that the `i`-th product of a call has memory to work in."""
-        if i == len(self._work):
-            self._work.append(torch.empty(nbytes, dtype=torch.uint8))
-        elif self._work[i].nbytes < nbytes:
-            self._work[i] = torch.empty(nbytes, dtype=torch.uint8)
+    def _make_room(self, threads: int, nbytes: int) -> None:
+        """See that so many threads have memory to work in."""
+        for i in range(threads):
+            if i == len(self._work):
+                self._work.append(torch.empty(nbytes, dtype=torch.uint8))
+            elif self._work[i].nbytes < nbytes:
+                self._work[i] = torch.empty(nbytes, dtype=torch.uint8)
 
 
 class _Product:
-    """A graph of one product, for one thread: some columns of y, x times some rows of a weight."""
+    """A graph of one share of a product, for one thread: some columns of y, x times some rows of a weight."""
 
     def __init__(self, base: ctypes.CDLL, cpu: ctypes.CDLL) -> None:
-        context = base.ggml_init(_Init(16384, None, True))  # for good: the structures alone, no numbers
+        context = base.ggml_init(
+            _Init(CONTEXT_BYTES, None, True)
+        )  # for good: the structures alone, no numbers
         weight, x = (base.ggml_new_tensor_2d(context, F32, 1, 1) for _ in range(2))
         y = base.ggml_mul_mat(context, weight, x)
         self._graph = base.ggml_new_graph_custom(context, 4, False)
@@ -334,39 +385,45 @@ class _Product:
         params = _PoolParams()
         base.ggml_threadpool_params_init(byref(params), 1)  # one thread, the calling one
         self._pool = cpu.ggml_threadpool_new(byref(params))
-        self._make_plan = cpu.ggml_graph_plan
+        self._make_plan, self._compute = cpu.ggml_graph_plan, cpu.ggml_graph_compute
         self._start_row = self._row_bytes = 0
 
-    def shape(self, kind: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int) -> None:
-        """Say which part of which product this is."""
+    def shape(
+        self, kind: GgmlType, packed: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int
+    ) -> None:
+        """Say which part of which product this is, and in which blocks x comes."""
         self._start_row, self._row_bytes = start, kind.row_bytes(in_features)
-        self._weight.type = kind.id
+        self._weight.type, self._x.type = kind.id, packed.id
         for tensor, inner, outer, unit_bytes, line_bytes in (
             (self._weight, in_features, rows, kind.block_bytes, self._row_bytes),
-            (self._x, in_features, n, 4, 4 * in_features),
+            (self._x, in_features, n, packed.block_bytes, packed.row_bytes(in_features)),
             (self._y, rows, n, 4, 4 * all_rows),
         ):
             tensor.ne[:2] = inner, outer
             tensor.nb[:] = unit_bytes, line_bytes, outer * line_bytes, outer * line_bytes
         self._plan = self._make_plan(self._graph, 1, self._pool)
         self.work_bytes = int(self._plan.work_size)
-        self.call = self._graph, byref(self._plan)
+        self._call = self._graph, byref(self._plan)
 
-    def place(self, weight: int, x: int, y: int, work: int) -> None:
-        """Say where the whole weight, x and y begin, and the memory to work in."""
-        self._plan.work_data = work
+    def place(self, weight: int, x: int, y: int) -> None:
+        """Say where the whole weight, x and y begin."""
         self._weight.data = weight + self._start_row * self._row_bytes
         self._x.data = x
         self._y.data = y + 4 * self._start_row
 
+    def compute(self, work: int) -> bool:
+        """Multiply, working in the memory at `work`. Returns whether it failed."""
+        self._plan.work_data = work
+        return bool(self._compute(*self._call))
+
 
 class _Team:
-    """Runs products on torch's OpenMP threads, as compiled code does for `#pragma omp parallel`."""
+    """Runs jobs on torch's OpenMP threads, as compiled code does for `#pragma omp parallel`."""
 
-    def __init__(self, compute: Callable[..., int]) -> None:
+    def __init__(self) -> None:
         torch_cpu = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
-        self._compute = compute
-        self._waiting: Iterator[_Product] = iter(())
+        self._waiting: Iterator[Job] = iter(())
+        self._rooms: Iterator[int] = iter(())
         self._failed = False
         self._joined = _JOB(self._join)
         self._job = ctypes.cast(self._joined, c_void_p)
@@ -382,14 +439,15 @@ class _Team:
         self._start.restype, self._start.argtypes = None, [c_void_p, c_void_p, c_uint]
         self._end.restype = None
 
-    def run(self, products: "list[_Product]", threads: int) -> bool:
-        """Compute them all, on so many threads, of which this is one. Returns whether one failed."""
-        self._waiting, self._failed = iter(products), False
-        if min(threads, len(products)) == 1:
+    def run(self, jobs: Sequence[Job], rooms: Sequence[int]) -> bool:
+        """Do them all, on a thread for each of `rooms`, the addresses of memory to work in; one of them is this thread. Returns
+        whether a job failed."""
+        self._waiting, self._rooms, self._failed = iter(jobs), iter(rooms), False
+        if len(rooms) <= 1:
             self._take()
         else:
             try:  # what is raised in here (Ctrl-C) is raised after the first call
-                self._start(self._job, None, min(threads, len(products)))
+                self._start(self._job, None, len(rooms))
                 self._take()
             finally:
                 self._end()
@@ -403,9 +461,10 @@ class _Team:
         self._take()
 
     def _take(self) -> None:
-        """Compute what nobody has taken yet: a list's iterator gives each product once."""
-        for product in self._waiting:
-            if self._compute(*product.call):
+        """Do what nobody has taken yet: a list's iterator gives each job once."""
+        room = next(self._rooms, 0)
+        for job in self._waiting:
+            if job(room):
                 self._failed = True
 
 
@@ -481,5 +540,15 @@ class _Traits(Structure):
     )
 
 
+class _CpuTraits(Structure):
+    _fields_ = (
+        ("from_float", c_void_p),
+        ("vec_dot", c_void_p),
+        ("vec_dot_type", c_int),
+        ("nrows", c_int64),
+    )
+
+
 _JOB = CFUNCTYPE(None, c_void_p)
 _TO_FLOAT = CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
+_FROM_FLOAT = CFUNCTYPE(None, c_void_p, c_void_p, c_int64)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -200,6 +201,35 @@ def test_graphs_of_the_last_shapes_are_kept_and_no_more() -> None:
         kernel.multiply(torch.randn(rows, IN), packed, ROWS, None)
     assert len(kept) == KEPT_SHAPES
     assert torch.equal(kernel.multiply(x, packed, ROWS, None), expected)
+
+
+def test_graphs_that_are_no_longer_kept_are_used_for_other_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(ggml._Product):
+        def __init__(self, *libraries: Any) -> None:
+            made.append(self)
+            super().__init__(*libraries)
+
+    monkeypatch.setattr(ggml, "_Product", Counted)
+    kernel = GgmlKernel(1024, TYPES["Q4_K"], torch.float32)
+    packed = random_rows(kernel.type, 1100, 1024)
+    for repetition in range(3):
+        for rows in range(1, KEPT_SHAPES + 5):  # few rows and many: more shares and fewer
+            kernel.multiply(torch.randn(rows, 1024), packed, 1100, None)
+        most = len(made) if repetition == 0 else most
+    assert len(made) <= most + ggml.SHARES_OF_FEW * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("activation_rows", [1, 20])
+@pytest.mark.usefixtures("threads")
+def test_output_rows_are_cut_into_more_shares_than_threads(activation_rows: int) -> None:
+    packed, x = random_rows(TYPES["Q4_K"], 1100, 1024), torch.randn(activation_rows, 1024)
+    torch.set_num_threads(2)
+    multiply(TYPES["Q4_K"], x, packed)
+    assert len(list(library()._shared.values())[-1]) == 2 * (
+        ggml.SHARES_OF_FEW if activation_rows == 1 else ggml.SHARES_OF_MANY
+    )
 
 
 def test_rows_that_end_within_a_block_are_refused() -> None:
