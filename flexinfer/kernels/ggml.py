@@ -69,7 +69,7 @@ SHARES_OF_FEW, SHARES_OF_MANY = (
     2,
 )  # of output rows, for each thread, with up to FEW_ROWS activation rows and with more
 CONTEXT_BYTES = 4096  # for the structures of one product, of which ggml 0.26 takes 1440
-KEPT_SHAPES = 24  # products whose graphs are kept: a model has ten or so, for one token and for a few
+KEPT_SHAPES = 64  # products whose graphs are kept: a model has ten or so, for one token and for a few; experts of a layer three each
 ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
 
 
@@ -181,6 +181,19 @@ def multiply_each(
     return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1]) for y in products]
 
 
+def multiply_rows(
+    x: torch.Tensor, weights: Sequence[tuple[GgmlKernel, torch.Tensor]], rows: int
+) -> torch.Tensor:
+    """[n, rows]: row i of x [n, in_features] times the `rows` rows in the i-th weight, as its kernel's `multiply` makes it; computed together.
+
+    x is float32 and contiguous, and has as many rows as there are weights.
+    """
+    y = torch.empty(len(x), rows)
+    parts = [(kernel.type, view, y[i : i + 1]) for i, (kernel, view) in enumerate(weights)]
+    library().multiply(x, parts, a_row_each=True)
+    return y
+
+
 def quantize_rows(kind: GgmlType, weight: torch.Tensor) -> torch.Tensor:
     """weight [rows, in_features] in blocks of `kind`: uint8 [rows, row_bytes]. Threads may share it out.
 
@@ -260,13 +273,18 @@ class Library:
         self._lock = threading.Lock()
 
     def multiply(
-        self, x: torch.Tensor, weights: Sequence[tuple[GgmlType, torch.Tensor, torch.Tensor]]
+        self,
+        x: torch.Tensor,
+        weights: Sequence[tuple[GgmlType, torch.Tensor, torch.Tensor]],
+        *,
+        a_row_each: bool = False,
     ) -> None:
-        """For each type, weight and y in `weights`: y [n, rows] = x [n, in] times the rows in the weight. x and y are float32, all
-        is contiguous."""
-        n, in_features = x.shape
+        """For each type, weight and y in `weights`: y [n, rows] = x [n, in] times the rows in the weight; with `a_row_each`, y [1, rows] =
+        row i of x times the rows in the i-th weight. x and y are float32, all is contiguous."""
+        n, in_features = (1 if a_row_each else len(x)), x.shape[1]
         with self._lock:
             threads = torch.get_num_threads()
+            enough = len(weights) >= threads * SHARES_OF_FEW  # weights to go round: none has to be cut
             packed: dict[GgmlType, torch.Tensor] = {}
             products: list[_Product] = []
             for part, (kind, weight, y) in enumerate(weights):
@@ -275,10 +293,10 @@ class Library:
                 blocks = self._activation_type(kind)
                 if blocks not in packed:
                     packed[blocks] = self._pack(x, blocks, threads)
-                addresses = weight.data_ptr(), packed[blocks].data_ptr(), y.data_ptr()
-                few_threads = threads if n * rows * in_features >= ONE_THREAD_WORK else 1
+                x_address = packed[blocks].data_ptr() + (part * packed[blocks].shape[1] if a_row_each else 0)
+                few_threads = 1 if enough or n * rows * in_features < ONE_THREAD_WORK else threads
                 for product in self._shares((kind, in_features, rows, n, few_threads, part)):
-                    product.place(*addresses)
+                    product.place(weight.data_ptr(), x_address, y.data_ptr())
                     products.append(product)
             threads = min(threads, len(products))
             self._make_room(threads, max(product.work_bytes for product in products))

@@ -140,7 +140,8 @@ class ExpertCache:
 
     def looks_ahead(self) -> bool:
         """Whether it is worth foretelling what the next layer wants. Called once a layer."""
-        if self._queue is None or self._queue.synchronous:
+        all_here = len(self._slot_of) == len(self._pieces)
+        if self._queue is None or self._queue.synchronous or all_here:
             return False
         if self._worth >= 0.5:
             return True

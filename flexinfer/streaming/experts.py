@@ -5,6 +5,9 @@ grouped by the expert that they are routed to, each expert multiplies its tokens
 the cache (flexinfer.streaming.expert_cache), and what it makes is added up in the order of the experts' numbers: the operations and the
 order of transformers' own "eager" implementation, so the bits are its bits.
 
+Of a single token the experts that are in memory are computed together where their weights are in ggml's blocks: threads are woken
+twice for all of them, and an operation of torch works on all of them.
+
 While there are few tokens, the hidden states of a layer are also put through the next layer's router: what that chooses is read when
 there is nothing else to read. Experts that are in memory are computed first while outputs are small, so that the others are read meanwhile. What was
 computed out of turn is held until its turn to be added comes.
@@ -15,14 +18,16 @@ On the meta device the same operations run for the worst routing: all tokens to 
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from flexinfer.imports import deferred
 from flexinfer.kernels import Kernel
+from flexinfer.kernels.ggml import GgmlKernel, multiply_each, multiply_rows
 from flexinfer.mixture import ExpertLayer
 from flexinfer.plan import Weight
 from flexinfer.streaming.expert_cache import ExpertCache
@@ -161,9 +166,12 @@ class StreamedExperts:
             turn = next(turns, None)
             output = torch.zeros_like(hidden)
             held: dict[int, torch.Tensor] = {}
+            few = len(hidden) == 1 and held_bytes <= HELD_BYTES
+            here = list(takewhile(cache.holds, order)) if few else []
+            made = self._outputs_together(module, hidden, here) if self._goes_together(module, here) else {}
             for number in order:
                 one = group_of[number]
-                y = self._output(module, one.take(hidden), one.expert)
+                y = made.pop(number) if number in made else self._output(module, one.take(hidden), one.expert)
                 held[number] = one.weigh(y, top_k_weights)
                 while turn in held:
                     group_of[turn].add(held.pop(turn).to(output.dtype), output)
@@ -174,6 +182,41 @@ class StreamedExperts:
         if self._cache is None:
             raise RuntimeError(f"{self._layer.name}: {self._detached}")
         return self._cache
+
+    def _goes_together(self, module: Any, experts: Sequence[int]) -> bool:
+        """Whether `_outputs_together` can compute these, and it is worth it."""
+        ours = all(
+            isinstance(kernel, GgmlKernel) and kernel.dtype == torch.float32 for kernel in self._kernels
+        )
+        whole = all(len(weight.pieces) == 1 for weight in self._layer.experts[0])
+        plain = not (module.has_bias or module.has_post_expert_norm or self._alternate)
+        return len(experts) > 1 and ours and whole and plain
+
+    def _outputs_together(
+        self, module: Any, hidden: torch.Tensor, numbers: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
+        """hidden [1, hidden] -> [1, hidden] of each of the experts `numbers`, all of them in memory, not weighted yet."""
+        cache, start_s = self._use_cache(), perf_counter()
+        kernels = cast(Sequence[GgmlKernel], self._kernels)
+        weights = self._layer.experts[numbers[0] - self._first]
+        rows = [weight.pieces[0].row_stop - weight.pieces[0].row_start for weight in weights]
+
+        def view(number: int, i: int) -> torch.Tensor:
+            return kernels[i].view(*cache.acquire(number, i), rows[i])
+
+        last = len(weights) - 1
+        ups = [(kernels[i], view(number, i), rows[i], None) for number in numbers for i in range(last)]
+        y = torch.cat(multiply_each(hidden, ups), -1).view(len(numbers), -1)  # [experts, gate and up]
+        y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+        y = multiply_rows(
+            y.contiguous(), [(kernels[last], view(number, last)) for number in numbers], rows[last]
+        )
+        for number in numbers:
+            for i in range(len(weights)):
+                cache.release(number, i)
+        nbytes = len(numbers) * sum(weight.nbytes for weight in weights)
+        self._trace.add("compute", weights[0].name, weights[0].layer, start_s, nbytes)
+        return dict(zip(numbers, y.split(1), strict=True))
 
     def _output(self, module: Any, states: torch.Tensor, expert: int) -> torch.Tensor:
         weights = self._layer.experts[expert]

@@ -25,6 +25,7 @@ from flexinfer.kernels.ggml import (
     GgmlType,
     dequantize_rows,
     library,
+    multiply_rows,
     quantize_rows,
 )
 from flexinfer.streaming.memory import Buffer
@@ -214,11 +215,22 @@ def test_graphs_that_are_no_longer_kept_are_used_for_other_shapes(monkeypatch: p
     monkeypatch.setattr(ggml, "_Product", Counted)
     kernel = GgmlKernel(1024, TYPES["Q4_K"], torch.float32)
     packed = random_rows(kernel.type, 1100, 1024)
-    for repetition in range(3):
+    counts = []
+    for _ in range(3):
         for rows in range(1, KEPT_SHAPES + 5):  # few rows and many: more shares and fewer
             kernel.multiply(torch.randn(rows, 1024), packed, 1100, None)
-        most = len(made) if repetition == 0 else most
-    assert len(made) <= most + ggml.SHARES_OF_FEW * torch.get_num_threads()
+        counts.append(len(made))
+    assert counts[0] >= KEPT_SHAPES
+    assert counts[2] <= counts[0] + ggml.SHARES_OF_FEW * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_a_row_for_each_weight_gives_what_each_gives_alone(name: str, count: int) -> None:
+    kernel, x = GgmlKernel(1024, TYPES[name], torch.float32), torch.randn(count, 1024)
+    weights = [random_rows(kernel.type, 1100, 1024) for _ in range(count)]
+    alone = [kernel.multiply(row[None], packed, 1100, None) for row, packed in zip(x, weights, strict=True)]
+    assert torch.equal(multiply_rows(x, [(kernel, packed) for packed in weights], 1100), torch.cat(alone))
 
 
 @pytest.mark.parametrize("activation_rows", [1, 20])
