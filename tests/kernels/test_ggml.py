@@ -213,6 +213,8 @@ def test_graphs_that_are_no_longer_kept_are_used_for_other_shapes(monkeypatch: p
             super().__init__(*libraries)
 
     monkeypatch.setattr(ggml, "_Product", Counted)
+    monkeypatch.setattr(library(), "_shared", {})
+    monkeypatch.setattr(library(), "_spare", [])
     kernel = GgmlKernel(1024, TYPES["Q4_K"], torch.float32)
     packed = random_rows(kernel.type, 1100, 1024)
     counts = []
