@@ -75,6 +75,7 @@ from flexinfer.plan import (
     make_plan,
     parse_size,
     smallest_budget_bytes,
+    with_page_tables,
 )
 from flexinfer.rehearsal import rehearse_once
 from flexinfer.report import bottleneck, memory_stall_s, plan_line
@@ -1192,7 +1193,9 @@ def _resident_or_refused(
     why: Exception,
 ) -> Skeleton:
     """The whole model in memory when the budget holds it; BudgetError, with the reason it cannot be streamed, when not."""
-    smallest_bytes = anonymous_bytes() + resident_bytes(checkpoint, dtype, context) + MARGIN_BYTES
+    smallest_bytes = (
+        anonymous_bytes() + with_page_tables(resident_bytes(checkpoint, dtype, context)) + MARGIN_BYTES
+    )
     if budget_bytes < smallest_bytes:
         raise BudgetError(
             f"{why}; resident it needs at least memory={smallest_bytes} bytes ({format_size(smallest_bytes + (1 << 20))})"

@@ -30,6 +30,8 @@ Kind = Literal["attention", "ffn", "head"]
 
 DEFAULT_WINDOW_BYTES = 20 << 20  # four pieces: one computed on, two being read, one ready
 MIN_SLOTS = 2  # one computed on, one filled
+TABLE_BYTES = 4096  # a page of tables
+MAPPED_BYTES = 2 << 20  # that it maps
 UNITS_BYTES = {"": 1, "B": 1}
 UNITS_BYTES |= {f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}
 UNITS_BYTES |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
@@ -253,7 +255,21 @@ def smallest_budget_bytes(
     """The least budget in which the weights can be streamed: what is fixed, and the smallest window and cache of experts, and
     substitutes of all weights where there are some."""
     slot_bytes = mixture.slots().slot_bytes if mixture is not None else 0
-    return fixed.nbytes + MIN_SLOTS * (_slot_bytes(weights) + slot_bytes) + _all_bytes(substitutes)
+    held_bytes = MIN_SLOTS * (_slot_bytes(weights) + slot_bytes) + _all_bytes(substitutes)
+    return fixed.nbytes + with_page_tables(held_bytes)
+
+
+def page_table_bytes(nbytes: int) -> int:
+    """What the system takes for the tables of so much memory, huge pages or not: a page for each 2 MiB, counted with the process."""
+    return max(0, nbytes) // MAPPED_BYTES * TABLE_BYTES
+
+
+def with_page_tables(nbytes: int) -> int:
+    """The least memory that holds `nbytes` and the tables for all of it."""
+    total_bytes = nbytes + page_table_bytes(nbytes)
+    while total_bytes - page_table_bytes(total_bytes) < nbytes:
+        total_bytes += TABLE_BYTES
+    return total_bytes
 
 
 def _all_bytes(substitutes: Substitutes | None) -> int:
@@ -286,6 +302,9 @@ def make_plan(
     window_bytes, window_layers = parse_window(window)
     pieces = [piece for weight in weights for piece in weight.pieces]
     dense_bytes = sum(piece.nbytes for piece in pieces)
+    smallest_bytes = smallest_budget_bytes(weights, fixed, mixture, substitutes)
+    tables_bytes = page_table_bytes(budget_bytes - fixed.nbytes)
+    fixed = replace(fixed, process_bytes=fixed.process_bytes + tables_bytes)
     spare_bytes = budget_bytes - fixed.nbytes
     slot_bytes = _slot_bytes(weights)
     to_lock_bytes = sum(weight.locked_bytes for weight in weights)
@@ -304,7 +323,6 @@ def make_plan(
             slots_of_cache += more
             spare_bytes -= more * cache.slot_bytes
     else:
-        smallest_bytes = smallest_budget_bytes(weights, fixed, mixture, substitutes)
         if budget_bytes < smallest_bytes:
             raise BudgetError(
                 _too_little(budget_bytes, smallest_bytes, fixed, slot_bytes, cache, _all_bytes(substitutes))

@@ -189,7 +189,9 @@ def test_auto_locks_all_in_a_budget_that_holds_all_and_no_scores_of_candidates(
     path = make(checkpoint)
     machine(monkeypatch, Costs(1e4, 1e-4), FEW_ROWS_COST_LITTLE)
     whole = load(path).flexinfer.plan
-    memory = whole.budget_bytes - whole.unused_bytes
+    while whole.unused_bytes:  # a smaller budget has smaller page tables too
+        whole = load(path, whole.budget_bytes - whole.unused_bytes).flexinfer.plan
+    memory = whole.budget_bytes
     assert load(path, memory, draft="lookup").flexinfer.plan.streamed_bytes > 0
     auto = load(path, memory, draft="auto").flexinfer
     assert auto.plan.draft is None

@@ -22,8 +22,10 @@ from flexinfer.plan import (
     Weight,
     format_size,
     make_plan,
+    page_table_bytes,
     parse_size,
     parse_window,
+    smallest_budget_bytes,
 )
 
 FIXED = Fixed(process_bytes=1000, resident_bytes=200, kv_bytes=300, activation_bytes=400, margin_bytes=100)
@@ -113,15 +115,18 @@ def test_every_byte_is_accounted_for(
 ) -> None:
     total_memory = sum(w.locked_bytes for w in weights)
     slot_bytes = max(piece.memory_bytes for w in weights for piece in w.pieces)
-    budget = FIXED.nbytes + MIN_SLOTS * slot_bytes + int(share * total_memory)
+    budget = smallest_budget_bytes(weights, FIXED) + int(share * total_memory)
     plan = make_plan(weights, FIXED, budget, COSTS, policy=policy, window=window)
+    tables = page_table_bytes(budget - FIXED.nbytes)
     locked_memory = sum(
         p.memory_bytes for w in weights for p in w.pieces[: plan.locked_pieces.get(w.name, 0)]
     )
 
     assert plan.locked_bytes + plan.streamed_bytes == plan.total_bytes == sum(w.nbytes for w in weights)
     assert plan.unused_bytes >= 0
-    assert FIXED.nbytes + plan.window_bytes + locked_memory + plan.unused_bytes == plan.budget_bytes == budget
+    assert plan.fixed == replace(FIXED, process_bytes=FIXED.process_bytes + tables)
+    assert plan.fixed.nbytes + plan.window_bytes + locked_memory + plan.unused_bytes == budget
+    assert plan.budget_bytes == budget
     assert all(0 <= plan.locked_pieces.get(w.name, 0) <= len(w.pieces) for w in weights)
     if plan.streamed_bytes:
         assert plan.slots >= MIN_SLOTS
@@ -430,3 +435,17 @@ def test_a_model_with_nothing_to_stream_has_a_plan_under_every_policy() -> None:
         assert (plan.streamed_bytes, plan.locked_bytes, plan.slots, plan.unused_bytes) == (0, 0, 0, 59)
         with pytest.raises(BudgetError, match="at least 41 bytes"):
             make_plan([], fixed, 40, costs, policy=policy)
+
+
+@pytest.mark.parametrize("mib", [1, 30, 700])
+def test_tables_of_pages_are_in_the_budget(mib: int) -> None:
+    weights = [weight(str(i), "q", i, "attention", [mib << 20] * 4) for i in range(3)]
+    smallest = smallest_budget_bytes(weights, FIXED)
+    make_plan(weights, FIXED, smallest, COSTS)
+    with pytest.raises(BudgetError, match=f"at least {smallest} bytes"):
+        make_plan(weights, FIXED, smallest - 1, COSTS)
+    budget = smallest + 5 * (mib << 20)
+    plan = make_plan(weights, FIXED, budget, COSTS)
+    tables = plan.fixed.process_bytes - FIXED.process_bytes
+    assert tables >= (plan.held_bytes + plan.unused_bytes) // 512 - PAGE
+    assert plan.fixed.nbytes + plan.held_bytes + plan.unused_bytes == budget
