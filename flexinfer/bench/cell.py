@@ -41,7 +41,7 @@ from typing import Any
 from flexinfer.bench import limits as limiting
 from flexinfer.bench import systems
 from flexinfer.bench.config import BITS_PER_WEIGHT, GGUF_FORMATS, CellConfig, ModelConfig, from_dict
-from flexinfer.bench.provenance import provenance
+from flexinfer.bench.provenance import engine_commit, provenance
 from flexinfer.bench.records import Limits, Provenance, Record
 
 ROOT = Path(__file__).parents[2]
@@ -322,6 +322,8 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
     origin = provenance(Path(facts.path))
     model_id = cell.model.shape.facts() if cell.model.shape else facts.path
     what = [model_id, system.kind, system.options, system.format]
+    if system.kind == "flexinfer":  # measured anew when it has changed
+        what.append(engine_commit())
     batch = cell.workload.batch or 1
     told = [*what, cell.device.cores, origin.cpu, origin.versions, *([batch] if batch > 1 else [])]
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

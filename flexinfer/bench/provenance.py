@@ -52,6 +52,11 @@ def provenance(checkpoint: Path, root: Path = Path(__file__).parents[2]) -> Prov
     )
 
 
+def engine_commit(root: Path = Path(__file__).parents[2]) -> str:
+    """The last commit that changed the package, the tools that measure it among it; empty outside a checkout."""
+    return _git(root, "log", "-1", "--format=%H", "--", "flexinfer")
+
+
 def cpu_name(cpuinfo: Path) -> str:
     """Name of the CPU, and AVX-512 and AMX where it has them."""
     name = _field(cpuinfo, "model name").replace("(R)", "").replace("(TM)", "")

@@ -183,6 +183,18 @@ def test_the_resident_pass_is_measured_once(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
+def test_the_engines_resident_pass_is_measured_anew_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30)
+    facts = cells.describe_checkpoint(one)
+    for commit, kept in (("first", 1), ("first", 1), ("second", 2)):
+        monkeypatch.setattr(cells, "engine_commit", lambda commit=commit: commit)
+        seconds, _ = cells._resident_pass(one, facts, tmp_path)
+        assert seconds is not None
+        assert len(list((tmp_path / "resident").iterdir())) == kept
+
+
 def test_scratch_of_a_killed_run_is_removed_by_the_next_and_that_of_a_live_one_kept(tmp_path: Path) -> None:
     dead, live = (tmp_path / f"flexinfer-cell-{pid}-abc" for pid in (2**22 + 1, os.getpid()))
     for path in (dead, live):
