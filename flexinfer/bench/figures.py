@@ -53,6 +53,7 @@ LOOKS = {
     "accelerate": Look("#44AA99", "h", "-.", "**"),
     "airllm": Look("#DDCC77", "<", ":", "\\|"),
     "ollm": Look("#555555", ">", ":", "-/"),
+    "without-look-ahead": Look("#117733", "H", "--", "x."),
 }
 BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}
 AT_ONE_BUDGET: dict[str, Any] = {"marker": "_", "markersize": 9}  # a line through one point would not be seen
