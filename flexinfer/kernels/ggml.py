@@ -268,7 +268,7 @@ class Library:
         self._team = _Team()
         self._shared: dict[Shape, list[_Product]] = {}  # the last used is the last
         self._spare: list[_Product] = []  # of shapes that are no longer kept
-        self._activation_types: dict[GgmlType, GgmlType] = {}
+        self._activations: dict[GgmlType, _Activations] = {}
         self._work: list[torch.Tensor] = []  # what each thread works in
         self._lock = threading.Lock()
 
@@ -290,9 +290,10 @@ class Library:
             for part, (kind, weight, y) in enumerate(weights):
                 rows = y.shape[1]
                 assert weight.shape == (rows, kind.row_bytes(in_features))
-                blocks = self._activation_type(kind)
+                activations = self._activations_for(kind)
+                blocks = activations.type
                 if blocks not in packed:
-                    packed[blocks] = self._pack(x, blocks, threads)
+                    packed[blocks] = self._pack(x, activations, threads)
                 x_address = packed[blocks].data_ptr() + (part * packed[blocks].shape[1] if a_row_each else 0)
                 few_threads = 1 if enough or n * rows * in_features < ONE_THREAD_WORK else threads
                 for product in self._shares((kind, in_features, rows, n, few_threads, part)):
@@ -313,31 +314,30 @@ class Library:
         with self._lock:
             threads = torch.get_num_threads()
             products = self._shares((kind, in_features, rows, n, threads, 0))
-            packed_bytes = n * self._activation_type(kind).row_bytes(in_features)
+            packed_bytes = n * self._activations_for(kind).type.row_bytes(in_features)
             return packed_bytes + threads * max(product.work_bytes for product in products)
 
-    def _activation_type(self, kind: GgmlType) -> GgmlType:
-        """What activations are quantised to for a weight of `kind`."""
-        if kind not in self._activation_types:
+    def _activations_for(self, kind: GgmlType) -> "_Activations":
+        """How activations are quantised for a weight of `kind`."""
+        if kind not in self._activations:
             number = self._cpu.ggml_get_type_traits_cpu(kind.id).contents.vec_dot_type
             traits = self._base.ggml_get_type_traits(number).contents
             blocks = GgmlType(traits.type_name.decode(), number, traits.blck_size, traits.type_size)
-            self._activation_types[kind] = blocks
-        return self._activation_types[kind]
+            from_float = self._cpu.ggml_get_type_traits_cpu(number).contents.from_float
+            self._activations[kind] = _Activations(blocks, _FROM_FLOAT(from_float))
+        return self._activations[kind]
 
-    def _pack(self, x: torch.Tensor, blocks: GgmlType, threads: int) -> torch.Tensor:
-        """x [n, in] in `blocks`: uint8 [n, row_bytes]. Threads share many rows out."""
-        packed = torch.empty(len(x), blocks.row_bytes(x.shape[1]), dtype=torch.uint8)
-        from_float = _FROM_FLOAT(self._cpu.ggml_get_type_traits_cpu(blocks.id).contents.from_float)
+    def _pack(self, x: torch.Tensor, activations: "_Activations", threads: int) -> torch.Tensor:
+        """x [n, in] quantised: uint8 [n, row_bytes]. Threads share many rows out."""
+        packed = torch.empty(len(x), activations.type.row_bytes(x.shape[1]), dtype=torch.uint8)
 
-        def job(start: int, stop: int) -> Job:
-            return lambda _: from_float(
-                x[start:].data_ptr(), packed[start:].data_ptr(), (stop - start) * x.shape[1]
-            )
+        def job(part: torch.Tensor, into: torch.Tensor) -> Job:
+            addresses, count = (part.data_ptr(), into.data_ptr()), part.numel()
+            return lambda _: activations.from_float(*addresses, count)
 
-        step = max(1, len(x) if len(x) <= FEW_ROWS else -(-len(x) // threads))
-        jobs = [job(start, min(start + step, len(x))) for start in range(0, len(x), step)]
-        self._team.run(jobs, [0] * len(jobs))
+        parts = threads if len(x) > FEW_ROWS else 1
+        jobs = [job(*pair) for pair in zip(x.tensor_split(parts), packed.tensor_split(parts), strict=True)]
+        self._team.run(jobs, [0] * parts)
         return packed
 
     def quantize(self, kind: GgmlType, weight: torch.Tensor, packed: torch.Tensor) -> None:
@@ -372,7 +372,7 @@ class Library:
             products = []
             for start in range(0, rows, share):
                 product = self._spare.pop() if self._spare else _Product(self._base, self._cpu)
-                count, blocks = min(share, rows - start), self._activation_type(kind)
+                count, blocks = min(share, rows - start), self._activations_for(kind).type
                 product.shape(kind, blocks, in_features, start, count, rows, n)
                 products.append(product)
         self._shared[shape] = products
@@ -385,6 +385,14 @@ class Library:
                 self._work.append(torch.empty(nbytes, dtype=torch.uint8))
             elif self._work[i].nbytes < nbytes:
                 self._work[i] = torch.empty(nbytes, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Activations:
+    """How activations are quantised before they are multiplied."""
+
+    type: GgmlType
+    from_float: Callable[[int, int, int], None]  # addresses of numbers and of blocks, and how many numbers
 
 
 class _Product:
@@ -461,7 +469,7 @@ class _Team:
         """Do them all, on a thread for each of `rooms`, the addresses of memory to work in; one of them is this thread. Returns
         whether a job failed."""
         self._waiting, self._rooms, self._failed = iter(jobs), iter(rooms), False
-        if len(rooms) <= 1:
+        if len(rooms) == 1:
             self._take()
         else:
             try:  # what is raised in here (Ctrl-C) is raised after the first call
@@ -480,7 +488,7 @@ class _Team:
 
     def _take(self) -> None:
         """Do what nobody has taken yet: a list's iterator gives each job once."""
-        room = next(self._rooms, 0)
+        room = next(self._rooms)
         for job in self._waiting:
             if job(room):
                 self._failed = True

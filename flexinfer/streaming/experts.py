@@ -124,6 +124,10 @@ class StreamedExperts:
         self._layer, self._kernels = layer, kernels
         self._first = first  # the number of this layer's first expert, over all layers
         self._trace, self._lock, self._see_to_memory = trace, lock, see_to_memory
+        self._goes_together = not alternate and all(
+            isinstance(kernel, GgmlKernel) and kernel.dtype == torch.float32 and len(weight.pieces) == 1
+            for kernel, weight in zip(kernels, layer.experts[0], strict=True)
+        )  # whether `_outputs_together` can compute them, if their module is as plain
         self._foretell: Callable[[torch.Tensor], Sequence[int]] | None = None
         self._note: Callable[[list[int]], object] | None = None
         self.detach(NOT_READ)
@@ -166,9 +170,10 @@ class StreamedExperts:
             turn = next(turns, None)
             output = torch.zeros_like(hidden)
             held: dict[int, torch.Tensor] = {}
+            plain = self._goes_together and not (module.has_bias or module.has_post_expert_norm)
             few = len(hidden) == 1 and held_bytes <= HELD_BYTES
-            here = list(takewhile(cache.holds, order)) if few else []
-            made = self._outputs_together(module, hidden, here) if self._goes_together(module, here) else {}
+            here = list(takewhile(cache.holds, order)) if plain and few else []
+            made = self._outputs_together(module, hidden, here) if len(here) > 1 else {}
             for number in order:
                 one = group_of[number]
                 y = made.pop(number) if number in made else self._output(module, one.take(hidden), one.expert)
@@ -182,15 +187,6 @@ class StreamedExperts:
         if self._cache is None:
             raise RuntimeError(f"{self._layer.name}: {self._detached}")
         return self._cache
-
-    def _goes_together(self, module: Any, experts: Sequence[int]) -> bool:
-        """Whether `_outputs_together` can compute these, and it is worth it."""
-        ours = all(
-            isinstance(kernel, GgmlKernel) and kernel.dtype == torch.float32 for kernel in self._kernels
-        )
-        whole = all(len(weight.pieces) == 1 for weight in self._layer.experts[0])
-        plain = not (module.has_bias or module.has_post_expert_norm or self._alternate)
-        return len(experts) > 1 and ours and whole and plain
 
     def _outputs_together(
         self, module: Any, hidden: torch.Tensor, numbers: Sequence[int]
