@@ -157,7 +157,8 @@ class GgmlKernel:
     ) -> None:
         """y [n, rows] = x [n, in] times the rows in `view`, plus `bias`; rounded once."""
         product = y if y.dtype == torch.float32 else torch.empty(y.shape)
-        library().multiply(x.float().contiguous(), [(self.type, view, product)])
+        assert view.shape == (y.shape[1], self.row_bytes)
+        library().multiply(x.float().contiguous(), [(self.type, view.data_ptr(), product)])
         if bias is not None:
             product += bias
         if product is not y:
@@ -165,9 +166,9 @@ class GgmlKernel:
 
 
 def multiply_each(
-    x: torch.Tensor, parts: Sequence[tuple[GgmlKernel, torch.Tensor, int, torch.Tensor | None]]
+    x: torch.Tensor, parts: Sequence[tuple[GgmlKernel, int, int, torch.Tensor | None]]
 ) -> list[torch.Tensor]:
-    """What each kernel's `multiply` makes of x, view, rows and bias, computed together: threads are woken once for all.
+    """What each kernel's `multiply` makes of x, the view at an address, its rows and bias, computed together: threads are woken once for all.
 
     x has FEW_ROWS activation rows at most, and all kernels have its dtype and width.
     """
@@ -181,15 +182,13 @@ def multiply_each(
     return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1]) for y in products]
 
 
-def multiply_rows(
-    x: torch.Tensor, weights: Sequence[tuple[GgmlKernel, torch.Tensor]], rows: int
-) -> torch.Tensor:
-    """[n, rows]: row i of x [n, in_features] times the `rows` rows in the i-th weight, as its kernel's `multiply` makes it; computed together.
+def multiply_rows(x: torch.Tensor, weights: Sequence[tuple[GgmlKernel, int]], rows: int) -> torch.Tensor:
+    """[n, rows]: row i of x [n, in_features] times the `rows` rows at the i-th address, as its kernel's `multiply` makes it; computed together.
 
     x is float32 and contiguous, and has as many rows as there are weights.
     """
     y = torch.empty(len(x), rows)
-    parts = [(kernel.type, view, y[i : i + 1]) for i, (kernel, view) in enumerate(weights)]
+    parts = [(kernel.type, address, y[i : i + 1]) for i, (kernel, address) in enumerate(weights)]
     library().multiply(x, parts, a_row_each=True)
     return y
 
@@ -275,21 +274,20 @@ class Library:
     def multiply(
         self,
         x: torch.Tensor,
-        weights: Sequence[tuple[GgmlType, torch.Tensor, torch.Tensor]],
+        weights: Sequence[tuple[GgmlType, int, torch.Tensor]],
         *,
         a_row_each: bool = False,
     ) -> None:
-        """For each type, weight and y in `weights`: y [n, rows] = x [n, in] times the rows in the weight; with `a_row_each`, y [1, rows] =
-        row i of x times the rows in the i-th weight. x and y are float32, all is contiguous."""
+        """For each type, address and y in `weights`: y [n, rows] = x [n, in] times the rows that lie there; with `a_row_each`, y [1, rows] =
+        row i of x times the rows at the i-th address. x and y are float32, all is contiguous."""
         n, in_features = (1 if a_row_each else len(x)), x.shape[1]
         with self._lock:
             threads = torch.get_num_threads()
             enough = len(weights) >= threads * SHARES_OF_FEW  # weights to go round: none has to be cut
             packed: dict[GgmlType, torch.Tensor] = {}
             products: list[_Product] = []
-            for part, (kind, weight, y) in enumerate(weights):
+            for part, (kind, address, y) in enumerate(weights):
                 rows = y.shape[1]
-                assert weight.shape == (rows, kind.row_bytes(in_features))
                 activations = self._activations_for(kind)
                 blocks = activations.type
                 if blocks not in packed:
@@ -297,7 +295,7 @@ class Library:
                 x_address = packed[blocks].data_ptr() + (part * packed[blocks].shape[1] if a_row_each else 0)
                 few_threads = 1 if enough or n * rows * in_features < ONE_THREAD_WORK else threads
                 for product in self._shares((kind, in_features, rows, n, few_threads, part)):
-                    product.place(weight.data_ptr(), x_address, y.data_ptr())
+                    product.place(address, x_address, y.data_ptr())
                     products.append(product)
             threads = min(threads, len(products))
             self._make_room(threads, max(product.work_bytes for product in products))

@@ -173,11 +173,17 @@ class StreamedExperts:
             plain = self._goes_together and not (module.has_bias or module.has_post_expert_norm)
             few = len(hidden) == 1 and held_bytes <= HELD_BYTES
             here = list(takewhile(cache.holds, order)) if plain and few else []
-            made = self._outputs_together(module, hidden, here) if len(here) > 1 else {}
+            if len(here) < 2:
+                here = []
+            else:
+                places = [cast(int, group_of[number].places) for number in here]
+                y = self._outputs_together(module, hidden, here) * top_k_weights[0, places, None]
+                held.update(zip(here, y.split(1), strict=True))
             for number in order:
-                one = group_of[number]
-                y = made.pop(number) if number in made else self._output(module, one.take(hidden), one.expert)
-                held[number] = one.weigh(y, top_k_weights)
+                if number not in here:
+                    one = group_of[number]
+                    y = self._output(module, one.take(hidden), one.expert)
+                    held[number] = one.weigh(y, top_k_weights)
                 while turn in held:
                     group_of[turn].add(held.pop(turn).to(output.dtype), output)
                     turn = next(turns, None)
@@ -188,31 +194,30 @@ class StreamedExperts:
             raise RuntimeError(f"{self._layer.name}: {self._detached}")
         return self._cache
 
-    def _outputs_together(
-        self, module: Any, hidden: torch.Tensor, numbers: Sequence[int]
-    ) -> dict[int, torch.Tensor]:
-        """hidden [1, hidden] -> [1, hidden] of each of the experts `numbers`, all of them in memory, not weighted yet."""
+    def _outputs_together(self, module: Any, hidden: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        """hidden [1, hidden] -> [experts, hidden] of the experts `numbers`, all of them in memory, not weighted yet."""
         cache, start_s = self._use_cache(), perf_counter()
         kernels = cast(Sequence[GgmlKernel], self._kernels)
         weights = self._layer.experts[numbers[0] - self._first]
         rows = [weight.pieces[0].row_stop - weight.pieces[0].row_start for weight in weights]
 
-        def view(number: int, i: int) -> torch.Tensor:
-            return kernels[i].view(*cache.acquire(number, i), rows[i])
+        def address(number: int, i: int) -> int:
+            buffer, position = cache.acquire(number, i)
+            return buffer.address + position
 
         last = len(weights) - 1
-        ups = [(kernels[i], view(number, i), rows[i], None) for number in numbers for i in range(last)]
+        ups = [(kernels[i], address(number, i), rows[i], None) for number in numbers for i in range(last)]
         y = torch.cat(multiply_each(hidden, ups), -1).view(len(numbers), -1)  # [experts, gate and up]
         y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
         y = multiply_rows(
-            y.contiguous(), [(kernels[last], view(number, last)) for number in numbers], rows[last]
+            y.contiguous(), [(kernels[last], address(number, last)) for number in numbers], rows[last]
         )
         for number in numbers:
             for i in range(len(weights)):
                 cache.release(number, i)
         nbytes = len(numbers) * sum(weight.nbytes for weight in weights)
         self._trace.add("compute", weights[0].name, weights[0].layer, start_s, nbytes)
-        return dict(zip(numbers, y.split(1), strict=True))
+        return y
 
     def _output(self, module: Any, states: torch.Tensor, expert: int) -> torch.Tensor:
         weights = self._layer.experts[expert]

@@ -179,7 +179,12 @@ class StreamedLinear(nn.Module):
         linears = [linear for linear in self._together if linear._is_locked]
         start_s = perf_counter()
         parts = [
-            (cast(GgmlKernel, linear.kernel), linear._locked[0].view, linear._out_features, linear.bias)
+            (
+                cast(GgmlKernel, linear.kernel),
+                linear._locked[0].view.data_ptr(),
+                linear._out_features,
+                linear.bias,
+            )
             for linear in linears
         ]
         first, *others = multiply_each(x, parts)

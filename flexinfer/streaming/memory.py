@@ -166,7 +166,7 @@ def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:
 class Buffer:
     """`nbytes` of page-aligned memory, rounded up to whole pages. With `lock`, all of it is in memory, and stays there where that is allowed."""
 
-    __slots__ = ("_begin", "_mapping", "_memory", "bytes", "locked", "nbytes")
+    __slots__ = ("_begin", "_mapping", "_memory", "address", "bytes", "locked", "nbytes")
 
     def __init__(self, nbytes: int, *, lock: bool) -> None:
         self.nbytes = round_up(max(nbytes, 1))
@@ -187,13 +187,14 @@ class Buffer:
         self._mapping, self._begin = mapping, begin
         self._memory = memoryview(mapping)[begin : begin + self.nbytes]
         self.bytes: torch.Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)  # [nbytes] uint8
+        self.address: int = self.bytes.data_ptr()  # of the first byte
         self.locked = lock and self._mlock()
         if lock and not self.locked:  # in memory from the first, so that what is in use shows
             self._call("madvise", 0, self.nbytes, MADV_POPULATE_WRITE)
 
     def _call(self, function: str, start: int, nbytes: int, *arguments: int) -> bool:
         """mlock, munlock or madvise on bytes of the buffer; whether it worked."""
-        address = ctypes.c_void_p(self.bytes.data_ptr() + start)
+        address = ctypes.c_void_p(self.address + start)
         return getattr(_LIBC, function)(address, ctypes.c_size_t(nbytes), *arguments) == 0
 
     def _mlock(self) -> bool:
