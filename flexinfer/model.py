@@ -592,6 +592,7 @@ class Engine:
                 slots=max(plan.slots, MIN_SLOTS),
                 slot_bytes=max(plan.slot_bytes, *(piece.memory_bytes for piece in schedule)),
                 window_layers=plan.window_layers,
+                ahead=self._options.read_ahead,
             )
             self._queue.serve(prefetcher.take)
         if self._queue is not None and blocks:

@@ -69,6 +69,12 @@ class Options:
         type=str,
     )
     io_threads: int = option(2, "reader threads; 0 reads when a weight is needed (synchronously)")
+    read_ahead: bool = option(
+        True,
+        "read weights before they are needed; otherwise only while one is waited for, by all reader threads (a baseline)",
+        flag="--no-read-ahead",
+        meaning_on_line="read only while a weight is waited for (a baseline)",
+    )
     verify: bool | str | Path = option(
         False,
         "hold every page that is read against its checksum, made once per file and kept in ~/.cache/flexinfer/checksums, or in the "

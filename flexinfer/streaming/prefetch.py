@@ -9,7 +9,8 @@ A pass that is cut short, or modules that run in another order, skip pieces of t
 what was read beyond them stays.
 
 Cost: a pass takes max(compute, bytes / bandwidth) when the window is deep enough, and their sum with no threads
-(`io_threads=0`, reads in the caller, the paper's synchronous baseline). Not done here: deciding what is streamed
+(`io_threads=0`, reads in the caller, the paper's synchronous baseline) or where nothing is read ahead (`ahead=False`: as many readers,
+which work only while the compute thread waits; what they have in hand then they finish). Not done here: deciding what is streamed
 (flexinfer.plan), what is done with it (flexinfer.streaming.linear), and the threads (flexinfer.streaming.read_queue).
 """
 
@@ -26,7 +27,8 @@ class Prefetcher:
     """The window: slots that the readers of `queue`, once it serves `take`, fill in the order of use and the compute thread empties.
 
     `schedule` is one pass in order of use. At most `slots` pieces are in memory; with `window_layers` the readers also
-    stay within that many layers, counted from the one that is being used.
+    stay within that many layers, counted from the one that is being used. Without `ahead` they begin a read only while a
+    piece is waited for.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Prefetcher:
         slots: int,
         slot_bytes: int,
         window_layers: int | None,
+        ahead: bool = True,
     ) -> None:
+        self._ahead, self._waiting = ahead, False
         self._schedule = schedule
         self._queue = queue
         self._window_layers = window_layers
@@ -74,7 +78,7 @@ class Prefetcher:
             while sequence not in self._ready:
                 error = self._failed.pop(sequence, None)
                 if error is None:
-                    queue.wait(piece, start_s)
+                    self._wait(piece, start_s)
                     continue
                 self._again.append(sequence)
                 queue.changed.notify_all()
@@ -86,6 +90,16 @@ class Prefetcher:
             queue.changed.notify_all()
         queue.trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
         return self._buffer, slot * self._slot_bytes + position, lambda: self._release(slot)
+
+    def _wait(self, piece: Piece, start_s: float) -> None:
+        """Until something has changed, for the caller who holds the lock."""
+        self._waiting = True
+        if not self._ahead:
+            self._queue.changed.notify_all()
+        try:
+            self._queue.wait(piece, start_s)
+        finally:
+            self._waiting = False
 
     def _release(self, slot: int) -> None:
         with self._queue.changed:
@@ -119,7 +133,7 @@ class Prefetcher:
 
     def take(self) -> Read | None:
         """The next piece in order of use, or one that is to be read again."""
-        if not self._free:
+        if not self._free or not (self._ahead or self._waiting):
             return None
         if self._again:
             sequence = self._again.pop(0)

@@ -79,11 +79,14 @@ def prefetcher_of(
     slots: int = 3,
     io_threads: int = 2,
     window_layers: int | None = None,
+    ahead: bool = True,
     trace: Trace | None = None,
 ) -> Iterator[Prefetcher]:
     queue = ReadQueue(reader, trace or Trace(), io_threads=io_threads)
     slot_bytes = max(piece.memory_bytes for piece in schedule)
-    prefetcher = Prefetcher(schedule, queue, slots=slots, slot_bytes=slot_bytes, window_layers=window_layers)
+    prefetcher = Prefetcher(
+        schedule, queue, slots=slots, slot_bytes=slot_bytes, window_layers=window_layers, ahead=ahead
+    )
     queue.serve(prefetcher.take)
     yield prefetcher
     queue.close()
@@ -104,6 +107,7 @@ def use(prefetcher: Prefetcher, schedule: list[Piece], place: int) -> None:
     slots=st.integers(2, 6),
     io_threads=st.integers(0, 4),
     window_layers=st.sampled_from([None, 1, 2, 3]),
+    ahead=st.booleans(),
     stops=st.lists(st.integers(0, 12), max_size=4),
 )
 def test_any_schedule_is_delivered_in_order_through_passes_cut_short(
@@ -112,11 +116,17 @@ def test_any_schedule_is_delivered_in_order_through_passes_cut_short(
     slots: int,
     io_threads: int,
     window_layers: int | None,
+    ahead: bool,
     stops: list[int],
 ) -> None:
     schedule = schedule_of(sizes, pieces_per_layer)
     with prefetcher_of(
-        schedule, MemoryReader(), slots=slots, io_threads=io_threads, window_layers=window_layers
+        schedule,
+        MemoryReader(),
+        slots=slots,
+        io_threads=io_threads,
+        window_layers=window_layers,
+        ahead=ahead,
     ) as prefetcher:
         for stop in (*stops, len(schedule), len(schedule)):  # some passes end early, two go through
             for place in range(len(schedule))[:stop]:
@@ -223,6 +233,22 @@ def test_synchronous_reads_happen_when_they_are_needed() -> None:
         use(prefetcher, schedule, 0)
         use(prefetcher, schedule, 1)
         assert reader.asked == [piece.offset_bytes for piece in schedule[:2]]
+
+
+@pytest.mark.parametrize("io_threads", [1, 2, 3])
+def test_readers_that_do_not_read_ahead_begin_nothing_while_it_computes(io_threads: int) -> None:
+    schedule, reader = schedule_of([100] * 9), MemoryReader()
+    with prefetcher_of(schedule, reader, slots=9, io_threads=io_threads, ahead=False) as prefetcher:
+        wait_until_quiet(reader)
+        assert reader.asked == []
+        for place in range(4):
+            _, _, release = prefetcher.acquire(place)
+            wait_until_quiet(reader)
+            asked = len(reader.asked)
+            assert place < asked <= place + 8  # what others had in hand is finished, and kept
+            release()
+            wait_until_quiet(reader)
+            assert len(reader.asked) == asked
 
 
 def test_resyncs_are_counted_and_whole_passes_have_none() -> None:
