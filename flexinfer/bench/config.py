@@ -192,6 +192,7 @@ class DeviceConfig:
     source: str  # where the bandwidth comes from
     read_bytes_per_s: int | None = None  # None: no limit
     cores: int | None = None  # by affinity; None: all
+    read_ahead_kb: int | None = None  # of the disk; None: as it is
 
     def __post_init__(self) -> None:
         rate = self.read_bytes_per_s
@@ -207,6 +208,8 @@ class DeviceConfig:
             self.cores,
             "must be positive, or null for all",
         )
+        ahead = self.read_ahead_kb
+        require(ahead is None or ahead >= 0, "device.read_ahead_kb", ahead, "at least 0, or null to leave it")
 
 
 @dataclass(slots=True)
@@ -338,6 +341,8 @@ class CellConfig:
         ):  # older than these fields are most records
             if not told["workload"][name]:
                 del told["workload"][name]
+        if self.device.read_ahead_kb is None:
+            del told["device"]["read_ahead_kb"]
         if self.model.shape is not None:
             told["model"]["shape"] = self.model.shape.facts()
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

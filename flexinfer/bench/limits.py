@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 
 ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
-REAP = """trap '' INT TERM HUP; read _; for group; do tries=0
+REAP = """trap '' INT TERM HUP; read _; [ -z "$1" ] || echo "$2" > "$1"; shift 2; for group; do tries=0
 while [ -d "$group" ] && ! rmdir "$group" 2>/dev/null && [ $tries -lt 200 ]; do
 for pid in $(cat "$group/cgroup.procs"); do kill -KILL "$pid"; done; tries=$((tries+1)); sleep 0.05; done; done"""
 SCOPE_REPORT = """report=$1; shift; group=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)
@@ -50,6 +50,9 @@ class Applied:
     method: str  # v1 | v2 (control groups) | systemd | unlimited
     memory_bytes: int | None = None
     read_bytes_per_s: int | None = None
+    read_ahead_kb: int | None = (
+        None  # that the kernel reads ahead of a mapped file's faults, where it was set
+    )
     device: str | None = None  # "major:minor name" of the disk that is limited
     note: str = ""  # what could not be limited, and why
 
@@ -171,6 +174,7 @@ class Limits:
     Args:
         memory_bytes: cap on everything charged to the run, page cache included, without swap; None for no cap.
         read_bytes_per_s: cap on reads from the disk that holds `path`; None for no cap.
+        read_ahead_kb: what the kernel reads ahead of buffered reads of that disk, for all who read it until exit; None leaves it.
         path: a file or directory on the disk to limit.
         root: the cgroup file system (tests pass an imitation).
 
@@ -186,12 +190,13 @@ class Limits:
         read_bytes_per_s: int | None = None,
         path: Path = Path("."),
         root: Path = Path("/sys/fs/cgroup"),
+        read_ahead_kb: int | None = None,
     ) -> None:
         for name, value in (("memory_bytes", memory_bytes), ("read_bytes_per_s", read_bytes_per_s)):
             if value is not None and value < 1 << 20:
                 raise LimitError(f"{name}: {value} is less than 1 MiB; give bytes, or None for no limit")
         self.memory_bytes, self.read_bytes_per_s = memory_bytes, read_bytes_per_s
-        self.path, self.root = path, root
+        self.path, self.root, self.read_ahead_kb = path, root, read_ahead_kb
         self.applied = Applied("unlimited")
         self.groups: list[Path] = []
         self._reaper: subprocess.Popen[bytes] | None = None
@@ -256,7 +261,7 @@ class Limits:
         wanted += [place.io] if self.read_bytes_per_s is not None else []
         self.groups = sorted({parent / name for parent in wanted if parent is not None})
         self._reaper = subprocess.Popen(
-            ["/bin/sh", "-c", REAP, "reaper", *map(str, self.groups)],
+            ["/bin/sh", "-c", REAP, "reaper", *self._read_ahead_before(), *map(str, self.groups)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -284,7 +289,25 @@ class Limits:
                 notes.append(f"read_bytes_per_s: reads of {self.path} cannot be limited here ({error})")
         if self.applied.memory_bytes is None and self.applied.read_bytes_per_s is None:
             self.applied = Applied("unlimited")
+        if self.read_ahead_kb is not None:
+            file = self._read_ahead_file()
+            try:
+                file.write_text(str(self.read_ahead_kb))
+                self.applied = replace(self.applied, read_ahead_kb=int(file.read_text()))
+            except OSError as error:
+                notes.append(f"read_ahead_kb: cannot be set here ({error})")
         self.applied = replace(self.applied, note="; ".join(notes))
+
+    def _read_ahead_file(self) -> Path:
+        """Where the kernel has it, for the disk that holds `path`. Raises LimitError where there is no disk."""
+        return Path(f"/sys/dev/block/{block_device(self.path)}/queue/read_ahead_kb")
+
+    def _read_ahead_before(self) -> list[str]:
+        """For the reaper: the file and what is to stand in it again, or two empty words."""
+        if self.read_ahead_kb is None:
+            return ["", ""]
+        file = self._read_ahead_file()
+        return [str(file), file.read_text().strip()]
 
     def _limit_memory(self, group: Path, method: str) -> int:
         size = str(self.memory_bytes)

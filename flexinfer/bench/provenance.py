@@ -1,10 +1,11 @@
 """Where a record was measured: machine, versions of the packages that matter, commit.
 
-It reads /proc and asks git; it measures nothing. The machine is named by CPU, cores and memory, so that records of one
+It reads /proc and /sys and asks git; it measures nothing. The machine is named by CPU, cores and memory, so that records of one
 machine (or of machines of one kind) can stand in one figure, and those of another cannot. A virtual machine's CPU says
 little by its name ("Intel Xeon Processor"), so its widest vectors, which decide the kernels, belong to it.
 """
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from flexinfer.bench.limits import LimitError, block_device
 from flexinfer.bench.records import Provenance
 
 PACKAGES = (
@@ -48,6 +50,7 @@ def provenance(checkpoint: Path, root: Path = Path(__file__).parents[2]) -> Prov
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         kernel=platform.release(),
         file_system=_file_system(checkpoint),
+        about=_about(checkpoint),
         started=datetime.now(UTC).replace(microsecond=0),
     )
 
@@ -63,6 +66,29 @@ def cpu_name(cpuinfo: Path) -> str:
     flags = _field(cpuinfo, "flags").split()
     wide = [label for flag, label in WIDE_VECTORS.items() if flag in flags]
     return ", ".join([name or platform.processor() or platform.machine(), *wide])
+
+
+def _about(checkpoint: Path) -> dict[str, str]:
+    """What else of the machine matters: CPU family, hypervisor, disk, what the kernel reads ahead, huge pages. What cannot be read is left out."""
+    cpuinfo = Path("/proc/cpuinfo")
+    family = [_field(cpuinfo, name) for name in ("cpu family", "model", "stepping")]
+    found = {
+        "cpu": "family {}, model {}, stepping {}".format(*family) if all(family) else "",
+        "hypervisor": "yes" if "hypervisor" in _field(cpuinfo, "flags").split() else "",
+        "huge_pages": _chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+    }
+    with contextlib.suppress(LimitError, OSError):
+        disk = Path("/sys/dev/block") / block_device(checkpoint.expanduser())
+        driver = (disk / "device" / "driver").resolve().name
+        found["disk"] = f"{disk.resolve().name}, {driver}"
+        found["read_ahead_kb"] = (disk / "queue" / "read_ahead_kb").read_text().strip()
+    return {name: value for name, value in found.items() if value}
+
+
+def _chosen(file: Path) -> str:
+    """The word in brackets, in a file of the kernel's that lists what can be chosen."""
+    words = file.read_text().split() if file.exists() else []
+    return next((word.strip("[]") for word in words if word.startswith("[")), "")
 
 
 def _versions() -> dict[str, str]:

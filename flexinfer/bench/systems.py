@@ -42,7 +42,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 INSTALL = "make baselines"
+ALLOCATOR_BYTES = 64 << 20  # of accelerate's process beside weights and cache; our choice
 REQUEST_BYTES = 4 << 20
+WAYS_TO_READ = (  # readers, and bytes that each asks for at a time
+    (1, REQUEST_BYTES),
+    (2, REQUEST_BYTES),
+    (4, REQUEST_BYTES),
+    (4, 1 << 20),
+)
 PREFILL_REPEATS = 3
 COUNTERS = {"expert_hits", "expert_misses", "experts_foretold", "experts_foretold_right", "wasted_bytes"}
 SPIN_COUNT = "6000"  # as flexinfer.cli, which says why; not imported, for its memory would count
@@ -180,9 +187,9 @@ class Accelerate(TorchSystem):
     def load(self) -> None:
         allowance_bytes = self.options.pop("cpu_bytes", None)
         if allowance_bytes is None:
-            working_bytes = self.job["layer_bytes"] + self.job["other_bytes"] + (64 << 20)
+            # accelerate itself keeps room for the largest layer of what it is allowed
             allowance_bytes = max(
-                0, self.job["budget_bytes"] - resident_bytes() - self.job["kv_bytes"] - working_bytes
+                0, self.job["budget_bytes"] - resident_bytes() - self.job["kv_bytes"] - ALLOCATOR_BYTES
             )
         self.options |= {"device_map": "auto", "max_memory": {"cpu": allowance_bytes}}
         self.options.setdefault("offload_folder", self.job["scratch"])
@@ -273,6 +280,8 @@ class LlamaCpp:
         self.model = self.api.llama_model_load_from_file(self.job["model"].encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {self.job['model']}; its reason stands above")
+        if self.job["options"].get("madvise_random"):
+            madvise_random(self.job["model"])
         params = self.api.llama_context_default_params()
         params.n_ctx = max(256, self.job["context"])
         params.n_threads = params.n_threads_batch = self.job["cores"]
@@ -315,6 +324,22 @@ SYSTEMS: dict[str, Callable[[dict[str, Any]], System]] = {
     "airllm": AirLLM,
     "ollm": OLLM,
 }
+
+
+def madvise_random(file: str) -> None:
+    """Have the kernel read no more than the page that is missing of a mapped file, as llama.cpp asks for on machines of several NUMA nodes."""
+    ctypes = importlib.import_module("ctypes")
+    libc, mapped = ctypes.CDLL(None, use_errno=True), 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        if name == file:
+            start, stop = (int(address, 16) for address in span.split("-"))
+            size = ctypes.c_size_t(stop - start)
+            if libc.madvise(ctypes.c_void_p(start), size, mmap.MADV_RANDOM):
+                raise OSError(ctypes.get_errno(), f"{file}: madvise")
+            mapped += 1
+    if not mapped:
+        raise RuntimeError(f"{file} is not mapped")
 
 
 def resident_bytes() -> int:
@@ -394,23 +419,25 @@ def measure_texts(job: dict[str, Any], system: System, emit: Callable[..., None]
     system.close()
 
 
-def measure_bandwidth(files: list[str], seconds: float, threads: int = 2) -> float:
-    """Bytes per second of direct reads of 4 MiB by two threads, over `files` in turn; the first 0.3 s do not count."""
+def measure_bandwidth(
+    files: list[str], seconds: float, threads: int = 2, request_bytes: int = REQUEST_BYTES
+) -> float:
+    """Bytes per second of direct reads of `request_bytes` by some threads, over `files` in turn; the first 0.3 s do not count."""
     blocks = [
         (file, at)
         for file in files
-        for at in range(0, os.path.getsize(file) - REQUEST_BYTES + 1, REQUEST_BYTES)
+        for at in range(0, os.path.getsize(file) - request_bytes + 1, request_bytes)
     ]
     if not blocks:
         raise ValueError(
-            f"files: {files} hold less than {REQUEST_BYTES} bytes each: too small to measure a bandwidth"
+            f"files: {files} hold less than {request_bytes} bytes each: too small to measure a bandwidth"
         )
     lock, start_s = threading.Lock(), time.perf_counter()
     finished: list[tuple[float, int]] = []
-    todo = iter(blocks * max(1, 1 + (64 << 30) // (len(blocks) * REQUEST_BYTES)))
+    todo = iter(blocks * max(1, 1 + (64 << 30) // (len(blocks) * request_bytes)))
 
     def read() -> None:
-        buffer = mmap.mmap(-1, REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = mmap.mmap(-1, request_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(
             AttributeError, OSError
         ):  # without huge pages ordinary ones do, at a third less
@@ -469,7 +496,13 @@ def main() -> int:
 
         try:
             if job["kind"] == "bandwidth":
-                emit("bandwidth", bytes_per_s=measure_bandwidth(job["files"], job["seconds"]))
+                rates = {
+                    f"{threads} x {nbytes >> 20} MiB": measure_bandwidth(
+                        job["files"], job["seconds"], threads, nbytes
+                    )
+                    for threads, nbytes in WAYS_TO_READ
+                }
+                emit("bandwidth", bytes_per_s=rates)
             elif job["kind"] == "split":
                 AirLLM(job).split()
                 emit("done", bytes_read=bytes_read())

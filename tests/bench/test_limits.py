@@ -94,6 +94,17 @@ def test_reads_are_no_faster_than_the_limit(file_on_disk: Path, how: str) -> Non
 
 
 @needs_memory
+def test_what_the_kernel_reads_ahead_is_set_and_set_back(file_on_disk: Path) -> None:
+    file = Path(f"/sys/dev/block/{block_device(file_on_disk)}/queue/read_ahead_kb")
+    if not os.access(file, os.W_OK):
+        pytest.skip(f"{file} is not ours to write")
+    before = file.read_text()
+    with Limits(memory_bytes=64 * MIB, path=file_on_disk, read_ahead_kb=64) as limits:
+        assert (limits.applied.read_ahead_kb, file.read_text()) == (64, "64\n")
+    assert file.read_text() == before
+
+
+@needs_memory
 def test_what_is_left_inside_is_ended_when_the_body_fails() -> None:
     children: list[subprocess.Popen[bytes]] = []
     limits = Limits(memory_bytes=64 * MIB)

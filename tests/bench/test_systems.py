@@ -38,7 +38,7 @@ def make_job(kind: str, model: Path, scratch: Path, **changes: Any) -> dict[str,
     told |= {"tokens": 6, "min_tokens": 4, "min_seconds": 0.0, "max_seconds": 600.0, "trace": False}
     told |= {"prefill_tokens": [], "texts": [], "replayed": [], "drawn": False}
     told |= {"batch": 1, "predict": False}
-    told |= {"budget_bytes": 4 << 30, "kv_bytes": 1 << 20, "layer_bytes": 1 << 20, "other_bytes": 1 << 20}
+    told |= {"budget_bytes": 4 << 30, "kv_bytes": 1 << 20}
     return told | changes
 
 
