@@ -15,7 +15,7 @@ SMOKE := outputs/smoke
 LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test wheel lint format types notebooks smoke agreement soak soak-serve fuzz baselines clean
+.PHONY: help install demo test wheel lint format types notebooks smoke agreement reproduce soak soak-serve fuzz baselines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ smoke: $(INSTALLED) $(BASELINES) ## a small experiment, and the notebooks on its
 	rm -rf $(SMOKE)
 	$(BIN)/python scripts/run.py +exp=smoke results_dir=$(SMOKE)
 	FLEXINFER_RESULTS=$(abspath $(SMOKE)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --output-dir $(SMOKE)/notebooks $(filter-out notebooks/use.ipynb,$(wildcard notebooks/*.ipynb))
+
+reproduce: $(INSTALLED) $(BASELINES) ## everything that the notebooks draw, on this machine: goes on where it was stopped (hours; LIST=1 says how many)
+	$(BIN)/python scripts/reproduce.py --results-dir $(RESULTS) $(if $(LIST),--list)
 
 agreement: $(INSTALLED) $(BASELINES) ## FlexInfer beside llama.cpp on a real GGUF file: top tokens, divergence, perplexity (1 min)
 	$(BIN)/python -m flexinfer.bench.agreement --record $(RESULTS)/quality/agreement.jsonl
