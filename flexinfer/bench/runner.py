@@ -11,6 +11,7 @@ It measures nothing itself, and it does not retry: cells that failed with an err
 by the next run; killed and timed-out ones are results.
 """
 
+import gzip
 import json
 import shutil
 import statistics
@@ -41,6 +42,7 @@ from flexinfer.bench.records import (
     load_records,
     with_common_costs,
 )
+from flexinfer.notebook import last_pass
 from flexinfer.plan import format_size
 
 RunCell = Callable[[CellConfig], Record]
@@ -110,21 +112,18 @@ def finished_keys(results_dir: Path, machine: str) -> set[str]:
 
 
 def save(results_dir: Path, record: Record) -> Path:
-    """Appends `record` to its file, the events of a traced cell to a JSON file beside it."""
+    """Appends `record` to its file; the events of a traced cell's last pass, which is what is drawn, to a compressed JSON file beside it."""
     file = records_file(results_dir, record.cell)
     if record.events:
-        name = f"events/{record.run_id}.json"
+        name = f"events/{record.run_id}.json.gz"
         target = file.parent / name
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
-        began = min(one["start_s"] for one in record.events)
-        times = (
-            {name: round(one[name] - began, 6) for name in ("start_s", "stop_s")} for one in record.events
-        )
         events = [
-            one | time for one, time in zip(record.events, times, strict=True)
-        ]  # s from the first, to 1 us
-        partial.write_text(json.dumps(events, separators=(",", ":")))
+            one | {name: round(one[name], 6) for name in ("start_s", "stop_s")}  # s from the first, to 1 us
+            for one in last_pass(record.events)
+        ]
+        partial.write_bytes(gzip.compress(json.dumps(events, separators=(",", ":")).encode(), mtime=0))
         partial.rename(target)
         record = record.model_copy(update={"events": [], "events_file": name})
     record = record.model_copy(update={"cell": replace(record.cell, cache_dir="")})  # means nothing elsewhere
@@ -249,7 +248,7 @@ def outcome(record: Record) -> str:
     for tokens, seconds in record.prefill_s.items():
         text += f", prefill of {tokens} {statistics.median(seconds):.3g} s"
     if record.ratio is not None:
-        text += f", {record.ratio:.2f} of the bound"
+        text += f", {record.ratio:.2f} of its bound"
     if record.peak_memory_bytes is not None:
         text += f", peak {format_size(record.peak_memory_bytes)}"
     if record.limits.method == "unlimited":
@@ -270,7 +269,7 @@ def results_table(records: Iterable[Record]) -> Table:
     lengths = sorted({tokens for found in groups.values() for one in found for tokens in one.prefill_s})
     prefills = [f"prefill of {tokens}, s" for tokens in lengths]
     table = Table(
-        "model", "weights", "device", "budget", "system", "tokens/s", "of the bound", "rounds", *prefills
+        "model", "weights", "device", "budget", "system", "tokens/s", "of own bound", "rounds", *prefills
     )
     for (model, format, device, budget, label), found in sorted(groups.items(), key=lambda one: one[0]):
         speeds = [one.tokens_per_s for one in found if one.status == "ok" and one.tokens_per_s]

@@ -1,6 +1,5 @@
 """The runner: turns, resuming, interruption. Cells are measured by an imitation that is handed in."""
 
-import json
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 from bench_samples import make_cell, make_record
 from rich.console import Console
 
+from flexinfer.bench import figures
 from flexinfer.bench.config import (
     BudgetConfig,
     CellConfig,
@@ -76,7 +76,7 @@ def test_every_cell_is_measured_once_in_turns_and_recorded(tmp_path: Path) -> No
     assert [cell.system.name for cell in imitation.cells] == ["sync", "flexinfer"] * 4
     assert len(load_records(tmp_path / "results")) == 8
     assert "[8/8, about 0 min left]" in shown
-    assert "of the bound" in shown
+    assert "of its bound" in shown
 
 
 def test_an_interrupted_run_goes_on_to_the_same_number_of_records(tmp_path: Path) -> None:
@@ -147,14 +147,17 @@ def test_systems_of_several_experiments_take_turns_in_whole_rounds(tmp_path: Pat
 
 
 def test_events_of_a_traced_cell_go_beside_the_records(tmp_path: Path) -> None:
-    events = [{"kind": "read", "tensor": "t", "layer": 0, "start_s": 7.0, "stop_s": 8.0, "bytes": 5}]
+    spans = [("read", 0), ("compute", 0), ("compute", 1)] * 2  # two passes, a second for each span
+    events = [
+        {"kind": kind, "tensor": "t", "layer": layer, "start_s": 7.0 + i, "stop_s": 8.0 + i, "bytes": 5}
+        for i, (kind, layer) in enumerate(spans)
+    ]
     go(Imitation({1: lambda cell: make_record(cell, events=events)}), config(tmp_path, rounds=1, trace=True))
     [file] = (tmp_path / "results").rglob("*.jsonl")
-    traced = [record for record in load_records(file) if record.events_file]
-    assert [json.loads((file.parent / str(one.events_file)).read_text()) for one in traced] == [
-        [events[0] | {"start_s": 0.0, "stop_s": 1.0}]
-    ]
-    assert not traced[0].events
+    [traced] = [record for record in load_records(file) if record.events_file]
+    last = [one | {"start_s": float(i), "stop_s": i + 1.0} for i, one in enumerate(events[3:])]
+    assert figures.load_events(tmp_path / "results", traced) == last
+    assert not traced.events
 
 
 def test_records_do_not_carry_the_cache_directory(tmp_path: Path) -> None:
