@@ -8,25 +8,35 @@ Bounds of systems differ by the memory of the process and the speed of the kerne
 of the systems shown, which none of them can pass. Ratios are to each system's own bound.
 """
 
+import gzip
 import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from flexinfer.bench.records import Record, check_comparable, load_records, say_none, with_common_costs
+from flexinfer.bench.records import (
+    Record,
+    bound_tokens_per_s,
+    check_comparable,
+    load_records,
+    say_none,
+    with_common_costs,
+)
 from flexinfer.notebook import draw_pass, last_pass
 
 GIB = 2**30
+Shown = TypeVar("Shown")  # what a panel shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +64,18 @@ LOOKS = {
     "airllm": Look("#DDCC77", "<", ":", "\\|"),
     "ollm": Look("#555555", ">", ":", "-/"),
     "without-look-ahead": Look("#117733", "H", "--", "x."),
+    "sync-2": Look("#B35806", ".", ":", "..."),
+    "sync-unbalanced": Look("#FDB863", "|", "-.", "xxx"),
+    "llama-cpp-random": Look("#A6761D", "_", ":", "///"),
+    "readers-1": Look("#9ECAE1", "1", "--", "-."),
+    "readers-4": Look("#4292C6", "2", "-.", "+."),
+    "readers-8": Look("#08519C", "3", ":", "o."),
+    "window-10": Look("#C7E9C0", "4", "--", "|."),
+    "window-40": Look("#74C476", "+", "-.", "/."),
+    "window-80": Look("#238B45", "x", ":", "\\."),
+    "window-3-layers": Look("#00441B", "8", "--", "*."),
 }
 BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}
-AT_ONE_BUDGET: dict[str, Any] = {"marker": "_", "markersize": 9}  # a line through one point would not be seen
 
 
 def use_style() -> None:
@@ -184,7 +203,11 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def summary(data: pd.DataFrame) -> pd.DataFrame:
-    """One row for each model, weights, device, budget and system: median, least and greatest of the rounds, and their number."""
+    """One row for each model, weights, device, budget and system: median, least and greatest of the rounds, and their number.
+
+    `ratio` is to the system's own bound (its process, its kernels), `best` to the highest bound of the systems there: what
+    the smallest process with the fastest kernels could do.
+    """
     keys = ["model", "weights", "device", "budget_bytes", "budget_gib", "system", "label", "resident"]
     numbers = ("tokens_per_s", "bound", "ratio", "peak_gib", "weights_gib")
     grouped = data.astype(dict.fromkeys(numbers, float)).groupby(keys, sort=True)
@@ -199,6 +222,8 @@ def summary(data: pd.DataFrame) -> pd.DataFrame:
         weights_gib=("weights_gib", "max"),
         status=("status", lambda found: "ok" if "ok" in set(found) else found.iloc[-1]),
     ).reset_index()
+    highest = table.groupby(["model", "weights", "device", "budget_bytes"])["bound"].transform("max")
+    table["best"] = table["tokens_per_s"] / highest
     order = {name: place for place, name in enumerate(LOOKS)}
     return table.sort_values(
         ["model", "weights", "device", "budget_bytes", "system"],
@@ -221,6 +246,7 @@ def show_table(table: pd.DataFrame) -> pd.DataFrame:
             "n",
             "bound",
             "ratio",
+            "best",
             "peak_gib",
             "status",
         ]
@@ -230,9 +256,52 @@ def show_table(table: pd.DataFrame) -> pd.DataFrame:
         "label": "system",
         "tokens_per_s": "tokens/s",
         "peak_gib": "peak GiB",
-        "bound": "bound tokens/s",
+        "bound": "own bound tokens/s",
+        "ratio": "of own bound",
+        "best": "of the best bound",
     }
-    return shown.rename(columns=heads | {"ratio": "of the bound"}).round(3).reset_index(drop=True)
+    return shown.rename(columns=heads).round(3).reset_index(drop=True)
+
+
+def why_faster(records: Iterable[Record], base: str = "llama-cpp-mmap") -> pd.DataFrame:
+    """Of FlexInfer over `base` where both read: the gain as a product, fewer bytes times faster reading. Medians over rounds.
+
+    A system that reads the whole time has tokens/s = bytes/s / bytes per token; so has any other, by the bytes/s it comes to.
+    """
+    data = frame(records)
+    data = data[(data["status"] == "ok") & (data["bytes_per_token"] > 0)]
+    keys = ["model", "weights", "device", "budget_gib"]
+    medians = data.groupby([*keys, "system"])[["tokens_per_s", "bytes_per_token"]].median().unstack()
+    if not {"flexinfer", base} <= set(data["system"]):
+        return pd.DataFrame()
+    speed, nbytes = medians["tokens_per_s"], medians["bytes_per_token"]
+    table = pd.DataFrame(
+        {
+            "gain": speed["flexinfer"] / speed[base],
+            "fewer bytes": nbytes[base] / nbytes["flexinfer"],
+            "read, GB/s": speed["flexinfer"] * nbytes["flexinfer"] / 1e9,
+            "read by the other, GB/s": speed[base] * nbytes[base] / 1e9,
+        }
+    )
+    table["faster reading"] = table["read, GB/s"] / table["read by the other, GB/s"]
+    return table.dropna().reset_index()
+
+
+def beside_each_other(records: Iterable[Record], base: str = "llama-cpp-mmap") -> pd.DataFrame:
+    """By model, weights, device and budget, for machines to be compared: FlexInfer's tokens/s, of its own bound, times `base`."""
+    table = summary(frame(records))
+    keys = ["model", "weights", "device", "budget_gib"]
+    cells = table.assign(budget_gib=table["budget_gib"].round(2)).pivot_table(
+        ["tokens_per_s", "ratio"], keys, "system"
+    )
+    if ("tokens_per_s", "flexinfer") not in cells:
+        return pd.DataFrame()
+    shown = pd.DataFrame(
+        {"tokens/s": cells["tokens_per_s"]["flexinfer"], "of own bound": cells["ratio"]["flexinfer"]}
+    )
+    if ("tokens_per_s", base) in cells:
+        shown["times mmap"] = shown["tokens/s"] / cells["tokens_per_s"][base]
+    return shown.dropna(subset="tokens/s")
 
 
 def caption(records: Sequence[Record], extra: str = "") -> str:
@@ -254,7 +323,9 @@ def caption(records: Sequence[Record], extra: str = "") -> str:
     counted = [one.tokens for one in records if one.status == "ok"]
     tokens = f"{_span(counted)} tokens counted a cell" if counted else ""
     parts = [
-        f"{first.provenance.machine}; Linux {first.provenance.kernel}, {first.provenance.file_system}.",
+        f"{first.provenance.machine}; Linux {first.provenance.kernel}, {first.provenance.file_system}"
+        + "".join(f"; {name.replace('_', ' ')} {value}" for name, value in first.provenance.about.items())
+        + ".",
         f"Memory and read limits: {methods}; device {', '.join(rates)}.",
         f"Median of the rounds, bars from least to greatest; n = {_rounds(records)}; {tokens}.",
         f"Commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
@@ -298,7 +369,7 @@ def save(figure: Figure | None, results_dir: Path, name: str, machine: str) -> N
         return
     folder = results_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = file_name(name, machine)
+    stem = file_name(name, short_names(results_dir).get(machine, machine))
     figure.savefig(folder / f"{stem}.png", bbox_inches="tight")
     figure.savefig(folder / f"{stem}.svg", bbox_inches="tight", metadata={"Date": None})
 
@@ -306,6 +377,13 @@ def save(figure: Figure | None, results_dir: Path, name: str, machine: str) -> N
 def file_name(name: str, machine: str) -> str:
     """The file name of a figure of one machine, without ending: letters, digits and hyphens."""
     return f"{name}-{re.sub('[^a-z0-9]+', '-', machine.lower())}"
+
+
+def short_names(results_dir: Path) -> dict[str, str]:
+    """Of machines, what figures' files are called after: results/machines.json; the others go by their whole name."""
+    file = results_dir / "machines.json"
+    names: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    return names
 
 
 def shared_legend(figure: Figure, title: str) -> None:
@@ -317,56 +395,143 @@ def shared_legend(figure: Figure, title: str) -> None:
     figure.legend(found.values(), found, loc="outside upper center", ncols=5, title=title)
 
 
-def draw_lines(axes: Axes, table: pd.DataFrame, column: str = "tokens_per_s") -> None:
-    """A line for each system against the budget; missing points are marked at the bottom with their status."""
-    for system, part in table.groupby("system", sort=False):
-        look = LOOKS[str(system)]
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """What one panel of curves shows: records of one model, its weights and device, by round and as medians."""
+
+    records: list[Record]
+    rounds: pd.DataFrame  # of `frame`
+    medians: pd.DataFrame  # of `summary`
+
+    @property
+    def weights_gib(self) -> float:
+        return float(self.medians["weights_gib"].max())
+
+    def share(self, budgets_gib: pd.Series) -> pd.Series:
+        """Budgets as shares of the weights."""
+        return budgets_gib / self.weights_gib
+
+
+def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[tuple[float, float, str, str]]:
+    """A line through the medians of each system and a mark for every round; returns its end (x, y), label and colour.
+
+    What did not run is named at the bottom with its status.
+    """
+    ends = []
+    for system, part in panel.medians.groupby("system", sort=False):
+        look, label = LOOKS[str(system)], str(part["label"].iloc[0])
         ok = part[part[column].notna()]
-        low, high = (ok["low"], ok["high"]) if column == "tokens_per_s" else (ok[column], ok[column])
-        axes.errorbar(
-            ok["budget_gib"],
-            ok[column],
-            yerr=[ok[column] - low, high - ok[column]],
-            label=part["label"].iloc[0],
+        axes.plot(
+            panel.share(ok["budget_gib"]), ok[column], color=look.colour, linestyle=look.line, linewidth=1.2
+        )
+        seen = panel.rounds[(panel.rounds["system"] == system) & panel.rounds[column].notna()]
+        axes.scatter(
+            panel.share(seen["budget_gib"]),
+            seen[column],
+            s=16,
             color=look.colour,
             marker=look.marker,
-            linestyle=look.line,
-            markeredgecolor="black",
-            markeredgewidth=0.4,
-            markersize=5,
-            capsize=2,
+            edgecolor="black" if look.marker in Line2D.filled_markers else None,
+            linewidth=0.3 if look.marker in Line2D.filled_markers else 1.0,
+            zorder=3,
         )
+        if len(ok):
+            last = ok.iloc[-1]
+            ends.append((last["budget_gib"] / panel.weights_gib, float(last[column]), label, look.colour))
         for _, row in part[part[column].isna()].iterrows():
             axes.annotate(
                 f"{row['label']}: {row['status']}",
-                (row["budget_gib"], 0.01),
+                (row["budget_gib"] / panel.weights_gib, 0.01),
                 xycoords=("data", "axes fraction"),
                 rotation=90,
                 fontsize=6,
                 va="bottom",
             )
-    axes.set_xlabel("memory budget of the process [GiB]")
+    axes.set_xlabel("memory budget / size of the weights")
+    return ends
 
 
-def draw_bounds(axes: Axes, table: pd.DataFrame) -> None:
-    """Two bounds against the budget: FlexInfer's own, and the highest of all systems shown (the smallest process)."""
-    own = table[table["system"] == "flexinfer"].set_index("budget_gib")["bound"].dropna()
-    highest = table.groupby("budget_gib")["bound"].max().dropna()
-    if len(own):
-        axes.plot(own.index, own, label="bound of FlexInfer", **BOUND, **AT_ONE_BUDGET)
-    if not own.equals(highest):
-        axes.plot(
-            highest.index, highest, label="highest bound of any", **BOUND | AT_ONE_BUDGET | {"linestyle": ":"}
+def draw_bounds(axes: Axes, panel: Panel) -> None:
+    """FlexInfer's own bound, and the highest of the systems shown (least process memory, fastest kernels), as curves over the budget.
+
+    Of mixtures, whose bound depends on the bytes that a run missed, a line through the bounds of the budgets that were measured.
+    """
+    own = [one for one in panel.records if one.cell.system.name == "flexinfer"]
+    for records, label, style in (
+        (own, "bound of FlexInfer", "-"),
+        (panel.records, "highest bound of any", ":"),
+    ):
+        curve = bound_curve(records, panel)
+        if not curve.empty:
+            axes.plot(
+                curve.index, curve, label=label, color="black", linewidth=0.9, linestyle=style, zorder=1
+            )
+
+
+def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
+    """The highest bound of `records`' systems in tokens/s, by the budget as a share of the weights."""
+    budgets = panel.medians["budget_gib"]
+    known = [one for one in records if one.bound_tokens_per_s]
+    if any(one.missed_bytes is not None for one in known):
+        names = {one.cell.system.name for one in known}
+        bounds = panel.medians[panel.medians["system"].isin(names)].groupby("budget_gib")["bound"].max()
+        return bounds.dropna().set_axis(panel.share(bounds.dropna().index.to_series()).to_numpy())
+    by_system: dict[str, list[Record]] = defaultdict(list)
+    for one in known:
+        by_system[one.cell.system.name].append(one)
+    low, high = budgets.min(), budgets.max()
+    if low == high:  # a line through one point would not be seen
+        low, high = 0.9 * low, 1.1 * high
+    places = [low + (high - low) * step / 200 for step in range(201)]
+    curves = [
+        [
+            bound_tokens_per_s(
+                found[0].total_weight_bytes or 0,
+                int(budget * GIB) - min((one.process_bytes or 0) + (one.kv_bytes or 0) for one in found),
+                max(one.bandwidth_bytes_per_s or 0.0 for one in found),
+                min(one.compute_s_per_pass or float("inf") for one in found),
+            )
+            for budget in places
+        ]
+        for found in by_system.values()
+    ]
+    highest = [max(values) for values in zip(*curves, strict=True)]
+    return pd.Series(
+        highest, index=[place / panel.weights_gib for place in places[: len(highest)]], dtype=float
+    )
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Each line's label behind the last of them, at the height of its end, pushed apart where they would touch."""
+    if not ends:
+        return
+    right = max(x for x, _, _, _ in ends)
+    axes.figure.draw_without_rendering()  # the layout decides how high a panel is
+    to_points = axes.transData.transform
+    below = float("-inf")
+    apart = 8 * axes.figure.dpi / 72
+    for _, y, label, colour in sorted(ends, key=lambda end: end[1]):
+        _, at_y = to_points((right, y))
+        below = max(at_y, below + apart)
+        axes.annotate(
+            label,
+            (right, y),
+            xytext=(6, (below - at_y) * 72 / axes.figure.dpi),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour,
+            va="center",
+            annotation_clip=False,
         )
 
 
 def throughput(records: Sequence[Record], title: str) -> Figure | None:
     """Throughput against memory, logarithmic, with the bounds: a panel for each model, its weights and device, small models first."""
 
-    def draw(axes: Axes, part: pd.DataFrame) -> None:
-        draw_lines(axes, part)
-        draw_bounds(axes, part)
-        axes.axvline(part["weights_gib"].max(), label="size of the weights", color="#777777", linewidth=0.8)
+    def draw(axes: Axes, panel: Panel) -> None:
+        ends = draw_lines(axes, panel)
+        draw_bounds(axes, panel)
+        axes.axvline(1, label="size of the weights", color="#777777", linewidth=0.8)
         axes.set(ylabel="throughput [tokens/s]", yscale="log")
         low, high = axes.get_ylim()
         axes.set_ylim(low / 1.1, high * 1.1)
@@ -375,19 +540,31 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
         )
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
+        label_ends(axes, ends)
 
-    return _panels(records, title, _parts(records), draw)
+    return _panels(records, title, _curves(records), draw, size=(4.2, 3.1))
 
 
 def shares(records: Sequence[Record], title: str) -> Figure | None:
     """Every system's throughput over its own bound, against memory, from 0: panels as in `throughput`."""
 
-    def draw(axes: Axes, part: pd.DataFrame) -> None:
-        draw_lines(axes, part, "ratio")
-        axes.axhline(1, label="the bound", **BOUND)
+    def draw(axes: Axes, panel: Panel) -> None:
+        ends = draw_lines(axes, panel, "ratio")
+        axes.axhline(1, label="own bound", **BOUND)
         axes.set(ylabel="achieved / own bound", ylim=(0, None))
+        label_ends(axes, ends)
 
-    return _panels(records, title, _parts(records), draw)
+    return _panels(records, title, _curves(records), draw, size=(4.2, 3.1))
+
+
+def _curves(records: Sequence[Record]) -> list[tuple[str, Panel]]:
+    """A panel for each model, weights and device, with its name; small models first."""
+    panels = []
+    for name, medians in _parts(records):
+        places = set(zip(medians["model"], medians["weights"], medians["device"], strict=True))
+        mine = [one for one in records if one.place[:3] in places]
+        panels.append((name, Panel(mine, frame(mine), medians)))
+    return panels
 
 
 def _parts(records: Sequence[Record]) -> list[tuple[str, pd.DataFrame]]:
@@ -400,12 +577,12 @@ def _parts(records: Sequence[Record]) -> list[tuple[str, pd.DataFrame]]:
 def _panels(
     records: Sequence[Record],
     title: str,
-    panels: Sequence[tuple[str, pd.DataFrame]],
-    draw: Callable[[Axes, pd.DataFrame], None],
+    panels: Sequence[tuple[str, Shown]],
+    draw: Callable[[Axes, Shown], None],
     columns: int = 3,
     size: tuple[float, float] = (3.5, 3.1),
 ) -> Figure | None:
-    """Each of `panels`, a name and its rows, drawn by `draw`: at most `columns` in a line, each of `size` inches."""
+    """Each of `panels`, a name and what it shows, drawn by `draw`: at most `columns` in a line, each of `size` inches."""
     if not panels:
         return None
     columns = min(columns, len(panels))
@@ -421,25 +598,53 @@ def _panels(
     return finish(figure, records)
 
 
-def bars(records: Sequence[Record], title: str) -> Figure | None:
-    """Throughput of many systems at few budgets, as bars: a panel for each budget; the bounds are lines across it."""
+def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") -> Figure | None:
+    """Throughput of many systems at few budgets, as bars with their names and rounds: a panel for each budget; beside a bar, how many
+    times `base` it is, where that was measured; the highest bound is a line."""
     looks = list(LOOKS)
 
     def draw(axes: Axes, part: pd.DataFrame) -> None:
-        order = sorted(set(part["system"]), key=lambda one: (one == "flexinfer", looks.index(one)))
-        for system, row in part.set_index("system").iterrows():
-            place = order.index(str(system))
-            _bar(axes, place, str(system), row["label"], row["tokens_per_s"], row["low"], row["high"])
-        axes.axhline(part["bound"].max(), label="highest bound", **BOUND)
-        axes.set(ylabel="throughput [tokens/s]", ylim=(0, None))
-        axes.set_xticks([])
+        order = sorted(
+            set(part["system"]), key=lambda one: (one != "flexinfer", -looks.index(one))
+        )  # from the bottom up
+        rows = part.set_index("system")
+        told = rows["tokens_per_s"].get(base)
+        for place, system in enumerate(order):
+            row, look = rows.loc[system], LOOKS[system]
+            value = row["tokens_per_s"]
+            axes.barh(
+                place,
+                value,
+                0.75,
+                xerr=[[value - row["low"]], [row["high"] - value]],
+                capsize=2,
+                color=look.colour,
+                hatch=look.hatch,
+                edgecolor="black",
+                linewidth=0.5,
+            )
+            times = f"{value / told:.2f}x " if told and system != base else ""
+            axes.annotate(
+                f"{times}n={row['n']}",
+                (row["high"] if row["n"] else 0, place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                fontsize=6,
+                va="center",
+            )
+        axes.axvline(part["bound"].max(), label="highest bound", **BOUND)
+        axes.set_yticks(range(len(order)), [rows.loc[system]["label"] for system in order], fontsize=7)
+        axes.set(
+            xlabel="throughput [tokens/s]", xlim=(0, 1.15 * max(part["bound"].max(), part["high"].max()))
+        )
+        axes.grid(axis="y", visible=False)
 
     panels = [
         (f"{name}, {budget:.2f} GiB", mine)
         for name, part in _parts(records)
         for budget, mine in part.groupby("budget_gib")
     ]
-    return _panels(records, title, panels, draw, columns=4, size=(3.0, 2.6))
+    return _panels(records, title, panels, draw, columns=3, size=(4.2, 2.6))
 
 
 def prefills(records: Iterable[Record]) -> pd.DataFrame:
@@ -542,7 +747,9 @@ def _bar(axes: Axes, place: int, system: str, label: str, value: float, low: flo
 def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:
     """The events of a traced record, from the file beside its records."""
     folder = results_dir / record.cell.experiment
-    events: list[dict[str, Any]] = json.loads((folder / str(record.events_file)).read_text())
+    events: list[dict[str, Any]] = json.loads(
+        gzip.decompress((folder / str(record.events_file)).read_bytes())
+    )
     return events
 
 

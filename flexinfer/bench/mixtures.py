@@ -37,7 +37,7 @@ def experts_table(records: Iterable[Record]) -> pd.DataFrame:
                 "budget GiB": budget_bytes / 2**30,
                 "system": system,
                 "tokens/s": median(one.tokens_per_s or 0.0 for one in found),
-                "of the bound": _median(one.ratio for one in found),
+                "of own bound": _median(one.ratio for one in found),
                 "hit rate": _median(one.hit_rate for one in found),
                 "read GB": _median(sum(one.token_bytes) / one.passes / 1e9 for one in found),
                 "of them in vain GB": _median(_per_pass(one, "wasted_bytes", 1e9) for one in found),

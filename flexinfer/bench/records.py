@@ -37,6 +37,7 @@ RELIABILITY, QUALITY = (
     "reliability",
     "quality",
 )  # folders with lines of other kinds (flexinfer.bench.reliability, .agreement)
+OLDER = "older"  # folder with the records of earlier engines, each a results directory under its version
 DERIVED = ("cell_key", "tokens_per_s", "bound_tokens_per_s", "ratio")
 FINISHED = ("ok", "killed", "timeout", "unsupported")  # not done again; error and missing are
 
@@ -61,6 +62,7 @@ class Limits(BaseModel):
     cores: Size | None = None
     swap_off: bool = False
     page_cache_dropped: bool = False
+    read_ahead_kb: Count | None = None  # of the disk, where the cell set it
     device: str | None = None  # the disk that is limited
     note: str = ""  # what could not be limited, and why
 
@@ -77,7 +79,13 @@ class Provenance(BaseModel):
     memory_bytes: Size
     kernel: str
     file_system: str  # of the checkpoint
+    about: dict[str, str] = Field(default_factory=dict)  # CPU family, hypervisor, disk, readahead, huge pages
     started: datetime
+
+    @property
+    def engine(self) -> str:
+        """The version of FlexInfer, which must agree within one figure too."""
+        return self.versions.get("flexinfer", "unknown")
 
     @property
     def machine(self) -> str:
@@ -361,7 +369,7 @@ def say_none(place: Path, command: str) -> None:
 
 
 def load_records(path: Path | str) -> list[Record]:
-    """The records of a .jsonl file, or of every one below a directory but RELIABILITY and QUALITY; run ids seen twice are refused."""
+    """The records of a .jsonl file, or of every one below a directory but RELIABILITY, QUALITY and OLDER; run ids seen twice are refused."""
     path = Path(path)
     if not path.exists():
         raise RecordError(
@@ -369,8 +377,12 @@ def load_records(path: Path | str) -> list[Record]:
         )
     records: list[Record] = []
     seen: dict[str, Path] = {}
-    others = (RELIABILITY, QUALITY)
-    below = (file for file in sorted(path.rglob("*.jsonl")) if file.parent.name not in others)
+    others = {RELIABILITY, QUALITY, OLDER}
+    below = (
+        file
+        for file in sorted(path.rglob("*.jsonl"))
+        if not others & set(file.relative_to(path).parent.parts)
+    )
     for file in below if path.is_dir() else [path]:
         for record in read_file(file):
             if record.run_id in seen:
@@ -383,12 +395,17 @@ def load_records(path: Path | str) -> list[Record]:
 
 
 def check_comparable(records: Iterable[Record]) -> None:
-    """Refuses to put records of two machines, or limited and unlimited ones, into one figure."""
+    """Refuses to put records of two machines or two versions of the engine, or limited and unlimited ones, into one figure."""
     records = [record for record in records if record.status in ("ok", "killed", "timeout")]
     machines = sorted({record.provenance.machine for record in records})
     if len(machines) > 1:
         raise RecordError(
             f"records of {len(machines)} machines in one figure: {'; '.join(machines)}. Name one of them"
+        )
+    engines = sorted({record.provenance.engine for record in records})
+    if len(engines) > 1:
+        raise RecordError(
+            f"records of engines {', '.join(engines)} in one figure: measure again, or move the older to {OLDER}/{engines[0]}/"
         )
     methods = {record.limits.method for record in records}
     if "unlimited" in methods and len(methods) > 1:

@@ -5,11 +5,13 @@ import io
 import json
 import re
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import nbformat
+import numpy as np
 import pytest
 from bench_samples import MACHINE, ROOT, make_cell, make_record
 from nbclient import NotebookClient
@@ -71,7 +73,7 @@ def simulated(system: str, budget: float, round_: int = 0, **changes: Any) -> Re
         "total_weight_bytes": WEIGHTS,
         "process_bytes": 60_000_000 if kind == "llama_cpp" else PROCESS,
         "compute_s_per_pass": COMPUTE_S,
-        "output_tokens": [] if kind == "llama_cpp" else [5, 7, 9, 11],
+        "output_tokens": [] if kind == "llama_cpp" else list(range(5, 25, 2)),
     }
     return make_record(cell, **told | changes)
 
@@ -289,10 +291,42 @@ def test_throughput_has_units_the_bound_and_a_caption(results: Path) -> None:
 def test_shares_of_the_bound_and_bars_begin_at_zero(results: Path) -> None:
     (found,) = figures.find_records(results, "x").values()
     records = [one for one in found if one.cell.system.name != "llama-cpp-default"]
-    for figure in (figures.shares(records, "title"), figures.bars(records, "title")):
-        assert figure is not None
-        assert all(axes.get_ylim()[0] == 0 for axes in figure.axes)
-        assert all("[" in axes.get_ylabel() or "bound" in axes.get_ylabel() for axes in figure.axes)
+    figure = figures.shares(records, "title")
+    assert figure is not None
+    assert all(axes.get_ylim()[0] == 0 and "bound" in axes.get_ylabel() for axes in figure.axes)
+    figure = figures.bars(records, "title")
+    assert figure is not None
+    drawn = [axes for axes in figure.axes if axes.axison]
+    assert all(axes.get_xlim()[0] == 0 and "[tokens/s]" in axes.get_xlabel() for axes in drawn)
+
+
+def test_bars_have_names_rounds_and_gains_over_a_mapped_file(results: Path) -> None:
+    records = [one for one in load_records(results) if one.cell.budget_bytes == int(0.9 * WEIGHTS)]
+    figure = figures.bars(records, "title")
+    assert figure is not None
+    (axes,) = figure.axes
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    told = [text.get_text() for text in axes.texts]
+    assert names[0] == "flexinfer"  # at the bottom
+    speeds = figures.summary(figures.frame(records)).set_index("label")["tokens_per_s"]
+    for name, text in zip(names, told, strict=True):
+        gain = speeds[name] / speeds["llama cpp mmap"]
+        assert text == ("n=3" if name == "llama cpp mmap" else f"{gain:.2f}x n=3")
+
+
+def test_curves_have_a_mark_for_every_round_and_a_label_at_their_end(results: Path) -> None:
+    records = load_records(results)
+    figure = figures.throughput(records, "title")
+    assert figure is not None
+    (axes,) = figure.axes
+    marks = sum(len(one.get_offsets()) for one in axes.collections)
+    assert marks == sum(one.status == "ok" and not one.cell.trace for one in records)
+    ran = {one.cell.system.label for one in records if one.status == "ok"}
+    labels = [text for text in axes.texts if text.get_text() in ran]
+    assert {text.get_text() for text in labels} == ran
+    figure.draw_without_rendering()
+    places = sorted(text.get_window_extent().y0 for text in labels)
+    assert all(later - earlier > 5 for earlier, later in pairwise(places)), "no label lies over another"
 
 
 def test_every_model_and_device_has_one_panel_small_models_first(results: Path) -> None:
@@ -323,13 +357,13 @@ def test_the_drawn_bounds_are_ours_and_the_highest(results: Path) -> None:
     figure = figures.throughput(records, "title")
     assert figure is not None
     lines = {
-        one.get_label(): max(one.get_ydata())
+        one.get_label(): np.interp(0.6, one.get_xdata(), one.get_ydata())
         for one in figure.axes[0].get_lines()
         if "bound" in str(one.get_label())
     }
     bounds = {one.cell.system.name: one.bound_tokens_per_s or 0 for one in records}
-    assert lines["bound of FlexInfer"] == pytest.approx(bounds["flexinfer"])
-    assert lines["highest bound of any"] == pytest.approx(max(bounds.values()))
+    assert lines["bound of FlexInfer"] == pytest.approx(bounds["flexinfer"], rel=1e-3)
+    assert lines["highest bound of any"] == pytest.approx(max(bounds.values()), rel=1e-3)
     assert lines["highest bound of any"] > lines["bound of FlexInfer"]
 
 
@@ -471,16 +505,57 @@ def test_every_machine_is_judged_by_its_own_records(results: Path) -> None:
     slow = [one for one in records if one.cell.system.name != "flexinfer"]
     slow += [simulated("flexinfer", budget, token_s=[9.0, 9.0, 9.0]) for budget in (0.3, 0.6, 0.9)]
     found = [one for one in claims.judge({"fast": records, "slow": slow}, PAPER) if one.claim == "C1"]
-    assert [(one.machine, one.verdict) for one in found] == [("fast", "reproduced"), ("slow", "not")]
+    assert [(one.machine, one.verdict) for one in found] == [("fast", "partly"), ("slow", "not")]
+
+
+def faster(*gains: float, rounds: int = 1, spread: float = 0.0) -> list[Record]:
+    """FlexInfer so many times as fast as llama.cpp, by budget; rounds are so far apart."""
+    return [
+        simulated(system, budget, round_, token_s=[10 / gain * (1 + spread * round_)] * 3)
+        for budget, times in zip((0.3, 0.6, 0.9), gains, strict=False)
+        for system, gain in (("llama-cpp-mmap", 1.0), ("flexinfer", times))
+        for round_ in range(rounds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ((5.3, 8.0, 12.6), "reproduced"),
+        ((5.3, 8.0, 12.4), "partly"),  # the range's greatest is not reached
+        ((1.0, 2.0, 12.6), "partly"),  # one budget of three is not the range
+        ((1.1, 2.0, 3.0), "partly"),  # less, and at every budget
+        ((1.0, 1.01, 1.02), "not"),
+        ((0.9, 1.5, 3.0), "not"),  # a loss among them
+    ],
+)
+def test_a_claim_about_a_range_is_judged_on_the_range(gains: tuple[float, ...], verdict: str) -> None:
+    assert verdicts(faster(*gains))["C1"].verdict == verdict
+
+
+def test_spreads_that_overlap_are_no_difference() -> None:
+    assert verdicts(faster(1.2, rounds=3, spread=0.05))["C1"].verdict == "partly"
+    found = verdicts(faster(1.2, rounds=3, spread=0.3))["C1"]
+    assert found.verdict == "not"
+    assert "no clear difference" in found.measured
+
+
+def test_the_policies_of_the_paper_are_judged_with_its_own_algorithm(results: Path) -> None:
+    records = load_records(results)
+    found = verdicts(records)
+    assert found["C6"].verdict == "not"  # 1.05 against 1.08: Algorithm 1 is a little slower
+    assert "our default: +2.9%" in found["C6"].why  # 1.05 / 1.02
+    without = [one for one in records if one.cell.system.name != "algorithm1"]
+    assert verdicts(without)["C6"].verdict == "not measured"
 
 
 def test_claims_follow_the_stated_criteria(results: Path) -> None:
     found = verdicts(load_records(results))
-    assert found["C1"].verdict == "reproduced"  # 8.9 s against 1.7 s a token at 0.9 of the weights
+    assert found["C1"].verdict == "partly"  # 8.9 s against 1.7 s a token at 0.9 of the weights, less below
     assert found["C2"].verdict == "reproduced"  # the simulated mmap is flat
     assert found["C3"].verdict == "partly"  # a gain, but not 2.6 times
     assert found["C4"].verdict == "partly"
-    assert found["C7"].verdict == "partly"  # 1.1 / 1.02 is less than +12 %
+    assert found["C7"].verdict == "not"  # 1.1 / 1.08 is within the noise
     assert found["C8"].verdict == "not measured"  # no grouped queries at 7B
     assert found["C9"].verdict == "reproduced"
     assert "overlap could gain" in found["C4"].why
@@ -492,14 +567,17 @@ def test_a_gain_within_noise_is_not_reproduced() -> None:
 
 
 def test_one_differing_token_breaks_the_claim_of_unchanged_output() -> None:
-    same, other = simulated("flexinfer", 0.3), simulated("sync", 0.6, output_tokens=[5, 7, 8])
+    same, other = simulated("flexinfer", 0.3), simulated("sync", 0.6, output_tokens=[5, 7, *range(8, 20)])
     assert verdicts([same, simulated("sync", 0.6)])["C9"].verdict == "reproduced"
     assert verdicts([same, other])["C9"].verdict == "not"
+    repeating = [simulated(system, 0.6, output_tokens=[5] * 20) for system in ("flexinfer", "sync")]
+    assert verdicts(repeating)["C9"].verdict == "not measured"
 
 
 def test_grouped_query_models_are_judged_close_or_not() -> None:
     model = ModelConfig("codellama-34b", shape=ShapeConfig(8192, 22016, 48, 64, 8, 32000))
-    records = [simulated(system, 0.6, model=model) for system in ("flexinfer", "attention-first")]
+    records = [simulated(system, 0.6, model=model) for system in ("algorithm1", "attention-first")]
     assert verdicts(records)["C8"].verdict == "reproduced"
     slow = simulated("attention-first", 0.6, model=model, token_s=[60.0, 60.0, 60.0])
     assert verdicts([records[0], slow])["C8"].verdict == "not"
+    assert verdicts([simulated("flexinfer", 0.6, model=model), slow])["C8"].verdict == "not measured"

@@ -14,6 +14,7 @@ from flexinfer.bench.config import SystemConfig
 from flexinfer.bench.provenance import cpu_name, provenance
 from flexinfer.bench.records import (
     DERIVED,
+    OLDER,
     Limits,
     Record,
     RecordError,
@@ -222,6 +223,22 @@ def test_unlimited_records_do_not_stand_beside_limited_ones() -> None:
         check_comparable([make_record(), unlimited])
 
 
+def test_records_of_two_engines_do_not_meet() -> None:
+    new = make_record()
+    old = make_record(provenance=new.provenance.model_copy(update={"versions": {"flexinfer": "0.0.1"}}))
+    check_comparable([old, old])
+    with pytest.raises(RecordError, match=r"engines 0\.0\.1, .*older/0\.0\.1/"):
+        check_comparable([old, new])
+
+
+def test_records_of_earlier_engines_are_a_results_directory_of_their_own(tmp_path: Path) -> None:
+    new, old = make_record(), make_record()
+    append_record(tmp_path / "fig4" / "a.jsonl", new)
+    append_record(tmp_path / OLDER / "0.0.1" / "fig4" / "a.jsonl", old)
+    assert [one.run_id for one in load_records(tmp_path)] == [new.run_id]
+    assert [one.run_id for one in load_records(tmp_path / OLDER / "0.0.1")] == [old.run_id]
+
+
 @given(
     total=st.integers(1, 10**11),
     resident=st.integers(-(10**10), 2 * 10**11),
@@ -251,6 +268,7 @@ def test_provenance_names_this_machine_and_makes_a_valid_record(tmp_path: Path) 
     found = provenance(tmp_path / "not" / "there")
     assert found.versions["python"]
     assert found.file_system
+    assert found.about["cpu"].startswith("family")
     assert make_record(make_cell(), provenance=found).provenance.machine == found.machine
 
 
