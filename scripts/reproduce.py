@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -47,7 +47,7 @@ def steps_of(file: Path, common: list[str]) -> list[Step]:
     ConfigStore.instance().store(name="schema", node=RunConfig)
     steps = []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for told in OmegaConf.to_object(OmegaConf.load(file)):  # type: ignore[union-attr]
+        for told in cast(list[dict[str, Any]], OmegaConf.to_object(OmegaConf.load(file))):
             overrides = [*told["run"], *common]
             config = cast(RunConfig, OmegaConf.to_object(compose("config", overrides=overrides)))
             keys = frozenset(cell.key for cell in cells_of(config))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -11,6 +12,7 @@ from gguf_models import MIXTURES, WriteGGUF, made_once, relative_error, whole_mo
 
 from flexinfer import CheckpointError
 from flexinfer.expert_policies import POLICIES
+from flexinfer.streaming.experts import StreamedExperts
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,42 @@ def test_an_expert_is_read_where_it_lies(mixture: WriteGGUF, load: Load) -> None
     of_one = 3 * 256 * 256 // 32 * 34
     assert experts.total_bytes == 3 * 12 * of_one
     assert experts.token_bytes == 3 * 3 * of_one
+
+
+@pytest.mark.parametrize("share", [0.5, 1.2])
+def test_an_expert_is_computed_once(
+    mixture: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    computed: list[int] = []
+    forward, together, alone = (
+        getattr(StreamedExperts, name) for name in ("forward", "_outputs_together", "_output")
+    )
+
+    def count(self: Any, *asked: Any) -> Any:
+        computed.clear()
+        y = forward(self, *asked)
+        index = asked[2]  # [tokens, k]
+        assert sorted(computed) == sorted({self._first + expert for expert in index.flatten().tolist()})
+        return y
+
+    def count_together(self: Any, module: Any, hidden: Any, numbers: list[int]) -> Any:
+        computed.extend(numbers)
+        return together(self, module, hidden, numbers)
+
+    def count_alone(self: Any, module: Any, states: Any, expert: int) -> Any:
+        computed.append(self._first + expert)
+        return alone(self, module, states, expert)
+
+    for name, counting in (
+        ("forward", count),
+        ("_outputs_together", count_together),
+        ("_output", count_alone),
+    ):
+        monkeypatch.setattr(StreamedExperts, name, counting)
+    model = load(mixture("qwen3_moe", ("Q8_0",)).file)
+    resize_to_share(model, share)
+    logits(model, prompt(), steps=4)
+    assert computed
 
 
 @pytest.mark.parametrize(

@@ -506,6 +506,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     if not ends:
         return
     right = max(x for x, _, _, _ in ends)
+    assert isinstance(axes.figure, Figure)
     axes.figure.draw_without_rendering()  # the layout decides how high a panel is
     to_points = axes.transData.transform
     below = float("-inf")

@@ -368,7 +368,7 @@ class Limits:
             self.applied = Applied("unlimited", note=f"{note}; systemd-run does not serve: {said[0]}")
             return
         named = None if device is None or rate is None else f"{device} {device_name(device)}"
-        self.applied = Applied("systemd", memory_bytes, rate, named, note)
+        self.applied = Applied("systemd", memory_bytes, rate, device=named, note=note)
 
 
 def _usage(peak: Path, events: Path) -> Usage:

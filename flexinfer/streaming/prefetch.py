@@ -41,7 +41,8 @@ class Prefetcher:
         window_layers: int | None,
         ahead: bool = True,
     ) -> None:
-        self._ahead, self._waiting = ahead, False
+        self._ahead = ahead
+        self._awaited: int | None = None  # sequence number of what the compute thread waits for
         self._schedule = schedule
         self._queue = queue
         self._window_layers = window_layers
@@ -93,13 +94,13 @@ class Prefetcher:
 
     def _wait(self, piece: Piece, start_s: float) -> None:
         """Until something has changed, for the caller who holds the lock."""
-        self._waiting = True
+        self._awaited = self._next_use
         if not self._ahead:
             self._queue.changed.notify_all()
         try:
             self._queue.wait(piece, start_s)
         finally:
-            self._waiting = False
+            self._awaited = None
 
     def _release(self, slot: int) -> None:
         with self._queue.changed:
@@ -129,11 +130,16 @@ class Prefetcher:
         passes, place = divmod(sequence, len(self._schedule))
         return passes * self._layers + self._layer_rank[place]
 
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether the compute thread waits for a piece that is not there yet."""
+        return self._awaited is not None and self._awaited not in self._ready
+
     # ---- what the readers call, holding the lock
 
     def take(self) -> Read | None:
         """The next piece in order of use, or one that is to be read again."""
-        if not self._free or not (self._ahead or self._waiting):
+        if not self._free or not (self._ahead or self._is_awaited):
             return None
         if self._again:
             sequence = self._again.pop(0)

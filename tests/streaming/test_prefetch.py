@@ -245,7 +245,9 @@ def test_readers_that_do_not_read_ahead_begin_nothing_while_it_computes(io_threa
             _, _, release = prefetcher.acquire(place)
             wait_until_quiet(reader)
             asked = len(reader.asked)
-            assert place < asked <= place + 8  # what others had in hand is finished, and kept
+            assert asked > place  # what other readers had in hand is finished, and kept
+            if io_threads == 1:
+                assert asked == place + 1
             release()
             wait_until_quiet(reader)
             assert len(reader.asked) == asked
