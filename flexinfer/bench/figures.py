@@ -327,7 +327,7 @@ def caption(records: Sequence[Record], extra: str = "") -> str:
         + "".join(f"; {name.replace('_', ' ')} {value}" for name, value in first.provenance.about.items())
         + ".",
         f"Memory and read limits: {methods}; device {', '.join(rates)}.",
-        f"Median of the rounds, bars from least to greatest; n = {_rounds(records)}; {tokens}.",
+        f"Lines and bars are medians of the rounds, marks the rounds, whiskers their least and greatest; n = {_rounds(records)}; {tokens}.",
         f"Commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         extra,
     ]
@@ -600,8 +600,8 @@ def _panels(
 
 
 def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") -> Figure | None:
-    """Throughput of many systems at few budgets, as bars with their names and rounds: a panel for each budget; beside a bar, how many
-    times `base` it is, where that was measured; the highest bound is a line."""
+    """Throughput of many systems at few budgets, as bars: a panel for each budget; before a bar its system, how many times `base` it is, where
+    that was measured, and its rounds; the highest bound is a line."""
     looks = list(LOOKS)
 
     def draw(axes: Axes, part: pd.DataFrame) -> None:
@@ -609,7 +609,7 @@ def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") ->
             set(part["system"]), key=lambda one: (one != "flexinfer", -looks.index(one))
         )  # from the bottom up
         rows = part.set_index("system")
-        told = rows["tokens_per_s"].get(base)
+        told, names = rows["tokens_per_s"].get(base), []
         for place, system in enumerate(order):
             row, look = rows.loc[system], LOOKS[system]
             value = row["tokens_per_s"]
@@ -624,17 +624,10 @@ def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") ->
                 edgecolor="black",
                 linewidth=0.5,
             )
-            times = f"{value / told:.2f}x " if told and system != base else ""
-            axes.annotate(
-                f"{times}n={row['n']}",
-                (row["high"] if row["n"] else 0, place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                fontsize=6,
-                va="center",
-            )
+            times = f"{value / told:.2f}x, " if told and system != base else ""
+            names.append(f"{row['label']}, {times}n={row['n']}")
         axes.axvline(part["bound"].max(), label="highest bound", **BOUND)
-        axes.set_yticks(range(len(order)), [rows.loc[system]["label"] for system in order], fontsize=7)
+        axes.set_yticks(range(len(order)), names, fontsize=7)
         axes.set(
             xlabel="throughput [tokens/s]", xlim=(0, 1.15 * max(part["bound"].max(), part["high"].max()))
         )
