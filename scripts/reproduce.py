@@ -80,14 +80,19 @@ def main() -> int:
         common.append(f"rounds={arguments.rounds}")
     steps = steps_of(arguments.steps, common)
     machine = provenance(Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser()).machine
-    if arguments.list:
-        console.print(left_table(steps, finished_keys(arguments.results_dir, machine)))
-    for number, step in enumerate(steps):
+
+    def look() -> tuple[set[str], float]:
+        """The keys of what is finished by now, and the hours left."""
         finished = finished_keys(arguments.results_dir, machine)
-        hours = sum(one.minutes_left(finished) for one in steps) / 60
-        if arguments.list:
-            console.print(f"about {hours:.1f} hours left on {machine}")
-            break
+        return finished, sum(one.minutes_left(finished) for one in steps) / 60
+
+    if arguments.list:
+        finished, hours = look()
+        console.print(left_table(steps, finished))
+        console.print(f"about {hours:.1f} hours left on {machine}")
+        return 0
+    for number, step in enumerate(steps):
+        finished, hours = look()
         if step.keys <= finished:
             continue
         console.print(f"step {number + 1} of {len(steps)}, about {hours:.1f} hours left: {step.command}")

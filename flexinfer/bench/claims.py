@@ -80,6 +80,12 @@ class Part:
         rows = self.rows[(self.rows["system"] == system) & self.rows["tokens_per_s"].notna()]
         return dict(zip(rows["budget_bytes"], rows["tokens_per_s"], strict=True))
 
+    def gains(self, system: str, base: str) -> dict[int, float]:
+        """Times that `system` is as fast as `base`, by budget, the least first, where both ran and the model does not fit."""
+        ours, theirs = self.speeds(system), self.speeds(base)
+        budgets = sorted(budget for budget in ours.keys() & theirs.keys() if not self.fits(budget))
+        return {budget: ours[budget] / theirs[budget] for budget in budgets}
+
     def clear(self, system: str, base: str, budget_bytes: int) -> int:
         """1: `system` is clearly faster than `base` in that budget, -1: clearly slower, 0: no difference to be seen."""
         rows = self.rows[self.rows["budget_bytes"] == budget_bytes].set_index("system")
@@ -184,14 +190,12 @@ def _gain(
     part: Part, system: str, base: str, claim: Mapping[str, Any], reached: Reached
 ) -> tuple[str, str, str]:
     """Ratio of speeds over the budgets in which the model does not fit; `reached` says what of the paper's numbers they reach."""
-    ours, theirs = part.speeds(system), part.speeds(base)
-    budgets = sorted(budget for budget in ours.keys() & theirs.keys() if not part.fits(budget))
-    if not budgets:
+    gains = part.gains(system, base)
+    if not gains:
         return "", "", ""
     if reached is _at_the_least:
-        budgets = budgets[:1]
-    gains = {budget: ours[budget] / theirs[budget] for budget in budgets}
-    clear = [part.clear(system, base, budget) for budget in budgets]
+        gains = dict([next(iter(gains.items()))])
+    clear = [part.clear(system, base, budget) for budget in gains]
     measured = ", ".join(
         f"{_times(gain)}{'' if seen else ' (no clear difference)'} at {budget / 2**30:.2f} GiB"
         for (budget, gain), seen in zip(gains.items(), clear, strict=True)
@@ -277,31 +281,22 @@ def _close(part: Part) -> tuple[str, str, str]:
     shape = part.records[0].cell.model.shape
     if shape is None or shape.kv_heads == shape.heads or shape.experts is not None:
         return "", "", ""
-    found = {system: _distances(part, system) for system in ("algorithm1", "flexinfer")}
+    found = {system: part.gains(system, "attention-first") for system in ("algorithm1", "flexinfer")}
     if not found["algorithm1"]:
         return "", "", ""
     told = {
-        system: ", ".join(f"{gain:+.1%} at {budget / 2**30:.2f} GiB" for budget, gain, _ in gains)
+        system: ", ".join(f"{gain - 1:+.1%} at {budget / 2**30:.2f} GiB" for budget, gain in gains.items())
         for system, gains in found.items()
     }
-    close = [abs(gain) <= CLOSE or not clear for _, gain, clear in found["algorithm1"]]
+    close = [
+        abs(gain - 1) <= CLOSE or not part.clear("algorithm1", "attention-first", budget)
+        for budget, gain in found["algorithm1"].items()
+    ]
     verdict = "reproduced" if all(close) else "partly" if any(close) else "not"
     why = f"close means within {CLOSE:.0%}, or spreads that overlap"
-    return (
-        told["algorithm1"],
-        verdict,
-        f"{why}; our default: {told['flexinfer']}" if told["flexinfer"] else why,
-    )
-
-
-def _distances(part: Part, system: str) -> list[tuple[int, float, int]]:
-    """(budget, gain over attention-first, `Part.clear`) where the model does not fit."""
-    ours, theirs = part.speeds(system), part.speeds("attention-first")
-    budgets = sorted(budget for budget in ours.keys() & theirs.keys() if not part.fits(budget))
-    return [
-        (budget, ours[budget] / theirs[budget] - 1, part.clear(system, "attention-first", budget))
-        for budget in budgets
-    ]
+    if told["flexinfer"]:
+        why += f"; our default: {told['flexinfer']}"
+    return told["algorithm1"], verdict, why
 
 
 def _same_tokens(part: Part) -> tuple[str, str, str]:

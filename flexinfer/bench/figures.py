@@ -37,6 +37,7 @@ from flexinfer.notebook import draw_pass, last_pass
 
 GIB = 2**30
 Shown = TypeVar("Shown")  # what a panel shows
+Budgets = TypeVar("Budgets", float, pd.Series)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class Look:
     marker: str
     line: str
     hatch: str
+
+    @property
+    def bar(self) -> dict[str, Any]:
+        """What a bar of it is drawn with."""
+        return {"color": self.colour, "hatch": self.hatch, "edgecolor": "black", "linewidth": 0.5}
 
 
 LOOKS = {
@@ -407,9 +413,9 @@ class Panel:
     def weights_gib(self) -> float:
         return float(self.medians["weights_gib"].max())
 
-    def share(self, budgets_gib: pd.Series) -> pd.Series:
+    def share(self, budget_gib: Budgets) -> Budgets:
         """Budgets as shares of the weights."""
-        return budgets_gib / self.weights_gib
+        return budget_gib / self.weights_gib
 
 
 def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[tuple[float, float, str, str]]:
@@ -437,11 +443,11 @@ def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[t
         )
         if len(ok):
             last = ok.iloc[-1]
-            ends.append((last["budget_gib"] / panel.weights_gib, float(last[column]), label, look.colour))
+            ends.append((panel.share(last["budget_gib"]), float(last[column]), label, look.colour))
         for _, row in part[part[column].isna()].iterrows():
             axes.annotate(
                 f"{row['label']}: {row['status']}",
-                (row["budget_gib"] / panel.weights_gib, 0.01),
+                (panel.share(row["budget_gib"]), 0.01),
                 xycoords=("data", "axes fraction"),
                 rotation=90,
                 fontsize=6,
@@ -496,9 +502,7 @@ def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
         for found in by_system.values()
     ]
     highest = [max(values) for values in zip(*curves, strict=True)]
-    return pd.Series(
-        highest, index=[place / panel.weights_gib for place in places[: len(highest)]], dtype=float
-    )
+    return pd.Series(highest, index=[panel.share(place) for place in places[: len(highest)]], dtype=float)
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -611,7 +615,7 @@ def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") ->
         rows = part.set_index("system")
         told, names = rows["tokens_per_s"].get(base), []
         for place, system in enumerate(order):
-            row, look = rows.loc[system], LOOKS[system]
+            row = rows.loc[system]
             value = row["tokens_per_s"]
             axes.barh(
                 place,
@@ -619,10 +623,7 @@ def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") ->
                 0.75,
                 xerr=[[value - row["low"]], [row["high"] - value]],
                 capsize=2,
-                color=look.colour,
-                hatch=look.hatch,
-                edgecolor="black",
-                linewidth=0.5,
+                **LOOKS[system].bar,
             )
             times = f"{value / told:.2f}x, " if told and system != base else ""
             names.append(f"{row['label']}, {times}n={row['n']}")
@@ -723,17 +724,13 @@ def agreements(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 def _bar(axes: Axes, place: int, system: str, label: str, value: float, low: float, high: float) -> None:
     """One system's bar, from the least to the greatest round."""
-    look = LOOKS[system]
     axes.bar(
         place,
         value,
         0.9,
         yerr=[[value - low], [high - value]],
         capsize=3,
-        color=look.colour,
-        hatch=look.hatch,
-        edgecolor="black",
-        linewidth=0.5,
+        **LOOKS[system].bar,
         label=label,
     )
 

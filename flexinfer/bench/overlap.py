@@ -116,7 +116,7 @@ def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.D
         nbytes = sum(one.token_bytes) / one.passes
         if nbytes < STREAMS_BYTES or not one.bound_tokens_per_s or not one.tokens_per_s:
             continue
-        seconds = one.passes / one.tokens / one.tokens_per_s
+        seconds, at_best_s = one.passes / one.tokens / one.tokens_per_s, attainable_s(nbytes, passes)
         rows.append(
             {
                 "model": cell.model.name,
@@ -125,9 +125,9 @@ def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.D
                 "read GB": nbytes / 1e9,
                 "pass s": seconds,
                 "bound s": 1 / one.bound_tokens_per_s,
-                "attainable s": attainable_s(nbytes, passes),
+                "attainable s": at_best_s,
                 "of own bound": 1 / one.bound_tokens_per_s / seconds,
-                "of attainable": attainable_s(nbytes, passes) / seconds,
+                "of attainable": at_best_s / seconds,
             }
         )
     return pd.DataFrame(rows)
@@ -171,13 +171,13 @@ def _beside(
     """Passes beside a process that reads at `rate` bytes/s; 0: alone."""
     arguments = [sys.executable, "-c", READER, str(rate), *(files if rate else [])]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
-        assert reader.stdin is not None
-        assert reader.stdout is not None
+        asks, answers = reader.stdin, reader.stdout
+        assert asks is not None
+        assert answers is not None
 
         def read_bytes() -> int:
-            reader.stdin.write("\n")  # type: ignore[union-attr]
-            reader.stdin.flush()  # type: ignore[union-attr]
-            return int(reader.stdout.readline())  # type: ignore[union-attr]
+            print(file=asks, flush=True)
+            return int(answers.readline())
 
         try:
             for _ in range(WARM_UP):
@@ -193,7 +193,7 @@ def _beside(
             rate_seen = (read_bytes() - begun_bytes) / (perf_counter() - begun_s)
             own_bytes = bytes_read() - own_bytes
         finally:
-            reader.stdin.close()
+            asks.close()
     if own_bytes > passes * STREAMS_BYTES:
         raise ValueError(
             f"memory: a pass reads {own_bytes // passes} bytes; give it memory for all of the model"

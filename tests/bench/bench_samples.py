@@ -1,8 +1,11 @@
 """Cells and records for the tests of the harness: valid against the schema, measured by nobody, kept in tmp_path."""
 
+import importlib.util
+import sys
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flexinfer.bench.config import (
@@ -17,6 +20,17 @@ from flexinfer.bench.records import Limits, Provenance, Record
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"cpu": "Test CPU", "cores": 2, "memory_bytes": 16 * 2**30}
+
+
+def script(name: str) -> ModuleType:
+    """scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where its dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_cell(**changes: Any) -> CellConfig:

@@ -1,6 +1,5 @@
 """The experiments' configuration: what is there composes, what is not is refused by name."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from types import ModuleType
 from typing import cast
 
 import pytest
-from bench_samples import ROOT, make_cell
+from bench_samples import ROOT, make_cell, script
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -38,12 +37,7 @@ GROUPS = ("model", "system", "device", "budget", "workload")
 @pytest.fixture(scope="module")
 def run_script() -> ModuleType:
     """scripts/run.py as a module: importing it registers the schema."""
-    spec = importlib.util.spec_from_file_location("run_script", ROOT / "scripts" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("run")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`make reproduce`: every step is an experiment that composes, finished cells are not left, a step that fails ends it."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,20 +7,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from bench_samples import ROOT, make_record
+from bench_samples import ROOT, make_record, script
 
 STEPS = "- {run: [+exp=smoke], minutes: 30}\n- {run: [+exp=fig5, rounds=2], minutes: 60}\n"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "scripts" / "reproduce.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reproduce"] = module
-    spec.loader.exec_module(module)
-    return module
+def module() -> ModuleType:
+    return script("reproduce")
 
 
 def reproduce(tmp_path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -40,10 +33,10 @@ def test_all_of_its_steps_are_experiments(tmp_path: Path) -> None:
         assert f"+exp={name}" in done.stdout
 
 
-def test_minutes_left_are_those_of_the_cells_that_are_left(script: ModuleType, tmp_path: Path) -> None:
+def test_minutes_left_are_those_of_the_cells_that_are_left(module: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "steps.yaml"
     file.write_text(STEPS)
-    smoke, fig5 = script.steps_of(file, [])
+    smoke, fig5 = module.steps_of(file, [])
     assert fig5.command == "python scripts/run.py +exp=fig5 rounds=2"
     half = set(sorted(fig5.keys)[: len(fig5.keys) // 2])
     assert fig5.minutes_left(half) == 30
@@ -53,7 +46,7 @@ def test_minutes_left_are_those_of_the_cells_that_are_left(script: ModuleType, t
 
 @pytest.mark.parametrize(("code", "calls"), [(0, 2), (3, 1)])
 def test_a_step_that_fails_ends_it(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, calls: int
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, calls: int
 ) -> None:
     file = tmp_path / "steps.yaml"
     file.write_text(STEPS)
@@ -63,9 +56,9 @@ def test_a_step_that_fails_ends_it(
         called.append(command)
         return subprocess.CompletedProcess(command, code)
 
-    monkeypatch.setattr(script.subprocess, "run", run)
-    monkeypatch.setattr(script, "provenance", lambda _: make_record().provenance)
+    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(module, "provenance", lambda _: make_record().provenance)
     monkeypatch.setattr(sys, "argv", ["x", "--steps", str(file), "--results-dir", str(tmp_path / "results")])
-    assert script.main() == code
+    assert module.main() == code
     assert len(called) == calls
     assert called[0][1:3] == ["scripts/run.py", "+exp=smoke"]
