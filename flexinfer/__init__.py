@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flexinfer.options import Options
     from flexinfer.plan import BudgetError, Plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["BudgetError", "CheckpointError", "Options", "Plan", "from_pretrained"]
 

@@ -39,7 +39,7 @@ READER = """
 import mmap, os, sys, threading, time
 files, rate, size = sys.argv[2:], float(sys.argv[1]), 4 << 20  # no files: it reads nothing
 blocks = [(file, at) for file in files for at in range(0, os.path.getsize(file) - size + 1, size)]
-done, begun_s, ended = [0, 0], time.perf_counter(), threading.Event()
+done, begun_s, ended, first = [0, 0], time.perf_counter(), threading.Event(), threading.Event()
 def read(worker):
     buffer, opened, i = mmap.mmap(-1, size), {}, worker
     while not ended.is_set():
@@ -47,13 +47,16 @@ def read(worker):
         if file not in opened:
             opened[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
         done[worker] += os.preadv(opened[file], [buffer], at)
+        first.set()
         i += 2
         ended.wait(max(0.0, sum(done) / rate - (time.perf_counter() - begun_s)))
 threads = [threading.Thread(target=read, args=(worker,)) for worker in range(2 if blocks else 0)]
 for thread in threads:
     thread.start()
 for line in sys.stdin:
-    print(sum(done), flush=True)
+    if blocks:
+        first.wait(60)
+    print(sum(done) / (time.perf_counter() - begun_s), flush=True)  # bytes/s so far
 ended.set()
 """
 
@@ -175,22 +178,22 @@ def _beside(
         assert asks is not None
         assert answers is not None
 
-        def read_bytes() -> int:
+        def bytes_per_s() -> float:
             print(file=asks, flush=True)
-            return int(answers.readline())
+            return float(answers.readline())
 
         try:
+            bytes_per_s()  # it reads by now
             for _ in range(WARM_UP):
                 system.take(next(drawn))
                 system.step()
             pass_s, own_bytes = [], bytes_read()
-            begun_bytes, begun_s = read_bytes(), perf_counter()
             for _ in range(passes):
                 system.take(next(drawn))
                 start_s = perf_counter()
                 system.step()
                 pass_s.append(perf_counter() - start_s)
-            rate_seen = (read_bytes() - begun_bytes) / (perf_counter() - begun_s)
+            rate_seen = bytes_per_s()
             own_bytes = bytes_read() - own_bytes
         finally:
             asks.close()
