@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,10 +50,23 @@ def steps_of(file: Path, common: list[str]) -> list[Step]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for told in cast(list[dict[str, Any]], OmegaConf.to_object(OmegaConf.load(file))):
             overrides = [*told["run"], *common]
-            config = cast(RunConfig, OmegaConf.to_object(compose("config", overrides=overrides)))
-            keys = frozenset(cell.key for cell in cells_of(config))
+            keys = frozenset(
+                cell.key
+                for swept in _sweep(overrides)
+                for cell in cells_of(
+                    cast(RunConfig, OmegaConf.to_object(compose("config", overrides=[*overrides, *swept])))
+                )
+            )
             steps.append(Step(overrides, float(told["minutes"]), keys))
     return steps
+
+
+def _sweep(overrides: list[str]) -> list[tuple[str, ...]]:
+    """The overrides of each job of an experiment that sweeps values by itself (hydra.sweeper.params); one of none for the others."""
+    params = compose("config", overrides=overrides, return_hydra_config=True).hydra.sweeper.params or {}
+    return list(
+        product(*([f"{name}={value}" for value in str(told).split(",")] for name, told in params.items()))
+    )
 
 
 def left_table(steps: list[Step], finished: set[str]) -> Table:

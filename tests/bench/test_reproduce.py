@@ -44,6 +44,15 @@ def test_minutes_left_are_those_of_the_cells_that_are_left(module: ModuleType, t
     assert smoke.minutes_left(set(smoke.keys)) == 0
 
 
+def test_an_experiment_that_sweeps_counts_the_cells_of_all_its_jobs(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    file = tmp_path / "steps.yaml"
+    file.write_text("- {run: [+exp=batches], minutes: 15}\n")
+    (batches,) = module.steps_of(file, [])
+    assert len(batches.keys) == 6  # conf/exp/batches.yaml: 1, 2, 4, 8, 16 and 32 sequences
+
+
 @pytest.mark.parametrize(("code", "calls"), [(0, 2), (3, 1)])
 def test_a_step_that_fails_ends_it(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, calls: int
