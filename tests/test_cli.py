@@ -160,7 +160,8 @@ def test_verbose_says_where_the_budget_goes_and_what_made_it_slow(
     options = ("--memory", MEMORY, "--max-new-tokens", "4", "--policy", "none")
     for _ in range(2):  # the second run must not say everything twice
         assert main(["generate", str(model_dir), "abc", *options, "-v"]) == 0
-        plan, first, why, speed = capsys.readouterr().err.splitlines()
+        said = capsys.readouterr().err.splitlines()
+        plan, first, why, speed = [one for one in said if "--draft auto" not in one]  # a slow disk's advice
         assert plan.startswith("budget 2.00 GiB: ")
         assert first.startswith("first token after ")
         assert why.partition(":")[0] in {"disk", "kernels", "memory"}

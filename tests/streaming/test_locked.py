@@ -133,7 +133,7 @@ def test_an_error_of_the_first_pass_is_raised_and_the_next_goes_on(
 def test_a_read_of_the_first_pass_that_never_returns_is_given_up(
     checkpoint: MakeCheckpoint, load: Load
 ) -> None:
-    model = load(checkpoint("llama"), read_timeout_s=0.3)
+    model = load(checkpoint("llama"), read_timeout_s=2.0)
     come_back, once = threading.Event(), iter([True])
     weight = model.flexinfer._weights[5]
     stuck = weight.pieces[0].offset_bytes
@@ -141,7 +141,7 @@ def test_a_read_of_the_first_pass_that_never_returns_is_given_up(
         model, lambda offset: come_back.wait() and None if offset == stuck and next(once, False) else None
     )
     expected = logits(stock(checkpoint("llama")), prompt())
-    with pytest.raises(ReadError, match=r"took more than read_timeout_s=0.3"):
+    with pytest.raises(ReadError, match=r"took more than read_timeout_s=2"):
         logits(model, prompt())
     assert torch.equal(logits(model, prompt()), expected), "with the read still stuck"
     come_back.set()
