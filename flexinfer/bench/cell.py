@@ -76,8 +76,9 @@ def run_cell(cell: CellConfig) -> Record:
         message = _tail(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
         return _failed(cell, "error", f"checkpoint: {message}", provenance(Path(cell.cache_dir).expanduser()))
     origin = provenance(Path(facts.path))
-    remove_stale_scratch(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=f"flexinfer-cell-{os.getpid()}-") as scratch:
+    for folder in (Path(tempfile.gettempdir()), Path(cell.cache_dir).expanduser()):
+        remove_stale_scratch(folder)
+    with tempfile.TemporaryDirectory(prefix=_scratch_prefix()) as scratch:
         job = _job(cell, facts, Path(scratch))
         if cell.system.kind == "airllm":
             split = run_child(job | {"kind": "split"}, cell.workload.timeout_s)
@@ -161,6 +162,11 @@ def run_cell(cell: CellConfig) -> Record:
         engine=engine,
         events=events,
     )
+
+
+def _scratch_prefix() -> str:
+    """Of a directory of this process's, by which `remove_stale_scratch` knows whose it was."""
+    return f"flexinfer-cell-{os.getpid()}-"
 
 
 def remove_stale_scratch(parent: Path) -> None:
@@ -340,46 +346,47 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
     if not shallow and 2 * facts.touched_bytes > free_bytes:
         return None, f"not measured: {facts.touched_bytes} bytes resident do not fit here"
     seconds: list[float] = []
-    for layers in SHALLOW_LAYERS if shallow else (facts.layers,):
-        model, directory = cell.model, Path(cell.cache_dir).expanduser()
-        if shallow and cell.model.shape is not None:
-            directory = directory / "shallow"
-            shape = replace(cell.model.shape, layers=layers)
-            model = replace(cell.model, name=f"{cell.model.name}-{layers}-layers", shape=shape)
-        roomy = 4 * facts.touched_bytes + (4 << 30)
-        one = replace(
-            cell, model=model, system=system, budget_bytes=roomy, trace=False, cache_dir=str(directory)
-        )
-        try:
-            job = _job(one, describe_checkpoint(one), scratch)
-        except subprocess.CalledProcessError as error:
-            return None, f"not measured: {_tail(error.stderr)}"
-        job |= {
-            "warmup_tokens": 3,
-            "tokens": 4 + RESIDENT_TOKENS,
-            "min_tokens": RESIDENT_TOKENS,
-            "min_seconds": 0.0,
-        }
-        prompt_tokens = MIXTURE_TOKENS if facts.untouched_bytes else 4
-        job |= {
-            "prompt_tokens": prompt_tokens,
-            "context": max(64 + prompt_tokens, cell.workload.context),
-            "prefill_tokens": [],
-            "predict": False,
-            "texts": [],
-            "replayed": [],
-        }
-        child = run_child(job, cell.workload.timeout_s)
-        if child.status != "ok":
-            return None, f"not measured: {child.message}"
-        seconds.append(min(token["s"] for token in child.counted))
+    cache_dir = Path(cell.cache_dir).expanduser()
+    with tempfile.TemporaryDirectory(prefix=_scratch_prefix(), dir=cache_dir) as shallow_dir:
+        for layers in SHALLOW_LAYERS if shallow else (facts.layers,):
+            model, directory = cell.model, str(cache_dir)
+            if shallow and cell.model.shape is not None:
+                directory = shallow_dir
+                shape = replace(cell.model.shape, layers=layers)
+                model = replace(cell.model, name=f"{cell.model.name}-{layers}-layers", shape=shape)
+            roomy = 4 * facts.touched_bytes + (4 << 30)
+            one = replace(
+                cell, model=model, system=system, budget_bytes=roomy, trace=False, cache_dir=directory
+            )
+            try:
+                job = _job(one, describe_checkpoint(one), scratch)
+            except subprocess.CalledProcessError as error:
+                return None, f"not measured: {_tail(error.stderr)}"
+            job |= {
+                "warmup_tokens": 3,
+                "tokens": 4 + RESIDENT_TOKENS,
+                "min_tokens": RESIDENT_TOKENS,
+                "min_seconds": 0.0,
+            }
+            prompt_tokens = MIXTURE_TOKENS if facts.untouched_bytes else 4
+            job |= {
+                "prompt_tokens": prompt_tokens,
+                "context": max(64 + prompt_tokens, cell.workload.context),
+                "prefill_tokens": [],
+                "predict": False,
+                "texts": [],
+                "replayed": [],
+            }
+            child = run_child(job, cell.workload.timeout_s)
+            if child.status != "ok":
+                return None, f"not measured: {child.message}"
+            seconds.append(min(token["s"] for token in child.counted))
     if not shallow:
         result, source = seconds[0], f"{system.kind}, whole model resident, no limits"
     else:
         layer_s = max(0.0, seconds[1] - seconds[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
         result = max(seconds[0] + (facts.layers - SHALLOW_LAYERS[0]) * layer_s, seconds[1])
         source = f"{system.kind}, resident, no limits, extrapolated from 1 and 3 layers ({seconds[0]:.4f}, {seconds[1]:.4f} s)"
-        shutil.rmtree(Path(cell.cache_dir).expanduser() / "shallow", ignore_errors=True)
     store.parent.mkdir(parents=True, exist_ok=True)
     part = store.with_suffix(".part")
     part.write_text(json.dumps({"seconds": result, "source": source}))
