@@ -736,9 +736,8 @@ class Engine:
             raise RuntimeError(CLOSED)
         trim_heap()
         grown_bytes = anonymous_bytes() - self._loaded_bytes
-        process_bytes = self._fixed.process_bytes + (grown_bytes if grown_bytes > GROWTH_BYTES else 0)
-        self._fixed = replace(self._fixed, process_bytes=process_bytes, tokenizer_bytes=0)
-        self._apply(self._make_plan(self.plan.budget_bytes))
+        self._fixed = replace(self._fixed, tokenizer_bytes=0)
+        self._apply(self._plan_grown(grown_bytes if grown_bytes > GROWTH_BYTES else 0))
 
     def _prepare(
         self, forward: Callable[..., Any], ids: torch.Tensor, asked: dict[str, Any], kwargs: dict[str, Any]
@@ -805,16 +804,28 @@ class Engine:
 
     def _give_back(self, grown_bytes: int) -> None:
         """Lock less, as the process has grown by `grown_bytes` since the plan was made."""
-        grown = replace(self._fixed, process_bytes=self._fixed.process_bytes + grown_bytes)
-        plan = self._make_plan(self.plan.budget_bytes, fixed=grown)
+        plan = self._plan_grown(grown_bytes)
         warnings.warn(
             f"the process has grown by {format_size(grown_bytes)} since the model was loaded; to stay within memory="
             f"{format_size(plan.budget_bytes)} {format_size(plan.streamed_bytes - self.plan.streamed_bytes)} more are read for each pass",
             RuntimeWarning,
             stacklevel=2,
         )
-        self._fixed = grown
         self._apply(plan)
+
+    def _plan_grown(self, grown_bytes: int) -> Plan:
+        """The plan for a process that is larger by `grown_bytes`, from now on: with less locked, or, where nothing is left to give, with less margin,
+        which is for what cannot be known. Raises BudgetError past that."""
+        grown = replace(self._fixed, process_bytes=self._fixed.process_bytes + grown_bytes)
+        try:
+            plan = self._make_plan(self.plan.budget_bytes, fixed=grown)
+        except BudgetError:
+            if grown_bytes > grown.margin_bytes:
+                raise
+            grown = replace(grown, margin_bytes=grown.margin_bytes - grown_bytes)
+            plan = self._make_plan(self.plan.budget_bytes, fixed=grown)
+        self._fixed = grown
+        return plan
 
     def _too_large(self, shape: PassShape, needed_bytes: int, room_bytes: int, can_keep_fewer: bool) -> str:
         """What a call asks for and what would make it fit."""

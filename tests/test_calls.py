@@ -113,6 +113,24 @@ def test_a_process_that_grows_gives_locked_memory_back(checkpoint: MakeCheckpoin
     gc.collect()
 
 
+def test_a_process_that_grows_where_nothing_is_locked_takes_of_the_margin_and_no_more(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
+    model = load(checkpoint())
+    expected = logits(model, prompt())
+    resize_to_share(model, 0.0)
+    margin_bytes = model.flexinfer.plan.fixed.margin_bytes
+    ballast = [bytearray(b"x") * (margin_bytes * 3 // 4)]
+    with pytest.warns(RuntimeWarning, match="the process has grown by"):
+        assert torch.equal(logits(model, prompt()), expected)
+    ballast.append(bytearray(b"x") * margin_bytes)
+    with pytest.raises(flexinfer.BudgetError, match="too little for this model"):
+        logits(model, prompt())
+    ballast.clear()
+    gc.collect()
+    assert torch.equal(logits(model, prompt()), expected)
+
+
 def test_two_threads_that_generate_do_not_mix(checkpoint: MakeCheckpoint, load: Load) -> None:
     model, reference = load(checkpoint(), policy="none"), stock(checkpoint())
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
