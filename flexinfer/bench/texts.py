@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+PERIOD = 24  # tokens after which a replayed text comes again
 PASSAGE = (
     "The lighthouse on the northern cape was built in 1871 from grey granite. Its lamp burned oil until 1922, when the keeper, Anna Holm, had it "
     "changed to electric light. On clear nights it can be seen from thirty kilometres away. The keeper's house beside it is now a small museum "
@@ -71,6 +72,8 @@ class Margins(LogitsProcessor):
 class Replay(LogitsProcessor):
     """Has the draft and the model disagree where they did in another run, whatever their weights.
 
+    But for that the text comes again every PERIOD tokens, so that prompt lookup finds candidates too.
+
     runs: how many tokens in a row the draft said as the model did, before each that it did not; from the beginning again at the end.
     """
 
@@ -90,7 +93,7 @@ class Replay(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         position = input_ids.shape[1]
         self._first = position if self._first is None else min(self._first, position)
-        token = 300 + position * 7919 % (scores.shape[1] // 2)
+        token = 300 + position % PERIOD * 7919 % (scores.shape[1] // 2)
         if not self._drafting() and self.disagree(position - self._first):
             token += 1
         forced = torch.full_like(scores, -1e4)

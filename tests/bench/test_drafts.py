@@ -6,13 +6,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from bench_samples import make_cell, make_record
 
 from flexinfer.bench import cell as cells
 from flexinfer.bench import drafts, figures
 from flexinfer.bench.config import ConfigError, ModelConfig, ShapeConfig, SystemConfig, WorkloadConfig
 from flexinfer.bench.records import Record, append_record, load_records
-from flexinfer.bench.texts import Replay
+from flexinfer.bench.texts import PERIOD, Replay
 
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
 REPLAYED = WorkloadConfig(
@@ -56,6 +57,13 @@ def test_a_replayed_pattern_sets_the_tokens_of_a_pass_and_no_token(tmp_path: Pat
 def test_a_replay_disagrees_after_each_run() -> None:
     replay = Replay([2, 0, 1], lambda: False)
     assert [i for i in range(12) if replay.disagree(i)] == [2, 3, 5, 8, 9, 11]
+
+
+def test_a_replayed_text_comes_again_so_that_it_can_be_looked_up() -> None:
+    replay, scores = Replay([100], lambda: False), torch.zeros(1, 4096)
+    said = [int(replay(torch.zeros(1, position), scores).argmax()) for position in range(2 * PERIOD)]
+    assert said[:PERIOD] == said[PERIOD:]
+    assert len(set(said)) == PERIOD
 
 
 def test_near_ties_are_found_and_figures_of_one_token_a_pass_leave_drafts_out(tmp_path: Path) -> None:
