@@ -347,6 +347,7 @@ def _resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> t
         return None, f"not measured: {facts.touched_bytes} bytes resident do not fit here"
     seconds: list[float] = []
     cache_dir = Path(cell.cache_dir).expanduser()
+    cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_scratch_prefix(), dir=cache_dir) as shallow_dir:
         for layers in SHALLOW_LAYERS if shallow else (facts.layers,):
             model, directory = cell.model, str(cache_dir)
