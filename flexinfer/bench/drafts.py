@@ -20,16 +20,20 @@ COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")
 
 
+def _model(record: Record) -> str:
+    return f"{record.cell.model.name} in {record.weights}"
+
+
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """A row for each model, budget, system and kind of text: the texts of a kind together, median of the rounds."""
     plain = {
-        (one.cell.model.name, one.cell.budget_bytes, one.cell.round): one
+        (_model(one), one.cell.budget_bytes, one.cell.round): one
         for one in records
         if one.cell.system.name == PLAIN and one.status == "ok"
     }
     rows: list[dict[str, Any]] = []
     for one in records:
-        beside = plain.get((one.cell.model.name, one.cell.budget_bytes, one.cell.round))
+        beside = plain.get((_model(one), one.cell.budget_bytes, one.cell.round))
         if one.status != "ok" or beside is None:
             continue
         for kind, texts in one.engine["texts"].items():
@@ -42,7 +46,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
             predicted = texts[-1]["predicted_tokens_per_s"]
             rows.append(
                 {
-                    "model": one.cell.model.name,
+                    "model": _model(one),
                     "device": one.cell.device.name,
                     "budget_gib": one.cell.budget_bytes / GIB,
                     "system": one.cell.system.name,
