@@ -3,8 +3,8 @@
 import errno
 import os
 import random
-import threading
 import shutil
+import threading
 from pathlib import Path
 
 import pytest

@@ -133,7 +133,8 @@ def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) 
         machine: [
             one
             for one in records
-            if one.cell.system.name in systems and one.cell.experiment not in ("targets", "resident", "moe")
+            if one.cell.system.name in systems
+            and one.cell.experiment not in ("targets", "resident", "moe", "exact")
         ]
         for machine, records in found.items()
     }
@@ -325,6 +326,7 @@ def caption(records: Sequence[Record], extra: str = "") -> str:
     commits = sorted(
         {one.provenance.git_commit[:8] + ("+" if one.provenance.git_dirty else "") for one in records}
     )
+    engines = sorted({one.provenance.engine for one in records})
     days = sorted({one.provenance.started.date().isoformat() for one in records})
     counted = [one.tokens for one in records if one.status == "ok"]
     tokens = f"{_span(counted)} tokens counted a cell" if counted else ""
@@ -334,7 +336,7 @@ def caption(records: Sequence[Record], extra: str = "") -> str:
         + ".",
         f"Memory and read limits: {methods}; device {', '.join(rates)}.",
         f"Lines and bars are medians of the rounds, marks the rounds, whiskers their least and greatest; n = {_rounds(records)}; {tokens}.",
-        f"Commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
+        f"FlexInfer {', '.join(engines)}, commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         extra,
     ]
     return " ".join(part for part in parts if part)
@@ -548,6 +550,21 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
         label_ends(axes, ends)
 
     return _panels(records, title, _curves(records), draw, size=(4.2, 3.1))
+
+
+def overview(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") -> Figure | None:
+    """`throughput` in one panel, FlexInfer and `base` alone: of the weights and device that have both in most budgets, without a limit first."""
+    budgets: dict[tuple[str, str, str], dict[str, set[int]]] = {}
+    for one in records:
+        if one.status == "ok" and one.cell.system.name in ("flexinfer", base):
+            found = budgets.setdefault(one.place[:3], {"flexinfer": set(), base: set()})
+            found[one.cell.system.name].add(one.cell.budget_bytes)
+    both = {place: len(found["flexinfer"] & found[base]) for place, found in budgets.items()}
+    best = max(both, key=lambda place: (both[place], place[2] == "native"), default=None)
+    if best is None or both[best] < 2:  # no line
+        return None
+    shown = [one for one in records if one.place[:3] == best and one.cell.system.name in ("flexinfer", base)]
+    return throughput(shown, title)
 
 
 def shares(records: Sequence[Record], title: str) -> Figure | None:

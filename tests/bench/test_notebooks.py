@@ -284,8 +284,20 @@ def test_throughput_has_units_the_bound_and_a_caption(results: Path) -> None:
         assert "[" in axes.get_ylabel() + axes.get_xlabel()
     assert "bound of FlexInfer" in figure.axes[0].get_legend_handles_labels()[1]
     caption = figure.texts[-1].get_text().replace("\n", "")
-    for part in (MACHINE["cpu"], "cgroup v1", "500 MB/s", "00000000", "n = "):
+    for part in (MACHINE["cpu"], "cgroup v1", "500 MB/s", "FlexInfer ", "00000000", "n = "):
         assert str(part) in caption
+
+
+def test_the_overview_is_one_panel_of_the_device_with_most_budgets(results: Path) -> None:
+    (records,) = figures.find_records(results, "x").values()
+    figure = figures.overview(records, "title")
+    assert figure is not None
+    (axes,) = [one for one in figure.axes if one.axison]
+    assert {text.get_text() for text in axes.texts} == {"flexinfer", "llama cpp mmap"}  # labels of the sample
+    few = [one for one in records if one.cell.budget_bytes == records[0].cell.budget_bytes]
+    assert figures.overview(few, "title") is None
+    alone = [one for one in records if one.cell.system.name == "flexinfer"]
+    assert figures.overview(alone, "title") is None
 
 
 def test_shares_of_the_bound_and_bars_begin_at_zero(results: Path) -> None:

@@ -1,28 +1,29 @@
 """The committed results: every record fits the schema, and the README's numbers are those of the records."""
 
+import json
 import re
 
 import pytest
 from bench_samples import ROOT
 
-from flexinfer.bench import figures, reliability
+from flexinfer.bench import claims, figures, reliability
 from flexinfer.bench.records import Record
 
 RESULTS = ROOT / "results"
 MACHINES = {
     "EPYC": "AMD EPYC, 2 cores",
     "EPYC-512": "AMD EPYC, AVX-512",
-    "Xeon": "Intel Xeon",
+    "Xeon": "Intel Xeon Processor, AVX-512, AMX",
+    "Xeon-512": "Intel Xeon Processor, AVX-512, 2 cores",
 }  # as the README has them
 WEIGHTS = {"4.5 bits": "int4 and Q4_0", "bf16": "BF16"}
-FIGURES = ("table1", "fig3", "fig4", "fig4-shares", "fig5", "limit")
+FIGURES = ("overview", "table1", "fig3", "fig4", "fig4-shares", "fig5", "limit")
 
 
-def readme_rows(text: str) -> list[dict[str, str]]:
-    """The rows of the first table below '## Results'; an empty cell means the one above."""
-    lines = [
-        line for line in text.split("## Results")[1].split("\n## ")[0].splitlines() if line.startswith("|")
-    ]
+def readme_rows(text: str, heading: str) -> list[dict[str, str]]:
+    """The rows of the first table below `heading`; an empty cell means the one above."""
+    paragraphs = text.split(f"\n{heading}\n")[1].split("\n\n")
+    lines = next(one for one in paragraphs if one.startswith("|")).splitlines()
     heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     filled: list[dict[str, str]] = []
     for row in rows:
@@ -37,12 +38,19 @@ def machines() -> dict[str, list[Record]]:
 
 
 def test_the_numbers_in_the_readme_are_medians_of_the_records(machines: dict[str, list[Record]]) -> None:
-    rows = readme_rows((ROOT / "README.md").read_text())
+    rows = readme_rows((ROOT / "README.md").read_text(), "## Results")
     assert 10 <= len(rows) <= 12
     tables = {
         name: (figures.frame(found), figures.summary(figures.frame(found)))
         for name, start in MACHINES.items()
         for machine, found in machines.items()
+        if machine.startswith(start)
+    }
+    engines = {
+        name: one.provenance.engine
+        for name, start in MACHINES.items()
+        for machine, found in machines.items()
+        for one in found
         if machine.startswith(start)
     }
     for row in rows:
@@ -66,8 +74,36 @@ def test_the_numbers_in_the_readme_are_medians_of_the_records(machines: dict[str
             "of the best bound": f"{ours['best'].item():.2f}",
             "read per token": f"{read / 1e9:.2f} GB",
             "rounds": str(ours["n"].item()),
+            "engine": engines[row["machine"]],
         }
         assert {head: row[head] for head in shown} == shown, f"of {row}"
+
+
+def least_and_greatest(measured: str) -> str:
+    """Of gains by budget, as a verdict tells them, the least and the greatest; of another measurement its first words."""
+    gains = re.findall(r"([+-][\d.]+%|[\d.]+x)[^,]*? at [\d.]+ GiB", measured)
+    if not gains:
+        return measured.split(";")[0]
+    factors = {one: float(one[:-1]) if one[-1] == "x" else 1 + float(one[:-1]) / 100 for one in gains}
+    ends = (min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__))
+    return " to ".join(dict.fromkeys(ends))
+
+
+def test_the_verdicts_in_the_readme_are_those_of_the_records(machines: dict[str, list[Record]]) -> None:
+    paper = json.loads((RESULTS / "paper.json").read_text())["claims"]
+    rows = readme_rows((ROOT / "README.md").read_text(), "### The paper's claims")
+    assert [row["claim"].split()[0] for row in rows] == list(paper)
+    verdicts = claims.judge(machines, paper)
+    for row in rows:
+        model, device = re.findall(r"`([\w-]+)`", row["here"])
+        (one,) = [
+            one
+            for one in verdicts
+            if (one.claim, one.model, one.device) == (row["claim"].split()[0], model, device)
+            and one.machine.startswith(MACHINES["Xeon-512"])
+        ]
+        assert row["measured"] == least_and_greatest(one.measured), f"of {row['claim']}"
+        assert row["verdict"] == one.verdict, f"of {row['claim']}"
 
 
 def test_the_engines_own_runs_stay_in_their_budget(machines: dict[str, list[Record]]) -> None:
