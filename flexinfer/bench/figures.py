@@ -11,7 +11,7 @@ of the systems shown, which none of them can pass. Ratios are to each system's o
 import gzip
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -554,17 +554,16 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
 
 def overview(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") -> Figure | None:
     """`throughput` in one panel, FlexInfer and `base` alone: of the weights and device that have both in most budgets, without a limit first."""
-    budgets: dict[tuple[str, str, str], dict[str, set[int]]] = {}
-    for one in records:
-        if one.status == "ok" and one.cell.system.name in ("flexinfer", base):
-            found = budgets.setdefault(one.place[:3], {"flexinfer": set(), base: set()})
-            found[one.cell.system.name].add(one.cell.budget_bytes)
-    both = {place: len(found["flexinfer"] & found[base]) for place, found in budgets.items()}
-    best = max(both, key=lambda place: (both[place], place[2] == "native"), default=None)
-    if best is None or both[best] < 2:  # no line
+    mine = [one for one in records if one.cell.system.name in ("flexinfer", base)]
+    ours, theirs = (
+        {one.place for one in mine if one.cell.system.name == name and one.status == "ok"}
+        for name in ("flexinfer", base)
+    )
+    budgets = Counter(place[:3] for place in ours & theirs)
+    best = max(budgets, key=lambda place: (budgets[place], place[2] == "native"), default=None)
+    if best is None or budgets[best] < 2:  # no line
         return None
-    shown = [one for one in records if one.place[:3] == best and one.cell.system.name in ("flexinfer", base)]
-    return throughput(shown, title)
+    return throughput([one for one in mine if one.place[:3] == best], title)
 
 
 def shares(records: Sequence[Record], title: str) -> Figure | None:
