@@ -508,22 +508,19 @@ def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each line's label behind the last of them, at the height of its end, pushed apart where they would touch."""
-    if not ends:
-        return
-    right = max(x for x, _, _, _ in ends)
+    """Each line's label behind its end, those that end at the same place pushed apart where they would touch."""
     assert isinstance(axes.figure, Figure)
     axes.figure.draw_without_rendering()  # the layout decides how high a panel is
-    to_points = axes.transData.transform
-    below = float("-inf")
+    below: dict[float, float] = defaultdict(lambda: float("-inf"))
     apart = 8 * axes.figure.dpi / 72
-    for _, y, label, colour in sorted(ends, key=lambda end: end[1]):
-        _, at_y = to_points((right, y))
-        below = max(at_y, below + apart)
+    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
+        _, at_y = axes.transData.transform((x, y))
+        place = round(x, 2)
+        below[place] = max(at_y, below[place] + apart)
         axes.annotate(
             label,
-            (right, y),
-            xytext=(6, (below - at_y) * 72 / axes.figure.dpi),
+            (x, y),
+            xytext=(6, (below[place] - at_y) * 72 / axes.figure.dpi),
             textcoords="offset points",
             fontsize=7,
             color=colour,

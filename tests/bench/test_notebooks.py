@@ -342,6 +342,16 @@ def test_curves_have_a_mark_for_every_round_and_a_label_at_their_end(results: Pa
     assert all(later - earlier > 5 for earlier, later in pairwise(places)), "no label lies over another"
 
 
+def test_a_label_stands_beside_the_last_mark_of_its_own_system(results: Path) -> None:
+    save(results, simulated("readers-1", 0.3))  # in one budget, the smallest
+    figure = figures.throughput(load_records(results), "title")
+    assert figure is not None
+    (axes,) = figure.axes
+    (alone,) = (text for text in axes.texts if text.get_text() == "readers 1")
+    others = [text.xy[0] for text in axes.texts if text.get_text() != "readers 1"]
+    assert alone.xy[0] < min(others)
+
+
 def test_every_model_and_device_has_one_panel_small_models_first(results: Path) -> None:
     large = ShapeConfig(8192, 28672, 80, 64, 8, 32000)
     save(
