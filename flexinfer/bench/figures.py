@@ -134,7 +134,7 @@ def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) 
             one
             for one in records
             if one.cell.system.name in systems
-            and one.cell.experiment not in ("targets", "resident", "moe", "exact")
+            and one.cell.experiment not in ("targets", "resident", "moe", "exact", "mapped", "devices")
         ]
         for machine, records in found.items()
     }
@@ -421,7 +421,7 @@ class Panel:
 
 
 def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[tuple[float, float, str, str]]:
-    """A line through the medians of each system and a mark for every round; returns its end (x, y), label and colour.
+    """A line through the medians of each system and a mark for every round; returns where its label goes (x, y), label and colour.
 
     What did not run is named at the bottom with its status.
     """
@@ -444,8 +444,9 @@ def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[t
             zorder=3,
         )
         if len(ok):
-            last = ok.iloc[-1]
-            ends.append((panel.share(last["budget_gib"]), float(last[column]), label, look.colour))
+            label_at = ok if len(ok) == 1 else panel.medians  # beside a lone mark, right of all lines
+            x = panel.share(label_at["budget_gib"].max())
+            ends.append((x, float(ok[column].iloc[-1]), label, look.colour))
         for _, row in part[part[column].isna()].iterrows():
             axes.annotate(
                 f"{row['label']}: {row['status']}",
@@ -508,19 +509,24 @@ def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each line's label behind its end, those that end at the same place pushed apart where they would touch."""
+    """Each label behind its place (`draw_lines`), pushed apart where they would touch; of a lone mark among lines below it."""
+    if not ends:
+        return
+    right = max(x for x, _, _, _ in ends)
     assert isinstance(axes.figure, Figure)
     axes.figure.draw_without_rendering()  # the layout decides how high a panel is
-    below: dict[float, float] = defaultdict(lambda: float("-inf"))
+    below = float("-inf")
     apart = 8 * axes.figure.dpi / 72
     for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
-        _, at_y = axes.transData.transform((x, y))
-        place = round(x, 2)
-        below[place] = max(at_y, below[place] + apart)
+        offset = (0.0, -10.0)
+        if right - x < 0.01:
+            _, at_y = axes.transData.transform((x, y))
+            below = max(at_y, below + apart)
+            offset = (6.0, (below - at_y) * 72 / axes.figure.dpi)
         axes.annotate(
             label,
             (x, y),
-            xytext=(6, (below[place] - at_y) * 72 / axes.figure.dpi),
+            xytext=offset,
             textcoords="offset points",
             fontsize=7,
             color=colour,
