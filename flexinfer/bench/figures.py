@@ -54,6 +54,13 @@ class Look:
         """What a bar of it is drawn with."""
         return {"color": self.colour, "hatch": self.hatch, "edgecolor": "black", "linewidth": 0.5}
 
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What a mark of it is drawn with; those that are lines alone have no edge."""
+        filled = self.marker in Line2D.filled_markers
+        edge = {"edgecolor": "black", "linewidth": 0.3} if filled else {"linewidth": 1.0}
+        return {"color": self.colour, "marker": self.marker} | edge
+
 
 LOOKS = {
     "flexinfer": Look("#0072B2", "o", "-", ""),
@@ -128,7 +135,7 @@ def _tokens(record: Record) -> str:
 
 
 def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) -> dict[str, list[Record]]:
-    """Of every machine the records of `systems`, without those of the experiments that have budgets of their own."""
+    """Of every machine the records of `systems`, without those of the experiments that have budgets or devices of their own."""
     return {
         machine: [
             one
@@ -437,11 +444,8 @@ def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[t
             panel.share(seen["budget_gib"]),
             seen[column],
             s=16,
-            color=look.colour,
-            marker=look.marker,
-            edgecolor="black" if look.marker in Line2D.filled_markers else None,
-            linewidth=0.3 if look.marker in Line2D.filled_markers else 1.0,
             zorder=3,
+            **look.mark,
         )
         if len(ok):
             label_at = ok if len(ok) == 1 else panel.medians  # beside a lone mark, right of all lines
@@ -509,7 +513,7 @@ def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each label behind its place (`draw_lines`), pushed apart where they would touch; of a lone mark among lines below it."""
+    """Each label right of its place (`draw_lines`), pushed apart where they would touch; a label with lines to its right goes below its mark."""
     if not ends:
         return
     right = max(x for x, _, _, _ in ends)
@@ -802,11 +806,8 @@ def against_bound(records: Sequence[Record], title: str) -> Figure | None:
             part["bound"],
             part["tokens_per_s"],
             label=part["label"].iloc[0],
-            color=look.colour,
-            marker=look.marker,
-            edgecolor="black",
-            linewidth=0.4,
             s=30,
+            **look.mark,
         )
     values = pd.concat([table["bound"], table["tokens_per_s"]])
     ends = [values.min() / 1.3, values.max() * 1.3]
