@@ -135,16 +135,19 @@ def _tokens(record: Record) -> str:
 
 
 def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) -> dict[str, list[Record]]:
-    """Of every machine the records of `systems`, without those of the experiments that have budgets or devices of their own."""
-    return {
-        machine: [
+    """Of every machine the records of `systems`, without those of the experiments that have budgets of their own, and without what was measured in one
+    budget on a device of its own (mapped, devices)."""
+    kept = {}
+    for machine, records in found.items():
+        mine = [one for one in records if one.cell.system.name in systems]
+        mine = [one for one in mine if one.cell.experiment not in ("targets", "resident", "moe", "exact")]
+        budgets = Counter(place[:3] for place in {one.place for one in mine})
+        kept[machine] = [
             one
-            for one in records
-            if one.cell.system.name in systems
-            and one.cell.experiment not in ("targets", "resident", "moe", "exact", "mapped", "devices")
+            for one in mine
+            if one.cell.experiment not in ("mapped", "devices") or budgets[one.place[:3]] > 1
         ]
-        for machine, records in found.items()
-    }
+    return kept
 
 
 def _limited(machine: str, records: list[Record]) -> list[Record]:
@@ -799,7 +802,7 @@ def against_bound(records: Sequence[Record], title: str) -> Figure | None:
     table = summary(frame(records)).dropna(subset=["tokens_per_s", "bound"])
     if table.empty:
         return None
-    figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     for system, part in table.groupby("system", sort=False):
         look = LOOKS[str(system)]
         axes.scatter(
@@ -814,5 +817,5 @@ def against_bound(records: Sequence[Record], title: str) -> Figure | None:
     axes.plot(ends, ends, label="bound", **BOUND)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal", title=title)
     axes.set(xlabel="bound 1 / max(c, (S - R) / B) [tokens/s]", ylabel="achieved [tokens/s]")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    figure.legend(loc="outside right upper")
     return finish(figure, records)
