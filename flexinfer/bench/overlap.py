@@ -61,23 +61,28 @@ ended.set()
 """
 
 
-def attainable_s(missed_bytes: float, passes: Iterable[tuple[float, float]]) -> float:
+def attainable_s(
+    missed_bytes: float, passes: Iterable[tuple[float, float]], bandwidth_bytes_per_s: float
+) -> float:
     """Seconds of a pass at best that reads `missed_bytes`, where `passes` are what was measured: (bytes/s read meanwhile, seconds of a pass).
 
-    A pass of T seconds reads at missed_bytes / T, and takes what one does beside that rate: the T for which both hold. Between the measured rates
-    seconds are taken to grow evenly, never to fall; nothing is read faster than at the fastest rate.
+    It computes beside reads of some rate, and what is missing then is read with nothing beside it, at `bandwidth_bytes_per_s`. Of the rates the best:
+    a measured one, or one between two at which a pass ends with its reads. Between the measured rates seconds are taken to grow evenly; what a pass took
+    beside faster reads it can take beside slower ones, and more than that was noise.
     """
     known: list[tuple[float, float]] = []
-    for rate, seconds in sorted(passes):
-        known.append((rate, max(seconds, known[-1][1]) if known else seconds))
+    for rate, seconds in sorted(passes, reverse=True):
+        known.insert(0, (rate, min(seconds, known[0][1]) if known else seconds))
+    best_s = min(
+        seconds + max(0.0, missed_bytes - rate * seconds) / bandwidth_bytes_per_s for rate, seconds in known
+    )
     for (slow, slow_s), (fast, fast_s) in pairwise(known):
         slope = (fast_s - slow_s) / (fast - slow)
         level = slow_s - slow * slope  # T = level + slope * missed_bytes / T
         seconds = (level + (level * level + 4 * slope * missed_bytes) ** 0.5) / 2
-        if missed_bytes / seconds <= fast:
-            return max(seconds, slow_s)
-    fastest, seconds = known[-1]
-    return max(missed_bytes / fastest, seconds) if fastest else seconds
+        if slow <= missed_bytes / seconds <= fast:
+            best_s = min(best_s, seconds)
+    return best_s
 
 
 def medians(record: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -114,16 +119,20 @@ def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.D
             ),
             None,
         )
-        if cell.system.name != "flexinfer" or cell.device.read_bytes_per_s or not passes or not one.passes:
+        limited = cell.device.read_bytes_per_s or cell.device.cores
+        if cell.system.name != "flexinfer" or limited or not passes or not one.passes:
             continue
         nbytes = sum(one.token_bytes) / one.passes
         if nbytes < STREAMS_BYTES or not one.bound_tokens_per_s or not one.tokens_per_s:
             continue
-        seconds, at_best_s = one.passes / one.tokens / one.tokens_per_s, attainable_s(nbytes, passes)
+        assert one.bandwidth_bytes_per_s
+        seconds = one.passes / one.tokens / one.tokens_per_s
+        at_best_s = attainable_s(nbytes, passes, one.bandwidth_bytes_per_s)
         rows.append(
             {
                 "model": cell.model.name,
                 "weights": one.weights,
+                "device": cell.device.name,
                 "budget GiB": cell.budget_bytes / 2**30,
                 "read GB": nbytes / 1e9,
                 "pass s": seconds,
@@ -133,7 +142,8 @@ def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.D
                 "of attainable": at_best_s / seconds,
             }
         )
-    return pd.DataFrame(rows)
+    data = pd.DataFrame(rows)
+    return data.sort_values(["model", "device", "budget GiB"]) if rows else data
 
 
 def measure(

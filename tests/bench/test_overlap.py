@@ -15,29 +15,30 @@ DEAR = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0)]  # a second more for each byte/s
 
 
 @pytest.mark.parametrize(
-    ("missed_bytes", "passes", "expected_s"),
+    ("missed_bytes", "passes", "bandwidth", "expected_s"),
     [
-        (0, FREE, 2.0),
-        (4, FREE, 2.0),  # read at 2 of 4 bytes/s meanwhile
-        (16, FREE, 4.0),  # the bound: 16 bytes at 4 bytes/s
-        (0, DEAR, 2.0),
-        (3, DEAR, 3.0),  # at 1 byte/s a pass takes 3 s, and reads 3 bytes
-        (8, DEAR, 4.0),
-        (20, DEAR, 10.0),  # no faster than 2 bytes/s
-        (3, [*DEAR, (0.5, 1.0)], 3.0),  # noise: no pass is faster for reading more
-        (5, [(0.0, 2.0)], 2.0),
+        (0, FREE, 4, 2.0),
+        (4, FREE, 4, 2.0),  # read at 2 of 4 bytes/s meanwhile
+        (16, FREE, 4, 4.0),  # the bound: 16 bytes at 4 bytes/s
+        (0, DEAR, 2, 2.0),
+        (3, DEAR, 2, 3.0),  # at 1 byte/s a pass takes 3 s, and reads 3 bytes
+        (8, DEAR, 2, 4.0),
+        (20, DEAR, 2, 10.0),  # 8 bytes in the 4 s that it computes, 12 in 6 s afterwards
+        (20, DEAR, 20, 3.0),  # computed alone, then read: waiting costs less than sharing
+        (3, [*DEAR, (0.5, 1.0)], 2, 2.25),  # noise: what it takes beside faster reads it takes beside slower ones
+        (5, [(0.0, 2.0)], 2, 4.5),
     ],
 )
 def test_seconds_of_a_pass_at_best(
-    missed_bytes: float, passes: list[tuple[float, float]], expected_s: float
+    missed_bytes: float, passes: list[tuple[float, float]], bandwidth: float, expected_s: float
 ) -> None:
-    assert attainable_s(missed_bytes, passes) == pytest.approx(expected_s)
+    assert attainable_s(missed_bytes, passes, bandwidth) == pytest.approx(expected_s)
 
 
 def test_cells_are_held_against_what_their_machine_gave() -> None:
     cell = make_cell(device=DeviceConfig("native", "ours"))
     told = {"token_s": [4.0], "token_bytes": [100_000_000], "tokens": 1, "passes": 1}
-    one = make_record(cell, total_weight_bytes=10**9, **told)
+    one = make_record(cell, total_weight_bytes=10**9, bandwidth_bytes_per_s=100e6, **told)
     passes = [(0.0, 1.0), (50e6, 2.0), (100e6, 3.0)]
     line = {
         "provenance": {"cpu": one.provenance.cpu},
