@@ -25,7 +25,7 @@ DEAR = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0)]  # a second more for each byte/s
         (8, DEAR, 2, 4.0),
         (20, DEAR, 2, 10.0),  # 8 bytes in the 4 s that it computes, 12 in 6 s afterwards
         (20, DEAR, 20, 3.0),  # computed alone, then read: waiting costs less than sharing
-        (3, [*DEAR, (0.5, 1.0)], 2, 2.25),  # noise: what it takes beside faster reads it takes beside slower ones
+        (3, [*DEAR, (0.5, 1.0)], 2, 2.25),  # 1 s is possible beside 0.5 byte/s: 2 was noise
         (5, [(0.0, 2.0)], 2, 4.5),
     ],
 )
