@@ -139,8 +139,12 @@ def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) 
     budget on a device of its own (mapped, devices)."""
     kept = {}
     for machine, records in found.items():
-        mine = [one for one in records if one.cell.system.name in systems]
-        mine = [one for one in mine if one.cell.experiment not in ("targets", "resident", "moe", "exact")]
+        mine = [
+            one
+            for one in records
+            if one.cell.system.name in systems
+            and one.cell.experiment not in ("targets", "resident", "moe", "exact")
+        ]
         budgets = Counter(place[:3] for place in {one.place for one in mine})
         kept[machine] = [
             one

@@ -80,7 +80,7 @@ def attainable_s(
         slope = (fast_s - slow_s) / (fast - slow)
         level = slow_s - slow * slope  # T = level + slope * missed_bytes / T
         seconds = (level + (level * level + 4 * slope * missed_bytes) ** 0.5) / 2
-        if slow <= missed_bytes / seconds <= fast:
+        if slow_s <= seconds and slow * seconds <= missed_bytes <= fast * seconds:
             best_s = min(best_s, seconds)
     return best_s
 
@@ -107,7 +107,7 @@ def load(results_dir: Path) -> list[dict[str, Any]]:
 def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """FlexInfer's cells on the machine's own disk that read, beside the bound and what was attainable on that machine, for models of which there is a line."""
     by_place = {(str(line["provenance"]["cpu"]), str(line["model"])): medians(line) for line in lines}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for one in records:
         cell = one.cell
         name = f"{cell.model.name}-{cell.system.format}-"
@@ -142,8 +142,7 @@ def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.D
                 "of attainable": at_best_s / seconds,
             }
         )
-    data = pd.DataFrame(rows)
-    return data.sort_values(["model", "device", "budget GiB"]) if rows else data
+    return pd.DataFrame(sorted(rows, key=lambda row: (row["model"], row["device"], row["budget GiB"])))
 
 
 def measure(

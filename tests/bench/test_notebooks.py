@@ -414,6 +414,13 @@ def test_residents_are_drawn_by_weights_and_length(results: Path) -> None:
     )
 
 
+def test_a_device_of_its_own_is_in_figure_4_where_it_has_more_than_one_budget() -> None:
+    alone = [simulated("flexinfer", 0.6, experiment="mapped")]
+    assert figures.of_systems({"": alone}, {"flexinfer"}) == {"": []}
+    curve = [*alone, simulated("flexinfer", 0.9)]
+    assert figures.of_systems({"": curve}, {"flexinfer"}) == {"": curve}
+
+
 def test_weights_of_two_formats_have_panels_and_verdicts_of_their_own() -> None:
     records = [
         simulated(system, 0.6, format=format)

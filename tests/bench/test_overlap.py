@@ -26,6 +26,7 @@ DEAR = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0)]  # a second more for each byte/s
         (20, DEAR, 2, 10.0),  # 8 bytes in the 4 s that it computes, 12 in 6 s afterwards
         (20, DEAR, 20, 3.0),  # computed alone, then read: waiting costs less than sharing
         (3, [*DEAR, (0.5, 1.0)], 2, 2.25),  # 1 s is possible beside 0.5 byte/s: 2 was noise
+        (0, [*DEAR, (0.5, 1.0)], 2, 1.0),  # nothing to read
         (5, [(0.0, 2.0)], 2, 4.5),
     ],
 )
@@ -53,8 +54,11 @@ def test_cells_are_held_against_what_their_machine_gave() -> None:
     assert row["of attainable"] == pytest.approx(0.5)
     other = line | {"model": "another-q4_0-12345678"}
     limited = make_record(make_cell(), total_weight_bytes=10**9, **told)
+    one_core = make_record(
+        make_cell(device=DeviceConfig("native-1-core", "ours", cores=1)), total_weight_bytes=10**9, **told
+    )
     assert table([one], [other]).empty
-    assert table([limited], [line]).empty
+    assert table([limited, one_core], [line]).empty
 
 
 @pytest.fixture(scope="module")
