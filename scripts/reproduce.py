@@ -93,17 +93,17 @@ def main() -> int:
     if arguments.rounds:
         common.append(f"rounds={arguments.rounds}")
     steps = steps_of(arguments.steps, common)
-    machine = provenance(Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser()).machine
+    here = provenance(Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser())
 
     def look() -> tuple[set[str], float]:
         """The keys of what is finished by now, and the hours left."""
-        finished = finished_keys(arguments.results_dir, machine)
+        finished = finished_keys(arguments.results_dir, here)
         return finished, sum(one.minutes_left(finished) for one in steps) / 60
 
     if arguments.list:
         finished, hours = look()
         console.print(left_table(steps, finished))
-        console.print(f"about {hours:.1f} hours left on {machine}")
+        console.print(f"about {hours:.1f} hours left on {here.machine}")
         return 0
     for number, step in enumerate(steps):
         finished, hours = look()

@@ -21,7 +21,7 @@ from flexinfer.bench.cell import run_cell
 from flexinfer.bench.config import ConfigError, RunConfig, require
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.records import load_records
-from flexinfer.bench.runner import cells_of, results_table, run
+from flexinfer.bench.runner import cells_of, results_tables, run
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
@@ -43,14 +43,15 @@ def main(config: DictConfig) -> None:
         signal.signal(number, signal.default_int_handler)
     try:
         configs = comparisons(config, list(HydraConfig.get().overrides.task))
-        machine = provenance(Path(config.cache_dir)).machine
-        summary = run(configs, run_cell, machine, console)
+        here = provenance(Path(config.cache_dir))
+        summary = run(configs, run_cell, here, console)
         wanted = {cell.key for one in configs for cell in cells_of(one)}
         records = load_records(config.results_dir) if Path(config.results_dir).exists() else []
     except ValueError as error:
         sys.exit(f"error: {error}")
-    found = [one for one in records if one.cell_key in wanted and one.provenance.machine == machine]
-    console.print(results_table(found))
+    found = [one for one in records if one.cell_key in wanted and one.provenance.comparable(here)]
+    for table in results_tables(found):
+        console.print(table)
     if summary.interrupted:
         console.print("stopped: every finished cell is kept; the same command goes on from here")
         sys.exit(130)

@@ -92,6 +92,10 @@ class Provenance(BaseModel):
         """What must agree within one figure."""
         return f"{self.cpu}, {self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB"
 
+    def comparable(self, other: "Provenance") -> bool:
+        """Whether records of both may stand in one figure: the machine and the engine agree."""
+        return (self.machine, self.engine) == (other.machine, other.engine)
+
 
 def _known_fields(data: Any) -> Any:
     """Refuses unknown fields at every depth of a cell, which pydantic would ignore in plain dataclasses."""

@@ -5,7 +5,7 @@ budget, so that a slow drift of the machine meets all of them. Several compariso
 merged in that order, so that a run that is stopped early has whole rounds. All systems of a comparison read the same file of weights; where checkpoints are
 deleted (the models that fill a disk), it goes when its cells are done. A cell is measured by `run_cell` (flexinfer.bench.cell), which is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
 loses the cell in hand and no more. A cell is finished when a record of the same key (flexinfer.bench.config) and the
-same machine is anywhere below results/, whichever experiment asked for it: experiments share cells.
+same machine and engine is anywhere below results/, whichever experiment asked for it: experiments share cells.
 Cost model: time left is the mean seconds of the system's own finished cells, or of all where it has none yet.
 It measures nothing itself, and it does not retry: cells that failed with an error, or for want of a package, are tried again
 by the next run; killed and timed-out ones are results.
@@ -36,6 +36,7 @@ from flexinfer.bench.config import (
 )
 from flexinfer.bench.records import (
     FINISHED,
+    Provenance,
     Record,
     append_record,
     drop_partial_line,
@@ -101,14 +102,14 @@ def records_file(results_dir: Path, cell: CellConfig) -> Path:
     return results_dir / cell.experiment / f"{cell.model.name}.{cell.device.name}.jsonl"
 
 
-def finished_keys(results_dir: Path, machine: str) -> set[str]:
-    """Keys of the cells that need not be measured again on `machine`; a partial last line is cut off its file first."""
+def finished_keys(results_dir: Path, here: Provenance) -> set[str]:
+    """Keys of the cells that need not be measured again with the machine and the engine of `here`; a partial last line is cut off its file first."""
     if not results_dir.exists():
         return set()
     for file in results_dir.rglob("*.jsonl"):
         drop_partial_line(file)
     records = load_records(results_dir)
-    return {one.cell_key for one in records if one.provenance.machine == machine and one.status in FINISHED}
+    return {one.cell_key for one in records if one.provenance.comparable(here) and one.status in FINISHED}
 
 
 def save(results_dir: Path, record: Record) -> Path:
@@ -164,20 +165,20 @@ def size_bytes(path: Path) -> int:
     )
 
 
-def run(configs: Sequence[RunConfig], run_cell: RunCell, machine: str, console: Console) -> Summary:
+def run(configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, console: Console) -> Summary:
     """Measures the missing cells of every comparison, in order; the same cell is measured once.
 
     Args:
         configs: comparisons, each with its own results_dir, resume and so on.
         run_cell: measures one cell in a process of its own.
-        machine: `Provenance.machine` of this one: records of others do not count as finished.
+        here: this machine and engine: records of others do not count as finished.
         console: where progress and results are shown.
     """
     summary, todo = Summary(), []
     seen: set[str] = set()
     for config in configs:
         results_dir = Path(config.results_dir)
-        done = finished_keys(results_dir, machine) if config.resume else set()
+        done = finished_keys(results_dir, here) if config.resume else set()
         cells = {cell.key: cell for cell in cells_of(config)}
         summary.planned += len(cells.keys() - seen)
         todo += [(config, cell) for key, cell in cells.items() if key not in done | seen]
@@ -256,36 +257,45 @@ def outcome(record: Record) -> str:
     return text if record.status == "ok" else f"{record.status}: {record.message} ({text})"
 
 
-def results_table(records: Iterable[Record]) -> Table:
-    """Median tokens per second and ratio of every model, device, budget and system; bounds with the best B and c seen.
+def results_tables(records: Iterable[Record]) -> list[Table]:
+    """A table for each model, weights and device: median tokens per second and ratio of every budget and system; bounds with the best B and c seen.
 
     Where prefills were timed, a column for each length: the median of all rounds.
     """
-    groups: dict[tuple[str, str, str, int, str], list[Record]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in with_common_costs(records):
         cell = record.cell
-        key = (cell.model.name, cell.system.format, cell.device.name, cell.budget_bytes, cell.system.label)
-        groups[key].append(record)
-    lengths = sorted({tokens for found in groups.values() for one in found for tokens in one.prefill_s})
+        groups[cell.model.name, cell.system.format, cell.device.name].append(record)
+    return [_results_table(name, found) for name, found in sorted(groups.items())]
+
+
+def _results_table(name: tuple[str, str, str], records: Sequence[Record]) -> Table:
+    groups: dict[tuple[int, str], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.cell.budget_bytes, record.cell.system.label].append(record)
+    lengths = sorted({tokens for one in records for tokens in one.prefill_s})
     prefills = [f"prefill of {tokens}, s" for tokens in lengths]
     table = Table(
-        "model", "weights", "device", "budget", "system", "tokens/s", "of own bound", "rounds", *prefills
+        "budget",
+        "system",
+        *("tokens/s", "of own bound", "rounds", *prefills),
+        title=", ".join(name),
+        title_justify="left",
     )
-    for (model, format, device, budget, label), found in sorted(groups.items(), key=lambda one: one[0]):
+    above = 0
+    for (budget_bytes, label), found in sorted(groups.items()):
         speeds = [one.tokens_per_s for one in found if one.status == "ok" and one.tokens_per_s]
         ratios = [one.ratio for one in found if one.status == "ok" and one.ratio]
         prefill_s = [[s for one in found for s in one.prefill_s.get(tokens, [])] for tokens in lengths]
         table.add_row(
-            model,
-            format,
-            device,
-            format_size(budget),
+            format_size(budget_bytes) if budget_bytes != above else "",
             label,
             f"{statistics.median(speeds):.3g}" if speeds else found[-1].status,
             f"{statistics.median(ratios):.2f}" if ratios else "",
             str(len(speeds)),
             *(f"{statistics.median(seconds):.3g}" if seconds else "" for seconds in prefill_s),
         )
+        above = budget_bytes
     return table
 
 

@@ -22,9 +22,9 @@ from flexinfer.bench.config import (
     weight_bytes,
 )
 from flexinfer.bench.records import Record, load_records
-from flexinfer.bench.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_table, run
+from flexinfer.bench.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_tables, run
 
-MACHINE = make_record().provenance.machine
+HERE = make_record().provenance
 
 
 def config(tmp_path: Path, **changes: object) -> RunConfig:
@@ -64,7 +64,7 @@ def failed(status: str) -> Callable[[CellConfig], Record]:
 
 def go(imitation: Imitation, *configs: RunConfig) -> tuple[Summary, str]:
     console = Console(file=StringIO(), width=200)
-    summary = run(configs, imitation, MACHINE, console)
+    summary = run(configs, imitation, HERE, console)
     assert isinstance(console.file, StringIO)
     return summary, console.file.getvalue()
 
@@ -120,12 +120,18 @@ def test_a_failure_is_a_record_and_only_errors_and_missing_packages_are_tried_ag
     assert summary.measured == again
 
 
-def test_records_of_another_machine_do_not_count_as_finished(tmp_path: Path) -> None:
-    console = Console(file=StringIO())
-    run([config(tmp_path)], Imitation(), "some other machine", console)
-    summary, _ = go(Imitation(), config(tmp_path))
-    assert summary.measured == 0
-    assert run([config(tmp_path)], Imitation(), "some other machine", console).measured == 8
+@pytest.mark.parametrize(
+    "other",
+    [{"cpu": "Another CPU"}, {"versions": HERE.versions | {"flexinfer": "0.0.1"}}],
+    ids=["machine", "engine"],
+)
+def test_records_of_another_machine_or_engine_do_not_count_as_finished(
+    other: dict[str, object], tmp_path: Path
+) -> None:
+    go(Imitation(), config(tmp_path))
+    assert go(Imitation(), config(tmp_path))[0].measured == 0
+    there, console = HERE.model_copy(update=other), Console(file=StringIO())
+    assert run([config(tmp_path)], Imitation(), there, console).measured == 8
 
 
 def test_experiments_share_their_cells(tmp_path: Path) -> None:
@@ -227,11 +233,15 @@ def test_a_path_without_weights_is_refused(tmp_path: Path) -> None:
         cells_of(config(tmp_path, model=model))
 
 
-def test_the_table_shows_medians_and_failures() -> None:
+def test_the_tables_show_medians_and_failures() -> None:
     cell, other = make_cell(), make_cell(system=SystemConfig("x", "OTHER", format="q4_0"))
-    console = Console(file=StringIO(), width=200)
+    elsewhere = make_cell(device=DeviceConfig("native", "ours"))
+    console = Console(file=StringIO(), width=80)
     timed = make_record(cell, prefill_s={16: [2.0, 1.5, 7.0]})
-    console.print(results_table([make_record(cell), timed, failed("timeout")(other)]))
+    tables = results_tables([make_record(cell), timed, failed("timeout")(other), make_record(elsewhere)])
+    assert [str(table.title) for table in tables] == ["tiny, q4_0, fixed", "tiny, q4_0, native"]
+    for table in tables:
+        console.print(table)
     assert isinstance(console.file, StringIO)
     shown = console.file.getvalue()
     assert "0.333" in shown
