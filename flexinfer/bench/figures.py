@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
@@ -88,6 +89,13 @@ LOOKS = {
     "window-80": Look("#238B45", "x", ":", "\\."),
     "window-3-layers": Look("#00441B", "8", "--", "*."),
 }
+ABLATION = (
+    "sync-unbalanced",
+    "unbalanced",
+    "attention-first",
+    "algorithm1",
+)  # one mechanism of the paper's after another
+ROUND: dict[str, Any] = {"s": 10, "color": "white", "edgecolor": "black", "linewidth": 0.6, "zorder": 3}
 BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}
 
 
@@ -325,8 +333,8 @@ def beside_each_other(records: Iterable[Record], base: str = "llama-cpp-mmap") -
     return shown.dropna(subset="tokens/s")
 
 
-def caption(records: Sequence[Record], extra: str = "") -> str:
-    """Machine, limits, rounds and commit of what a figure shows."""
+def caption(records: Sequence[Record], extra: str = "", marks: str = "marks the rounds") -> str:
+    """Machine, limits, rounds and commit of what a figure shows; `marks`: what of it is not a median."""
     first = records[0]
     methods = ", ".join(
         sorted(
@@ -349,7 +357,7 @@ def caption(records: Sequence[Record], extra: str = "") -> str:
         + "".join(f"; {name.replace('_', ' ')} {value}" for name, value in first.provenance.about.items())
         + ".",
         f"Memory and read limits: {methods}; device {', '.join(rates)}.",
-        f"Lines and bars are medians of the rounds, marks the rounds, whiskers their least and greatest; n = {_rounds(records)}; {tokens}.",
+        f"Lines and bars are medians of the rounds, {marks}; n = {_rounds(records)}; {tokens}.",
         f"FlexInfer {', '.join(engines)}, commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         extra,
     ]
@@ -374,7 +382,8 @@ def _span(numbers: Sequence[int]) -> str:
 def finish(figure: Figure, records: Sequence[Record], extra: str = "") -> Figure:
     """Refuses records that must not meet, and puts the caption below."""
     check_comparable(records)
-    text = caption(records, extra)
+    whiskers = any(isinstance(one, ErrorbarContainer) for axes in figure.axes for one in axes.containers)
+    text = caption(records, extra, *(["whiskers their least and greatest"] if whiskers else []))
     width = int(figure.get_figwidth() * 17)
     words, lines = text.split(), [""]
     for word in words:
@@ -620,8 +629,8 @@ def _panels(
     """Each of `panels`, a name and what it shows, drawn by `draw`: at most `columns` in a line, each of `size` inches."""
     if not panels:
         return None
-    columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
+    columns = -(-len(panels) // lines)  # four as two and two
     figsize = (size[0] * max(columns, 2), size[1] * lines + 0.5)
     figure, grid = plt.subplots(lines, columns, figsize=figsize, squeeze=False, layout="constrained")
     for axes, (name, part) in zip(grid.flat, panels, strict=False):
@@ -634,40 +643,36 @@ def _panels(
 
 
 def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") -> Figure | None:
-    """Throughput of many systems at few budgets, as bars: a panel for each budget; before a bar its system, how many times `base` it is, where
-    that was measured, and its rounds; the highest bound is a line."""
-    looks = list(LOOKS)
+    """Throughput of many systems at few budgets, as bars: a panel for each budget, from the top `base`, the ABLATION, other systems, FlexInfer. Before a
+    bar stand its system, how many times `base` it is, where that was measured, and its rounds; every round is a mark, the highest bound a line."""
+    below = [one for one in LOOKS if one not in (base, *ABLATION, "flexinfer")]
+    looks = [base, *ABLATION, *below, "flexinfer"]
 
-    def draw(axes: Axes, part: pd.DataFrame) -> None:
-        order = sorted(
-            set(part["system"]), key=lambda one: (one != "flexinfer", -looks.index(one))
-        )  # from the bottom up
-        rows = part.set_index("system")
+    def draw(axes: Axes, panel: Panel) -> None:
+        rows = panel.medians.set_index("system")
+        order = sorted(rows.index, key=looks.index, reverse=True)  # from the bottom up
         told, names = rows["tokens_per_s"].get(base), []
         for place, system in enumerate(order):
             row = rows.loc[system]
             value = row["tokens_per_s"]
-            axes.barh(
-                place,
-                value,
-                0.75,
-                xerr=[[value - row["low"]], [row["high"] - value]],
-                capsize=2,
-                **LOOKS[system].bar,
-            )
+            axes.barh(place, value, 0.75, **LOOKS[system].bar)
+            every = panel.rounds[panel.rounds["system"] == system]["tokens_per_s"].dropna()
+            axes.scatter(every, [place] * len(every), **ROUND)
             times = f"{value / told:.2f}x, " if told and system != base else ""
             names.append(f"{row['label']}, {times}n={row['n']}")
-        axes.axvline(part["bound"].max(), label="highest bound", **BOUND)
+        highest = panel.medians["bound"].max()
+        axes.axvline(highest, label="highest bound", **BOUND)
         axes.set_yticks(range(len(order)), names, fontsize=7)
-        axes.set(
-            xlabel="throughput [tokens/s]", xlim=(0, 1.15 * max(part["bound"].max(), part["high"].max()))
-        )
+        axes.set(xlabel="throughput [tokens/s]", xlim=(0, 1.15 * max(highest, panel.medians["high"].max())))
         axes.grid(axis="y", visible=False)
 
     panels = [
-        (f"{name}, {budget:.2f} GiB", mine)
-        for name, part in _parts(records)
-        for budget, mine in part.groupby("budget_gib")
+        (
+            f"{name}, {budget:.2f} GiB",
+            Panel(panel.records, panel.rounds[panel.rounds["budget_gib"] == budget], mine),
+        )
+        for name, panel in _curves(records)
+        for budget, mine in panel.medians.groupby("budget_gib")
     ]
     return _panels(records, title, panels, draw, columns=3, size=(4.2, 2.6))
 

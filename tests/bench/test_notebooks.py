@@ -319,6 +319,9 @@ def test_bars_have_names_rounds_and_gains_over_a_mapped_file(results: Path) -> N
     (axes,) = figure.axes
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert names[0].startswith("flexinfer, ")  # at the bottom
+    assert names[-1] == "llama cpp mmap, n=3"  # at the top
+    marks = sum(len(one.get_offsets()) for one in axes.collections)
+    assert marks == sum(one.status == "ok" and not one.cell.trace for one in records)
     speeds = figures.summary(figures.frame(records)).set_index("label")["tokens_per_s"]
     told = {name.split(", ")[0]: name.split(", ", 1)[1] for name in names}
     assert set(told) == set(speeds.index)
