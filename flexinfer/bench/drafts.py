@@ -24,6 +24,12 @@ def _model(record: Record) -> str:
     return f"{record.cell.model.name} in {record.weights}"
 
 
+def _text(record: Record, kind: str) -> str:
+    """The kind of text; of a replay how many of the tokens a draft has right, for replays of several are apart."""
+    runs = record.cell.workload.replayed
+    return f"replayed, {sum(runs) / (sum(runs) + len(runs)):.0%} right" if runs else kind
+
+
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """A row for each model, budget, system and kind of text: the texts of a kind together, median of the rounds."""
     plain = {
@@ -51,7 +57,7 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                     "budget_gib": one.cell.budget_bytes / GIB,
                     "system": one.cell.system.name,
                     "label": one.cell.system.label,
-                    "text": one.cell.workload.name if one.cell.workload.replayed else kind,
+                    "text": _text(one, kind),
                     "tokens_per_s": speed,
                     "tokens_per_pass": tokens / passes,
                     "accepted": sum(text.get("accepted", 0) for text in texts),
@@ -109,7 +115,7 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
             axes.plot(
                 [place - 0.42, place + 0.42], [bound, bound], label="bound" if not place else None, **BOUND
             )
-        axes.set(title=f"{model}, {device}: {kind}", xlabel="budget [GiB]", ylim=(0, None))
+        axes.set(title=f"{model}, {device}\n{kind}", xlabel="budget [GiB]", ylim=(0, None))
         axes.set_xticks(range(len(budgets)), [f"{budget:.2f}" for budget in budgets])
     grid[0][0].set_ylabel("tokens/s")
     drawn.suptitle(title)

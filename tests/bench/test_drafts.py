@@ -94,3 +94,16 @@ def test_texts_that_there_are_not_are_refused() -> None:
         WorkloadConfig(texts=["poem"])
     with pytest.raises(ConfigError, match=r"leave workload\.texts empty"):
         WorkloadConfig(texts=["chat"], replayed=[1])
+
+
+def test_replays_of_other_patterns_are_apart() -> None:
+    def record(system: str, runs: list[int], seconds: float) -> Record:
+        cell = make_cell(workload=replace(REPLAYED, replayed=runs))
+        cell = replace(cell, system=replace(cell.system, name=system, label=system))
+        text = {"answer": [], "margins": [], "tokens": 8, "passes": 2, "seconds": seconds}
+        return make_record(cell, engine={"texts": {"replayed": [text | {"predicted_tokens_per_s": None}]}})
+
+    records = [record("flexinfer", [3], 8.0), record("draft-q4_0", [3], 4.0), record("draft-q4_0", [9], 2.0)]
+    told = drafts.table(records).set_index(["system", "text"])["tokens_per_s"]
+    assert told["draft-q4_0", "replayed, 75% right"] == 2
+    assert told["draft-q4_0", "replayed, 90% right"] == 4
