@@ -89,12 +89,8 @@ LOOKS = {
     "window-80": Look("#238B45", "x", ":", "\\."),
     "window-3-layers": Look("#00441B", "8", "--", "*."),
 }
-ABLATION = (
-    "sync-unbalanced",
-    "unbalanced",
-    "attention-first",
-    "algorithm1",
-)  # one mechanism of the paper's after another
+# One mechanism of the paper's after another.
+ABLATION = ("sync-unbalanced", "unbalanced", "attention-first", "algorithm1")
 ROUND: dict[str, Any] = {"s": 10, "color": "white", "edgecolor": "black", "linewidth": 0.6, "zorder": 3}
 BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}
 
@@ -383,7 +379,7 @@ def finish(figure: Figure, records: Sequence[Record], extra: str = "") -> Figure
     """Refuses records that must not meet, and puts the caption below."""
     check_comparable(records)
     whiskers = any(isinstance(one, ErrorbarContainer) for axes in figure.axes for one in axes.containers)
-    text = caption(records, extra, *(["whiskers their least and greatest"] if whiskers else []))
+    text = caption(records, extra, "whiskers their least and greatest" if whiskers else "marks the rounds")
     width = int(figure.get_figwidth() * 17)
     words, lines = text.split(), [""]
     for word in words:
@@ -623,14 +619,15 @@ def _panels(
     title: str,
     panels: Sequence[tuple[str, Shown]],
     draw: Callable[[Axes, Shown], None],
-    columns: int = 3,
+    columns: int | None = None,
     size: tuple[float, float] = (3.5, 3.1),
 ) -> Figure | None:
-    """Each of `panels`, a name and what it shows, drawn by `draw`: at most `columns` in a line, each of `size` inches."""
+    """Each of `panels`, a name and what it shows, drawn by `draw`, each of `size` inches: `columns` in a line; None: up to three, as evenly as may be."""
     if not panels:
         return None
+    if columns is None:
+        columns = -(-len(panels) // -(-len(panels) // 3))  # four as two and two
     lines = -(-len(panels) // columns)
-    columns = -(-len(panels) // lines)  # four as two and two
     figsize = (size[0] * max(columns, 2), size[1] * lines + 0.5)
     figure, grid = plt.subplots(lines, columns, figsize=figsize, squeeze=False, layout="constrained")
     for axes, (name, part) in zip(grid.flat, panels, strict=False):
@@ -674,7 +671,7 @@ def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") ->
         for name, panel in _curves(records)
         for budget, mine in panel.medians.groupby("budget_gib")
     ]
-    return _panels(records, title, panels, draw, columns=3, size=(4.2, 2.6))
+    return _panels(records, title, panels, draw, size=(4.2, 2.6))
 
 
 def prefills(records: Iterable[Record]) -> pd.DataFrame:

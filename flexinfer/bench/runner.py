@@ -276,9 +276,7 @@ def _results_table(name: tuple[str, str, str], records: Sequence[Record]) -> Tab
     lengths = sorted({tokens for one in records for tokens in one.prefill_s})
     prefills = [f"prefill of {tokens}, s" for tokens in lengths]
     table = Table(
-        "budget",
-        "system",
-        *("tokens/s", "of own bound", "rounds", *prefills),
+        *("budget", "system", "tokens/s", "of own bound", "rounds", *prefills),
         title=", ".join(name),
         title_justify="left",
     )
