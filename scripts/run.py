@@ -31,7 +31,9 @@ def comparisons(config: DictConfig, overrides: list[str]) -> list[RunConfig]:
     if not config.include:
         return [cast(RunConfig, OmegaConf.to_object(config))]
     kept = [one for one in overrides if not one.startswith(("+exp=", "experiment=", "include="))]
-    composed = (hydra.compose("config", overrides=[f"+exp={name}", *kept]) for name in config.include)
+    composed = (
+        hydra.compose("config", overrides=[*f"+exp={told}".split(), *kept]) for told in config.include
+    )
     return [cast(RunConfig, OmegaConf.to_object(one)) for one in composed]
 
 
