@@ -194,8 +194,6 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
                 "weights_gib": (one.total_weight_bytes + (one.untouched_bytes or 0)) / GIB
                 if one.total_weight_bytes
                 else None,
-                "resident": one.total_weight_bytes is not None
-                and one.cell.budget_bytes > one.total_weight_bytes + (one.untouched_bytes or 0),
                 "tokens": one.tokens,
             }
             for one in records
@@ -220,7 +218,6 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
                 "peak_gib",
                 "bytes_per_token",
                 "weights_gib",
-                "resident",
                 "tokens",
             ),
         ],
@@ -233,8 +230,8 @@ def summary(data: pd.DataFrame) -> pd.DataFrame:
     `ratio` is to the system's own bound (its process, its kernels), `best` to the highest bound of the systems there: what
     the smallest process with the fastest kernels could do.
     """
-    keys = ["model", "weights", "device", "budget_bytes", "budget_gib", "system", "label", "resident"]
-    numbers = ("tokens_per_s", "bound", "ratio", "peak_gib", "weights_gib")
+    keys = ["model", "weights", "device", "budget_bytes", "budget_gib", "system", "label"]
+    numbers = ("tokens_per_s", "bound", "ratio", "peak_gib", "weights_gib", "bytes_per_token")
     grouped = data.astype(dict.fromkeys(numbers, float)).groupby(keys, sort=True)
     table = grouped.agg(
         tokens_per_s=("tokens_per_s", "median"),
@@ -245,6 +242,7 @@ def summary(data: pd.DataFrame) -> pd.DataFrame:
         ratio=("ratio", "median"),
         peak_gib=("peak_gib", "max"),
         weights_gib=("weights_gib", "max"),
+        bytes_per_token=("bytes_per_token", "median"),
         status=("status", lambda found: "ok" if "ok" in set(found) else found.iloc[-1]),
     ).reset_index()
     highest = table.groupby(["model", "weights", "device", "budget_bytes"])["bound"].transform("max")

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
@@ -46,6 +47,7 @@ STRANGERS = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 MAX_INT = 2**63 - 1  # no count or size is larger; a float holds it
 Size = Annotated[int, Field(gt=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Kernels = tuple[str, str, str, str, int | None, int]
 
 
 class RecordError(ValueError):
@@ -162,8 +164,8 @@ class Record(BaseModel):
         return self.cell.model.name, self.weights, self.cell.device.name, self.cell.budget_bytes
 
     @property
-    def kernels(self) -> tuple[str, str, str, str, int | None]:
-        """What the time of a resident pass depends on: model, whose kernels (and whether they repack), format, cores."""
+    def kernels(self) -> Kernels:
+        """What the time of a resident pass depends on: model, whose kernels (and whether they repack), format, cores, sequences."""
         system = self.cell.system.resident()
         return (
             self.cell.model.name,
@@ -171,6 +173,7 @@ class Record(BaseModel):
             str(system.options),
             system.format,
             self.cell.device.cores,
+            self.cell.workload.batch or 1,
         )
 
     @computed_field  # type: ignore[prop-decorator]
@@ -211,6 +214,12 @@ class Record(BaseModel):
         if not self.tokens_per_s or not self.bound_tokens_per_s:
             return None
         return self.tokens_per_s * self.passes / self.tokens / self.bound_tokens_per_s
+
+    @property
+    def reads_nothing(self) -> bool:
+        """Whether the counted passes had all weights in memory: they read less than a hundredth of them."""
+        weight_bytes = (self.total_weight_bytes or 0) + (self.untouched_bytes or 0)
+        return bool(self.token_bytes) and sum(self.token_bytes) < 0.01 * weight_bytes * self.passes
 
     @property
     def hit_rate(self) -> float | None:
@@ -279,28 +288,36 @@ def bound_tokens_per_s(
 
 
 def with_common_costs(records: Iterable[Record]) -> list[Record]:
-    """The same records of one machine, with B and c that are the machine's rather than the run's: the best that was seen.
+    """The same records of one machine, with B and c that are the machine's rather than the run's.
 
-    B: the best rate of any system in the same model, device and budget, up to the limit. The disk is one and the same for
-    systems that take turns, but a system that reads and computes in turn reads slowly, and by its own B would look as if it were at its
-    bound. The bytes that a mixture misses: the least of any system. c: the least of any run of the same model, kernels and cores, for it depends on neither disk nor budget: a run in
-    which everything fits knows it better than an extrapolation.
+    B, for each device: what one run in ten saw more of, of the rates that direct reads had before and after each cell, up to the limit. By its own B a
+    run in a slow moment of the disk would look as if it were at its bound, and the best of all grows with their number.
+    c, for each model, kernels, cores and number of sequences, for it depends on neither disk nor budget: the fastest pass of any run where one had everything in
+    memory; otherwise the least that shallow models gave. The bytes that a mixture misses: the least of any system.
     """
     records = list(records)
-    rates: dict[tuple[str, str, str, int], float] = {}
+    rates: dict[str, list[float]] = defaultdict(list)
     missed: dict[tuple[str, str, str, int], int] = {}
-    computes: dict[tuple[str, str, str, str, int | None], float] = {}
+    told: dict[Kernels, float] = {}
+    passes: dict[Kernels, float] = {}
+    in_memory: set[Kernels] = set()
     for one in records:
-        rate, limit = one.bandwidth_bytes_per_s or 0.0, one.limits.read_bytes_per_s or math.inf
-        rates[one.place] = max(rates.get(one.place, 0.0), min(rate, limit))
+        if one.bandwidth_bytes_per_s:
+            limit = one.limits.read_bytes_per_s or math.inf
+            rates[one.cell.device.name].append(min(one.bandwidth_bytes_per_s, limit))
         if one.missed_bytes is not None:
             missed[one.place] = min(missed.get(one.place, one.missed_bytes), one.missed_bytes)
         if one.compute_s_per_pass:
-            computes[one.kernels] = min(computes.get(one.kernels, math.inf), one.compute_s_per_pass)
+            told[one.kernels] = min(told.get(one.kernels, math.inf), one.compute_s_per_pass)
+            passes[one.kernels] = min([passes.get(one.kernels, math.inf), *one.token_s])
+            if one.reads_nothing:
+                in_memory.add(one.kernels)
+    common = {device: sorted(found)[math.ceil(0.9 * len(found)) - 1] for device, found in rates.items()}
+    computes = told | {kernels: passes[kernels] for kernels in in_memory}
     return [
         one.model_copy(
             update={
-                "bandwidth_bytes_per_s": one.bandwidth_bytes_per_s and rates[one.place],
+                "bandwidth_bytes_per_s": one.bandwidth_bytes_per_s and common[one.cell.device.name],
                 "compute_s_per_pass": computes.get(one.kernels),
                 "missed_bytes": missed.get(one.place),
             }
