@@ -162,7 +162,7 @@ def large_model(console: Console) -> bool:
         figures.use_style()
         machine = measured[0].provenance.machine
         figures.save(draw(measured), RESULTS, "demo", machine)
-        console.print(f"picture: {RESULTS / 'figures' / figures.file_name('demo', machine)}.png")
+        console.print(f"picture: {RESULTS / 'figures' / figures.file_name('demo', machine)}.svg")
     return len(measured) == len(records)
 
 
@@ -213,7 +213,7 @@ def draw(records: "list[Record]") -> "Figure":
             )
         axes.set(title=title, ylim=(0, 1.2 * max([line or 0, *map(value, records)])))
         axes.set_xticks(range(len(records)), [one.cell.system.label for one in records])
-    return finish(figure, records)
+    return finish(figure, records, shows="Bars are single runs")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,23 @@ def claims_frame(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     return pd.DataFrame([[getattr(one, head) for head in heads] for one in verdicts], columns=heads)
 
 
+def by_machine(verdicts: Iterable[Verdict], names: Mapping[str, str]) -> pd.DataFrame:
+    """A row for each claim, a column for each machine (`names`: shorter ones): its verdicts, and of which models and devices."""
+    told: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for one in verdicts:
+        machine = told.setdefault(names.get(one.machine, one.machine), {})
+        machine.setdefault(one.claim, {}).setdefault(one.verdict, []).append(f"{one.model} {one.device}")
+    return pd.DataFrame(
+        {
+            machine: {
+                claim: "; ".join(f"{verdict} ({', '.join(places)})" for verdict, places in found.items())
+                for claim, found in claims.items()
+            }
+            for machine, claims in told.items()
+        }
+    ).fillna("")
+
+
 def _synchronous(part: Part) -> str:
     """Synchronous reads by as many readers as prefetching has; by one, where records are older than that."""
     return "sync-2" if part.speeds("sync-2") else "sync"

@@ -16,8 +16,20 @@ from flexinfer.bench.figures import BOUND, GIB, finish
 from flexinfer.bench.records import Record
 
 PLAIN = "flexinfer"  # the system without a draft
-COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#999999")
-HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")
+# How each system looks, on every machine: colour and hatch.
+LOOKS = {
+    PLAIN: ("#0072B2", ""),
+    "draft-lookup": ("#E69F00", "//"),
+    "draft-q2_k": ("#56B4E9", ".."),
+    "draft-q3_k": ("#8C510A", "|"),
+    "draft-q4_0": ("#CC79A7", "xx"),
+    "draft-q4_k": ("#117733", "||"),
+    "draft-iq4_nl": ("#009E73", "\\\\"),
+    "draft-q5_1": ("#F0E442", "++"),
+    "draft-q6_k": ("#332288", "-"),
+    "draft-q8_0": ("#882255", "--"),
+    "draft-auto": ("#999999", "oo"),
+}
 
 
 def _model(record: Record) -> str:
@@ -105,8 +117,8 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
                 own["tokens_per_s"],
                 width,
                 label=own["label"].iloc[0] if len(own) else system,
-                color=COLOURS[number % len(COLOURS)],
-                hatch=HATCHES[number % len(HATCHES)],
+                color=LOOKS[system][0],
+                hatch=LOOKS[system][1],
                 edgecolor="black",
                 linewidth=0.4,
             )
@@ -121,7 +133,11 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
     drawn.suptitle(title)
     handles, labels = grid[0][0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside right upper")
-    return finish(drawn, [one for one in records if one.status == "ok"])
+    ran = [one for one in records if one.status == "ok"]
+    rounds = len({one.cell.round for one in ran})
+    return finish(
+        drawn, ran, shows=f"Bars are medians of the rounds, all texts of a kind together; n = {rounds}"
+    )
 
 
 def runs_of(record: Record, kind: str) -> list[int]:

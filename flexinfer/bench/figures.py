@@ -21,7 +21,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
@@ -89,9 +88,16 @@ LOOKS = {
     "window-80": Look("#238B45", "x", ":", "\\."),
     "window-3-layers": Look("#00441B", "8", "--", "*."),
 }
-# One mechanism of the paper's after another.
-ABLATION = ("sync-unbalanced", "unbalanced", "attention-first", "algorithm1")
+# One mechanism of the paper's after another, and what figure 5 calls it.
+ABLATION = {
+    "sync-unbalanced": "synchronous unbalanced",
+    "unbalanced": "+ prefetching",
+    "attention-first": "+ balanced locking",
+    "algorithm1": "+ Algorithm 1",
+}
 ROUND: dict[str, Any] = {"s": 10, "color": "white", "edgecolor": "black", "linewidth": 0.6, "zorder": 3}
+LINES = "Lines join the medians of the rounds, marks are the rounds; n = {n}"
+MEDIANS = "Marks are medians of the rounds; n = {n}"
 BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}
 
 
@@ -310,25 +316,30 @@ def why_faster(records: Iterable[Record], base: str = "llama-cpp-mmap") -> pd.Da
     return table.dropna().reset_index()
 
 
-def beside_each_other(records: Iterable[Record], base: str = "llama-cpp-mmap") -> pd.DataFrame:
-    """By model, weights, device and budget, for machines to be compared: FlexInfer's tokens/s, of its own bound, times `base`."""
-    table = summary(frame(records))
-    keys = ["model", "weights", "device", "budget_gib"]
-    cells = table.assign(budget_gib=table["budget_gib"].round(2)).pivot_table(
-        ["tokens_per_s", "ratio"], keys, "system"
-    )
-    if ("tokens_per_s", "flexinfer") not in cells:
-        return pd.DataFrame()
-    shown = pd.DataFrame(
-        {"tokens/s": cells["tokens_per_s"]["flexinfer"], "of own bound": cells["ratio"]["flexinfer"]}
-    )
-    if ("tokens_per_s", base) in cells:
-        shown["times mmap"] = shown["tokens/s"] / cells["tokens_per_s"][base]
-    return shown.dropna(subset="tokens/s")
+def side_by_side(
+    found: Mapping[str, Sequence[Record]], model: str, device: str, budgets_gib: Collection[float]
+) -> pd.DataFrame:
+    """For machines to be compared, a column for each: tokens/s of every system in those budgets, and from the least to the greatest round."""
+    columns = {}
+    for name, records in found.items():
+        table = summary(frame(records)).dropna(subset="tokens_per_s")
+        table = table.assign(budget=table["budget_gib"].round(2))
+        mine = table[
+            (table["model"] == model) & (table["device"] == device) & table["budget"].isin(budgets_gib)
+        ]
+        if len(mine):
+            rows = mine.set_index(["weights", "budget", "label"])
+            columns[name] = rows.apply(_with_rounds, axis=1)
+    return pd.DataFrame(columns).rename_axis(["weights", "budget GiB", "system"]).fillna("")
 
 
-def caption(records: Sequence[Record], extra: str = "", marks: str = "marks the rounds") -> str:
-    """Machine, limits, rounds and commit of what a figure shows; `marks`: what of it is not a median."""
+def _with_rounds(row: pd.Series) -> str:
+    rounds = f" ({row['low']:.2f} to {row['high']:.2f}, n={row['n']})" if row["n"] > 1 else ""
+    return f"{row['tokens_per_s']:.2f}{rounds}"
+
+
+def caption(records: Sequence[Record], extra: str = "", shows: str = LINES) -> str:
+    """Machine, limits, rounds and commit of what a figure shows; `shows`: what its marks are, {n} for the number of rounds."""
     first = records[0]
     methods = ", ".join(
         sorted(
@@ -351,7 +362,7 @@ def caption(records: Sequence[Record], extra: str = "", marks: str = "marks the 
         + "".join(f"; {name.replace('_', ' ')} {value}" for name, value in first.provenance.about.items())
         + ".",
         f"Memory and read limits: {methods}; device {', '.join(rates)}.",
-        f"Lines and bars are medians of the rounds, {marks}; n = {_rounds(records)}; {tokens}.",
+        f"{shows.format(n=_rounds(records))}; {tokens}.",
         f"FlexInfer {', '.join(engines)}, commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         extra,
     ]
@@ -373,11 +384,10 @@ def _span(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def finish(figure: Figure, records: Sequence[Record], extra: str = "") -> Figure:
+def finish(figure: Figure, records: Sequence[Record], extra: str = "", shows: str = LINES) -> Figure:
     """Refuses records that must not meet, and puts the caption below."""
     check_comparable(records)
-    whiskers = any(isinstance(one, ErrorbarContainer) for axes in figure.axes for one in axes.containers)
-    text = caption(records, extra, "whiskers their least and greatest" if whiskers else "marks the rounds")
+    text = caption(records, extra, shows)
     width = int(figure.get_figwidth() * 17)
     words, lines = text.split(), [""]
     for word in words:
@@ -389,13 +399,12 @@ def finish(figure: Figure, records: Sequence[Record], extra: str = "") -> Figure
 
 
 def save(figure: Figure | None, results_dir: Path, name: str, machine: str) -> None:
-    """Saves a figure in results/figures, as PNG and as SVG."""
+    """Saves a figure in results/figures as SVG; the notebook that drew it has it as a raster."""
     if figure is None:
         return
     folder = results_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     stem = file_name(name, short_names(results_dir).get(machine, machine))
-    figure.savefig(folder / f"{stem}.png", bbox_inches="tight")
     figure.savefig(folder / f"{stem}.svg", bbox_inches="tight", metadata={"Date": None})
 
 
@@ -458,8 +467,7 @@ def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[t
             **look.mark,
         )
         if len(ok):
-            label_at = ok if len(ok) == 1 else panel.medians  # beside a lone mark, right of all lines
-            x = panel.share(label_at["budget_gib"].max())
+            x = panel.share(ok["budget_gib"].max())
             ends.append((x, float(ok[column].iloc[-1]), label, look.colour))
         for _, row in part[part[column].isna()].iterrows():
             axes.annotate(
@@ -480,9 +488,10 @@ def draw_bounds(axes: Axes, panel: Panel) -> None:
     Of mixtures, whose bound depends on the bytes that a run missed, a line through the bounds of the budgets that were measured.
     """
     own = [one for one in panel.records if one.cell.system.name == "flexinfer"]
+    labels = {one.cell.system.label for one in panel.records}
     for records, label, style in (
         (own, "bound of FlexInfer", "-"),
-        (panel.records, "highest bound of any", ":"),
+        (panel.records, "highest bound of any" if len(labels) > 1 else f"bound of {labels.pop()}", ":"),
     ):
         curve = bound_curve(records, panel)
         if not curve.empty:
@@ -546,6 +555,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
             color=colour,
             va="center",
             annotation_clip=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )
 
 
@@ -566,7 +576,7 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
         axes.yaxis.set_minor_formatter("")
         label_ends(axes, ends)
 
-    return _panels(records, title, _curves(records), draw, size=(4.2, 3.1))
+    return _panels(records, title, _curves(records), draw, size=(4.2, 3.1), share_x=True)
 
 
 def overview(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") -> Figure | None:
@@ -592,7 +602,7 @@ def shares(records: Sequence[Record], title: str) -> Figure | None:
         axes.set(ylabel="achieved / own bound", ylim=(0, None))
         label_ends(axes, ends)
 
-    return _panels(records, title, _curves(records), draw, size=(4.2, 3.1))
+    return _panels(records, title, _curves(records), draw, size=(4.2, 3.1), share_x=True)
 
 
 def _curves(records: Sequence[Record]) -> list[tuple[str, Panel]]:
@@ -619,8 +629,12 @@ def _panels(
     draw: Callable[[Axes, Shown], None],
     columns: int | None = None,
     size: tuple[float, float] = (3.5, 3.1),
+    share_x: bool = False,
+    extra: str = "",
+    shows: str = LINES,
 ) -> Figure | None:
-    """Each of `panels`, a name and what it shows, drawn by `draw`, each of `size` inches: `columns` in a line; None: up to three, as evenly as may be."""
+    """Each of `panels`, a name and what it shows, drawn by `draw`, each of `size` inches: `columns` in a line; None: up to three, as evenly as may be.
+    `extra`, `shows`: of the caption."""
     if not panels:
         return None
     if columns is None:
@@ -631,15 +645,21 @@ def _panels(
     for axes, (name, part) in zip(grid.flat, panels, strict=False):
         draw(axes, part)
         axes.set_title(name)
+    if share_x:
+        lows, highs = zip(*(axes.get_xlim() for axes in grid.flat[: len(panels)]), strict=True)
+        for axes in grid.flat[: len(panels)]:
+            axes.set_xlim(min(lows), max(highs))
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     shared_legend(figure, title)
-    return finish(figure, records)
+    return finish(figure, records, extra, shows)
 
 
-def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") -> Figure | None:
+def bars(
+    records: Sequence[Record], title: str, extra: str = "", base: str = "llama-cpp-mmap"
+) -> Figure | None:
     """Throughput of many systems at few budgets, as bars: a panel for each budget, from the top `base`, the ABLATION, other systems, FlexInfer. Before a
-    bar stand its system, how many times `base` it is, where that was measured, and its rounds; every round is a mark, the highest bound a line."""
+    bar stand its system, how many times `base` it is, where that was measured, and its rounds; every round is a mark, the highest bound a line. `extra` ends the caption."""
     below = [one for one in LOOKS if one not in (base, *ABLATION, "flexinfer")]
     looks = [base, *ABLATION, *below, "flexinfer"]
 
@@ -654,7 +674,7 @@ def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") ->
             every = panel.rounds[panel.rounds["system"] == system]["tokens_per_s"].dropna()
             axes.scatter(every, [place] * len(every), **ROUND)
             times = f"{value / told:.2f}x, " if told and system != base else ""
-            names.append(f"{row['label']}, {times}n={row['n']}")
+            names.append(f"{ABLATION.get(system, row['label'])}, {times}n={row['n']}")
         highest = panel.medians["bound"].max()
         axes.axvline(highest, label="highest bound", **BOUND)
         axes.set_yticks(range(len(order)), names, fontsize=7)
@@ -669,7 +689,8 @@ def bars(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") ->
         for name, panel in _curves(records)
         for budget, mine in panel.medians.groupby("budget_gib")
     ]
-    return _panels(records, title, panels, draw, size=(4.2, 2.6))
+    shows = "Bars are medians of the rounds, marks the rounds; n stands before each bar"
+    return _panels(records, title, panels, draw, size=(4.2, 2.6), extra=extra, shows=shows)
 
 
 def prefills(records: Iterable[Record]) -> pd.DataFrame:
@@ -725,9 +746,9 @@ def residents(records: Sequence[Record], title: str) -> Figure | None:
         axes.set(ylabel="[tokens/s]", ylim=(0, None))
         axes.set_xticks([])
 
-    return _panels(
-        records, title, panels, draw, columns=1 + lengths["prompt_tokens"].nunique(), size=(3.0, 2.6)
-    )
+    columns = 1 + lengths["prompt_tokens"].nunique()
+    shows = "Bars are medians: of the rounds (decoding, n = {n}), of all repeats (prefill); whiskers the least and the greatest"
+    return _panels(records, title, panels, draw, columns=columns, size=(3.0, 2.6), shows=shows)
 
 
 def agreements(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -792,13 +813,17 @@ def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
     for record, axes in zip(traced, grid[:, 0], strict=True):
         events = last_pass(load_events(results_dir, record))
         length, waited = draw_pass(axes, events)
-        axes.set_title(
-            f"{record.cell.system.label}: {length:.2f} s a token, of which {waited:.2f} s waiting", loc="left"
-        )
+        locking = {"unbalanced": "unbalanced locking", "flexinfer": "balanced locking"}
+        told = f"{locking[record.cell.system.name]}: {length:.2f} s a token, of which {waited:.2f} s waiting"
+        if record.bound_tokens_per_s:
+            bound_s = 1 / record.bound_tokens_per_s
+            axes.axvline(bound_s, **BOUND)
+            told += f"; the bound is {bound_s:.2f} s (dashed)"
+        axes.set_title(told, loc="left")
     grid[-1][0].set_xlabel("time within one token [s]")
     grid[-1][0].set_xlim(left=0)
     extra = f"Budget {traced[0].cell.budget_bytes / GIB:.2f} GiB, {traced[0].cell.model.name}; the last token of each run."
-    return finish(figure, traced, extra)
+    return finish(figure, traced, extra, "One run each")
 
 
 def against_bound(records: Sequence[Record], title: str) -> Figure | None:
@@ -822,4 +847,4 @@ def against_bound(records: Sequence[Record], title: str) -> Figure | None:
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal", title=title)
     axes.set(xlabel="bound 1 / max(c, (S - R) / B) [tokens/s]", ylabel="achieved [tokens/s]")
     figure.legend(loc="outside right upper")
-    return finish(figure, records)
+    return finish(figure, records, shows=MEDIANS)

@@ -17,7 +17,7 @@ from bench_samples import MACHINE, ROOT, make_cell, make_record
 from nbclient import NotebookClient
 from small_model import CONFIG, add_tokenizer
 
-from flexinfer.bench import claims, figures, mixtures
+from flexinfer.bench import claims, drafts, figures, mixtures
 from flexinfer.bench.config import (
     DeviceConfig,
     ExpertsConfig,
@@ -226,7 +226,6 @@ def test_a_notebook_draws_from_records_and_saves_its_figure(
     assert before == {file: file.read_bytes() for file in results.rglob("*.jsonl")}
     figure = results / "figures" / f"{notebook.stem}-test-cpu-2-cores-16-gib"
     if notebook.stem not in ("start_here", "claims"):
-        assert figure.with_suffix(".png").stat().st_size > 10_000
         assert "<svg" in figure.with_suffix(".svg").read_text()
 
 
@@ -268,9 +267,11 @@ def test_a_notebook_is_short_and_relative(notebook: Path) -> None:
 
 
 def test_every_system_of_the_experiments_has_a_look_of_its_own() -> None:
-    """Drafts are told apart by their place, in a figure of their own."""
     names = {file.stem for file in (ROOT / "conf" / "system").glob("*.yaml")}
-    assert {name for name in names if not name.startswith("draft-")} == set(figures.LOOKS)
+    of_drafts = {name for name in names if name.startswith("draft-")}
+    assert names - of_drafts == set(figures.LOOKS)
+    assert {drafts.PLAIN, *of_drafts} == set(drafts.LOOKS)
+    assert len(set(drafts.LOOKS.values())) == len(drafts.LOOKS)
     looks = [(look.marker, look.hatch) for look in figures.LOOKS.values()]
     assert len(set(looks)) == len({marker for marker, _ in looks}) == len(looks)
     assert len({look.colour for look in figures.LOOKS.values()}) == len(looks)
@@ -324,7 +325,9 @@ def test_bars_have_names_rounds_and_gains_over_a_mapped_file(results: Path) -> N
     marks = sum(len(one.get_offsets()) for one in axes.collections)
     assert marks == sum(one.status == "ok" and not one.cell.trace for one in records)
     speeds = figures.summary(figures.frame(records)).set_index("label")["tokens_per_s"]
-    told = {name.split(", ")[0]: name.split(", ", 1)[1] for name in names}
+    labels = {added: system.replace("-", " ") for system, added in figures.ABLATION.items()}
+    told = dict(name.split(", ", 1) for name in names)
+    told = {labels.get(name, name): text for name, text in told.items()}
     assert set(told) == set(speeds.index)
     for label, text in told.items():
         gain = speeds[label] / speeds["llama cpp mmap"]
@@ -427,9 +430,10 @@ def test_a_device_of_its_own_is_in_figure_4_where_it_has_more_than_one_budget() 
 
 def test_weights_of_two_formats_have_panels_and_verdicts_of_their_own() -> None:
     records = [
-        simulated(system, 0.6, format=format)
+        simulated(system, budget, format=format)
         for system in ("flexinfer", "sync")
         for format in ("q4_0", "int4")
+        for budget in (0.3, 0.6)
     ]
     figure = figures.throughput(records, "title")
     assert figure is not None
@@ -478,10 +482,7 @@ def test_two_machines_are_kept_apart_the_one_of_most_records_first(results: Path
 
 def test_a_figure_is_named_after_what_it_shows_and_its_machine(results: Path, tmp_path: Path) -> None:
     figures.save(figures.throughput(load_records(results), "title"), tmp_path, "fig4", "A CPU (B), 2 cores")
-    assert {file.name for file in (tmp_path / "figures").iterdir()} == {
-        "fig4-a-cpu-b-2-cores.png",
-        "fig4-a-cpu-b-2-cores.svg",
-    }
+    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["fig4-a-cpu-b-2-cores.svg"]
 
 
 def test_unlimited_records_are_left_out_beside_limited_ones(
@@ -630,6 +631,21 @@ def test_claims_follow_the_stated_criteria(results: Path) -> None:
 
 def test_a_gain_within_noise_is_not_reproduced() -> None:
     assert verdicts(faster(1.02, 1.03, than="unbalanced"))["C5"].verdict == "not"
+
+
+def test_verdicts_and_speeds_of_machines_stand_side_by_side(results: Path) -> None:
+    records = load_records(results)
+    found = {"one": records, "other": records}
+    table = claims.by_machine(claims.judge(found, PAPER), {"one": "1"})
+    assert list(table.columns)[:2] == ["1", "other"]
+    assert table.loc["C2", "1"] == "reproduced (llama2-7b fixed)"
+    budget = round(int(0.9 * WEIGHTS) / 2**30, 2)
+    speeds = figures.side_by_side(found, "llama2-7b", "fixed", [budget])
+    row = figures.summary(figures.frame(records)).set_index(["system", "budget_bytes"])
+    mine = row.loc[("flexinfer", int(0.9 * WEIGHTS))]
+    told = f"{mine['tokens_per_s']:.2f} ({mine['low']:.2f} to {mine['high']:.2f}, n=3)"
+    assert speeds.loc[("Q4_0", budget, "flexinfer"), "one"] == told
+    assert len(speeds) == len(SLOWDOWN) + 2
 
 
 def test_one_differing_token_breaks_the_claim_of_unchanged_output() -> None:
