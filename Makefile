@@ -43,7 +43,7 @@ lint: $(INSTALLED) ## format and lint, notebooks too
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: $(INSTALLED) ## mend what lint finds, where a machine can
+format: $(INSTALLED) ## fix what lint finds, where a machine can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -53,12 +53,12 @@ types: $(INSTALLED) ## static types
 notebooks: $(INSTALLED) ## run the notebooks again: use, and the figures from the records in RESULTS (results)
 	FLEXINFER_RESULTS=$(abspath $(RESULTS)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb
 
-smoke: $(INSTALLED) $(BASELINES) ## a small experiment, and the notebooks on its records (3 min)
+smoke: $(INSTALLED) $(BASELINES) ## a small experiment, and the notebooks on its records (3 min after install and baselines)
 	rm -rf $(SMOKE)
 	$(BIN)/python scripts/run.py +exp=smoke results_dir=$(SMOKE)
 	FLEXINFER_RESULTS=$(abspath $(SMOKE)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --output-dir $(SMOKE)/notebooks $(filter-out notebooks/use.ipynb,$(wildcard notebooks/*.ipynb))
 
-reproduce: $(INSTALLED) $(BASELINES) ## everything that the notebooks draw, on this machine: goes on where it was stopped (hours; LIST=1 says how many)
+reproduce: $(INSTALLED) $(BASELINES) ## every experiment that the notebooks draw, on this machine: goes on where it was stopped (hours; LIST=1 says how many)
 	$(BIN)/python scripts/reproduce.py --results-dir $(RESULTS) $(if $(LIST),--list)
 
 agreement: $(INSTALLED) $(BASELINES) ## FlexInfer beside llama.cpp on a real GGUF file: top tokens, divergence, perplexity (1 min)

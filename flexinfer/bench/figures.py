@@ -333,6 +333,20 @@ def side_by_side(
     return pd.DataFrame(columns).rename_axis(["weights", "budget GiB", "system"]).fillna("")
 
 
+def coverage(found: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
+    """What was measured, a column for each machine: of every model, weights and device how many budgets and systems, and how many rounds."""
+    columns: dict[str, dict[tuple[str, ...], str]] = {}
+    for name, records in found.items():
+        for _, part in _parts(records):
+            place = tuple(part.iloc[0][["model", "weights", "device"]])
+            rounds = _span(sorted(part["n"]))
+            counts = (
+                f"{part['budget_bytes'].nunique()} budgets, {part['system'].nunique()} systems, n = {rounds}"
+            )
+            columns.setdefault(name, {})[place] = counts
+    return pd.DataFrame(columns).rename_axis(["model", "weights", "device"]).sort_index().fillna("")
+
+
 def _with_rounds(row: pd.Series) -> str:
     rounds = f" ({row['low']:.2f} to {row['high']:.2f}, n={row['n']})" if row["n"] > 1 else ""
     return f"{row['tokens_per_s']:.2f}{rounds}"

@@ -646,6 +646,8 @@ def test_verdicts_and_speeds_of_machines_stand_side_by_side(results: Path) -> No
     told = f"{mine['tokens_per_s']:.2f} ({mine['low']:.2f} to {mine['high']:.2f}, n=3)"
     assert speeds.loc[("Q4_0", budget, "flexinfer"), "one"] == told
     assert len(speeds) == len(SLOWDOWN) + 2
+    covered = figures.coverage(found).loc[("llama2-7b", "Q4_0", "fixed")]
+    assert list(covered) == ["4 budgets, 9 systems, n = 0 to 3"] * 2
 
 
 def test_one_differing_token_breaks_the_claim_of_unchanged_output() -> None:
