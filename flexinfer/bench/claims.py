@@ -2,7 +2,7 @@
 
 A gain is a ratio of median speeds of two systems on the same weights, device and budget, where the base reads for every token. It is clear when
 it is more than the noise (3 %, our choice) and no round of the slower system reaches one of the faster: spreads that
-overlap are no difference. Where either has one round there is no spread, and a clear gain is one of more than 20 %: three of four pairs of
+overlap are no difference. Where either has fewer than three rounds they say little of the spread, and a clear gain is one of more than 20 %: three of four pairs of
 rounds of one cell differ by less. What 'reproduced' asks for depends on how the paper says it, of clear gains alone:
 
 - a range over budgets (C1): every gain reaches the range's least, and one its greatest;
@@ -28,7 +28,7 @@ from flexinfer.bench.figures import frame, summary
 from flexinfer.bench.records import Record
 
 NOISE = 0.03
-ONE_ROUND = 0.20
+FEW_ROUNDS = 0.20
 LITTLE = 1 / 3  # of the weights: a budget that can be called the least memory
 READS = 0.01  # of the weights for each token: who reads less has the model in memory
 CLOSE = 0.10
@@ -100,7 +100,8 @@ class Part:
     def clear(self, system: str, base: str, budget_bytes: int) -> int:
         """1: `system` is clearly faster than `base` in that budget, -1: clearly slower, 0: no difference to be seen."""
         rows = self.rows[self.rows["budget_bytes"] == budget_bytes].set_index("system")
-        noise = NOISE if rows.loc[[system, base], "n"].min() > 1 else ONE_ROUND
+        few = rows.loc[[system, base], "n"].min() < QUOTED_ROUNDS
+        noise = FEW_ROUNDS if few else NOISE
         gain = rows.loc[system, "tokens_per_s"] / rows.loc[base, "tokens_per_s"]
         if self.overlap(system, base, budget_bytes) or 1 / (1 + noise) <= gain <= 1 + noise:
             return 0
