@@ -2,7 +2,7 @@
 
 A gain is a ratio of median speeds of two systems on the same weights, device and budget, where the base reads for every token. It is clear when
 it is more than the noise (3 %, our choice) and no round of the slower system reaches one of the faster: spreads that
-overlap are no difference. Where either has fewer than three rounds they say little of the spread, and a clear gain is one of more than 20 %: three of four pairs of
+overlap are no difference. Where either has fewer than three rounds they say little of the spread, and a clear gain is one of more than 20 %: seven in ten pairs of
 rounds of one cell differ by less. What 'reproduced' asks for depends on how the paper says it, of clear gains alone:
 
 - a range over budgets (C1): every gain reaches the range's least, and one its greatest;

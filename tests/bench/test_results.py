@@ -14,15 +14,20 @@ WEIGHTS = {"bf16": "BF16"}  # as the README has them, where the records have ano
 FIGURES = ("overview", "table1", "fig3", "fig4", "fig4-shares", "fig5", "limit")
 
 
-def readme_rows(text: str, heading: str) -> list[dict[str, str]]:
-    """The rows of the first table below `heading`; an empty cell means the one above."""
+def table_rows(text: str, heading: str) -> list[dict[str, str]]:
+    """The rows of the first table below `heading`."""
     paragraphs = text.split(f"\n{heading}\n")[1].split("\n\n")
     lines = next(one for one in paragraphs if one.startswith("|")).splitlines()
-    heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    heads, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def readme_rows(text: str, heading: str) -> list[dict[str, str]]:
+    """`table_rows`, where an empty cell means the one above."""
     filled: list[dict[str, str]] = []
-    for row in rows:
+    for row in table_rows(text, heading):
         above = filled[-1] if filled else {}
-        filled.append({head: cell or above[head] for head, cell in zip(heads, row, strict=True)})
+        filled.append({head: cell or above[head] for head, cell in row.items()})
     return filled
 
 
@@ -63,6 +68,45 @@ def test_the_numbers_in_the_readme_are_medians_of_the_records(machines: dict[str
             "engine": records[row["machine"].lower()][0].provenance.engine,
         }
         assert {head: row[head] for head in shown} == shown, f"of {row}"
+
+
+def test_larger_models_in_the_docs_are_medians_of_the_records(machines: dict[str, list[Record]]) -> None:
+    names = {
+        "llama.cpp mmap": "llama-cpp-mmap",
+        "synchronous": "sync-2",
+        "unbalanced": "unbalanced",
+        "attention first": "attention-first",
+        "FFN first": "ffn-first",
+        "Algorithm 1": "algorithm1",
+        "FlexInfer": "flexinfer",
+    }
+    short = figures.short_names(RESULTS)
+    rows = table_rows((ROOT / "docs" / "performance.md").read_text(), "## Larger models")
+    wanted = set()
+    for machine, records in machines.items():
+        table = figures.summary(figures.frame(records))
+        for model in ("llama2-13b", "codellama-34b", "llama2-70b"):
+            mine = table[(table["model"] == model) & (table["device"] == "native")]
+            for budget, cells in mine.groupby("budget_gib"):
+                place = (short[machine], model, f"{budget:.1f}")
+                wanted.add(place)
+                speeds = cells.set_index("system")["tokens_per_s"].map("{:.3f}".format)
+                (row,) = (one for one, here in zip(rows, places(rows), strict=True) if here == place)
+                assert {head: row[head] for head in names} == {
+                    head: speeds.get(system, "") for head, system in names.items()
+                }, f"of {place}"
+    assert set(places(rows)) == wanted
+
+
+def places(rows: list[dict[str, str]]) -> list[tuple[str, str, str]]:
+    """Machine, model and budget of each row, of which the first two stand once."""
+    found: list[tuple[str, str, str]] = []
+    for row in rows:
+        machine, model = (row["machine"].lower(), row["model"].strip("`"))
+        if not machine:
+            machine, model = found[-1][:2]
+        found.append((machine, model, row["budget"].split()[0]))
+    return found
 
 
 def least_and_greatest(measured: str) -> str:
