@@ -35,6 +35,7 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from flexinfer.bench import limits as limiting
@@ -93,7 +94,9 @@ def run_cell(cell: CellConfig) -> Record:
         ) as limits:
             rates = [_bandwidth(facts.files, limits, job)]
             dropped = limiting.drop_page_cache(map(Path, facts.files))
+            others = OthersCpu()
             child = run_child(job, cell.workload.timeout_s, limits)
+            others_cpu_share = others.share()
             usage = limits.usage()
             rates.append(_bandwidth(facts.files, limits, job))
             applied = limits.applied
@@ -159,9 +162,30 @@ def run_cell(cell: CellConfig) -> Record:
             ", ".join(f"{ways} {rate / 1e9:.3f}" for ways, rate in probe.items()) for probe in rates if probe
         )
         + " GB/s",
+        others_cpu_share=others_cpu_share,
         engine=engine,
         events=events,
     )
+
+
+class OthersCpu:
+    """What of the machine's CPU time others take, from now on: niceness does not keep them off a cell's cores where sessions are scheduled in groups."""
+
+    def __init__(self) -> None:
+        self._start_s = perf_counter()
+        self._others_s = self._now()
+
+    def share(self) -> float:
+        """Their share of the time of all cores so far; the kernel's own work is theirs too."""
+        taken_s = self._now() - self._others_s
+        return min(1.0, max(0.0, taken_s / ((perf_counter() - self._start_s) * (os.cpu_count() or 1))))
+
+    def _now(self) -> float:
+        """CPU seconds since boot that were neither this process's nor its finished children's."""
+        user, nice, system, _idle, _iowait, irq, softirq, *_ = map(
+            int, Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
+        )
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _scratch_prefix() -> str:

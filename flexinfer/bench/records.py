@@ -146,6 +146,9 @@ class Record(BaseModel):
     compute_source: str = ""  # how c was got
     bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)  # B, measured under the same limits
     bandwidth_source: str = ""  # how B was got
+    others_cpu_share: float | None = Field(
+        default=None, ge=0, le=1
+    )  # of all cores' time while the cell ran: what went to processes that were not its own, and to the kernel
     engine: dict[str, Any] = Field(default_factory=dict)  # what the engine said of itself: plan and stats
     # of a traced cell: run_cell returns the events here, the runner moves them to a JSON file beside the records
     events: list[dict[str, Any]] = Field(default_factory=list)

@@ -47,6 +47,7 @@ from flexinfer.notebook import last_pass
 from flexinfer.plan import format_size
 
 RunCell = Callable[[CellConfig], Record]
+BUSY = 0.1  # of all cores' time: above it what a cell measured is not only its own
 
 
 @dataclass(slots=True)
@@ -254,6 +255,8 @@ def outcome(record: Record) -> str:
         text += f", peak {format_size(record.peak_memory_bytes)}"
     if record.limits.method == "unlimited":
         text += ", UNLIMITED"
+    if (record.others_cpu_share or 0) > BUSY:
+        text += f", DISTURBED: {record.others_cpu_share:.0%} of the CPU time was others'"
     return text if record.status == "ok" else f"{record.status}: {record.message} ({text})"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import make_cell
+from bench_samples import make_cell, make_record
 
 from flexinfer.bench import cell as cells
 from flexinfer.bench import systems
@@ -23,6 +23,7 @@ from flexinfer.bench.config import (
 )
 from flexinfer.bench.limits import find_place
 from flexinfer.bench.records import append_record, load_records
+from flexinfer.bench.runner import outcome
 
 PLACE = find_place()
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
@@ -78,6 +79,7 @@ def test_a_cell_of_ours_is_a_valid_record_with_its_bound(tmp_path: Path) -> None
     assert record.bound_tokens_per_s == pytest.approx(1 / seconds)
     assert record.ratio == pytest.approx(record.tokens_per_s * seconds)
     assert record.engine["stats"]["passes"] >= 5
+    assert record.others_cpu_share is not None
     assert record.limits.method == ("unlimited" if PLACE.memory is None else PLACE.method)
     assert record.limits.memory_bytes == (None if PLACE.memory is None else 1 << 30)
 
@@ -124,6 +126,23 @@ def test_a_checkpoint_that_is_not_there_is_a_record(tmp_path: Path) -> None:
     record = cells.run_cell(one)
     assert record.status == "error"
     assert "gone" in record.message
+
+
+def test_a_busy_neighbour_is_seen_and_said(tmp_path: Path) -> None:
+    spin = [sys.executable, "-c", "while True: pass"]
+    neighbours = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
+    try:
+        others = cells.OthersCpu()
+        subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)  # not others': our child
+        share = others.share()
+    finally:
+        for one in neighbours:
+            one.kill()
+            one.wait()
+    assert 0.1 < share <= 1
+    record = make_record(others_cpu_share=0.34)
+    assert "DISTURBED: 34% of the CPU time was others'" in outcome(record)
+    assert "DISTURBED" not in outcome(make_record(others_cpu_share=0.02))
 
 
 def test_a_hang_ends_at_the_timeout_with_nothing_left(job: dict[str, Any]) -> None:
