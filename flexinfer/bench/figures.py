@@ -123,7 +123,7 @@ def find_records(results_dir: Path, command: str, tokens: str = "one by one") ->
     `tokens`: "one by one"; "drafts": of real or replayed text (flexinfer.bench.drafts); "batches": of several sequences
     (flexinfer.bench.batches). They are in no figure together.
     Those of the smoke model only where there are no others. Says which command makes records where there are none. Cells
-    that have a limited record are shown without their unlimited ones. B and c of the bounds are a machine's best (`with_common_costs`).
+    that have a limited record are shown without their unlimited ones. B and c of the bounds are a machine's (`with_common_costs`).
     """
     records = load_records(results_dir) if results_dir.exists() else []
     records = [one for one in records if _tokens(one) == tokens]

@@ -293,7 +293,7 @@ def bound_tokens_per_s(
 def with_common_costs(records: Iterable[Record]) -> list[Record]:
     """The same records of one machine, with B and c that are the machine's rather than the run's.
 
-    B, for each device: what one run in ten saw more of, of the rates that direct reads had before and after each cell, up to the limit. By its own B a
+    B, for each device: the 90th percentile of the rates that direct reads had before and after each cell, up to the limit. By its own B a
     run in a slow moment of the disk would look as if it were at its bound, and the best of all grows with their number.
     c, for each model, kernels, cores and number of sequences, for it depends on neither disk nor budget: the fastest pass of any run where one had everything in
     memory; otherwise the least that shallow models gave. The bytes that a mixture misses: the least of any system.

@@ -261,7 +261,7 @@ def outcome(record: Record) -> str:
 
 
 def results_tables(records: Iterable[Record]) -> list[Table]:
-    """A table for each model, weights and device: median tokens per second and ratio of every budget and system; bounds with the best B and c seen.
+    """A table for each model, weights and device: median tokens per second and ratio of every budget and system; bounds with common B and c (`with_common_costs`).
 
     Where prefills were timed, a column for each length: the median of all rounds.
     """
