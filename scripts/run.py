@@ -31,10 +31,13 @@ def comparisons(config: DictConfig, overrides: list[str]) -> list[RunConfig]:
     if not config.include:
         return [cast(RunConfig, OmegaConf.to_object(config))]
     kept = [one for one in overrides if not one.startswith(("+exp=", "experiment=", "include="))]
-    composed = (
-        hydra.compose("config", overrides=[*f"+exp={told}".split(), *kept]) for told in config.include
-    )
-    return [cast(RunConfig, OmegaConf.to_object(one)) for one in composed]
+    given = {one.partition("=")[0] for one in kept}
+    configs = []
+    for told in config.include:
+        own = [one for one in f"+exp={told}".split() if one.partition("=")[0] not in given]
+        composed = hydra.compose("config", overrides=[*own, *kept])
+        configs.append(cast(RunConfig, OmegaConf.to_object(composed)))
+    return configs
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -162,6 +162,13 @@ def test_claims_includes_every_experiment_that_a_claim_is_judged_by(
         assert {cell.key for cell in wanted} <= included
 
 
+def test_what_is_given_goes_before_what_claims_say_of_their_experiments(run_script: ModuleType) -> None:
+    given = ["+exp=claims", "model=smoke", "budget.grid=[800MiB]"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        configs = run_script.comparisons(compose("config", overrides=given), given)
+    assert {cell.model.name for config in configs for cell in cells_of(config)} == {"smoke"}
+
+
 def test_figures_share_their_cells(load: Callable[..., RunConfig]) -> None:
     fig4, fig5, table1 = (
         {cell.key for cell in cells_of(load(f"+exp={name}"))} for name in ("fig4", "fig5", "table1")
