@@ -254,7 +254,7 @@ class OLLM(TorchSystem):
     def step(self) -> list[int]:
         try:
             return super().step()
-        except (RuntimeError, AttributeError, TypeError) as error:
+        except (RuntimeError, AttributeError, TypeError, NameError) as error:
             raise _unsupported("ollm", error) from error
 
 

@@ -163,7 +163,7 @@ def test_claims_includes_every_experiment_that_a_claim_is_judged_by(
 
 
 def test_what_is_given_goes_before_what_claims_say_of_their_experiments(run_script: ModuleType) -> None:
-    given = ["+exp=claims", "model=smoke", "budget.grid=[800MiB]"]
+    given = ["+exp=claims", "model=smoke", "budget.grid=[800MiB]", "system=[flexinfer]"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         configs = run_script.comparisons(compose("config", overrides=given), given)
     assert {cell.model.name for config in configs for cell in cells_of(config)} == {"smoke"}
