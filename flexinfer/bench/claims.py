@@ -30,7 +30,6 @@ from flexinfer.bench.records import Record
 NOISE = 0.03
 FEW_ROUNDS = 0.20
 LITTLE = 1 / 3  # of the weights: a budget that can be called the least memory
-READS = 0.01  # of the weights for each token: who reads less has the model in memory
 CLOSE = 0.10
 FLAT = 1.25
 DIFFERENT_TOKENS = 8  # that a run has decoded at least, to say anything of its output
@@ -113,9 +112,12 @@ class Part:
         return float(self.rows["weights_gib"].max() * 2**30)
 
     def fits(self, system: str, budget_bytes: int) -> bool:
-        """Whether `system` has all weights in memory in that budget: it then reads next to nothing, and nothing is compared."""
-        rows = self.rows[(self.rows["system"] == system) & (self.rows["budget_bytes"] == budget_bytes)]
-        return bool((rows["bytes_per_token"] < READS * self.weight_bytes).any())
+        """Whether `system` has all weights in memory in that budget: then nothing is compared."""
+        return any(
+            one.reads_nothing
+            for one in self.records
+            if one.cell.system.name == system and one.cell.budget_bytes == budget_bytes
+        )
 
     def overlap_room(self, budget_bytes: int) -> float | None:
         """The most that overlap can gain there: (compute + read) / max(compute, read) - 1, of our own system."""

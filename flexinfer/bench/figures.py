@@ -237,7 +237,7 @@ def summary(data: pd.DataFrame) -> pd.DataFrame:
     the smallest process with the fastest kernels could do.
     """
     keys = ["model", "weights", "device", "budget_bytes", "budget_gib", "system", "label"]
-    numbers = ("tokens_per_s", "bound", "ratio", "peak_gib", "weights_gib", "bytes_per_token")
+    numbers = ("tokens_per_s", "bound", "ratio", "peak_gib", "weights_gib")
     grouped = data.astype(dict.fromkeys(numbers, float)).groupby(keys, sort=True)
     table = grouped.agg(
         tokens_per_s=("tokens_per_s", "median"),
@@ -248,7 +248,6 @@ def summary(data: pd.DataFrame) -> pd.DataFrame:
         ratio=("ratio", "median"),
         peak_gib=("peak_gib", "max"),
         weights_gib=("weights_gib", "max"),
-        bytes_per_token=("bytes_per_token", "median"),
         status=("status", lambda found: "ok" if "ok" in set(found) else found.iloc[-1]),
     ).reset_index()
     highest = table.groupby(["model", "weights", "device", "budget_bytes"])["bound"].transform("max")
