@@ -810,14 +810,14 @@ def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:
 
 def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
     """Figure 3: reads, waits and kernels of one pass, unbalanced locking above balanced, at the largest budget with both."""
-    order = {"unbalanced": 0, "flexinfer": 1}
+    locking = {"unbalanced": "unbalanced locking", "flexinfer": "balanced locking"}  # from the top down
     groups: dict[tuple[str, str, str, int], dict[str, Record]] = {}
     for one in records:
-        if one.events_file and one.status == "ok" and one.cell.system.name in order:
+        if one.events_file and one.status == "ok" and one.cell.system.name in locking:
             groups.setdefault(one.place, {}).setdefault(one.cell.system.name, one)
     best = max(groups, key=lambda one: (len(groups[one]), one[2]), default=None)
     complete = {} if best is None else groups[best]
-    traced = sorted(complete.values(), key=lambda one: order[one.cell.system.name])
+    traced = [complete[system] for system in locking if system in complete]
     if not traced:
         return None
     figure, grid = plt.subplots(
@@ -826,7 +826,6 @@ def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
     for record, axes in zip(traced, grid[:, 0], strict=True):
         events = last_pass(load_events(results_dir, record))
         length, waited = draw_pass(axes, events)
-        locking = {"unbalanced": "unbalanced locking", "flexinfer": "balanced locking"}
         told = f"{locking[record.cell.system.name]}: {length:.2f} s a token, of which {waited:.2f} s waiting"
         if record.bound_tokens_per_s:
             bound_s = 1 / record.bound_tokens_per_s
