@@ -20,6 +20,21 @@ def cache_dir() -> Path:
     return Path(os.path.abspath(os.path.expanduser(os.environ.get(VARIABLE) or "~/.cache/flexinfer")))
 
 
+def user_path(path: str | Path) -> Path:
+    """`path` as people write it: ~ is their home directory."""
+    return Path(os.path.expanduser(path))
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make `folder`, which `option` names, and see that it can be written to. Raises ValueError where not."""
+    try:
+        _use(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{option}={str(folder)!r}: nothing can be written there ({error.strerror}); name another directory"
+        ) from error
+
+
 def in_cache(*parts: str) -> Path:
     """The place of something that is kept, or is to be kept now: its folder can be written to unless it is there already.
 
@@ -30,13 +45,19 @@ def in_cache(*parts: str) -> Path:
     try:
         if place.exists():
             return place
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place.parent):
-            return place
+        _use(place.parent)
+        return place
     except OSError as error:
         place = _temporary(folder, error.strerror or str(error)).joinpath(*parts)
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
+
+
+def _use(folder: Path) -> None:
+    """Make `folder`, and a file in it that goes at once. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @cache

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexinfer.cache_dir import user_path
 from flexinfer.plan import Costs, DraftPlan, Plan
 
 DRAFTS = ("substitute", "lookup", "auto")  # beside small models
@@ -56,7 +57,7 @@ class DraftChoice:
         if kind in ("lookup", "model") and (type is not None or folder is not None):
             raise ValueError(f"draft={str(draft)!r} has no substitute: leave draft_type and draft_dir out")
         where = draft if kind == "model" else None
-        return cls(kind, where, type, candidates, Path(folder).expanduser() if folder is not None else None)
+        return cls(kind, where, type, candidates, user_path(folder) if folder is not None else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from flexinfer.assistant import Drafts
+from flexinfer.cache_dir import user_path
 from flexinfer.draft import DEFAULT_TYPE, DraftCosts, Pace, acceptance_of, plan_draft, rough_costs
 from flexinfer.follow import Follower
 from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
@@ -80,7 +81,7 @@ from flexinfer.plan import (
 from flexinfer.rehearsal import rehearse_once
 from flexinfer.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.streaming.cache import KVReserve, reserved_bytes
-from flexinfer.streaming.checksums import CACHE, Checksums, checksums_of
+from flexinfer.streaming.checksums import Checksums, checksums_of
 from flexinfer.streaming.expert_cache import ExpertCache
 from flexinfer.streaming.experts import StreamedExperts, foretold
 from flexinfer.streaming.linear import (
@@ -95,9 +96,6 @@ from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.read_queue import ReadQueue
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.streaming.results import ReusedResults
-from flexinfer.streaming.substitute import (
-    CACHE as DRAFTS,
-)
 from flexinfer.streaming.substitute import (
     DraftError,
     Substitute,
@@ -377,8 +375,7 @@ class Engine:
         """Find where substitutes come from; make their file, where there is to be one."""
         assert self._reader is not None
         maker = SubstituteMaker(self._kernels, drafts.kernels, self._reader)
-        folder = drafts.choice.folder or DRAFTS
-        file = SubstituteFile(self._weights, drafts.kernels, drafts.type, folder)
+        file = SubstituteFile(self._weights, drafts.kernels, drafts.type, drafts.choice.folder)
         if not file.exists and drafts.choice.folder is None:
             numbers = sum(w.pieces[-1].row_stop * self._kernels[w.name].in_features for w in self._weights)
             pass_s = sum(w.nbytes for w in self._weights) / self._costs.bandwidth_bytes_per_s
@@ -391,7 +388,7 @@ class Engine:
                 "making the draft's substitute (%s), once: %s in %s",
                 drafts.type,
                 format_size(file.nbytes),
-                folder,
+                file.path.parent,
             )
         file.make(maker, self._trace.progress)
         file.open(direct=self._options.direct)
@@ -1065,7 +1062,7 @@ class Engine:
         trace_file = self._options.trace
         if self._explained and not isinstance(trace_file, bool):
             try:
-                write_trace(Path(trace_file), self._trace.timeline())
+                write_trace(user_path(trace_file), self._trace.timeline())
             except OSError as error:
                 warnings.warn(f"the trace could not be written: {error}", RuntimeWarning, stacklevel=3)
 
@@ -1091,7 +1088,7 @@ def _checksums(
         raise ValueError(
             "verify=True: this model is loaded whole by transformers, which does not check what it reads"
         )
-    return checksums_of(skeleton.checkpoint.files, CACHE if verify is True else Path(verify), progress)
+    return checksums_of(skeleton.checkpoint.files, None if verify is True else user_path(verify), progress)
 
 
 def _keep(locked: list[LockedPieces], count: int) -> list[LockedPieces]:

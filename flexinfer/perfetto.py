@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flexinfer.cache_dir import user_path
 from flexinfer.trace import COUNTERS, Event
 
 BLOCK_NUMBER = re.compile(
@@ -92,6 +93,6 @@ def check_trace(trace: bool | str | Path) -> None:
     """Raises ValueError, before a long run, where the file that `trace` asks for cannot be written."""
     if isinstance(trace, bool):
         return
-    path = Path(trace)
+    path = user_path(trace)
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise ValueError(f"trace={str(trace)!r} cannot be written; name a file in a directory that can")

@@ -1,10 +1,10 @@
 """Deletes synthetic checkpoints from the cache directory: python scripts/clean.py [MODEL ...] [--list]."""
 
 import argparse
-import os
 from pathlib import Path
 
 from flexinfer.bench.runner import checkpoints, delete_checkpoints, size_bytes
+from flexinfer.cache_dir import cache_dir
 from flexinfer.plan import format_size
 
 
@@ -13,9 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="*", help="names such as llama2-7b; without any, all")
     parser.add_argument("--list", action="store_true", help="only say what there is")
-    parser.add_argument(
-        "--cache-dir", type=Path, default=Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer"))
-    )
+    parser.add_argument("--cache-dir", type=Path, default=cache_dir())
     arguments = parser.parse_args()
     if arguments.list:
         for path in checkpoints(arguments.cache_dir):

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexinfer.bench.limits import Limits
+from flexinfer.cache_dir import cache_dir
 from flexinfer.plan import format_size
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("outputs/demo")  # below ROOT
-CACHE = Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser()
+CACHE = cache_dir()
 QUESTION = "What is the capital of France, and what is it known for?"
 NEW_TOKENS = 40
 CONTEXT = 128

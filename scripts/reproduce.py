@@ -5,7 +5,6 @@ it says how many hours are left. A step whose run fails ends it: mend what it sa
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rich.table import Table
 from flexinfer.bench.config import RunConfig
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.runner import cells_of, finished_keys
+from flexinfer.cache_dir import cache_dir
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +93,7 @@ def main() -> int:
     if arguments.rounds:
         common.append(f"rounds={arguments.rounds}")
     steps = steps_of(arguments.steps, common)
-    here = provenance(Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser())
+    here = provenance(cache_dir())
 
     def look() -> tuple[set[str], float]:
         """The keys of what is finished by now, and the hours left."""

@@ -18,7 +18,7 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 import flexinfer
-import flexinfer.formats.gguf_model
+import flexinfer.cache_dir
 import flexinfer.formats.skeleton
 
 settings.register_profile("flexinfer", deadline=None)  # a busy machine is no failure
@@ -98,10 +98,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept of GGUF files is kept for this run alone."""
+    """What is made once is kept for this run alone."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
-        patch.setattr(flexinfer.formats.gguf_model, "cache_dir", lambda: folder)
+        patch.setattr(flexinfer.cache_dir, "cache_dir", lambda: folder)
         yield
 
 

@@ -33,7 +33,8 @@ NEAR = 1e-3  # a margin between two logits that kernels for one row and for seve
 @pytest.fixture
 def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Substitutes that are slow to make are kept for this test alone."""
-    monkeypatch.setattr(flexinfer.model, "DRAFTS", tmp_path_factory.mktemp("drafts"))
+    folder = tmp_path_factory.mktemp("drafts")
+    monkeypatch.setattr(flexinfer.cache_dir, "cache_dir", lambda: folder)
 
 
 def make(checkpoint: MakeCheckpoint, family: str = "llama", **config: Any) -> Path:

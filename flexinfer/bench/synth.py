@@ -31,6 +31,7 @@ from rich.progress import (
 
 from flexinfer.bench.config import ModelConfig, ShapeConfig, require
 from flexinfer.bench.gguf import check_free_disk, shape_digest
+from flexinfer.cache_dir import cache_dir as default_cache_dir
 from flexinfer.formats.checkpoint import INDEX_FILE
 
 POOL_BYTES = 64 * 2**20
@@ -39,11 +40,6 @@ PAGE_BYTES = 4096
 WEIGHT_STD = 0.02
 
 Tensors = dict[str, tuple[int, ...]]  # name -> shape, in order of use
-
-
-def default_cache_dir() -> Path:
-    """$FLEXINFER_CACHE, or ~/.cache/flexinfer."""
-    return Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser()
 
 
 def make_checkpoint(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexinfer.bars import Bars
+from flexinfer.cache_dir import in_cache, user_path
 from flexinfer.commands.parameters import Json
 from flexinfer.commands.plan import Prospect
 from flexinfer.commands.terminal import console, table
@@ -63,11 +64,11 @@ def ls(
     Reads headers and no weights.
     """
     options = Options(memory=memory)
-    for folder in folders or []:
+    folders = [user_path(folder) for folder in folders or []]
+    for folder in folders:
         if not folder.is_dir():
-            raise ValueError(
-                f"{folder}: no such directory; name one that holds models, or none for the Hub cache"
-            )
+            problem = "not a directory" if folder.exists() else "no such directory"
+            raise ValueError(f"{folder}: {problem}; name one that holds models, or none for the Hub cache")
     with Bars() as bars:
         bars.spin("looking for models")
         places = (
@@ -129,7 +130,7 @@ def in_folder(folder: Path) -> Iterator[tuple[str, Path]]:
         if "config.json" in files and any(name.endswith(".safetensors") for name in files):
             yield str(here), here
         for name in sorted(files):
-            if name.endswith(".gguf") and ("-of-" not in name or SPLIT in name):
+            if name.lower().endswith(".gguf") and ("-of-" not in name or SPLIT in name):
                 yield str(here / name), here / name
 
 
@@ -169,12 +170,10 @@ class Speeds:
     def __init__(self, anew: bool = False) -> None:
         with held_back():
             from flexinfer.doctor import cpu_name
-        from flexinfer.formats.gguf_model import cache_dir
-
         self.process: MemoryOfProcess | None = (
             None  # before its first model; later ones leave something behind
         )
-        self._file = cache_dir() / "speeds.json"
+        self._file = in_cache("speeds.json")
         self._kept: dict[str, Any] = {"cpu": cpu_name(), "disks": {}, "kernels": {}}
         with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or not ours: measured anew
             kept = json.loads(self._file.read_text())
@@ -210,6 +209,6 @@ class Speeds:
         kept: dict[str, float] = self._kept[group]
         if name not in kept:
             kept[name] = measure()
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(json.dumps(self._kept))
+            with contextlib.suppress(OSError):  # of somebody else: measured anew the next time
+                self._file.write_text(json.dumps(self._kept))
         return kept[name]

@@ -10,6 +10,7 @@ import typer
 
 from flexinfer.bars import Bars
 from flexinfer.batches import Batch, best_batch, counts_up_to, plan_batches
+from flexinfer.cache_dir import user_path
 from flexinfer.commands.parameters import Json, Model
 from flexinfer.commands.terminal import console, table
 from flexinfer.commands.text import find
@@ -61,6 +62,7 @@ def plan(
     if png is not None:
         from flexinfer.commands.picture import check_png
 
+        png = user_path(png)
         check_png(png)
     with Bars() as bars:
         path = find(model, options, bars)

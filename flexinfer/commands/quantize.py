@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from flexinfer.bars import Bars
+from flexinfer.cache_dir import user_path
 from flexinfer.commands.parameters import Json, complete_model
 from flexinfer.commands.terminal import note
 from flexinfer.interrupt import Terminated, exit_code, held_back
@@ -71,7 +72,7 @@ def quantize(source: Source, destination: Destination, kind: Type = "q4_k", as_j
             checkpoint = resolve(source)
         report = make_copy(
             checkpoint,
-            destination,
+            user_path(destination),
             kind,
             progress=sys.stderr.isatty() and not as_json,
         )

@@ -11,16 +11,21 @@ Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian
 import importlib
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:  # not for the process that makes a tokenizer
     import torch
 
+from flexinfer.cache_dir import user_path
 from flexinfer.messages import shown
 
+CONFIG_FILE = "config.json"
+GGUF_MAGIC = b"GGUF"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format; of any JSON that is read here
@@ -111,25 +116,23 @@ class Checkpoint:
     @property
     def in_gguf(self) -> bool:
         """Whether it is a GGUF file."""
-        return self.path.suffix == ".gguf"
+        return self.path != self.config_dir
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
-        """Index the checkpoint in directory `path`, or the GGUF file `path`, or the only one in the directory.
+    def open(cls, given: str | Path) -> "Checkpoint":
+        """Index the checkpoint in directory `path` or that a file there belongs to, or the only GGUF file in the directory.
 
         Raises CheckpointError when it is not a checkpoint, a shard is missing or truncated, a header lies about sizes
         or overlaps, the index points outside the directory, or a tensor has a type that is not supported.
         """
-        path = Path(path)
+        path = local_checkpoint(given)
+        if path is None:
+            raise CheckpointError(f"{given}: no such directory or file")
         from flexinfer.formats.gguf_model import gguf_in, open_gguf  # they need the classes above
 
         gguf_file = gguf_in(path)
         if gguf_file is not None:
             return open_gguf(gguf_file)
-        if not path.is_dir():
-            raise CheckpointError(
-                f"{path}: no such directory or .gguf file; expected a Hugging Face checkpoint (config.json and *.safetensors)"
-            )
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{path}: not a checkpoint: config.json is missing; save it with model.save_pretrained()"
@@ -156,6 +159,76 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The files that hold tensors, each once."""
         return sorted({spec.file for spec in self.tensors.values()})
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether `file` is to be read as GGUF: by its first bytes, since Ollama's have no suffix, or by its suffix."""
+    if not file.is_file():
+        return False
+    if file.suffix.lower() == ".gguf":
+        return True
+    with file.open("rb") as stream:
+        return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+
+
+def local_checkpoint(given: str | Path) -> Path | None:
+    """The directory or GGUF file on this disk that `given` means; None where there is nothing of that name.
+
+    ~ is the home directory, and file:// may stand before a path. A file of a checkpoint stands for its directory.
+    Raises CheckpointError for a file that belongs to no checkpoint, saying what it is.
+    """
+    text = os.fspath(given)
+    if not text:
+        raise CheckpointError(
+            "the path of the checkpoint is empty; name a directory, a GGUF file or a Hub id"
+        )
+    path = user_path(unquote(urlsplit(text).path) if text.startswith("file://") else text)
+    if path.is_dir() or is_gguf(path):
+        return path
+    if path.is_file():
+        for file in (path, path.resolve()):
+            if file.name in _own_files(file.parent):
+                return file.parent
+        raise CheckpointError(f"{path}: {_what_it_is(path)}")
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path}: a link to {os.readlink(path)}, which is not there; download the file again"
+        )
+    if path.exists():
+        raise CheckpointError(
+            f"{path}: neither a file nor a directory; name a checkpoint directory or a GGUF file"
+        )
+    return None
+
+
+def _own_files(folder: Path) -> set[str]:
+    """Names of the files that the checkpoint in `folder` is made of; none where there is no checkpoint."""
+    if not (folder / CONFIG_FILE).is_file():
+        return set()
+    if not (folder / INDEX_FILE).is_file():
+        return {CONFIG_FILE, SINGLE_FILE}
+    shards = read_json(folder / INDEX_FILE).get("weight_map")
+    return {CONFIG_FILE, INDEX_FILE, *(map(str, shards.values()) if isinstance(shards, dict) else ())}
+
+
+def _what_it_is(file: Path) -> str:
+    """Why `file` is no checkpoint, and what to do."""
+    beside = (file.parent / CONFIG_FILE).is_file()
+    if file.suffix.lower() in {".bin", ".pt", ".pth", ".ckpt"}:
+        return (
+            "weights in PyTorch's format, which can hold code; load the model with transformers and save it with "
+            "model.save_pretrained(), which writes safetensors"
+        )
+    if file.suffix.lower() != ".safetensors":
+        return "not a checkpoint: neither a GGUF file nor safetensors; name a checkpoint directory or a GGUF file"
+    if not beside:
+        return (
+            f"not a checkpoint by itself: there is no {CONFIG_FILE} beside it; download the whole directory"
+        )
+    return (
+        f"not part of the checkpoint in {file.parent}, which is in {SINGLE_FILE} or the files that {INDEX_FILE} names; "
+        "name the directory, or give the file that name"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ MAX_KEPT_BYTES = 32 << 20  # strings and numbers, vocabulary and merges among th
 MAX_KEPT_NUMBERS = 4096  # of an array: one for each layer, or each frequency
 SMALLEST_VALUE_BYTES = 8 + 4 + 1  # a name's length, a type and a value
 SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, dimensions, type and offset
-SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -138,6 +138,12 @@ def _count(file: Path, metadata: dict[str, Any], key: str, default: int) -> int:
     return value
 
 
+def part_name(name: str, number: int) -> str:
+    """The name of part `number` of the model that the file called `name` is a part of; `name` where it is no part."""
+    named = SPLIT_NAME.fullmatch(name)
+    return f"{name[: named.start(2)]}{number:05d}{name[named.end(2) :]}" if named else name
+
+
 def _parts(file: Path) -> tuple[Path, ...]:
     """The files of the model that `file` is, or is a part of, in order. Raises CheckpointError when one is missing."""
     named = SPLIT_NAME.fullmatch(file.name)
@@ -146,7 +152,7 @@ def _parts(file: Path) -> tuple[Path, ...]:
     count = int(named[3])
     if not 1 <= int(named[2]) <= count:
         _refuse(file, f"is named as part {int(named[2])} of {count}; give it the name it was published with")
-    parts = tuple(file.with_name(f"{named[1]}-{i:05d}-of-{named[3]}.gguf") for i in range(1, count + 1))
+    parts = tuple(file.with_name(part_name(file.name, i)) for i in range(1, count + 1))
     if missing := [part.name for part in parts if not part.is_file()]:
         _refuse(
             file,

@@ -28,9 +28,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
+from flexinfer.cache_dir import in_cache
+from flexinfer.formats.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    CheckpointError,
+    TensorSpec,
+    is_gguf,
+)
 from flexinfer.formats.experts import Parts, parameters_of, split_stacked
-from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, check_installed, read_gguf
+from flexinfer.formats.gguf import GGUF, LongArray, check_installed, part_name, read_gguf
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
@@ -87,13 +95,14 @@ def gguf_in(path: Path) -> Path | None:
 
     Raises CheckpointError when there are several to choose from.
     """
-    if path.is_file() and path.suffix == ".gguf":
-        named = SPLIT_NAME.fullmatch(path.name)
-        return path.with_name(f"{named[1]}-00001-of-{named[3]}.gguf") if named else path
+    if is_gguf(path):
+        return path.with_name(part_name(path.name, 1))
     if not path.is_dir() or (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return None
     models = [
-        file for file in path.glob("*.gguf") if not file.name.startswith("mmproj")
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in {".gguf", ""} and is_gguf(file) and not file.name.startswith("mmproj")
     ]  # that is for pictures
     found = {gguf_in(file) for file in models}
     if len(found) > 1:
@@ -120,29 +129,18 @@ def open_gguf(file: Path) -> Checkpoint:
     return Checkpoint(file, gguf.tensors, file.parent if beside else _config_dir(gguf), gguf.architecture)
 
 
-def cache_dir() -> Path:
-    """$FLEXINFER_CACHE, or ~/.cache/flexinfer."""
-    return Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser()
-
-
 def _config_dir(gguf: GGUF) -> Path:
     """The directory of config.json and the tokenizer: written whole or not at all, whoever else asks for it now."""
     facts = [str(CACHE_VERSION), version("transformers")]
     for file in gguf.files:
         stat = file.stat()
         facts.append(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
-    kept = cache_dir() / "gguf" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+    kept = in_cache("gguf", hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32])
     if (kept / "config.json").is_file():
         return kept
     config = config_of(gguf)
     unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{unfinished}: config and tokenizer of {gguf.files[0]} cannot be kept there ({error.strerror}); "
-            "set FLEXINFER_CACHE to a directory that can be written to"
-        ) from error
+    unfinished.mkdir(exist_ok=True)
     try:
         write_config(config, unfinished)
         _make_tokenizer(gguf, unfinished)

@@ -37,7 +37,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, TensorSpec, read_json
+from flexinfer.cache_dir import user_path
+from flexinfer.formats.checkpoint import (
+    INDEX_FILE,
+    Checkpoint,
+    CheckpointError,
+    TensorSpec,
+    local_checkpoint,
+    read_json,
+)
 from flexinfer.formats.gguf import TYPES, read_gguf
 from flexinfer.formats.gguf_header import (
     ARCHITECTURES,
@@ -158,11 +166,11 @@ def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progres
     or a damaged one; GgmlError for weights that are not finite.
     """
     start_s = time.perf_counter()
-    src, dst = Path(src), Path(dst)
+    src, dst = local_checkpoint(src) or Path(src), user_path(dst)
     kind = kind.upper()
     if kind not in KINDS:
         raise QuantizeError(f"type {kind!r}: there are {', '.join(KINDS).lower()}")
-    if dst.suffix == ".gguf":
+    if dst.suffix.lower() == ".gguf":
         raise QuantizeError(f"{dst}: DST is a directory, the file in it is {MODEL_FILE}; leave .gguf out")
     if dst.exists():
         raise QuantizeError(f"{dst}: exists already; choose another directory, or remove it first")

@@ -33,7 +33,13 @@ with deferred():
     )
     from transformers.pytorch_utils import Conv1D
 
-from flexinfer.formats.checkpoint import FLOAT_NAMES, Checkpoint, CheckpointError, TensorSpec
+from flexinfer.formats.checkpoint import (
+    FLOAT_NAMES,
+    Checkpoint,
+    CheckpointError,
+    TensorSpec,
+    local_checkpoint,
+)
 from flexinfer.formats.config import (
     ADAPTER_FILE,
     load_config,
@@ -77,20 +83,23 @@ def resolve(
     gguf_file: the file's name in the directory or on the Hub, as transformers' argument of that name.
     fetching: called before a download begins.
     """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path / (gguf_file or "")
-    if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
-        return path
+    found = local_checkpoint(path_or_hub_id)
+    if found is not None and found.is_dir():
+        return found / (gguf_file or "")
+    if found is not None:
+        if gguf_file is not None:
+            raise CheckpointError(f"{found}: a GGUF file already; leave gguf_file={gguf_file!r} out")
+        return found
     name = str(path_or_hub_id)
-    local = isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    local = isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~", "file:"))
+    local = local or name.lower().endswith((".gguf", ".safetensors"))
     if local or name.count("/") != 1:
         raise CheckpointError(
-            f"{name}: no such directory, and not a Hub id of the form 'owner/name', or a .gguf file"
+            f"{name}: no such directory, and not a Hub id of the form 'owner/name'; nor is there a file of that name"
         )
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     if gguf_file is not None:
-        wanted = [SPLIT_NAME.sub(r"\1-*-of-\3.gguf", gguf_file)]
+        wanted = [SPLIT_NAME.sub(r"\1-*-of-\3.[gG][gG][uU][fF]", gguf_file)]
     try:
         cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True)) / (
             gguf_file or ""

@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import flexinfer
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import Checkpoint, local_checkpoint
 from flexinfer.formats.skeleton import resolve
 from flexinfer.messages import cause
 from flexinfer.report import plan_line
@@ -160,7 +160,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def name_of(model: str | Path) -> str:
     """What clients call the model: its id on the Hub, or the name of its file or directory."""
-    return Path(model).resolve().name if Path(model).exists() else str(model)
+    found = local_checkpoint(model)
+    return found.resolve().name if found is not None else str(model)
 
 
 def _hosts(host: str) -> frozenset[str] | None:

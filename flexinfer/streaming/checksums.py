@@ -13,9 +13,9 @@ from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
+from flexinfer.cache_dir import in_cache, make_folder
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer
 
-CACHE = Path("~/.cache/flexinfer/checksums")
 MAKING_BYTES = 4 << 20  # read at a time
 BITS = 0xFFFF_FFFF
 
@@ -38,19 +38,24 @@ class Checksums:
 
 
 def checksums_of(
-    files: Sequence[Path], cache: Path, progress: Callable[[str, int, int], None] | None = None
+    files: Sequence[Path],
+    folder: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[Path, Checksums]:
-    """The checksums of `files`: from `cache`, or made now and kept there. Raises OSError where they cannot be read or kept."""
-    cache = cache.expanduser()
+    """The checksums of `files`: from `folder` (None: the cache directory), or made now and kept there.
+
+    Raises OSError where they cannot be read or kept.
+    """
     all_bytes, done_bytes = sum(file.stat().st_size for file in files), 0
     found = {}
     for file in files:
         facts = file.stat()
         name = hashlib.sha256(f"{file.resolve()}:{facts.st_size}:{facts.st_mtime_ns}".encode()).hexdigest()
-        kept = cache / f"{name[:32]}.xxh3"
+        name = f"{name[:32]}.xxh3"
+        kept = in_cache("checksums", name) if folder is None else folder / name
         count = -(-facts.st_size // PAGE_BYTES)
         if not kept.is_file() or kept.stat().st_size != 4 * count:
-            cache.mkdir(parents=True, exist_ok=True)
+            make_folder(kept.parent, "verify")
             unfinished = kept.with_suffix(f".{os.getpid()}")
             try:
                 with unfinished.open("wb") as stream:

@@ -22,6 +22,7 @@ from time import perf_counter
 
 import torch
 
+from flexinfer.cache_dir import in_cache, make_folder
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
 from flexinfer.kernels.ggml import TYPES, GgmlKernel, dequantize_rows, quantize_rows
@@ -30,7 +31,6 @@ from flexinfer.streaming.locked import LockedRows
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer, round_up
 from flexinfer.streaming.reader import FileReader, padded_bytes
 
-CACHE = Path("~/.cache/flexinfer/drafts")
 KINDS = ("q2_k", "q3_k", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0", "iq4_nl", "iq4_xs")
 KINDS_OF_32 = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL"} | {
     "IQ4_XS": "IQ4_NL"
@@ -200,7 +200,11 @@ class SubstituteFile:
     """
 
     def __init__(
-        self, weights: Sequence[Weight], substitutes: Mapping[str, GgmlKernel], kind: str, folder: Path
+        self,
+        weights: Sequence[Weight],
+        substitutes: Mapping[str, GgmlKernel],
+        kind: str,
+        folder: Path | None = None,  # None: the cache directory
     ) -> None:
         self._weights, self._substitutes = weights, substitutes
         self._places: dict[str, _Place] = {}
@@ -213,8 +217,8 @@ class SubstituteFile:
         files = sorted({piece.file for weight in weights for piece in weight.pieces})
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         told = json.dumps([facts, kind.lower(), [weight.name for weight in weights], end])
-        name = hashlib.sha256(told.encode()).hexdigest()[:32]
-        self.path = folder.expanduser() / f"{name}.{kind.lower()}"
+        name = f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.{kind.lower()}"
+        self.path = in_cache("drafts", name) if folder is None else folder / name
         self._file: FileReader | None = None
 
     @property
@@ -225,7 +229,7 @@ class SubstituteFile:
         """Make the file unless it is there. Raises DraftError where the disk is too full or another process makes it now."""
         if self.exists:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent, "draft_dir")
         partial = self.path.with_suffix(self.path.suffix + ".partial")
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
