@@ -15,6 +15,7 @@ import importlib
 import importlib.machinery
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -50,6 +51,7 @@ OF_PLAIN_NUMBERS: dict[str, Callable[..., Any]] = {
 @contextmanager
 def deferred() -> Iterator[None]:
     """While the block imports transformers, put off what it does not need."""
+    _import_tqdm()
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:
@@ -58,6 +60,14 @@ def deferred() -> Iterator[None]:
         sys.meta_path.remove(finder)
         if not any(isinstance(one, _Return) for one in sys.meta_path):
             sys.meta_path.insert(0, _Return())
+
+
+def _import_tqdm() -> None:
+    """Before transformers does: in a notebook without ipywidgets it warns, and bars are text, as they should be."""
+    if "IPython" in sys.modules and "tqdm.auto" not in sys.modules:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("tqdm.auto")
 
 
 def are_deferred() -> list[str]:

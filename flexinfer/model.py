@@ -20,6 +20,7 @@ import resource
 import threading
 import warnings
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ from flexinfer.formats.skeleton import (
 from flexinfer.imports import deferred
 from flexinfer.kernels.dense import bound_kernel_caches
 from flexinfer.kernels.ggml import GgmlKernel
+from flexinfer.length import Lengths
 from flexinfer.machine import (
     anonymous_bytes,
     available_bytes,
@@ -195,6 +197,7 @@ def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
     model = skeleton.model
     model.flexinfer = engine  # type: ignore[assignment]
     model.forward = wraps(model.forward)(partial(engine.run, model.forward))
+    Lengths(model, engine)
     if drafts is not None:
         stock: Any = model.generate
         model.generate = wraps(stock)(partial(engine.generate, model, stock))  # type: ignore[assignment]
@@ -248,6 +251,7 @@ class Engine:
         self._cache: ExpertCache | None = None
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
+        self._itemsize = skeleton.dtype.itemsize
         self._fixed = fixed_memory(skeleton, measured, self.context, self._logits_to_keep, drafts)
         self._undrafted = self._fixed, self._logits_to_keep  # what "auto" goes back to where no draft pays
         if drafts is not None and drafts.auto:
@@ -719,6 +723,43 @@ class Engine:
                         plan, self._wanted = self._wanted, None
                         self._apply(plan)
 
+    def longest_text(
+        self, rows: int, cache: object | None, own_memory: bool, uses_cache: bool, tokens: int
+    ) -> int:
+        """How many tokens of each of `rows` sequences passes have room for, up to `tokens`.
+
+        cache: the one that holds the text so far, if the program brought one. own_memory: it will not be where memory was set aside.
+        """
+        if uses_cache and not own_memory and self._kv is not None and self._layers:
+            room = self._kv.room(cache, rows)
+            if room is not None:
+                return min(tokens, room)
+        if not uses_cache and rows * tokens <= self.context:
+            return tokens
+
+        def too_long(tokens: int) -> bool:
+            last = (1, tokens - 1) if uses_cache else (tokens, 0)
+            needed_bytes = self._meter.extra_bytes(
+                PassShape(rows, *last, cached=not uses_cache), self.context
+            )
+            if needed_bytes > self._room_bytes():
+                return True
+            itemsize = self._itemsize if uses_cache else 0
+            kept_bytes = sum(layer.nbytes(rows * tokens, itemsize) for layer in self._layers)
+            smallest_bytes = smallest_budget_bytes(
+                self._weights, self._fixed, self.mixture, self._substitutes
+            )
+            return smallest_bytes + kept_bytes > self.plan.budget_bytes
+
+        if tokens < 1 or not too_long(tokens):
+            return tokens
+        return bisect_left(range(1, tokens), True, key=too_long)
+
+    def _room_bytes(self) -> int:
+        """What a pass may take beyond what is in memory before it."""
+        fixed = self.plan.fixed
+        return fixed.activation_bytes + self.plan.unused_bytes + fixed.margin_bytes // 2
+
     def _between_linears(self) -> None:
         """Called before each use of a linear, in a pass or alone: the first fills memory, and memory that others need goes at once."""
         if self._rest_bytes is None:
@@ -745,6 +786,8 @@ class Engine:
         uses_cache = asked.get("use_cache")
         if uses_cache is None:
             uses_cache = getattr(self._config, "use_cache", True)
+        if uses_cache:
+            self._kv.check(cache, ids.shape[0], ids.shape[1])
         if cache is None and uses_cache and self._layers:
             cache = self._kv.new_cache(self._config.get_text_config(decoder=True))
             kwargs = kwargs | {"cache": cache}
@@ -772,7 +815,6 @@ class Engine:
     def _see_to_room(self, shape: PassShape, can_keep_fewer: bool) -> None:
         """Raise BudgetError when the plan has no room for a pass of `shape`; give locked memory back where the process has grown."""
         assert self._rest_bytes is not None
-        fixed = self.plan.fixed
         planned = (
             shape.cached
             and shape.total_tokens <= self.context
@@ -782,7 +824,7 @@ class Engine:
         if planned and grown_bytes <= GROWTH_BYTES:
             return
         needed_bytes = self._meter.extra_bytes(shape, self.context)
-        room_bytes = fixed.activation_bytes + self.plan.unused_bytes + fixed.margin_bytes // 2
+        room_bytes = self._room_bytes()
         if needed_bytes + grown_bytes <= room_bytes:
             return
         if needed_bytes > room_bytes:

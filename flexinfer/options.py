@@ -40,7 +40,7 @@ class Options:
 
     memory: str | int = option(
         "auto",
-        "budget of the whole process, '4GiB' or bytes; 'auto': what the machine or its control group has to spare, less a tenth",
+        "budget of the whole process, '4GiB' ('4G' is the same, '4GB' decimal) or bytes; 'auto': what the machine or its control group has to spare, less a tenth",
         type=str,
     )
     gguf_file: str | None = option(

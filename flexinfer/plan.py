@@ -32,9 +32,12 @@ DEFAULT_WINDOW_BYTES = 20 << 20  # four pieces: one computed on, two being read,
 MIN_SLOTS = 2  # one computed on, one filled
 TABLE_BYTES = 4096  # a page of tables
 MAPPED_BYTES = 2 << 20  # that it maps
-UNITS_BYTES = {"": 1, "B": 1}
-UNITS_BYTES |= {f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGT", 1)}
-UNITS_BYTES |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+MOST_BYTES = 1 << 60  # no machine has as many
+UNITS_BYTES = {"": 1, "B": 1}  # in any case
+for _power, _letter in enumerate("KMGT", 1):
+    # A letter alone is binary, as docker and systemd have it: a budget is often that of a container.
+    UNITS_BYTES |= dict.fromkeys((f"{_letter}iB", f"{_letter}i", _letter), 1 << 10 * _power)
+    UNITS_BYTES[f"{_letter}B"] = 1000**_power
 
 
 class BudgetError(ValueError):
@@ -195,25 +198,27 @@ class DraftPlan:
 
 
 def parse_size(value: str | int, what: str = "memory") -> int:
-    """Bytes in `value`: a number of bytes, or a number with a unit such as "4GiB", "1.5 GB", "700MiB".
+    """Bytes in `value`: a whole number of bytes, or a number with a unit, in any case.
 
-    Raises BudgetError on anything else. `what` names the argument in the message.
+    "4GiB", "4Gi" and "4G" are 4 x 1024^3 bytes, "4GB" is 4 x 1000^3. Raises BudgetError on anything else. `what` names the argument in
+    the message.
     """
+    text = str(value).strip()
+    unit = text.lstrip("0123456789.").strip()
+    units = {known.lower(): size for known, size in UNITS_BYTES.items()}
+    try:
+        number = float(text[: len(text) - len(unit)]) * units[unit.lower()]
+    except (ValueError, KeyError):
+        number = -1.0
     if isinstance(value, int) and not isinstance(value, bool):
-        number, unit = float(value), ""
-    else:
-        text = str(value).strip()
-        unit = text.lstrip("0123456789.").strip()
-        try:
-            number = float(text[: len(text) - len(unit)])
-        except ValueError:
-            number = -1.0
-        units = {known.lower(): size for known, size in UNITS_BYTES.items()}
-        if unit.lower() not in units or number < 0 or isinstance(value, bool):
-            raise BudgetError(
-                f"{what}={value!r} is not a size; write bytes or a number with a unit, such as '4GiB', '1.5GB', '700MiB'"
-            )
-        number *= units[unit.lower()]
+        number = min(value, MOST_BYTES)
+    elif number < 0 or isinstance(value, bool) or (not unit and number % 1):
+        number = MOST_BYTES
+    if number >= MOST_BYTES:
+        raise BudgetError(
+            f"{what}={value!r} is not a size; write whole bytes or a number with a unit, such as '4GiB' (or '4G', the same), '1.5GB' "
+            "(decimal), '700MiB'"
+        )
     if number < 1:
         raise BudgetError(f"{what}={value!r} must be at least 1 byte")
     return int(number)

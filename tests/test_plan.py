@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -362,6 +363,21 @@ def test_speeds_are_those_of_the_cost_model() -> None:
         ("12B", 12),
         (12, 12),
         (".5GiB", 1 << 29),
+        ("4G", 4 << 30),  # docker, systemd
+        ("4g", 4 << 30),
+        ("512m", 512 << 20),
+        ("1.5g", 3 << 29),
+        ("64K", 64 << 10),
+        ("1T", 1 << 40),
+        ("4Gi", 4 << 30),  # Kubernetes
+        ("4gi", 4 << 30),
+        ("4 GiB", 4 << 30),
+        ("4gb", 4 * 10**9),
+        ("4Gb", 4 * 10**9),
+        ("9b", 9),
+        (4e9, 4 * 10**9),
+        (np.int64(4 << 30), 4 << 30),
+        (np.float64(4096.0), 4096),
     ],
 )
 def test_sizes(text: str | int, expected: int) -> None:
@@ -372,6 +388,15 @@ def test_sizes(text: str | int, expected: int) -> None:
     "bad",
     [
         "4 bananas",
+        "50%",
+        "4.5",
+        4.5,
+        np.float32(0.5),
+        "9" * 400 + "GiB",
+        10**400,
+        "4GG",
+        "4iB",
+        "4 G B",
         "",
         "   ",
         "-1",

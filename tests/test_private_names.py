@@ -51,6 +51,7 @@ PRIVATE = {
 ATTRIBUTES = {
     *("_C", "_cdata", "_is_param", "_make_subclass", "_schema", "_to_copy"),  # torch
     *("_apply_gate", "_attn_implementation", "_experts_implementation", "_from_config"),  # transformers
+    *("_eos_token_tensor", "_pad_token_tensor", "_generation_defaults"),
 }
 OF_PYTHON = {"_getframe"}
 NEED_GGUF = {"transformers.modeling_gguf_pytorch_utils", "transformers.integrations.ggml"}

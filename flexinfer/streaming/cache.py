@@ -59,6 +59,15 @@ class ContextError(ValueError):
     """A sequence is longer than the KV cache was sized for."""
 
 
+def too_long(batch: int, room: int, needed: int) -> str:
+    """What to say of a pass after which each of `batch` sequences would have `needed` tokens and not `room`."""
+    return (
+        f"the KV cache is sized for context={batch * room} tokens in all ({batch} x {room}) and this pass needs "
+        f"{batch} x {needed}; nothing was run and the cache is as it was. Load the model with a larger context, "
+        f"flexinfer.from_pretrained(..., context={batch * needed}), or crop the cache"
+    )
+
+
 class ReservedLayer(DynamicLayer):
     """A full-attention layer whose keys and values lie in reserved memory, perhaps in another dtype than is computed in."""
 
@@ -93,10 +102,7 @@ class ReservedLayer(DynamicLayer):
         start, stop = self._length, self._length + key_states.shape[-2]
         batch, room = self._key_memory.shape[0], self._key_memory.shape[-2]
         if stop > room:
-            raise ContextError(
-                f"the KV cache is sized for context={batch * room} tokens in all ({batch} x {room}) and this pass needs "
-                f"{batch} x {stop}; load the model with a larger context, flexinfer.from_pretrained(..., context={batch * stop})"
-            )
+            raise ContextError(too_long(batch, room, stop))
         self._show(stop)
         keys, values = self.keys, self.values
         assert keys is not None
@@ -107,6 +113,16 @@ class ReservedLayer(DynamicLayer):
         if scratch is not None and keys.dtype != key_states.dtype == value_states.dtype == scratch.dtype:
             return Rounded.of(keys, scratch), Rounded.of(values, scratch)
         return keys.to(key_states.dtype), values.to(value_states.dtype)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence."""
+        return self._length
+
+    @property
+    def room(self) -> int | None:
+        """Tokens of each sequence that there is room for; None before the first."""
+        return self._key_memory.shape[-2] if self.is_initialized else None
 
     def _kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         length = self._length
@@ -202,16 +218,37 @@ class KVReserve:
         """Whether `cache` has the reserved memory."""
         return self._user is not None and self._user() is cache and cache is not None
 
+    def room(self, cache: object | None, rows: int, takes_back: bool = False) -> int | None:
+        """Tokens of each of `rows` sequences that `cache` has room for, or a new stock one (None); None for one with its own memory.
+
+        takes_back: memory that is lent is free, as for `new_cache`.
+        """
+        for layer in cache.layers if isinstance(cache, DynamicCache) and self.holds(cache) else ():
+            if isinstance(layer, ReservedLayer):
+                return layer.room or self._context // rows
+        free = self._user is None or self._user() is None or (takes_back and self._lent)
+        full = any(layer.window is None for layer in self._layers)
+        return self._context // rows if free and full and (cache is None or self._may_adopt(cache)) else None
+
+    def check(self, cache: object | None, rows: int, new_tokens: int) -> None:
+        """See, before a pass, that `new_tokens` of each of `rows` sequences fit. Raises ContextError."""
+        held = cache.layers if isinstance(cache, DynamicCache) and self.holds(cache) else []
+        past = max((layer.length for layer in held if isinstance(layer, ReservedLayer)), default=0)
+        room = self.room(cache, rows, takes_back=cache is None)
+        if room is not None and past + new_tokens > room:
+            raise ContextError(too_long(rows, room, past + new_tokens))
+
+    def _may_adopt(self, cache: object) -> bool:
+        """Whether `cache` is an empty stock cache, and no other that is still alive has the memory."""
+        if type(cache) is not DynamicCache or cache.get_seq_length():
+            return False
+        if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
+            return False
+        return self._user is None or self._user() is None
+
     def adopt(self, cache: DynamicCache) -> None:
         """Give an empty stock cache the reserved memory, unless another cache that is still alive has it."""
-        if (
-            self._buffer is None
-            or type(cache) is not DynamicCache
-            or cache.get_seq_length()
-            or any(getattr(layer, "is_initialized", False) for layer in cache.layers)
-        ):
-            return
-        if self._user is not None and self._user() is not None:
+        if self._buffer is None or not self._may_adopt(cache):
             return
         if not cache.layers and all(layer.window is None for layer in self._layers):
             cache.layers.extend(DynamicLayer() for _ in self._layers)
