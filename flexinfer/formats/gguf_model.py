@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
 from flexinfer.formats.experts import Parts, parameters_of, split_stacked
-from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, check_installed, read_gguf
+from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, check_installed, is_model, read_gguf
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
@@ -92,12 +92,11 @@ def gguf_in(path: Path) -> Path | None:
         return path.with_name(f"{named[1]}-00001-of-{named[3]}.gguf") if named else path
     if not path.is_dir() or (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return None
-    models = [
-        file for file in path.glob("*.gguf") if not file.name.startswith("mmproj")
-    ]  # that is for pictures
-    found = {gguf_in(file) for file in models}
+    found = {file for file in map(gguf_in, path.glob("*.gguf")) if file}
+    if len(found) > 1:  # beside a model lie projectors of pictures, importance matrices and adapters
+        found = {file for file in found if not file.is_file() or is_model(file)} or found
     if len(found) > 1:
-        names = ", ".join(sorted(file.name for file in found if file))
+        names = ", ".join(sorted(file.name for file in found))
         raise CheckpointError(f"{path}: holds several models: {names}; name one of them with gguf_file=")
     return next(iter(found), None)
 
