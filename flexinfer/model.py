@@ -788,10 +788,12 @@ class Engine:
             uses_cache = getattr(self._config, "use_cache", True)
         if uses_cache:
             self._kv.check(cache, ids.shape[0], ids.shape[1])
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in forward.__self__.parameters())  # type: ignore[attr-defined]
         if cache is None and uses_cache and self._layers:
-            cache = self._kv.new_cache(self._config.get_text_config(decoder=True))
+            config = self._config.get_text_config(decoder=True)
+            cache = DynamicCache(config=config) if trained else self._kv.new_cache(config)
             kwargs = kwargs | {"cache": cache}
-        elif isinstance(cache, DynamicCache):
+        elif isinstance(cache, DynamicCache) and not trained:
             self._kv.adopt(cache)
         if self._drafts is not None and isinstance(cache, DynamicCache):
             self._text.cache = weakref.ref(cache)

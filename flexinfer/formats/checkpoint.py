@@ -1,7 +1,7 @@
 """Read-only index of a checkpoint: which tensor lies where.
 
-A checkpoint is a directory with `config.json` and either `model.safetensors` or shards named by
-`model.safetensors.index.json`; or a GGUF file (flexinfer.formats.gguf). Opening one reads the headers alone (a few KB a file) and
+A checkpoint is a directory with `config.json` and either `model.safetensors` or, where there is none, shards named by
+`model.safetensors.index.json`, or the file that config.json names as `transformers_weights`; or a GGUF file (flexinfer.formats.gguf). Opening one reads the headers alone (a few KB a file) and
 checks every offset against the file, so that a damaged checkpoint is refused before memory is planned. The bytes themselves are read
 later, by `flexinfer.streaming.prefetch`, straight from the offsets found here: nothing is converted and no second copy is made.
 
@@ -28,6 +28,7 @@ CONFIG_FILE = "config.json"
 GGUF_MAGIC = b"GGUF"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format; of any JSON that is read here
 MAX_DIMENSIONS = 64  # of a tensor: as many as torch can take
 
@@ -130,6 +131,8 @@ class Checkpoint:
             raise CheckpointError(f"{given}: no such directory or file")
         from flexinfer.formats.gguf_model import gguf_in, open_gguf  # they need the classes above
 
+        if (path / ADAPTER_FILE).is_file():
+            raise CheckpointError(_adapter_refusal(path))
         gguf_file = gguf_in(path)
         if gguf_file is not None:
             return open_gguf(gguf_file)
@@ -137,10 +140,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: not a checkpoint: config.json is missing; save it with model.save_pretrained()"
             )
-        if (path / INDEX_FILE).is_file():
-            return cls(path, _read_index(path), path)
-        if (path / SINGLE_FILE).is_file():
-            return cls(path, {spec.name: spec for spec in read_header(path / SINGLE_FILE)}, path)
+        file = _weights_file(path)
+        if file.is_file():
+            read = _read_index if file.suffix == ".json" else _by_name
+            return cls(path, read(file), path)
         other = sorted(
             p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
         )
@@ -205,10 +208,17 @@ def _own_files(folder: Path) -> set[str]:
     """Names of the files that the checkpoint in `folder` is made of; none where there is no checkpoint."""
     if not (folder / CONFIG_FILE).is_file():
         return set()
-    if not (folder / INDEX_FILE).is_file():
-        return {CONFIG_FILE, SINGLE_FILE}
-    shards = read_json(folder / INDEX_FILE).get("weight_map")
-    return {CONFIG_FILE, INDEX_FILE, *(map(str, shards.values()) if isinstance(shards, dict) else ())}
+    file = _weights_file(folder)
+    if file.suffix != ".json" or not file.is_file():
+        return {CONFIG_FILE, file.name}
+    shards = read_json(file).get("weight_map")
+    return {CONFIG_FILE, file.name, *(map(str, shards.values()) if isinstance(shards, dict) else ())}
+
+
+def _weights_file(folder: Path) -> Path:
+    """The file of weights, or their index, that transformers would read in `folder`; it may be missing."""
+    file = folder / (_named_file(folder / CONFIG_FILE) or SINGLE_FILE)
+    return folder / INDEX_FILE if not file.is_file() and file.name == SINGLE_FILE else file
 
 
 def _what_it_is(file: Path) -> str:
@@ -229,6 +239,31 @@ def _what_it_is(file: Path) -> str:
         f"not part of the checkpoint in {file.parent}, which is in {SINGLE_FILE} or the files that {INDEX_FILE} names; "
         "name the directory, or give the file that name"
     )
+def _adapter_refusal(path: Path) -> str:
+    """What to do about an adapter, which transformers would apply to the weights in `path`, or to others."""
+    try:
+        base = shown(read_json(path / ADAPTER_FILE).get("base_model_name_or_path"))
+    except CheckpointError:
+        base = "a model that it does not name"
+    return (
+        f"{path / ADAPTER_FILE}: an adapter (PEFT) of {base}, which is not applied here; merge it once: "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained(DST), and load "
+        "DST; or, to run the weights beside it without it, move the file away (of a GGUF file: give its name)"
+    )
+
+
+def _named_file(config: Path) -> str | None:
+    """The weights that config.json names, which transformers loads in place of the usual ones."""
+    name = read_json(config).get("transformers_weights")
+    if name is None:
+        return None
+    known = isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json"))
+    if not known or Path(name).name != name or not _is_file(config.parent / name):
+        raise CheckpointError(
+            f"{config}: transformers_weights is {shown(name)}, no file of safetensors or index of some in this directory; "
+            "correct the entry or remove it"
+        )
+    return str(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -249,29 +284,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_index(path: Path) -> dict[str, TensorSpec]:
-    weight_map = read_json(path / INDEX_FILE).get("weight_map")
+def _by_name(file: Path) -> dict[str, TensorSpec]:
+    return {spec.name: spec for spec in read_header(file)}
+
+
+def _read_index(index: Path) -> dict[str, TensorSpec]:
+    """The tensors of all shards that `index` names. As with transformers, also those that it does not list, and of two with one name
+    that of the last shard."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(
-            f"{path / INDEX_FILE}: no 'weight_map' from tensor to file; download the file again"
-        )
+        raise CheckpointError(f"{index}: no 'weight_map' from tensor to file; download the file again")
     shards: dict[str, dict[str, TensorSpec]] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or shard in {"", ".", ".."}:
             raise CheckpointError(
-                f"{path / INDEX_FILE}: points outside the checkpoint: {shown(shard)}; do not load this checkpoint"
+                f"{index}: points outside the checkpoint: {shown(shard)}; do not load this checkpoint"
             )
-        if not _is_file(path / shard):
+        if not _is_file(index.parent / shard):
             raise CheckpointError(
-                f"{path / INDEX_FILE}: the shard {shown(shard)} that it names is missing; download it again"
+                f"{index}: the shard {shown(shard)} that it names is missing; download it again"
             )
-        shards[shard] = {spec.name: spec for spec in read_header(path / shard)}
+        shards[shard] = _by_name(index.parent / shard)
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
-                f"{path / shard}: tensor {shown(name)} is not in it, though {INDEX_FILE} says so; download both again"
+                f"{index.parent / shard}: tensor {shown(name)} is not in it, though {index.name} says so; download both again"
             )
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+    return {name: spec for shard in shards.values() for name, spec in shard.items()}
 
 
 def _is_file(path: Path) -> bool:

@@ -21,7 +21,6 @@ with deferred():
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-ADAPTER_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 << 20
 LAYERS = re.compile(r"(?<!window_)layers?$|blocks$|depth$")  # keys: how many times a part is built
 COUNTS = re.compile(r"(^|_)(num|n)_|(experts|heads|labels|groups|codebooks)$")

@@ -32,6 +32,7 @@ MAX_KEPT_NUMBERS = 4096  # of an array: one for each layer, or each frequency
 SMALLEST_VALUE_BYTES = 8 + 4 + 1  # a name's length, a type and a value
 SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, dimensions, type and offset
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+PROJECTORS = {"clip"}  # architectures of what turns pictures and sound into tokens
 
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -128,6 +129,17 @@ def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
     if not isinstance(metadata.get("general.architecture"), str):
         _refuse(file, "has no general.architecture: not a model; convert it again with llama.cpp")
     return GGUF(files, metadata, tensors)
+
+
+def is_model(file: Path) -> bool:
+    """Whether a GGUF file is, by its header, a language model. A file that cannot be read counts as one, so that its error is shown."""
+    try:
+        metadata, _ = _read_header(file, ())
+    except CheckpointError:
+        return True
+    architecture = metadata.get("general.architecture")
+    kind = metadata.get("general.type", "model")
+    return kind == "model" and architecture is not None and architecture not in PROJECTORS
 
 
 def _count(file: Path, metadata: dict[str, Any], key: str, default: int) -> int:

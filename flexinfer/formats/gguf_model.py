@@ -38,7 +38,7 @@ from flexinfer.formats.checkpoint import (
     is_gguf,
 )
 from flexinfer.formats.experts import Parts, parameters_of, split_stacked
-from flexinfer.formats.gguf import GGUF, LongArray, check_installed, part_name, read_gguf
+from flexinfer.formats.gguf import GGUF, LongArray, check_installed, is_model, part_name, read_gguf
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
@@ -99,14 +99,12 @@ def gguf_in(path: Path) -> Path | None:
         return path.with_name(part_name(path.name, 1))
     if not path.is_dir() or (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return None
-    models = [
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() in {".gguf", ""} and is_gguf(file) and not file.name.startswith("mmproj")
-    ]  # that is for pictures
-    found = {gguf_in(file) for file in models}
+    models = [file for file in path.iterdir() if file.suffix.lower() in {".gguf", ""} and is_gguf(file)]
+    found = {file for file in map(gguf_in, models) if file}
+    if len(found) > 1:  # beside a model lie projectors of pictures, importance matrices and adapters
+        found = {file for file in found if not file.is_file() or is_model(file)} or found
     if len(found) > 1:
-        names = ", ".join(sorted(file.name for file in found if file))
+        names = ", ".join(sorted(file.name for file in found))
         raise CheckpointError(f"{path}: holds several models: {names}; name one of them with gguf_file=")
     return next(iter(found), None)
 

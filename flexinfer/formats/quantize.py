@@ -186,6 +186,7 @@ def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progres
             f"{src}: a GGUF file runs as it is; to make a smaller copy, start from the original checkpoint"
         )
     skeleton = build_skeleton(source)
+    _join_equal(skeleton)
     partial = dst.with_name(dst.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / STATE_FILE).open("a+", encoding="utf-8") as state_file:
@@ -244,6 +245,23 @@ def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progres
         (partial / STATE_FILE).unlink()
         partial.rename(dst)
     return report
+
+
+def _join_equal(skeleton: Skeleton) -> None:
+    """Of tied weights that the source has twice, write one if they are equal; else let the copy's header say that they are not tied."""
+    specs = skeleton.specs
+    for target, origin in skeleton.model.all_tied_weights_keys.items():
+        if specs.get(target) != specs.get(origin):
+            mine, theirs = (
+                _cuts([_Source(one, specs[one])], specs[one].shape[0]) for one in (target, origin)
+            )
+            if all(
+                torch.equal(a(*rows).float(), b(*rows).float())
+                for (a, *rows), (b, *_) in zip(mine, theirs, strict=True)
+            ):
+                specs[target] = specs[origin]
+            else:
+                skeleton.config.get_text_config().tie_word_embeddings = False
 
 
 class _State:

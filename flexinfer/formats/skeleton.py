@@ -41,7 +41,6 @@ from flexinfer.formats.checkpoint import (
     local_checkpoint,
 )
 from flexinfer.formats.config import (
-    ADAPTER_FILE,
     load_config,
     refusing,
     set_generation_config,
@@ -367,10 +366,6 @@ def _resident_meter(config: PretrainedConfig, dtype: torch.dtype, layers: Sequen
 def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
     """A checkpoint that cannot be streamed, loaded whole by transformers: a model with no weights left to place."""
     config, compute_dtype, layers = _resident_facts(checkpoint, dtype)
-    if (checkpoint.path / ADAPTER_FILE).is_file():
-        raise CheckpointError(
-            f"{checkpoint.path / ADAPTER_FILE}: an adapter names weights elsewhere; merge it, or remove the file"
-        )
     with refusing(checkpoint.path, "transformers cannot load it"):
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
@@ -463,10 +458,7 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Te
         specs, parts = specs_of(model, checkpoint, modules)
     else:
         specs, parts = _renamed(model, checkpoint)
-    if model.config.get_text_config().tie_word_embeddings:
-        for target, source in (getattr(model, "_tied_weights_keys", None) or {}).items():
-            if source in specs:
-                specs[target] = specs[source]
+    _tie(specs, {a: b for a, b in model.all_tied_weights_keys.items() if a in state and b in state})
     if missing := sorted(
         name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs | parts
     ):
@@ -491,6 +483,19 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, Te
                 "the two do not belong together"
             )
     return specs, parts
+
+
+def _tie(specs: dict[str, TensorSpec], sources: Mapping[str, str]) -> None:
+    """Give each parameter that the file lacks the tensor of those that it is tied to; `sources` maps each to the one they have in common.
+
+    Of two that the file has, each keeps its own: transformers ties them where they are equal, and then it makes no difference.
+    """
+    for target, source in sources.items():
+        alike = [source, *(one for one, other in sources.items() if other == source)]
+        spec = next((specs[name] for name in alike if name in specs), None)
+        for name in (target, source):
+            if spec is not None:
+                specs.setdefault(name, spec)
 
 
 def _renamed(

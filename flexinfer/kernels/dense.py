@@ -76,6 +76,9 @@ class DenseKernel:
             view = view.clone()
         return F.linear(x, view.to(self.dtype), bias)
 
+    def matrix(self, view: torch.Tensor) -> torch.Tensor:
+        return view.to(self.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class ColumnsKernel:
@@ -109,6 +112,9 @@ class ColumnsKernel:
     ) -> torch.Tensor:
         y = x @ view.to(self.dtype)
         return y if bias is None else y + bias
+
+    def matrix(self, view: torch.Tensor) -> torch.Tensor:
+        return view.to(self.dtype).T
 
 
 @dataclass(frozen=True, slots=True)

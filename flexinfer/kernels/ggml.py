@@ -152,6 +152,9 @@ class GgmlKernel:
                 self._multiply(part, view, out, bias)
         return y.view(*x.shape[:-1], rows)
 
+    def matrix(self, view: torch.Tensor) -> torch.Tensor:
+        return dequantize_rows(self.type, view, self.in_features)
+
     def _multiply(
         self, x: torch.Tensor, view: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
     ) -> None:

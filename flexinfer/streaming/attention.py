@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from flexinfer.streaming.gradients import records_gradients
+
 ASKED = {  # what may be asked of a tensor without its numbers
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
@@ -71,7 +73,9 @@ def attend(
     **options: Any,
 ) -> torch.Tensor:
     """scaled_dot_product_attention of query [batch, query heads, new tokens, head_dim] to key and value [batch, heads, tokens, head_dim]."""
-    if isinstance(key, Rounded) and isinstance(value, Rounded) and query.dim() == key.dim() == 4:
+    rounded = isinstance(key, Rounded) and isinstance(value, Rounded)
+    # A graph would keep the scratch memory, which the next heads and the next layer overwrite.
+    if rounded and query.dim() == key.dim() == 4 and not records_gradients(query):
         numbers_of_a_head = (key.numel() + value.numel()) // key.shape[1]
         step = min(key.scratch.numel() // max(1, numbers_of_a_head), key.shape[1])
         if step:

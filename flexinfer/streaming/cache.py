@@ -16,6 +16,7 @@ import torch
 
 from flexinfer.imports import deferred
 from flexinfer.streaming.attention import Rounded
+from flexinfer.streaming.gradients import records_gradients
 from flexinfer.streaming.memory import Buffer
 
 with deferred():
@@ -97,6 +98,9 @@ class ReservedLayer(DynamicLayer):
                 "this KV cache came with the output of a call that was given none, and a later such call has taken its memory; "
                 "to go on from several calls, make a transformers DynamicCache for each and pass it as cache"
             )
+        if records_gradients(key_states, value_states):
+            self._leave(key_states.dtype)
+            return self.update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, stop = self._length, self._length + key_states.shape[-2]
@@ -123,6 +127,13 @@ class ReservedLayer(DynamicLayer):
     def room(self) -> int | None:
         """Tokens of each sequence that there is room for; None before the first."""
         return self._key_memory.shape[-2] if self.is_initialized else None
+
+    def _leave(self, dtype: torch.dtype) -> None:
+        """Become a layer of transformers' own, with copies of what is kept: a graph needs keys and values that nothing overwrites."""
+        kept = [one.to(dtype, copy=True) for one in self._kept()] if self.is_initialized else None
+        self.__class__ = DynamicLayer  # type: ignore[assignment]
+        if kept is not None:
+            self.keys, self.values = kept
 
     def _kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         length = self._length

@@ -18,6 +18,7 @@ On the meta device the same operations run for the worst routing: all tokens to 
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from time import perf_counter
 from typing import Any, cast
@@ -31,6 +32,7 @@ from flexinfer.kernels.ggml import GgmlKernel, multiply_each, multiply_rows
 from flexinfer.mixture import ExpertLayer
 from flexinfer.plan import Weight
 from flexinfer.streaming.expert_cache import ExpertCache
+from flexinfer.streaming.gradients import Sum, multiply, records_gradients
 from flexinfer.streaming.linear import NOT_READ
 from flexinfer.trace import Trace
 
@@ -41,6 +43,8 @@ IMPLEMENTATION = "flexinfer"
 HELD_BYTES = 1 << 20  # outputs that may be held until their turn comes
 FEW_TOKENS = 16  # of a pass whose next experts are foretold: one, or the candidates of a draft
 
+# Which expert, the first of its pieces, and the weights and kernels that follow one another from there.
+Where = tuple[int, int, Sequence[Weight], Sequence[Kernel]]
 Products = Callable[[torch.Tensor], torch.Tensor]  # [n, in] -> [n, out], without bias
 
 
@@ -171,7 +175,7 @@ class StreamedExperts:
             output = torch.zeros_like(hidden)
             held: dict[int, torch.Tensor] = {}
             plain = self._goes_together and not (module.has_bias or module.has_post_expert_norm)
-            few = len(hidden) == 1 and held_bytes <= HELD_BYTES
+            few = len(hidden) == 1 and held_bytes <= HELD_BYTES and not records_gradients(hidden)
             here = list(takewhile(cache.holds, order)) if plain and few else []
             if len(here) < 2:
                 here = []
@@ -222,20 +226,23 @@ class StreamedExperts:
     def _output(self, module: Any, states: torch.Tensor, expert: int) -> torch.Tensor:
         weights = self._layer.experts[expert]
 
+        def product(x: torch.Tensor, own: slice) -> torch.Tensor:
+            first = sum(len(weight.pieces) for weight in weights[: own.start])
+            where = expert, first, weights[own], self._kernels[own]
+            return multiply(x, None, partial(self._product, where), partial(self._input_gradient, where))
+
         def up(x: torch.Tensor) -> torch.Tensor:
-            y = self._product(x, expert, 0, weights[:-1], self._kernels[:-1])  # [n, gate and up]
+            y = product(x, slice(0, len(weights) - 1))  # [n, gate and up]
             return y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if self._alternate else y
 
         def down(x: torch.Tensor) -> torch.Tensor:
-            first = sum(len(weight.pieces) for weight in weights[:-1])
-            return self._product(x, expert, first, weights[-1:], self._kernels[-1:])
+            return product(x, slice(len(weights) - 1, None))
 
         return expert_output(module, states, expert, up, down)
 
-    def _product(
-        self, x: torch.Tensor, expert: int, i: int, weights: Sequence[Weight], kernels: Sequence[Kernel]
-    ) -> torch.Tensor:
-        """x [n, in] times the rows of `weights`, one after another: [n, rows]. Their first piece is the `i`-th of the expert."""
+    def _product(self, where: Where, x: torch.Tensor) -> torch.Tensor:
+        """x [n, in] times the rows of some weights of an expert, one after another: [n, rows]."""
+        expert, i, weights, kernels = where
         number, cache = self._first + expert, self._use_cache()
         if len(weights) == len(weights[0].pieces) == 1:
             return self._multiply(cache, number, i, x, weights[0], 0, kernels[0])
@@ -246,6 +253,26 @@ class StreamedExperts:
                 y[:, piece.row_start : piece.row_stop] = part
                 i += 1
         return y
+
+    def _input_gradient(self, where: Where, gradient: torch.Tensor) -> torch.Tensor:
+        """gradient [n, rows] of what `_product` made -> [n, in]."""
+        expert, i, weights, kernels = where
+        number = self._first + expert
+        with self._lock:
+            self._see_to_memory()
+            cache = self._use_cache()
+            cache.want([], those_here_first=False)  # each is read when it is acquired
+            total = Sum(gradient)
+            for weight, kernel in zip(weights, kernels, strict=True):
+                for piece in weight.pieces:
+                    buffer, position = cache.acquire(number, i)
+                    try:
+                        view = kernel.view(buffer, position, piece.row_stop - piece.row_start)
+                        total.add(piece.row_start, kernel.matrix(view))
+                    finally:
+                        cache.release(number, i)
+                    i += 1
+            return total.value
 
     def _multiply(
         self,

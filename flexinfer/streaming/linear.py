@@ -8,7 +8,7 @@ It knows neither files nor budgets: it is handed buffers (flexinfer.streaming.me
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NoReturn, Protocol, cast
@@ -20,6 +20,7 @@ from flexinfer.formats.checkpoint import TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
 from flexinfer.plan import Piece, Weight
+from flexinfer.streaming.gradients import Sum, multiply
 from flexinfer.streaming.locked import Filler, LockedPieces, LockedRows
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer
 from flexinfer.streaming.prefetch import Prefetcher
@@ -114,16 +115,12 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        y = self._in_file_order(x)
+        y = multiply(x, self.bias, self._in_file_order, self._input_gradient)
         return y if self._row_order is None else y.gather(-1, self._row_order.expand(y.shape))
 
     def _in_file_order(self, x: torch.Tensor) -> torch.Tensor:
         with self._lock:
-            self._see_to_memory()
-            if self._detached is not None:
-                raise RuntimeError(f"{self.spec.name}: {self._detached}")
-            if len(self._locked) < len(self._blocks):
-                self._fill()
+            self._see_to_weights()
             if self._ahead is not None:
                 (seen, version, y), self._ahead = self._ahead, None
                 if seen is x and x._version == version:
@@ -149,18 +146,44 @@ class StreamedLinear(nn.Module):
             if substitute is not None:
                 y[..., substitute.row_start :] = self._from_substitute(x, substitute)
                 return y
-            for place, piece in self._streamed:
-                assert self._prefetcher is not None
-                buffer, position, release = self._prefetcher.acquire(place)
-                try:
-                    view = self.kernel.view(buffer, position, piece.row_stop - piece.row_start)
-                    part = self._multiply(x, view, piece.row_start, piece.row_stop, piece.nbytes)
-                    if self._substitute is not None:
-                        self._substitute.add(piece, view)
-                finally:
-                    release()
+            for piece, view in self._stream():
+                part = self._multiply(x, view, piece.row_start, piece.row_stop, piece.nbytes)
+                if self._substitute is not None:
+                    self._substitute.add(piece, view)
                 y[..., piece.row_start : piece.row_stop] = part
             return y
+
+    def _input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """gradient [..., out_features] of the output, in the file's order -> [..., in_features]."""
+        with self._lock:
+            self._see_to_weights()
+            total = Sum(gradient)
+            for rows in self._locked:
+                in_steps = isinstance(self.kernel, GgmlKernel)  # others need no copy of the whole
+                views = rows.view.split(rows.step) if in_steps else (rows.view,)
+                for i, view in enumerate(views):
+                    total.add(rows.row_start + i * rows.step, self.kernel.matrix(view))
+            for piece, view in self._stream():
+                total.add(piece.row_start, self.kernel.matrix(view))
+            return total.value
+
+    def _see_to_weights(self) -> None:
+        """Called with the lock, before each use."""
+        self._see_to_memory()
+        if self._detached is not None:
+            raise RuntimeError(f"{self.spec.name}: {self._detached}")
+        if len(self._locked) < len(self._blocks):
+            self._fill()
+
+    def _stream(self) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """The pieces that are not locked, as they come. A view is good until the next is asked for."""
+        for place, piece in self._streamed:
+            assert self._prefetcher is not None
+            buffer, position, release = self._prefetcher.acquire(place)
+            try:
+                yield piece, self.kernel.view(buffer, position, piece.row_stop - piece.row_start)
+            finally:
+                release()
 
     def _fill(self) -> None:
         """Wait until all that stays has been read."""
@@ -304,10 +327,17 @@ class StreamedWeight(torch.Tensor):
         kwargs = kwargs or {}
         name = func.__self__.__name__ if func.__name__ in {"__get__", "__set__"} else func.__name__
         with torch._C.DisableTorchFunctionSubclass():
+            if name == "requires_grad_" or (name == "requires_grad" and func.__name__ == "__set__"):
+                if all((*args[1:], *kwargs.values())):
+                    raise RuntimeError(
+                        f"{args[0].streamed_name} is streamed from disk and cannot be trained; gradients go through it to its "
+                        "input. Name the parameters that are to have gradients, instead of taking all"
+                    )
+                return func(*args, **kwargs)
             if name in FACTS_OF_A_WEIGHT and func.__name__ != "__set__":
                 return func(*args, **kwargs)
-            if name == "to":  # where it is and as it is: nothing to do
-                asked = torch.empty(0, dtype=args[0].dtype).to(*args[1:], **kwargs)
+            if name in CONVERSIONS:  # to where it is and as it is: nothing to do
+                asked = getattr(torch.empty(0, dtype=args[0].dtype), name)(*args[1:], **kwargs)
                 if (asked.dtype, asked.device) == (args[0].dtype, args[0].device):
                     return args[0]
             if name == "_has_compatible_shallow_copy_type":
@@ -324,8 +354,9 @@ class StreamedWeight(torch.Tensor):
         return f"StreamedWeight({self.streamed_name}, {tuple(self.shape)}, {self.dtype})"
 
 
+CONVERSIONS = frozenset({"to", "cpu", "float", "half", "bfloat16", "double"})
 FACTS_OF_A_WEIGHT = frozenset(
-    {"shape", "dtype", "device", "layout", "ndim", "grad", "is_leaf", "requires_grad", "requires_grad_", "is_meta", "is_sparse", "names"}
+    {"shape", "dtype", "device", "layout", "ndim", "grad", "is_leaf", "requires_grad", "is_meta", "is_sparse", "names"}
     | {"is_cuda", "is_cpu", "is_quantized", "is_nested", "size", "dim", "numel", "nelement", "element_size", "itemsize", "nbytes"}
     | {"is_floating_point", "is_complex", "is_contiguous", "stride", "__hash__", "__len__", "grad_fn", "_backward_hooks"}
 )  # fmt: skip
