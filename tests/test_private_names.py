@@ -24,9 +24,10 @@ PRIVATE = {
     "transformers.cli.serving.server": {"build_server"},
     "transformers.cli.serving.utils": {
         "BaseHandler",
-        "GenerateManager",
         "GenerationState",
-        "_GenerationCancelled",
+        "_StreamError",
+        "get_response_template",
+        "response_events_to_chunks",
     },
     "transformers.conversion_mapping": {"get_model_conversion_mapping"},
     "transformers.core_model_loading": {
