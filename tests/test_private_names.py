@@ -52,6 +52,7 @@ PRIVATE = {
 ATTRIBUTES = {
     *("_C", "_cdata", "_is_param", "_make_subclass", "_schema", "_to_copy"),  # torch
     *("_apply_gate", "_attn_implementation", "_experts_implementation", "_from_config"),  # transformers
+    *("_non_streaming", "_normalize_response_items"),  # of its server's handlers
 }
 OF_PYTHON = {"_getframe"}
 NEED_GGUF = {"transformers.modeling_gguf_pytorch_utils", "transformers.integrations.ggml"}

@@ -256,7 +256,7 @@ class Gate:
         new = sorted(fields - self._ignored)[: MAX_IGNORED - len(self._ignored)]
         if new:
             self._ignored.update(new)
-            logger.info("%s: not read here, and said once: %s", path, shown(", ".join(new)))
+            logger.info("%s: ignored, also from now on: %s", path, shown(", ".join(new)))
 
     def _note(self, exchange: Exchange) -> None:
         """One line in the log, and the metrics."""
