@@ -24,9 +24,10 @@ PRIVATE = {
     "transformers.cli.serving.server": {"build_server"},
     "transformers.cli.serving.utils": {
         "BaseHandler",
-        "GenerateManager",
         "GenerationState",
-        "_GenerationCancelled",
+        "_StreamError",
+        "get_response_template",
+        "response_events_to_chunks",
     },
     "transformers.conversion_mapping": {"get_model_conversion_mapping"},
     "transformers.core_model_loading": {
@@ -52,6 +53,7 @@ ATTRIBUTES = {
     *("_C", "_cdata", "_is_param", "_make_subclass", "_schema", "_to_copy"),  # torch
     *("_apply_gate", "_attn_implementation", "_experts_implementation", "_from_config"),  # transformers
     *("_eos_token_tensor", "_pad_token_tensor", "_generation_defaults"),
+    *("_non_streaming", "_normalize_response_items"),  # of its server's handlers
 }
 OF_PYTHON = {"_getframe"}
 NEED_GGUF = {"transformers.modeling_gguf_pytorch_utils", "transformers.integrations.ggml"}

@@ -23,14 +23,15 @@ from flexinfer.plan import Plan
 from flexinfer.serve.generation import Failed, Generation, Turn
 from flexinfer.serve.line import Line
 from flexinfer.serve.metrics import Metrics
-from flexinfer.serve.requests import LOAD, NEEDED, Refusal, checked, error_body
+from flexinfer.serve.requests import LOAD, MODELS, NEEDED, Refusal, checked
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Receive, Send], Awaitable[None]]
 
-READABLE = ("/health", "/v1/models", "/metrics")
+READABLE = ("/health", MODELS, "/metrics")
+MAX_IGNORED = 100  # names of fields that the log has had; our choice
 BODY_S = 20.0  # to send a body
 DELIVERY_S = 60.0  # to read the rest of an answer, once it is made
 REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
@@ -42,14 +43,25 @@ class Exchange:
     """A request and what has been answered to it."""
 
     def __init__(self, scope: Any, receive: Receive, send: Send) -> None:
-        self.scope, self.receive, self._send = scope, receive, send
-        self.path, self.method = scope["path"], scope["method"]
+        self.path, self.method = scope["path"].rstrip("/"), scope["method"]
+        self.scope, self.receive, self._send = scope | {"path": self.path}, receive, send
         self.headers = {name: value for name, value in scope["headers"]}
         self.status = 0  # 0 until an answer begins
         self.answered = False  # to its end
         self.start_s = perf_counter()
         self.waited_s = 0.0
         self.turn: Turn | None = None
+
+    @property
+    def model(self) -> str:
+        """The one that a path below MODELS names."""
+        return self.path.removeprefix(MODELS + "/")
+
+    @property
+    def known(self) -> str | None:
+        """The path, without a model; None where there is no such thing."""
+        known = MODELS if self.path.startswith(MODELS + "/") else self.path
+        return known if known in READABLE or known in NEEDED else None
 
     async def send(self, message: Message) -> None:
         """ASGI's send, noted."""
@@ -84,7 +96,7 @@ class Exchange:
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with an error, and with no more of this connection: the rest of a body may still be in it."""
-        body = json.dumps(error_body(refusal.status, str(refusal), refusal.code)).encode()
+        body = json.dumps(refusal.body).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
@@ -114,6 +126,7 @@ class Gate:
         self._limits, self._plan = generation.limits, plan  # whose bound the log compares with
         self._api_key = api_key
         self._hosts = hosts  # that requests may be addressed to; None: any
+        self._ignored: set[str] = set()  # fields that the log has named
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -147,18 +160,23 @@ class Gate:
 
     async def _answer(self, exchange: Exchange) -> None:
         self._check_sender(exchange)
-        if exchange.method == "GET" and exchange.path in READABLE:
-            await self._app(exchange.scope, exchange.receive, exchange.send)
+        if exchange.method in ("GET", "HEAD") and exchange.known in READABLE:
+            if exchange.known != exchange.path and exchange.model != self._limits.model:
+                raise self._limits.not_served(exchange.model)
+            await self._app(exchange.scope | {"method": "GET"}, exchange.receive, exchange.send)
             return
         if exchange.method != "POST" or exchange.path not in NEEDED:
-            raise Refusal(
-                404, f"{shown(exchange.method)} {shown(exchange.path)}: there is no such thing here"
-            )
+            there = f"GET {', '.join(READABLE)} and POST {', '.join(NEEDED)}"
+            asked = f"{shown(exchange.method)} {shown(exchange.path or '/')}"
+            raise Refusal(404, f"{asked}: there is no such thing here; there are {there}")
         if exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
             raise Refusal(415, "the body has to be JSON, with content-type: application/json")
         if exchange.path != LOAD:
             self._line.check()
-        body = checked(exchange.path, await exchange.body(self._limits.body_bytes), self._limits)
+        ignored: set[str] = set()
+        raw = await exchange.body(self._limits.body_bytes)
+        body = checked(exchange.path, raw, self._limits, ignored)
+        self._note_ignored(exchange.path, ignored)
         if not REQUEST_ID.fullmatch(exchange.headers.get(b"x-request-id", b"")):
             exchange.scope["headers"] = [
                 *(pair for pair in exchange.scope["headers"] if pair[0] != b"x-request-id"),
@@ -171,7 +189,11 @@ class Gate:
         host = exchange.headers.get(b"host", b"").decode("latin-1").lower()
         name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if self._hosts is not None and name not in self._hosts:
-            raise Refusal(421, f"this server listens on this machine alone, and is not {shown(host)}")
+            raise Refusal(
+                421,
+                f"the request is addressed to {shown(host)}, and this server listens for this machine alone: to "
+                f"{', '.join(sorted(self._hosts))}; send it there, or start the server with --host 0.0.0.0 (any name)",
+            )
         if self._api_key is None or exchange.path == "/health":
             return
         given = exchange.headers.get(b"authorization", b"")
@@ -229,13 +251,19 @@ class Gate:
             raise Refusal(GONE, "the client does not read its answer")
         await answer
 
+    def _note_ignored(self, path: str, fields: set[str]) -> None:
+        """A line in the log for those that had none yet."""
+        new = sorted(fields - self._ignored)[: MAX_IGNORED - len(self._ignored)]
+        if new:
+            self._ignored.update(new)
+            logger.info("%s: ignored, also from now on: %s", path, shown(", ".join(new)))
+
     def _note(self, exchange: Exchange) -> None:
         """One line in the log, and the metrics."""
         status = exchange.status if exchange.answered else GONE
-        known = exchange.path in READABLE or exchange.path in NEEDED
-        self._metrics.requests.labels(exchange.path if known else "other", str(status)).inc()
+        self._metrics.requests.labels(exchange.known or "other", str(status)).inc()
         client = exchange.scope["client"]
-        line = f"{client[0] if client else '-'} {exchange.method} {exchange.path if known else shown(exchange.path)}"
+        line = f"{client[0] if client else '-'} {exchange.method} {exchange.known or shown(exchange.path)}"
         line += f" {status}" if exchange.answered else " the client went away"
         turn = exchange.turn
         if turn is not None and turn.begun:

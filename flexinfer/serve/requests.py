@@ -1,9 +1,11 @@
 """What a client may ask of the server. Pure: the bytes of a body in, a checked body or a `Refusal` out.
 
-The handlers are transformers'. They take what they are sent on trust: a field that they do not know how to honour is ignored, a template, a
-generation config or a stop string of the client's own goes straight into the process that the memory budget is for. So everything is
-held against this table first. What would be ignored although it changes the answer is refused; hints that change nothing (`user`,
-`store`) are dropped. Handlers see what was checked, and no more.
+The handlers are transformers'. They trust what they are sent: a field that they do not know how to honour is ignored, and a
+template, a generation config or a stop string of the client's own goes straight into the process that the memory budget is for.
+So every body is held against the table at the end of this module, and the handlers see no more than what was checked.
+
+The rule: a field is refused by its name when an answer made without it would be wrong (`n`, log probabilities, a JSON schema).
+Any other field is ignored, unknown ones too: labels, hints and offers, without which the answer is the same, or as good.
 """
 
 import json
@@ -15,9 +17,12 @@ from flexinfer.messages import shown
 
 SMALLEST_BODY_BYTES = 64 << 10
 BODY_BYTES_PER_TOKEN = 32  # of a text of as many tokens as fit, escapes, roles and tools included; our choice
-MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+# Continue's stop strings for a completion in an editor, words that begin a block of the language included, are about 30.
+MAX_STOPS, MAX_STOP_CHARACTERS = 64, 256
 MAX_BIASED_TOKENS = 300  # as OpenAI
 MAX_TEMPLATE_OPTIONS = 16
+MAX_TOKEN_IDS = 16
+LEAST_TEMPERATURE = 1e-4  # below it logits overflow; the text is the greedy one
 NOTHING: tuple[Any, ...] = (None, [], {})  # a field that holds this might as well be left out
 TEXT_PARTS = ("text", "input_text", "output_text")
 CHAT, COMPLETIONS, RESPONSES, LOAD = (
@@ -26,18 +31,26 @@ CHAT, COMPLETIONS, RESPONSES, LOAD = (
     "/v1/responses",
     "/load_model",
 )
+MODELS = "/v1/models"
 NEEDED = {CHAT: "messages", COMPLETIONS: "prompt", RESPONSES: "input", LOAD: "model"}
-HINTS = {  # without them the answer is the same, or as good
-    *(
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "parallel_tool_calls",
-        "stream_options",
-        "reasoning_effort",
-    ),
-    *("reasoning", "verbosity", "include", "truncation", "safety_identifier", "prompt_cache_key"),
+OF_SOME_PATHS = {  # elsewhere nothing would be made of them
+    "messages": (CHAT,),
+    "prompt": (COMPLETIONS,),
+    "input": (RESPONSES,),
+    "instructions": (RESPONSES,),
+    "tools": (CHAT, RESPONSES),
+    "chat_template_kwargs": (CHAT, RESPONSES),
+}
+# Fields that set an attribute of transformers' GenerationConfig; of two for the same, the later counts.
+SETTINGS = {
+    "max_tokens": "max_new_tokens",
+    "max_output_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "stop": "stop_strings",
 }
 # Keywords of apply_chat_template that are not a template's own: a template of the client's would run here.
 NOT_OF_TEMPLATES = {
@@ -55,13 +68,24 @@ NOT_OF_TEMPLATES = {
 
 
 class Refusal(ValueError):
-    """A request that is not carried out: HTTP status, OpenAI's code of the error, seconds after which to try again."""
+    """A request that is not carried out: HTTP status, OpenAI's code of the error and the field it is about, seconds after which
+    to try again."""
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, *, retry_after_s: int | None = None
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        *,
+        field: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+        self.status, self.code, self.field, self.retry_after_s = status, code, field, retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return error_body(self.status, str(self), self.code, self.field)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -69,10 +93,12 @@ class Refusal(ValueError):
         return found | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
 
-def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, code: str | None = None, field: str | None = None
+) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +108,17 @@ class Limits:
     model: str  # its name
     context: int  # tokens of a prompt and its answer
     vocab: int  # token ids
+    chat: bool = True  # whether its tokenizer has a chat template
 
     @property
     def body_bytes(self) -> int:
         """The longest body that is read: no text that fits into the context is longer."""
         return max(SMALLEST_BODY_BYTES, BODY_BYTES_PER_TOKEN * self.context)
+
+    def not_served(self, model: object) -> Refusal:
+        """The refusal of another model."""
+        message = f"the model {shown(model)} does not exist here; this server has {self.model!r}"
+        return Refusal(404, message, "model_not_found", field="model")
 
     def too_long(self, prompt: str) -> Refusal:
         """The refusal of a prompt; `prompt` says how long it is."""
@@ -98,41 +130,79 @@ class Limits:
         )
 
 
-def checked(path: str, raw: bytes, limits: Limits) -> dict[str, Any]:
-    """The body of a request to `path`, as far as the handlers are to see it. Raises Refusal."""
+def checked(path: str, raw: bytes, limits: Limits, ignored: set[str] | None = None) -> dict[str, Any]:
+    """The body of a request to `path`, as far as the handlers are to see it; the names of the fields that are left out although
+    nobody has looked at them are added to `ignored`. Raises Refusal."""
     body = {field: value for field, value in _parsed(raw).items() if value not in NOTHING}
     if body.get("model", limits.model) != limits.model:
-        message = f"model={shown(body['model'])} is not served here; this server has {limits.model!r}"
-        raise Refusal(404, message, "model_not_found")
+        raise limits.not_served(body["model"])
     if NEEDED[path] not in body:
         _refuse(NEEDED[path], "is missing")
+    if path in (CHAT, RESPONSES) and not limits.chat:
+        _refuse(
+            NEEDED[path],
+            f"cannot be made into a prompt: {limits.model!r} has no chat template (it is a base model); "
+            f"send a text to {COMPLETIONS}, as prompt",
+        )
+    if path == COMPLETIONS and isinstance(body["prompt"], list) and len(body["prompt"]) == 1:
+        body["prompt"] = body["prompt"][0]
+    if path == RESPONSES and isinstance(body.get("tools"), list):
+        # Tools that OpenAI's machines run (web search) are an offer: the model answers without them.
+        hosted = [one for one in body["tools"] if _is_hosted(one)]
+        body["tools"] = [one for one in body["tools"] if one not in hosted]
+        if ignored is not None:
+            ignored.update(f"tools of type {one['type']}" for one in hosted)
     for field, value in body.items():
-        check = CHECKS.get(field)
-        if check is not None:
-            check(field, value)
+        if path not in OF_SOME_PATHS.get(field, NEEDED):
+            _refuse(field, f"is not a field of {path}, but of {' and '.join(OF_SOME_PATHS[field])}")
+        if field in CHECKS and value not in NOTHING:
+            CHECKS[field](field, value)
     for token in body.get("logit_bias", ()):
         if int(token) >= limits.vocab:
             _refuse("logit_bias", f"names token {token}; there are {limits.vocab}")
-    if "logit_bias" in body:  # in whole numbers transformers does not take it
-        body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
+    if body.get("frequency_penalty") and "repetition_penalty" in body:
+        _refuse("frequency_penalty", "is made a repetition penalty here; send one of the two")
     if body.pop("tool_choice", "auto") == "none":
         body.pop("tools", None)
     if path == RESPONSES:
         body.setdefault("stream", False)  # OpenAI's default; transformers' is to stream
-    kept = {field: value for field, value in body.items() if field not in HINTS and field not in CHECKED_ONLY}
+    if ignored is not None:
+        ignored.update(body.keys() - CHECKS.keys())
+    kept = {field: body[field] for field in body if field in CHECKS.keys() - CHECKED_ONLY}
     if "generation_config" in kept:
         kept["generation_config"] = _generation_config(kept["generation_config"])
     return kept
 
 
+def text_of(content: Any) -> str:
+    """The text of a message's content; parts are joined as transformers joins them."""
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content or ())
+
+
 def samples(body: Mapping[str, Any]) -> bool | None:
     """Whether a request wants its text sampled; None where it does not say, and the model's own way counts."""
     if "temperature" in body:
-        return bool(body["temperature"])
-    return True if body.get("top_p", 1) < 1 else None
+        return bool(body["temperature"] >= LEAST_TEMPERATURE)
+    narrowed = body.get("top_p", 1) < 1 or body.get("typical_p", 1) < 1
+    return True if narrowed or body.get("top_k", 0) > 0 or body.get("min_p", 0) > 0 else None
 
 
-def _parsed(raw: bytes) -> dict[str, Any]:
+def settings(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checked body sets in a GenerationConfig, on any path: each of transformers' handlers sets a part of it."""
+    found = {name: body[field] for field, name in SETTINGS.items() if field in body}
+    found |= {name: float(value) for name, value in found.items() if name in FRACTIONS}
+    if body.get("frequency_penalty"):
+        found["repetition_penalty"] = 1.0 + body["frequency_penalty"]  # as transformers' server takes it
+    if "top_k" in found:
+        found["top_k"] = max(found["top_k"], 0)
+    if "logit_bias" in body:
+        found["sequence_bias"] = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
+    if (sampled := samples(body)) is not None:
+        found["do_sample"] = sampled
+    return found
+
+
+def _parsed(raw: bytes, what: str = "the body") -> dict[str, Any]:
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is no number")
 
@@ -140,9 +210,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         body = json.loads(raw.decode("utf-8"), parse_constant=constant)
         json.dumps(body, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:  # also of lone surrogates, which no tokenizer takes
-        raise Refusal(400, f"the body is no JSON in UTF-8: {type(error).__name__}: {error}"[:300]) from None
+        raise Refusal(400, f"{what} is no JSON in UTF-8: {type(error).__name__}: {error}"[:300]) from None
     if not isinstance(body, dict):
-        raise Refusal(400, f"the body is {shown(body)}; it has to be a JSON object")
+        raise Refusal(400, f"{what} is {shown(body)}; it has to be a JSON object")
     return body
 
 
@@ -150,11 +220,17 @@ def _generation_config(text: str) -> str:
     """The part of a generation config that a client may set, as JSON (`transformers chat` sends all of it)."""
     if not isinstance(text, str):
         _refuse("generation_config", "has to be JSON in a string")
-    config = {name: value for name, value in _parsed(text.encode()).items() if value is not None}
+    config = {
+        name: value
+        for name, value in _parsed(text.encode(), "generation_config").items()
+        if value is not None
+    }
     for name, value in config.items():
         if name not in OF_GENERATION:
             _refuse("generation_config", f"sets {shown(name)}; there are {', '.join(sorted(OF_GENERATION))}")
         OF_GENERATION[name](f"generation_config.{name}", value)
+        if name in FRACTIONS:
+            config[name] = float(value)  # generate() takes no whole number for some
     config.pop("transformers_version", None)
     return json.dumps(config)
 
@@ -165,7 +241,7 @@ Check = Callable[[str, Any], None]
 
 
 def _refuse(field: str, complaint: str) -> NoReturn:
-    raise Refusal(400, f"{field} {complaint}")
+    raise Refusal(400, f"{field} {complaint}", field=field)
 
 
 def _is_number(value: Any) -> bool:
@@ -251,6 +327,11 @@ def _objects(field: str, value: Any) -> Sequence[dict[str, Any]]:
     return value
 
 
+def _is_hosted(tool: Any) -> bool:
+    """Whether a tool is one that the server would use by itself; functions and custom tools are the client's."""
+    return isinstance(tool, dict) and tool.get("type") not in (None, "function", "custom")
+
+
 def _tools(field: str, value: Any) -> None:
     for tool in _objects(field, value):
         function = tool.get("function", tool)
@@ -260,9 +341,7 @@ def _tools(field: str, value: Any) -> None:
 
 
 def _content(field: str, value: Any) -> None:
-    if value is None or isinstance(value, str):
-        return
-    if value == []:
+    if value in (None, []) or isinstance(value, str):
         return
     for part in _objects(field, value):
         if part.get("type") not in TEXT_PARTS:
@@ -273,6 +352,9 @@ def _content(field: str, value: Any) -> None:
 def _messages(field: str, value: Any) -> None:
     for message in _objects(field, value):
         _text(f"{field}.role", message.get("role"))
+        if message["role"] == "developer":
+            # OpenAI's newer name of it, which many templates leave out without a word.
+            message["role"] = "system"
         _content(f"{field}.content", message.get("content"))
         for call in (
             _objects(f"{field}.tool_calls", message["tool_calls"]) if message.get("tool_calls") else ()
@@ -283,8 +365,8 @@ def _messages(field: str, value: Any) -> None:
 def _called(field: str, function: Any) -> None:
     """A call of a tool that the model has made in an earlier turn."""
     arguments = function.get("arguments") if isinstance(function, dict) else None
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments.encode())
+    if isinstance(arguments, str):  # empty: some clients' word for none
+        arguments = function["arguments"] = _parsed((arguments or "{}").encode(), f"{field}.arguments")
     if not isinstance(arguments, dict):
         _refuse(field, "have to be functions with a name and arguments, an object in JSON")
     _text(f"{field}.name", function.get("name"))
@@ -308,7 +390,7 @@ def _input(field: str, value: Any) -> None:
             _called(field, item)
             _text(f"{field}.call_id", item.get("call_id"))
         elif kind == "function_call_output":
-            _text(f"{field}.output", item.get("output"))
+            _content(f"{field}.output", item.get("output"))
             _text(f"{field}.call_id", item.get("call_id"))
         else:
             _refuse(field, f"has an item of type {shown(kind)}, which this server cannot read")
@@ -323,10 +405,15 @@ def _text_format(field: str, value: Any) -> None:
         _refuse(field, f"is {shown(value)}; free text is all there is")
 
 
+def _include(field: str, value: Any) -> None:
+    if any("logprobs" in one for one in value if isinstance(one, str)):
+        _refuse(field, "has log probabilities, which this server cannot give")
+
+
 def _tokens(field: str, value: Any) -> None:
     ids = value if isinstance(value, list) else [value]
-    if not 1 <= len(ids) <= MAX_STOPS:
-        _refuse(field, f"has to be 1 to {MAX_STOPS} token ids")
+    if not 1 <= len(ids) <= MAX_TOKEN_IDS:
+        _refuse(field, f"has to be 1 to {MAX_TOKEN_IDS} token ids")
     for one in ids:
         _integer(0, 2**31 - 1)(field, one)
 
@@ -334,16 +421,10 @@ def _tokens(field: str, value: Any) -> None:
 def _anything(field: str, value: Any) -> None: ...
 
 
-# Fields whose value has been seen to be what happens anyway: the handlers would only warn of them.
-CHECKED_ONLY = {
-    *("n", "best_of", "echo", "logprobs", "top_logprobs", "presence_penalty", "response_format", "text"),
-    *("modalities", "background", "functions", "function_call", "audio", "prediction", "web_search_options"),
-    *("previous_response_id", "conversation", "prompt_cache_retention", "max_tool_calls", "prompt_logprobs"),
-}
 CHECKS: dict[str, Check] = {
+    "model": _text,
     "messages": _messages,
     "prompt": _text,
-    "suffix": _text,
     "input": _input,
     "instructions": _text,
     "tools": _tools,
@@ -351,8 +432,11 @@ CHECKS: dict[str, Check] = {
     "stream": _boolean,
     "temperature": _number(0, 2),
     "top_p": _number(0, 1, above=True),
-    "frequency_penalty": _number(-1, 2, above=True),  # transformers makes a repetition penalty of 1 + this
-    "presence_penalty": _only(0, 0.0),
+    "top_k": _integer(-1, 2**31 - 1),  # -1 and 0: all of them, as vLLM and llama.cpp say it
+    "min_p": _number(0, 1),
+    "typical_p": _number(0, 1, above=True),
+    "repetition_penalty": _number(0, 10, above=True),
+    "frequency_penalty": _number(-1, 2, above=True),
     "seed": _integer(-(2**63), 2**64 - 1),
     "max_tokens": _integer(1, 2**31 - 1),
     "max_completion_tokens": _integer(1, 2**31 - 1),
@@ -360,19 +444,40 @@ CHECKS: dict[str, Check] = {
     "stop": _stop,
     "logit_bias": _logit_bias,
     "chat_template_kwargs": _template_options,
+    "generation_config": _anything,  # checked when it is read
+}
+# Fields that would change the answer and are not supported, with the values that change nothing.
+UNSUPPORTED: dict[str, Check] = {
+    # OpenAI's
     "n": _only(1),
     "best_of": _only(1),
     "echo": _only(False),
+    "suffix": _only(""),
     "logprobs": _only(False),
-    "prompt_logprobs": _only(),
     "top_logprobs": _only(0),
+    "presence_penalty": _only(0, 0.0),
     "response_format": _only({"type": "text"}),
     "text": _text_format,
+    "include": _include,
     "modalities": _only(["text"]),
     "background": _only(False),
     **dict.fromkeys(("functions", "function_call", "audio", "prediction", "web_search_options"), _only()),
     **dict.fromkeys(("previous_response_id", "conversation", "max_tool_calls"), _only()),
+    # vLLM's, llama.cpp's and Ollama's
+    "min_tokens": _only(0),
+    "repeat_penalty": _only(1, 1.0),
+    "ignore_eos": _only(False),
+    "use_beam_search": _only(False),
+    "add_generation_prompt": _only(True),
+    "continue_final_message": _only(False),
+    "skip_special_tokens": _only(True),
+    "include_stop_str_in_output": _only(False),
+    **dict.fromkeys(("prompt_logprobs", "stop_token_ids", "bad_words", "chat_template"), _only()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _only()),
+    **dict.fromkeys(("structured_outputs", "json_schema", "grammar", "format"), _only()),
 }
+CHECKED_ONLY = UNSUPPORTED.keys()  # the handlers would only warn of them
+CHECKS |= UNSUPPORTED
 OF_GENERATION: dict[str, Check] = {
     "max_new_tokens": _integer(1, 2**31 - 1),
     "do_sample": _boolean,
@@ -387,3 +492,4 @@ OF_GENERATION: dict[str, Check] = {
     "pad_token_id": _tokens,
     "transformers_version": _anything,
 }
+FRACTIONS = {"temperature", "top_p", "min_p", "typical_p", "repetition_penalty"}

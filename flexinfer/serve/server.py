@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import anyio.to_thread
 import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from transformers import GenerationConfig
@@ -45,10 +45,21 @@ from flexinfer.formats.skeleton import resolve
 from flexinfer.messages import cause
 from flexinfer.report import plan_line
 from flexinfer.serve.gate import Gate
-from flexinfer.serve.generation import Failed, Generation, OneGeneration, Turn
+from flexinfer.serve.generation import Failed, Generation, OneGeneration, Reply, Turn
 from flexinfer.serve.line import Line
 from flexinfer.serve.metrics import CONTENT_TYPE, EngineCollector, Metrics
-from flexinfer.serve.requests import CHAT, COMPLETIONS, RESPONSES, Limits, Refusal, error_body, samples
+from flexinfer.serve.requests import (
+    CHAT,
+    COMPLETIONS,
+    MODELS,
+    RESPONSES,
+    TEXT_PARTS,
+    Limits,
+    Refusal,
+    error_body,
+    settings,
+    text_of,
+)
 from flexinfer.tokenizer import load_tokenizer
 
 ROOM_BYTES = 8 << 20  # bodies, connections, prompts in the making, pieces of answers; our choice
@@ -125,7 +136,9 @@ def serve(
                 room.clear()
                 line, metrics = Line(queue), Metrics()
                 metrics.registry.register(EngineCollector(engine, line))
-                generation.limits = Limits(name, engine.context, len(tokenizer))
+                generation.limits = Limits(
+                    name, engine.context, len(tokenizer), bool(tokenizer.chat_template)
+                )
                 app = build_app(loaded, tokenizer, generation, metrics, name)
                 gate = Gate(app, generation, line, metrics, engine.plan, api_key, _hosts(host))
 
@@ -195,24 +208,59 @@ class OneModel(ModelManager):
         return self._model
 
 
-class _Sampling(BaseHandler):
-    """A temperature asks for sampling. In transformers' handlers it does nothing unless the model's own config samples."""
+class _Handler(BaseHandler):
+    """What the three handlers have in common, in place of transformers': the gate has checked the fields (flexinfer.serve.requests), each
+    of them counts on every path, and a temperature asks for sampling, also where the model's own config does not sample."""
+
+    def _validate_request(self, body: dict[str, Any]) -> None: ...
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
         config = super()._build_generation_config(body, *args, **kwargs)
-        wanted = samples(body)
-        if wanted is not None:
-            config.do_sample = wanted
+        for name, value in settings(body).items():
+            setattr(config, name, value)
         return config
 
+    def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
+        response: StreamingResponse = super()._streaming(*args, **kwargs)  # type: ignore[misc]
+        response.body_iterator = _with_end(response.body_iterator)
+        return response
 
-class _Chat(_Sampling, ChatCompletionHandler): ...
+    async def _non_streaming(
+        self, request_id: str, model: Any, processor: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        reply = Reply(processor)
+        return await super()._non_streaming(request_id, model, reply, *args, **kwargs)  # type: ignore[misc]
 
 
-class _Completion(_Sampling, CompletionHandler): ...
+async def _with_end(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    """`events` and the one that ends a stream of OpenAI's."""
+    async for event in events:
+        yield event
+    yield "data: [DONE]\n\n"
 
 
-class _Response(_Sampling, ResponseHandler): ...
+class _Chat(_Handler, ChatCompletionHandler): ...
+
+
+class _Completion(_Handler, CompletionHandler): ...
+
+
+class _Response(_Handler, ResponseHandler):
+    _streaming = ResponseHandler._streaming  # whose last event says that it is
+
+    @staticmethod
+    def _normalize_input(body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The messages of a conversation. transformers' drops all of one that does not begin with a message, and puts the
+        instructions in the place of a system message."""
+        items = body["input"]
+        if isinstance(items, str) or items[0].get("type") in TEXT_PARTS:
+            items = [{"role": "user", "content": items}]
+        messages = ResponseHandler._normalize_response_items(items)
+        if instructions := body.get("instructions"):
+            system = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
+            told = [instructions, *(text_of(message["content"]) for message in system)]
+            messages.insert(0, {"role": "system", "content": "\n\n".join(told)})
+        return messages
 
 
 def build_app(model: Any, tokenizer: Any, generation: Generation, metrics: Metrics, name: str) -> FastAPI:
@@ -231,9 +279,13 @@ def build_app(model: Any, tokenizer: Any, generation: Generation, metrics: Metri
     async def read_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
+    @app.get(MODELS + "/{model:path}")  # the gate lets its own name pass
+    async def read_model(model: str) -> Response:
+        return JSONResponse(manager.list_models()[0])
+
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> Response:
-        return JSONResponse(error_body(error.status, str(error), error.code), error.status, error.headers)
+        return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def refused_by_transformers(request: Request, error: HTTPException) -> Response:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import openai
 import pytest
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from served import Brake, Served, make_caller, make_talker, serving
+from served import CALL, Brake, Served, make_caller, make_talker, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flexinfer.serve.gate
@@ -58,7 +59,7 @@ def _released(brake: Brake) -> Iterator[None]:
     brake.go.set()
 
 
-def expected(path: Path, new_tokens: int, prompt: str | None = None) -> str:
+def expected(path: Path, new_tokens: int, prompt: str | None = None, **settings: Any) -> str:
     """What stock transformers says, greedily: to SAID, or after `prompt`."""
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -68,7 +69,7 @@ def expected(path: Path, new_tokens: int, prompt: str | None = None) -> str:
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    text = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    text = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **settings)
     return str(tokenizer.decode(text[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
@@ -120,23 +121,67 @@ def test_responses(served: Served, talker: Path) -> None:
     assert events[-1].type == "response.completed"
 
 
+def said(made: Any, stream: bool) -> tuple[str, str | None, int]:
+    """Text, reason of its end and its tokens by the usage, of an answer of /v1/chat/completions."""
+    chunks = list(made) if stream else [made]
+    last = chunks[-1].choices[0]
+    text = "".join((chunk.choices[0].delta if stream else last.message).content or "" for chunk in chunks)
+    return text, last.finish_reason, chunks[-1].usage.completion_tokens
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_ends_the_text_with_it(served: Served, talker: Path, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("begin", "end", "more"),
+    [
+        (5, 8, ["never"]),
+        (0, 1, []),  # at the very start: there is no text
+        (0, 3, []),
+        (5, 8, [(3, 7)]),  # the other one is complete first
+        (5, 8, [(7, 8), "x" * 256]),  # both at the same token: the longer one
+        (18, 20, []),  # at the last token that may come
+    ],
+)
+def test_a_stop_string_ends_the_text_before_it(
+    served: Served, talker: Path, stream: bool, begin: int, end: int, more: list[Any]
+) -> None:
     whole = expected(talker, 20)
-    stop = whole[5:8]
-    ends = whole.index(stop) + len(stop)
+    stops = [one if isinstance(one, str) else whole[slice(*one)] for one in more] + [whole[begin:end]]
+    ends = min(whole.index(stop) + len(stop) for stop in stops if stop in whole)
+    text = min((whole[:ends].removesuffix(stop) for stop in stops), key=len)
     made: Any = served.client().chat.completions.create(
-        model="talker", messages=SAID, max_tokens=20, stop=["never", stop], stream=stream
+        model="talker", messages=SAID, max_tokens=20, stop=stops, stream=stream
     )
+    assert said(made, stream) == (text, "stop", ends)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_beginning_of_a_stop_string_is_text_where_it_does_not_go_on(
+    served: Served, talker: Path, stream: bool
+) -> None:
+    whole = expected(talker, 20)
+    stops = [whole[3:5] + "\t", whole[17:] + "\t"]
+    made: Any = served.client().chat.completions.create(
+        model="talker", messages=SAID, max_tokens=20, stop=stops, stream=stream
+    )
+    assert said(made, stream) == (whole, "length", 20)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_of_responses(served: Served, talker: Path, stream: bool) -> None:
+    whole = expected(talker, 16)
+    made: Any = served.client().responses.create(
+        model="talker",
+        input="hello",
+        max_output_tokens=16,
+        stream=stream,
+        extra_body={"stop": whole[6:9]},
+    )
+    events = list(made) if stream else []
+    answer = events[-1].response if stream else made
     if stream:
-        chunks = list(made)
-        text, reason = (
-            "".join(c.choices[0].delta.content or "" for c in chunks),
-            chunks[-1].choices[0].finish_reason,
-        )
-    else:
-        text, reason = made.choices[0].message.content, made.choices[0].finish_reason
-    assert (text, reason) == (whole[:ends], "stop")
+        deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == answer.output_text
+    assert (answer.output_text, answer.usage.output_tokens) == (whole[:6], 9)
 
 
 def test_sampling_is_repeatable_by_its_seed(served: Served, talker: Path) -> None:
@@ -151,6 +196,30 @@ def test_sampling_is_repeatable_by_its_seed(served: Served, talker: Path) -> Non
     assert first != expected(talker, 16)
     assert text(temperature=0) == expected(talker, 16)
     assert text(logit_bias={"5": 100}) == "!" * 16  # the token of that character
+    assert text(temperature=1.5, extra_body={"top_k": 1}) == expected(talker, 16)
+    assert text(temperature=1.5, extra_body={"min_p": 1}) == expected(talker, 16)
+    narrow = text(temperature=1.5, seed=1, extra_body={"top_k": 3, "min_p": 0.1})
+    assert narrow not in (first, expected(talker, 16))
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
+def test_settings_of_generate_have_its_meaning_on_every_path(served: Served, talker: Path, path: str) -> None:
+    settings = {"repetition_penalty": 3, "logit_bias": {"7": 100, "9": 98.5}}
+    prompt: dict[str, Any] = {"chat/completions": {"messages": SAID}, "responses": {"input": "hello"}}
+    sent = prompt.get(path, {"prompt": "once"}) | settings | {"max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"{served.url}/{path}", json=sent).json()
+    if path == "responses":
+        text = answer["output"][0]["content"][0]["text"]
+    else:
+        choice = answer["choices"][0]
+        text = choice["text"] if path == "completions" else choice["message"]["content"]
+    assert text == expected(
+        talker,
+        8,
+        "once" if path == "completions" else None,
+        repetition_penalty=3.0,
+        sequence_bias={(7,): 100.0, (9,): 98.5},
+    )
 
 
 def test_more_tokens_than_there_is_room_for_end_the_text_there(served: Served, talker: Path) -> None:
@@ -195,6 +264,28 @@ def test_tools_are_called(caller: Served, stream: bool) -> None:
     caller.client().chat.completions.create(model="caller", messages=told, tools=[TOOL])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("options", "text", "reason"),
+    [
+        ({"max_tokens": 1}, "<tool_call>", "length"),
+        ({"max_tokens": 2}, "", "tool_calls"),  # all of it but its end
+        ({"stop": "weather"}, '<tool_call>{"name": "', "stop"),
+        ({"stop": ["}}"]}, f"<tool_call>{CALL[:-2]}", "stop"),
+        ({"stop": ["</tool_call>"]}, "", "tool_calls"),
+        ({"stop": ["<tool_call>"]}, "", "stop"),
+        ({"stop": ["<|im_end|>"], "tool_choice": "none"}, "", "tool_calls"),
+    ],
+)
+def test_a_call_that_is_cut_off_is_text(
+    caller: Served, stream: bool, options: dict[str, Any], text: str, reason: str
+) -> None:
+    made: Any = caller.client().chat.completions.create(
+        model="caller", messages=SAID, tools=[TOOL], stream=stream, **options
+    )
+    assert said(made, stream)[:2] == (text, reason)
+
+
 def test_langchain(served: Served, caller: Served, talker: Path) -> None:
     options: dict[str, Any] = {"api_key": "none", "max_retries": 0}
     chat = ChatOpenAI(model="talker", base_url=served.url, temperature=0, max_tokens=16, **options)
@@ -224,6 +315,150 @@ def test_transformers_chat(served: Served, talker: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "talker was already loaded" in done.stdout
     assert "16 tokens in" in done.stdout, "it had the usage"
+
+
+LITELLM: dict[str, Any] = {  # what aider sends by it
+    "messages": [
+        {"role": "system", "content": "be kind", "name": "aider"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": None},
+        {"role": "assistant", "content": "ho", "tool_calls": None, "function_call": None, "refusal": None},
+        {"role": "user", "content": "hello"},
+    ],
+    **{"temperature": 0, "top_p": 1, "n": 1, "stream_options": {"include_usage": True}},
+    **{"max_tokens": 16, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "stop": None},
+    **{"response_format": None, "seed": None, "tools": None, "tool_choice": None, "logprobs": None},
+    **{"user": "", "extra_headers": {}, "num_retries": 0, "metadata": None, "service_tier": "auto"},
+}
+OPEN_WEBUI: dict[str, Any] = {
+    "messages": [{"role": "developer", "content": "be kind"}, *SAID],
+    **{"max_completion_tokens": 16, "temperature": 0.0, "min_p": 0.05, "top_k": 40, "top_p": 0.9},
+    **{"chat_id": "1", "session_id": "2", "features": {"web_search": False}, "model_item": {"id": "x"}},
+    **{"reasoning_effort": "medium", "keep_alive": None, "background_tasks": {"title_generation": False}},
+}
+CONTINUE: dict[str, Any] = {
+    "messages": SAID,
+    **{"max_tokens": 16, "temperature": 0, "stop": ["<|im_end|>", *(f"\n{n}" for n in range(30))]},
+    **{"parallel_tool_calls": False, "prediction": None, "tools": [], "tool_choice": "auto"},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("sent", "messages"),
+    [
+        (LITELLM, [{"role": "system", "content": "be kind"}, *LITELLM["messages"][1:]]),
+        (OPEN_WEBUI, [{"role": "system", "content": "be kind"}, *SAID]),
+        (CONTINUE, SAID),
+    ],
+)
+def test_what_clients_send_in_addition_changes_no_answer(
+    served: Served, talker: Path, sent: dict[str, Any], messages: Any, stream: bool
+) -> None:
+    headers = {"authorization": "Bearer none", "content-type": "application/json; charset=utf-8"}
+    answer = httpx.post(
+        f"{served.url}/chat/completions", json=sent | {"model": "talker", "stream": stream}, headers=headers
+    )
+    assert answer.status_code == 200, answer.text
+    plain = served.client().chat.completions.create(
+        model="talker", messages=messages, max_tokens=16, temperature=0
+    )
+    if stream:
+        *chunks, end = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+        assert end == "[DONE]"
+        deltas = [json.loads(chunk)["choices"][0]["delta"] for chunk in chunks]
+        text = "".join(delta.get("content", "") for delta in deltas)
+    else:
+        text = answer.json()["choices"][0]["message"]["content"]
+    assert text == plain.choices[0].message.content
+
+
+def test_codex(caller: Served) -> None:
+    shell = {"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object"}}
+    sent: dict[str, Any] = {
+        "model": "caller",
+        "instructions": "You are Codex.",
+        "input": [
+            {
+                "type": "message",
+                "role": "developer",
+                "content": [{"type": "input_text", "text": "<permissions>"}],
+            },
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+            {"type": "reasoning", "summary": [], "content": None, "encrypted_content": "x"},
+            {"type": "function_call", "name": "shell", "arguments": "{}", "call_id": "1"},
+            {
+                "type": "function_call_output",
+                "call_id": "1",
+                "output": [{"type": "input_text", "text": "ok"}],
+            },
+        ],
+        "tools": [shell, {"type": "web_search", "external_web_access": False}],
+        **{"tool_choice": "auto", "parallel_tool_calls": False, "store": False, "stream": True},
+        **{"reasoning": {"effort": "medium", "summary": "auto"}, "include": ["reasoning.encrypted_content"]},
+        **{"prompt_cache_key": "k"},
+        **{"text": {"verbosity": "low"}, "service_tier": "priority"},
+    }
+    with caller.client() as client:
+        events = list(client.responses.create(**sent, extra_body={"client_metadata": {"x-codex": "1"}}))
+    calls = [item for item in events[-1].response.output if item.type == "function_call"]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("weather", {"city": "Oslo"})]
+
+
+def test_instructions_come_before_what_the_system_says(served: Served, talker: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(talker)
+
+    def tokens(messages: Any) -> int:
+        return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+
+    def sent(given_input: Any, **fields: Any) -> int:
+        made = served.client().responses.create(
+            model="talker", input=given_input, max_output_tokens=1, **fields
+        )
+        assert made.usage is not None
+        return made.usage.input_tokens
+
+    system = {"role": "system", "content": "12345"}
+    both = {"role": "system", "content": "abc\n\n12345"}
+    assert sent([system, *SAID], instructions="abc") == tokens([both, *SAID])
+    assert sent("hello", instructions="12345") == tokens([system, *SAID])
+    called: Any = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
+    output: Any = {"type": "function_call_output", "call_id": "1", "output": "sunny"}
+    turns = [{"role": "assistant", "content": ""}, {"role": "tool", "content": "sunny"}]
+    assert sent([called, output]) == tokens(turns)
+
+
+def test_a_model_whose_name_has_slashes(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flexinfer.serve.server, "name_of", lambda model: "org/talker")
+    with serving(talker) as server:
+        client = server.client()
+        assert client.models.retrieve("org/talker").id == "org/talker"
+        assert httpx.get(f"{server.url}/models/org/talker/").json()["id"] == "org/talker"
+        for other in ("talker", "org", "org/talker/x", "org//talker"):
+            assert httpx.get(f"{server.url}/models/{other}").status_code == 404
+        made = client.completions.create(model="org/talker", prompt="a", max_tokens=1)
+        assert made.model == "org/talker"
+
+
+def test_a_base_model_has_completions(
+    talker: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(talker, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    with serving(base) as server:
+        client = server.client()
+        for ask in (
+            lambda: client.chat.completions.create(model="base", messages=SAID),
+            lambda: client.responses.create(model="base", input="hello"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=r"no chat template.*/v1/completions"):
+                ask()
+        fields = {"client_metadata": {}, "unheard\x1b": 1, "user": "me"}
+        for _ in range(2):
+            made = client.completions.create(model="base", prompt=["once"], max_tokens=6, extra_body=fields)
+            assert made.choices[0].text == expected(talker, 6, "once")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "ignored" in line]
+    assert len(lines) == 1
+    assert "unheard\\x1b, user" in lines[0]
 
 
 # ---- with a draft
@@ -268,8 +503,9 @@ def test_a_stop_string_ends_a_drafted_text_at_the_same_token(
     for place in range(30, 60):
         stop = whole[place : place + 2]
         ends = whole.index(stop) + len(stop)
-        text, reason, used, _ = completed(drafting, stream, max_tokens=80, stop=[stop])
-        assert (text, reason, used) == (whole[:ends], "stop", ends)
+        stops = [stop, stop[1] + "\t"]
+        text, reason, used, _ = completed(drafting, stream, max_tokens=80, stop=stops)
+        assert (text, reason, used) == (whole[: ends - len(stop)], "stop", ends)
 
 
 def test_sampling_with_a_draft_is_repeatable_by_its_seed(drafting: Served) -> None:
@@ -299,6 +535,12 @@ def test_a_client_that_goes_away_stops_a_drafted_text_within_a_pass(
 
 def test_the_model_is_listed_and_the_server_healthy(served: Served) -> None:
     assert [model.id for model in served.client().models.list()] == ["talker"]
+    assert served.client().models.retrieve("talker").id == "talker"
+    with pytest.raises(openai.NotFoundError, match=r"'gpt-4' does not exist.*'talker'") as caught:
+        served.client().models.retrieve("gpt-4")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert httpx.get(f"{served.url}/models/").json() == httpx.get(f"{served.url}/models").json()
+    assert httpx.head(f"{served.url}/models").status_code == 200
     assert httpx.get(f"{served.root}/health").json() == {"status": "ok"}
 
 
@@ -347,7 +589,10 @@ DEEP = '{"messages": ' + "[" * 50_000
         ("/v1/completions", {"prompt": ""}, 400, "empty"),
         ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt"),
         ("/v1/chat/completions", {"messages": SAID, "n": 3}, 400, "n is 3"),
-        ("/v1/chat/completions", {"messages": SAID, "unheard_of": 1}, 422, "unheard_of"),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "float"}, 404, "/v1/completions"),
+        ("/v1", {}, 404, "/v1/chat/completions"),
+        ("/chat/completions", {"messages": SAID}, 404, "/v1/chat/completions"),
         ("/v1/chat/completions", {"messages": SAID, "model": "gpt-4"}, 404, "talker"),
         ("/v1/chat/completions", "{", 400, "JSON"),
         ("/v1/chat/completions", DEEP, 400, "JSON"),
@@ -395,7 +640,10 @@ def test_other_kinds_of_body_are_refused_as_browsers_send_them_unasked(served: S
 
 def test_a_page_that_calls_this_machine_by_a_name_of_its_own_is_refused(served: Served) -> None:
     port = served.root.rpartition(":")[2]
-    assert httpx.get(f"{served.url}/models", headers={"host": f"evil.example:{port}"}).status_code == 421
+    answer = httpx.get(f"{served.url}/models", headers={"host": f"evil.example:{port}"})
+    assert answer.status_code == 421
+    for part in (f"evil.example:{port}", "127.0.0.1, [::1], localhost", "--host 0.0.0.0"):
+        assert part in answer.json()["error"]["message"]
     assert httpx.get(f"{served.url}/models", headers={"host": f"localhost:{port}"}).status_code == 200
 
 
