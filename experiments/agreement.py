@@ -1,6 +1,6 @@
 """How far FlexInfer and llama.cpp agree on one GGUF file of a real model: the next token, the distribution, the perplexity.
 
-    python -m flexinfer.bench.agreement [FILE.gguf] [--positions 1000] [--record results/quality/agreement.jsonl]
+    python -m experiments.agreement [FILE.gguf] [--positions 1000] [--record results/quality/agreement.jsonl]
 
 Mechanism: each system computes the logits of the same token ids in one pass, with its KV cache, in a process of its own (both bring
 a ggml, and two of them do not share a process), and leaves them in a scratch directory as float32. A third of them, as a yardstick, is
@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexinfer.bench.provenance import provenance
-from flexinfer.bench.records import QUALITY, load_lines
+from experiments.provenance import provenance
+from experiments.records import QUALITY, load_lines
 
 TOPICS = ("objects", "execmodel")  # of pydoc_data.topics: "Objects, values and types" and "Execution model"
 MEMORY = "2GiB"  # FlexInfer's budget; streamed logits are the resident ones, bit for bit
@@ -187,7 +187,7 @@ def _in_process(task: str, model: Path, target: Path, told: str) -> None:
     command = [
         sys.executable,
         "-m",
-        "flexinfer.bench.agreement",
+        "experiments.agreement",
         "--task",
         task,
         str(model),
@@ -224,7 +224,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model: Path | None = arguments.model
     if model is None:
-        find = "from flexinfer.bench.smollm2 import smollm2_gguf; print(smollm2_gguf())"
+        find = "from experiments.smollm2 import smollm2_gguf; print(smollm2_gguf())"
         done = subprocess.run([sys.executable, "-c", find], stdout=subprocess.PIPE, text=True, check=True)
         model = Path(done.stdout.strip().splitlines()[-1])
     with tempfile.TemporaryDirectory(prefix="flexinfer-agreement-") as scratch:

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flexinfer.bench.figures import BOUND, GIB, finish
-from flexinfer.bench.records import Record
+from experiments.figures import BOUND, GIB, finish
+from experiments.records import Record
 
 MEASURED, PLANNED = "#0072B2", "#E69F00"
 

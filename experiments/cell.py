@@ -1,7 +1,7 @@
 """One measured cell: a fresh process in groups of its own, and the record of what came of it (DESIGN: Measuring).
 
 Mechanism: a helper process makes and describes the checkpoint. Then, inside one `Limits`: the bandwidth of direct reads,
-with the page cache dropped the system itself (flexinfer.bench.systems, run as a script), and the bandwidth again. Where
+with the page cache dropped the system itself (experiments.systems, run as a script), and the bandwidth again. Where
 tokens came out, the cost of a resident pass is measured, or taken from an earlier measurement. This process sleeps
 meanwhile and imports no torch: libraries it maps would be charged to it and make the cell's memory larger than it is.
 Whatever happens to the child is a record: killed (by the memory limit), timeout, missing, unsupported or error, with
@@ -17,7 +17,7 @@ The bound of a record (our choice, after the paper's equation 4) is 1 / max(c, (
   work); and no more than the fastest pass of the run itself, which computed too. Kept in the cache directory, for one
   CPU, number of cores, and versions.
 
-What it does not do: choose cells, order them, or write records to a file; that is flexinfer.bench.runner.
+What it does not do: choose cells, order them, or write records to a file; that is experiments.runner.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from flexinfer.bench import limits as limiting
-from flexinfer.bench import systems
-from flexinfer.bench.config import BITS_PER_WEIGHT, GGUF_FORMATS, CellConfig, ModelConfig, from_dict
-from flexinfer.bench.provenance import engine_commit, provenance
-from flexinfer.bench.records import Limits, Provenance, Record
+from experiments import limits as limiting
+from experiments import systems
+from experiments.config import BITS_PER_WEIGHT, GGUF_FORMATS, CellConfig, ModelConfig, from_dict
+from experiments.provenance import engine_commit, provenance
+from experiments.records import Limits, Provenance, Record
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 BANDWIDTH_S = 0.8  # of each way of reading; the first 0.3 do not count
 MIXTURE_TOKENS = 128  # of a prompt after which most experts of a layer have been used
 EXPERTS = re.compile(r"_exps\.|\.experts\.")  # tensors of experts
@@ -228,7 +228,7 @@ class Child:
 
 
 def run_child(job: dict[str, Any], timeout_s: float, limits: limiting.Limits | None = None) -> Child:
-    """Run flexinfer.bench.systems with `job` in a fresh process, inside `limits`, asleep until it ends."""
+    """Run experiments.systems with `job` in a fresh process, inside `limits`, asleep until it ends."""
     events = Path(job["scratch"]) / f"{uuid.uuid4().hex}.jsonl"
     argv = [job.get("python") or sys.executable, "-P", str(Path(systems.__file__))]
     cores = str(job["cores"])
@@ -293,7 +293,7 @@ def _described(told: str) -> str:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     cache_dir = str(Path(json.loads(told)["cache_dir"]).expanduser())
     done = subprocess.run(
-        [sys.executable, "-m", "flexinfer.bench.cell"],
+        [sys.executable, "-m", "experiments.cell"],
         input=told,
         capture_output=True,
         text=True,
@@ -489,14 +489,14 @@ def _make(model: ModelConfig, format: str, cache_dir: Path) -> Path:
     if model.kind == "path":
         return Path(str(model.path)).expanduser()
     if model.kind == "real":
-        from flexinfer.bench.smollm2 import make_smollm2, smollm2_gguf
+        from experiments.smollm2 import make_smollm2, smollm2_gguf
 
         return smollm2_gguf(cache_dir) if format in GGUF_FORMATS else make_smollm2(cache_dir)
     if format in GGUF_FORMATS:
-        from flexinfer.bench.gguf import make_gguf
+        from experiments.gguf import make_gguf
 
         return make_gguf(model, format, cache_dir)
-    from flexinfer.bench.synth import make_checkpoint
+    from experiments.synth import make_checkpoint
 
     return make_checkpoint(model, format, cache_dir)
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import pandas as pd
 
-from flexinfer.bench.figures import frame, summary
-from flexinfer.bench.records import Record
+from experiments.figures import frame, summary
+from experiments.records import Record
 
 NOISE = 0.03
 FEW_ROUNDS = 0.20

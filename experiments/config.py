@@ -48,7 +48,7 @@ class ExpertsConfig:
     used: int  # of each token
     architecture: str  # llama.cpp's: qwen3moe, or llama (Mixtral)
     popularity: float = (
-        1.0  # of an expert's share of the routing, the next one's: 1 is even (flexinfer.bench.gguf)
+        1.0  # of an expert's share of the routing, the next one's: 1 is even (experiments.gguf)
     )
 
     def __post_init__(self) -> None:
@@ -242,7 +242,7 @@ class WorkloadConfig:
         600.0  # the whole process, loading included; then it is killed and recorded as a timeout
     )
     prefill_tokens: list[int] = field(default_factory=list)  # prompts whose prefill is timed
-    # Real text (flexinfer.bench.texts) instead of the fixed prompt, each kind by generate() with up to max_tokens:
+    # Real text (experiments.texts) instead of the fixed prompt, each kind by generate() with up to max_tokens:
     texts: list[str] = field(default_factory=list)
     # or tokens that a draft has right before each that it has not, as seen elsewhere; the weights have no say in it
     replayed: list[int] = field(default_factory=list)

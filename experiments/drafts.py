@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flexinfer.bench.figures import BOUND, GIB, finish
-from flexinfer.bench.records import Record
+from experiments.figures import BOUND, GIB, finish
+from experiments.records import Record
 
 PLAIN = "flexinfer"  # the system without a draft
 # How each system looks, on every machine: colour and hatch.

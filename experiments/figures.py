@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from flexinfer.bench.records import (
+from experiments.records import (
     Record,
     bound_tokens_per_s,
     check_comparable,
@@ -120,8 +120,8 @@ def use_style() -> None:
 def find_records(results_dir: Path, command: str, tokens: str = "one by one") -> dict[str, list[Record]]:
     """The records below `results_dir` that may stand in one figure, by machine: the one with most records first.
 
-    `tokens`: "one by one"; "drafts": of real or replayed text (flexinfer.bench.drafts); "batches": of several sequences
-    (flexinfer.bench.batches). They are in no figure together.
+    `tokens`: "one by one"; "drafts": of real or replayed text (experiments.drafts); "batches": of several sequences
+    (experiments.batches). They are in no figure together.
     Those of the smoke model only where there are no others. Says which command makes records where there are none. Cells
     that have a limited record are shown without their unlimited ones. B and c of the bounds are a machine's (`with_common_costs`).
     """
@@ -765,7 +765,7 @@ def residents(records: Sequence[Record], title: str) -> Figure | None:
 
 
 def agreements(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row for each pair of systems in each record of flexinfer.bench.agreement, with the perplexity of both."""
+    """One row for each pair of systems in each record of experiments.agreement, with the perplexity of both."""
     rows = [
         {
             "CPU": line["provenance"]["cpu"],

@@ -11,7 +11,7 @@ what is left inside the groups and removes them, when the pipe closes: on a norm
 death of this process by any signal.
 
 Cost model: a read-bandwidth limit of b bytes/s makes n bytes read from the device take n / b, for direct reads and
-for page faults of mapped files alike (tests/bench/test_limits.py checks both); reads served by the page cache are
+for page faults of mapped files alike (tests/experiments/test_limits.py checks both); reads served by the page cache are
 free, which is why a cell drops it first.
 
 What it does not do: limit writes, the page cache that other groups already hold (shared libraries mapped by another

@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flexinfer.bench.records import QUALITY, Record, load_lines
+from experiments.records import QUALITY, Record, load_lines
 from flexinfer.expert_policies import HINDSIGHT
 
-COMMAND = "python -m flexinfer.bench.routing MODEL --record results/quality/routing.jsonl"
+COMMAND = "python -m experiments.routing MODEL --record results/quality/routing.jsonl"
 STYLES = {
     HINDSIGHT: ("black", "--"),
     "recency": ("#0072b2", "-"),
@@ -60,7 +60,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def load_routings(results_dir: Path) -> list[dict[str, Any]]:
-    """The lines of `flexinfer.bench.routing`, oldest first. Says which command makes them where there are none."""
+    """The lines of `experiments.routing`, oldest first. Says which command makes them where there are none."""
     return load_lines(results_dir / QUALITY / "routing.jsonl", COMMAND)
 
 

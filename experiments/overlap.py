@@ -1,6 +1,6 @@
 """What a pass takes on this machine while something else reads the disk. The bound takes it that reading costs computing nothing.
 
-    python -m flexinfer.bench.overlap MODEL [--memory 20GiB] [--rates 0.5 1 2] [--record results/quality/overlap.jsonl]
+    python -m experiments.overlap MODEL [--memory 20GiB] [--rates 0.5 1 2] [--record results/quality/overlap.jsonl]
 
 1 / max(c, (S - R) / B) is what no system beats: c is measured while nothing is read, B while nothing is computed. On a virtual machine both share
 memory, caches and cores with each other and with what carries the reads, and c grows with the rate. Here a model that is all in memory decodes,
@@ -25,9 +25,9 @@ from typing import Any
 
 import pandas as pd
 
-from flexinfer.bench.provenance import provenance
-from flexinfer.bench.records import QUALITY, Record, load_lines
-from flexinfer.bench.systems import FlexInfer, bytes_read, prompt_ids
+from experiments.provenance import provenance
+from experiments.records import QUALITY, Record, load_lines
+from experiments.systems import FlexInfer, bytes_read, prompt_ids
 from flexinfer.formats.checkpoint import Checkpoint
 
 CONTEXT, PROMPT_TOKENS = 256, 128  # tokens; the prompt fills a cache of experts
@@ -101,7 +101,7 @@ def medians(record: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 def load(results_dir: Path) -> list[dict[str, Any]]:
     """The records, oldest first. Says which command makes them where there are none."""
-    return load_lines(results_dir / QUALITY / "overlap.jsonl", "python -m flexinfer.bench.overlap MODEL")
+    return load_lines(results_dir / QUALITY / "overlap.jsonl", "python -m experiments.overlap MODEL")
 
 
 def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """What quantising costs in quality: the perplexity of a checkpoint and of copies of it, by ggml's types, as records.
 
-    python -m flexinfer.bench.perplexity CHECKPOINT --types q4_0,q4_k,q8_0 --record results/quality/perplexity.jsonl
+    python -m experiments.perplexity CHECKPOINT --types q4_0,q4_k,q8_0 --record results/quality/perplexity.jsonl
 
 The text is Python's own documentation (`pydoc_data.topics`), which lies on every machine, or a file (--text). It is cut into windows that do not
 overlap, each begun without memory of the one before; the result is the exponential of the mean negative log-likelihood of all tokens but the
@@ -19,9 +19,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import flexinfer
-from flexinfer.bench.agreement import documentation
-from flexinfer.bench.provenance import provenance
-from flexinfer.bench.synth import default_cache_dir
+from experiments.agreement import documentation
+from experiments.provenance import provenance
+from experiments.synth import default_cache_dir
 from flexinfer.formats.quantize import KINDS, Report, quantize
 from flexinfer.formats.skeleton import resolve
 

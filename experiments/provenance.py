@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from flexinfer.bench.limits import LimitError, block_device
-from flexinfer.bench.records import Provenance
+from experiments.limits import LimitError, block_device
+from experiments.records import Provenance
 
 PACKAGES = (
     "flexinfer",
@@ -28,17 +28,13 @@ PACKAGES = (
     "airllm",
     "ollm",
 )
-CODE = (
-    "flexinfer",
-    "conf",
-    "scripts",
-    "pyproject.toml",
-)  # a change elsewhere does not change what is measured
+# A change elsewhere does not change what is measured.
+CODE = ("flexinfer", "experiments", "conf", "scripts", "pyproject.toml")
 
 WIDE_VECTORS = {"avx512f": "AVX-512", "amx_tile": "AMX"}  # flag of /proc/cpuinfo -> name
 
 
-def provenance(checkpoint: Path, root: Path = Path(__file__).parents[2]) -> Provenance:
+def provenance(checkpoint: Path, root: Path = Path(__file__).parents[1]) -> Provenance:
     """Of a measurement that starts now, here, on `checkpoint` (or its nearest existing parent)."""
     status = _git(root, "status", "--porcelain", "--", *CODE)
     return Provenance(
@@ -55,9 +51,9 @@ def provenance(checkpoint: Path, root: Path = Path(__file__).parents[2]) -> Prov
     )
 
 
-def engine_commit(root: Path = Path(__file__).parents[2]) -> str:
-    """The last commit that changed the package, the tools that measure it among it; empty outside a checkout."""
-    return _git(root, "log", "-1", "--format=%H", "--", "flexinfer")
+def engine_commit(root: Path = Path(__file__).parents[1]) -> str:
+    """The last commit that changed the engine or the harness; empty outside a checkout."""
+    return _git(root, "log", "-1", "--format=%H", "--", "flexinfer", "experiments")
 
 
 def cpu_name(cpuinfo: Path) -> str:

@@ -30,14 +30,14 @@ from pydantic import (
     model_validator,
 )
 
-from flexinfer.bench.config import CellConfig, from_dict
+from experiments.config import CellConfig, from_dict
 from flexinfer.messages import one_line, shown
 
 SCHEMA_VERSION: Literal[1] = 1
 RELIABILITY, QUALITY = (
     "reliability",
     "quality",
-)  # folders with lines of other kinds (flexinfer.bench.reliability, .agreement)
+)  # folders with lines of other kinds (experiments.reliability, .agreement)
 OLDER = "older"  # folder with the records of earlier engines, each a results directory under its version
 DERIVED = ("cell_key", "tokens_per_s", "bound_tokens_per_s", "ratio")
 FINISHED = ("ok", "killed", "timeout", "unsupported")  # not done again; error and missing are

@@ -1,7 +1,7 @@
 """Tables and figures of what `results/reliability` holds: soaks, budgets that follow, fuzzing. It runs and writes nothing but figures.
 
-One JSON Lines file for each kind: `soak.jsonl` and `large.jsonl` (flexinfer.bench.soak), `pressure.jsonl`
-(flexinfer.bench.pressure), `fuzz.jsonl` (flexinfer.bench.fuzz). Every line carries the provenance of its run.
+One JSON Lines file for each kind: `soak.jsonl` and `large.jsonl` (tests.stress.soak), `pressure.jsonl`
+(tests.stress.pressure), `fuzz.jsonl` (tests.stress.fuzz). Every line carries the provenance of its run.
 """
 
 import math
@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from flexinfer.bench.figures import LOOKS
-from flexinfer.bench.records import RELIABILITY, Provenance, load_lines
+from experiments.figures import LOOKS
+from experiments.records import RELIABILITY, Provenance, load_lines
 
 MIB, GIB = 2**20, 2**30
 COMMANDS = {
     "soak": "make soak",
-    "large": "python -m flexinfer.bench.soak --large --record results/reliability/large.jsonl",
-    "pressure": "python -m flexinfer.bench.pressure MODEL",
+    "large": "python -m tests.stress.soak --large --record results/reliability/large.jsonl",
+    "pressure": "python -m tests.stress.pressure MODEL",
     "fuzz": "make fuzz",
 }
 

@@ -1,6 +1,6 @@
 """Records which experts a mixture asks for, and what policies of a cache make of it, beside the best in hindsight.
 
-    python -m flexinfer.bench.routing MODEL --tokens 256 --record results/quality/routing.jsonl
+    python -m experiments.routing MODEL --tokens 256 --record results/quality/routing.jsonl
 
 A routing is what each layer of each token is routed to (`Engine.record_routing`), decoding the text of a prompt token by token. For
 caches of several shares of all experts the misses of each policy are counted (flexinfer.expert_policies), and those of Belady's rule; the first
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import flexinfer
-from flexinfer.bench.provenance import provenance
-from flexinfer.bench.synth import default_cache_dir
-from flexinfer.bench.systems import prompt_ids
+from experiments.provenance import provenance
+from experiments.synth import default_cache_dir
+from experiments.systems import prompt_ids
 from flexinfer.expert_policies import HINDSIGHT, POLICIES, fewest_misses, misses
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)

@@ -3,8 +3,8 @@
 Mechanism: a comparison (`RunConfig`) is a list of cells in the order round, budget, system: the systems take turns at every
 budget, so that a slow drift of the machine meets all of them. Several comparisons on one model and device are
 merged in that order, so that a run that is stopped early has whole rounds. All systems of a comparison read the same file of weights; where checkpoints are
-deleted (the models that fill a disk), it goes when its cells are done. A cell is measured by `run_cell` (flexinfer.bench.cell), which is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
-loses the cell in hand and no more. A cell is finished when a record of the same key (flexinfer.bench.config) and the
+deleted (the models that fill a disk), it goes when its cells are done. A cell is measured by `run_cell` (experiments.cell), which is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
+loses the cell in hand and no more. A cell is finished when a record of the same key (experiments.config) and the
 same machine and engine is anywhere below results/, whichever experiment asked for it: experiments share cells.
 Cost model: time left is the mean seconds of the system's own finished cells, or of all where it has none yet.
 It measures nothing itself, and it does not retry: cells that failed with an error, or for want of a package, are tried again
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flexinfer.bench.config import (
+from experiments.config import (
     CellConfig,
     ModelConfig,
     RunConfig,
@@ -34,7 +34,7 @@ from flexinfer.bench.config import (
     resolve_budget_bytes,
     weight_bytes,
 )
-from flexinfer.bench.records import (
+from experiments.records import (
     FINISHED,
     Provenance,
     Record,

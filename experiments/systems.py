@@ -21,7 +21,7 @@ How each system is driven:
 When all is decoded, prefills are timed, if the workload has any: each length PREFILL_REPEATS times, every one from an empty
 cache to the first token, with logits of the last position alone.
 
-What it does not do: limit itself. The groups are the parent's (flexinfer.bench.cell).
+What it does not do: limit itself. The groups are the parent's (experiments.cell).
 """
 
 import contextlib
@@ -409,7 +409,7 @@ def measure_texts(job: dict[str, Any], system: System, emit: Callable[..., None]
     """Decode real or replayed text by `generate()`; what drafts give is in the engine's word, by kind of text."""
     if not isinstance(system, FlexInfer):
         raise UnsupportedError("texts are decoded by flexinfer alone")
-    texts = importlib.import_module("flexinfer.bench.texts")
+    texts = importlib.import_module("experiments.texts")
     job["prompt_ids"] = prompt_ids(job["prompt_tokens"], job["vocab"])
     found = texts.decode(system.model, job, emit, bytes_read)
     emit("engine", told=system.engine() | {"texts": found})

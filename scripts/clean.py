@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from flexinfer.bench.runner import checkpoints, delete_checkpoints, size_bytes
+from experiments.runner import checkpoints, delete_checkpoints, size_bytes
 from flexinfer.plan import format_size
 
 

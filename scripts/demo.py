@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from flexinfer.bench.limits import Limits
+from experiments.limits import Limits
 from flexinfer.plan import format_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from flexinfer.bench.records import Record
+    from experiments.records import Record
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("outputs/demo")  # below ROOT
@@ -38,7 +38,7 @@ LIMIT_BYTES = 520 << 20
 LARGE_LIMIT_BYTES = 1400 << 20  # conf/exp/demo.yaml
 NEEDED_BYTES = {"smollm2-135m-instruct": 500_000_000, "synthetic/llama-3b-like-bf16-*": 3_000_000_000}
 
-MAKE_MODEL = "from flexinfer.bench.smollm2 import make_smollm2; print(make_smollm2())"
+MAKE_MODEL = "from experiments.smollm2 import make_smollm2; print(make_smollm2())"
 ANSWER = """
 import json, sys
 from pathlib import Path
@@ -141,8 +141,8 @@ def large_model(console: Console) -> bool:
     command = [sys.executable, "scripts/run.py", "+exp=demo", f"results_dir={RESULTS}", "resume=false"]
     if subprocess.run(command, check=False).returncode:
         return False
-    from flexinfer.bench import figures
-    from flexinfer.bench.records import load_records
+    from experiments import figures
+    from experiments.records import load_records
 
     records = load_records(RESULTS)
     table = Table("system", "tokens/s", "read per token", "peak of the limit", "achieved / bound")
@@ -170,7 +170,7 @@ def draw(records: "list[Record]") -> "Figure":
     """Four panels, a bar for each system: speed, bytes read per token, peak memory, achieved / bound."""
     import matplotlib.pyplot as plt
 
-    from flexinfer.bench.figures import BOUND, LOOKS, finish
+    from experiments.figures import BOUND, LOOKS, finish
 
     panels: list[tuple[str, Callable[[Record], float], float | None, str]] = [
         (

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests" / "bench"))
+sys.path.append(str(ROOT / "tests" / "experiments"))
 
 from bench_samples import make_cell, make_record  # noqa: E402
 
-from flexinfer.bench.config import SystemConfig  # noqa: E402
-from flexinfer.bench.records import Record  # noqa: E402
-from flexinfer.bench.runner import save  # noqa: E402
+from experiments.config import SystemConfig  # noqa: E402
+from experiments.records import Record  # noqa: E402
+from experiments.runner import save  # noqa: E402
 
 matplotlib.use("Agg")
 

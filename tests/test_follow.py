@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_budget import make_big
 
-from flexinfer.bench.limits import Limits, find_place
+from experiments.limits import Limits, find_place
 from flexinfer.follow import CALM_POLLS, HYSTERESIS, Follower, next_budget
 
 MIB = 1 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flexinfer.bench.config import (
+from experiments.config import (
     CellConfig,
     DeviceConfig,
     ModelConfig,
@@ -16,7 +16,7 @@ from flexinfer.bench.config import (
     SystemConfig,
     WorkloadConfig,
 )
-from flexinfer.bench.records import Limits, Provenance, Record
+from experiments.records import Limits, Provenance, Record
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"cpu": "Test CPU", "cores": 2, "memory_bytes": 16 * 2**30}

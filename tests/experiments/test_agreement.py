@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexinfer.bench import agreement
-from flexinfer.bench.config import ShapeConfig
-from flexinfer.bench.gguf import write_synthetic
+from experiments import agreement
+from experiments.config import ShapeConfig
+from experiments.gguf import write_synthetic
 
 
 def test_numbers_of_known_distributions() -> None:

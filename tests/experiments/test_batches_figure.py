@@ -7,9 +7,9 @@ import matplotlib.pyplot as plt
 import pytest
 from bench_samples import make_cell, make_record
 
-from flexinfer.bench import batches, figures
-from flexinfer.bench.config import WorkloadConfig
-from flexinfer.bench.records import Record, append_record
+from experiments import batches, figures
+from experiments.config import WorkloadConfig
+from experiments.records import Record, append_record
 
 
 def record(count: int, pass_s: float) -> Record:

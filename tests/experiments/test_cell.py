@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from bench_samples import make_cell, make_record
 
-from flexinfer.bench import cell as cells
-from flexinfer.bench import systems
-from flexinfer.bench.config import (
+from experiments import cell as cells
+from experiments import systems
+from experiments.config import (
     CellConfig,
     DeviceConfig,
     ModelConfig,
@@ -21,9 +21,9 @@ from flexinfer.bench.config import (
     SystemConfig,
     WorkloadConfig,
 )
-from flexinfer.bench.limits import find_place
-from flexinfer.bench.records import append_record, load_records
-from flexinfer.bench.runner import outcome
+from experiments.limits import find_place
+from experiments.records import append_record, load_records
+from experiments.runner import outcome
 
 PLACE = find_place()
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
@@ -181,7 +181,7 @@ def test_a_crash_keeps_the_events_before_it(job: dict[str, Any], tmp_path: Path)
 
 
 def test_the_measuring_process_maps_no_torch() -> None:
-    program = "import sys, flexinfer.bench.cell; print('torch' in sys.modules)"
+    program = "import sys, experiments.cell; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

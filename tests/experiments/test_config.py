@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from flexinfer.bench.config import (
+from experiments.config import (
     CellConfig,
     ConfigError,
     ModelConfig,
@@ -28,7 +28,7 @@ from flexinfer.bench.config import (
     resolve_budget_bytes,
     weight_bytes,
 )
-from flexinfer.bench.runner import cells_of
+from experiments.runner import cells_of
 
 EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf" / "exp").glob("*.yaml"))
 GROUPS = ("model", "system", "device", "budget", "workload")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from bench_samples import make_cell, make_record
 
-from flexinfer.bench import cell as cells
-from flexinfer.bench import drafts, figures
-from flexinfer.bench.config import ConfigError, ModelConfig, ShapeConfig, SystemConfig, WorkloadConfig
-from flexinfer.bench.records import Record, append_record, load_records
-from flexinfer.bench.texts import PERIOD, Replay
+from experiments import cell as cells
+from experiments import drafts, figures
+from experiments.config import ConfigError, ModelConfig, ShapeConfig, SystemConfig, WorkloadConfig
+from experiments.records import Record, append_record, load_records
+from experiments.texts import PERIOD, Replay
 
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
 REPLAYED = WorkloadConfig(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flexinfer.bench.limits import LimitError, Limits, block_device, core_set, drop_page_cache, find_place
+from experiments.limits import LimitError, Limits, block_device, core_set, drop_page_cache, find_place
 
 PLACE = find_place()
 needs_memory = pytest.mark.skipif(PLACE.memory is None, reason=f"no memory groups here: {PLACE.why_not}")
@@ -35,7 +35,7 @@ print(size / (time.perf_counter() - start_s))
 OWNER = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
-from flexinfer.bench.limits import Limits
+from experiments.limits import Limits
 with Limits(memory_bytes=64 << 20) as limits:
     child = subprocess.Popen(limits.command(["sleep", "600"]))
     while not any((group / "cgroup.procs").read_text().strip() for group in limits.groups):

@@ -17,8 +17,8 @@ from bench_samples import MACHINE, ROOT, make_cell, make_record
 from nbclient import NotebookClient
 from small_model import CONFIG, add_tokenizer
 
-from flexinfer.bench import claims, drafts, figures, mixtures
-from flexinfer.bench.config import (
+from experiments import claims, drafts, figures, mixtures
+from experiments.config import (
     DeviceConfig,
     ExpertsConfig,
     ModelConfig,
@@ -26,11 +26,11 @@ from flexinfer.bench.config import (
     SystemConfig,
     WorkloadConfig,
 )
-from flexinfer.bench.records import QUALITY, RELIABILITY, Record, RecordError, load_records
-from flexinfer.bench.runner import save
-from flexinfer.bench.soak import draw
+from experiments.records import QUALITY, RELIABILITY, Record, RecordError, load_records
+from experiments.runner import save
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
 from flexinfer.notebook import last_pass
+from tests.stress.soak import draw
 
 ALL_NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOKS = [file for file in ALL_NOTEBOOKS if file.stem != "use"]  # those that draw records

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from bench_samples import make_cell, make_record
 
-from flexinfer.bench.config import DeviceConfig, ShapeConfig
-from flexinfer.bench.gguf import write_synthetic
-from flexinfer.bench.overlap import attainable_s, measure, medians, table
+from experiments.config import DeviceConfig, ShapeConfig
+from experiments.gguf import write_synthetic
+from experiments.overlap import attainable_s, measure, medians, table
 
 FREE = [(0.0, 2.0), (1.0, 2.0), (4.0, 2.0)]  # reading costs computing nothing
 DEAR = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0)]  # a second more for each byte/s
@@ -83,6 +83,6 @@ def test_a_record_has_passes_alone_and_beside_reads(model: Path) -> None:
 
 
 def test_a_model_that_is_streamed_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexinfer.bench.overlap.STREAMS_BYTES", -1)
+    monkeypatch.setattr("experiments.overlap.STREAMS_BYTES", -1)
     with pytest.raises(ValueError, match="give it memory"):
         measure(model, "2GiB", [], rounds=1, passes=1)

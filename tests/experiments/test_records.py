@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flexinfer.bench.config import SystemConfig
-from flexinfer.bench.provenance import cpu_name, provenance
-from flexinfer.bench.records import (
+from experiments.config import SystemConfig
+from experiments.provenance import cpu_name, provenance
+from experiments.records import (
     DERIVED,
     OLDER,
     Limits,

@@ -6,8 +6,8 @@ import re
 import pytest
 from bench_samples import ROOT
 
-from flexinfer.bench import claims, figures, reliability
-from flexinfer.bench.records import Record
+from experiments import claims, figures, reliability
+from experiments.records import Record
 
 RESULTS = ROOT / "results"
 WEIGHTS = {"bf16": "BF16"}  # as the README has them, where the records have another name

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from bench_samples import ROOT
 
-from flexinfer.bench import routing
-from flexinfer.bench.cell import _describe, run_child
-from flexinfer.bench.config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
-from flexinfer.bench.gguf import deviations, file_bytes, make_gguf
-from flexinfer.bench.records import load_records
+from experiments import routing
+from experiments.cell import _describe, run_child
+from experiments.config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
+from experiments.gguf import deviations, file_bytes, make_gguf
+from experiments.records import load_records
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
 
 

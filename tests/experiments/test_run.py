@@ -8,8 +8,8 @@ import pytest
 from bench_samples import make_cell, make_record
 from rich.console import Console
 
-from flexinfer.bench import figures
-from flexinfer.bench.config import (
+from experiments import figures
+from experiments.config import (
     BudgetConfig,
     CellConfig,
     ConfigError,
@@ -21,8 +21,8 @@ from flexinfer.bench.config import (
     WorkloadConfig,
     weight_bytes,
 )
-from flexinfer.bench.records import Record, load_records
-from flexinfer.bench.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_tables, run
+from experiments.records import Record, load_records
+from experiments.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_tables, run
 
 HERE = make_record().provenance
 

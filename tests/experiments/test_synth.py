@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import experiments.synth
 import flexinfer
-import flexinfer.bench.synth
-from flexinfer.bench.config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
-from flexinfer.bench.perplexity import perplexity
-from flexinfer.bench.smollm2 import make_smollm2
-from flexinfer.bench.synth import default_cache_dir, make_checkpoint, make_once
+from experiments.config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
+from experiments.perplexity import perplexity
+from experiments.smollm2 import make_smollm2
+from experiments.synth import default_cache_dir, make_checkpoint, make_once
 from flexinfer.formats.checkpoint import Checkpoint
 
 SHAPE = {"hidden": 256, "intermediate": 640, "layers": 5, "heads": 4, "kv_heads": 2, "vocab": 1000}
@@ -25,7 +25,7 @@ def model_of(tie: bool = False, name: str = "tiny") -> ModelConfig:
 
 @pytest.fixture(autouse=True)
 def _small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flexinfer.bench.synth, "POOL_BYTES", 2**20)
+    monkeypatch.setattr(experiments.synth, "POOL_BYTES", 2**20)
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
@@ -60,7 +60,7 @@ def test_it_is_made_once_and_a_broken_one_again(tmp_path: Path, monkeypatch: pyt
         def die(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr(flexinfer.bench.synth, "_config", die)
+        patched.setattr(experiments.synth, "_config", die)
         with pytest.raises(KeyboardInterrupt):
             make_checkpoint(model_of(), "bf16", tmp_path, progress=False)
     assert not [file for file in (tmp_path / "synthetic").glob("*/config.json")]
@@ -74,7 +74,7 @@ def test_it_is_made_once_and_a_broken_one_again(tmp_path: Path, monkeypatch: pyt
 
 
 def test_shards_are_cut_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flexinfer.bench.synth, "SHARD_BYTES", 1_000_000)
+    monkeypatch.setattr(experiments.synth, "SHARD_BYTES", 1_000_000)
     path = make_checkpoint(model_of(), "bf16", tmp_path, progress=False)
     checkpoint = Checkpoint.open(path)
     assert len(checkpoint.files) > 3

@@ -10,11 +10,11 @@ import gguf
 import numpy as np
 import pytest
 
+from experiments import systems
+from experiments.cell import _describe, run_child
+from experiments.config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
+from experiments.gguf import file_bytes, make_gguf, write_synthetic
 from flexinfer import cli
-from flexinfer.bench import systems
-from flexinfer.bench.cell import _describe, run_child
-from flexinfer.bench.config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
-from flexinfer.bench.gguf import file_bytes, make_gguf, write_synthetic
 
 SHAPE = ShapeConfig(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
 
@@ -51,7 +51,7 @@ def measured(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from flexinfer.bench.synth import make_checkpoint
+    from experiments.synth import make_checkpoint
 
     return make_checkpoint(
         ModelConfig("tiny", shape=SHAPE), "bf16", tmp_path_factory.mktemp("cache"), progress=False

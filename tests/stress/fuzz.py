@@ -1,13 +1,13 @@
 """Coverage-guided fuzzing of what a stranger may have written: headers, indices, configurations, GGUF files and records.
 
-A target is one reader and the errors it documents. Inputs are the files themselves; they are changed by their format (flexinfer.bench.changes,
-flexinfer.bench.gguf_changes) or as bytes, and atheris keeps those that reach new code. Each input is judged: anything but the documented
+A target is one reader and the errors it documents. Inputs are the files themselves; they are changed by their format (tests.stress.json_changes,
+tests.stress.gguf_changes) or as bytes, and atheris keeps those that reach new code. Each input is judged: anything but the documented
 error that names the file is a finding, and so are files opened outside the checkpoint, sockets, processes, prompts, memory or seconds out of
 proportion to the input, descriptors and threads left. A finding is saved beside the corpus and counted once for each
 kind and place; fuzzing goes on. One JSON line a run goes to the record.
 
     pip install -e '.[bench,fuzz]'
-    python -m flexinfer.bench.fuzz header --seconds 3600 --corpus outputs/fuzz --record results/reliability/fuzz.jsonl
+    python -m tests.stress.fuzz header --seconds 3600 --corpus outputs/fuzz --record results/reliability/fuzz.jsonl
 
 Targets, seeds and judge need no atheris: the tests run them on the seeds.
 """
@@ -37,8 +37,8 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-from flexinfer.bench.changes import MAX_INPUT_BYTES, Keys, change_framed, change_lines, framed
-from flexinfer.bench.gguf_changes import ARCHITECTURE, change_gguf
+from tests.stress.gguf_changes import ARCHITECTURE, change_gguf
+from tests.stress.json_changes import MAX_INPUT_BYTES, Keys, change_framed, change_lines, framed
 
 MAX_MEMORY_BYTES = 64 << 20  # that reading one input may take beside what was there
 MAX_ADDRESS_BYTES = 4 << 30  # the same for memory that is asked for and not touched
@@ -246,7 +246,7 @@ def _gguf_keys() -> Keys:
 
 def _record_seeds(folder: Path) -> list[bytes]:
     """A line of each experiment that has been recorded here, and a small one."""
-    from flexinfer.bench.records import QUALITY, RELIABILITY, Record
+    from experiments.records import QUALITY, RELIABILITY, Record
 
     files = [
         file
@@ -265,7 +265,7 @@ def _place_records(data: bytes, folder: Path) -> Path:
 
 
 def _read_records(file: Path) -> None:
-    from flexinfer.bench.records import Record, load_records, with_common_costs
+    from experiments.records import Record, load_records, with_common_costs
 
     records = load_records(file)
     for record in [*records, *with_common_costs(records)]:
@@ -275,7 +275,7 @@ def _read_records(file: Path) -> None:
 
 
 def _record_errors() -> tuple[type[Exception], ...]:
-    from flexinfer.bench.records import RecordError
+    from experiments.records import RecordError
 
     return (RecordError,)
 
@@ -376,7 +376,7 @@ TARGETS: dict[str, Target] = {
         place=_place_records,
         read=_read_records,
         errors=_record_errors,
-        modules=("flexinfer.bench.config", "flexinfer.bench.records"),
+        modules=("experiments.config", "experiments.records"),
         keys=lambda: {"cell": [{}], "limits": [{"method": "v1"}], "engine": [{"a": 1}], "ratio": [None]},
     ),
 }
@@ -587,7 +587,7 @@ class Watch:
     def __init__(self) -> None:
         paths = sysconfig.get_paths()
         folders = [os.path.realpath(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-        folders = [f"{one}/" for one in (*folders, ROOT / "flexinfer", "/proc")]
+        folders = [f"{one}/" for one in (*folders, ROOT / "flexinfer", ROOT / "experiments", "/proc")]
         self._libraries = (*folders, "/dev/null", "/dev/urandom")
         self._folder = ""
         self.seen: list[str] = []
@@ -795,7 +795,7 @@ def _scratch() -> str | None:
 
 def fuzz(name: str, seconds: int, corpus: Path, record_file: Path | None) -> dict[str, Any]:
     """Fuzz for `seconds`, in a process that is begun anew if an input ends it. Returns the record, and appends it to the file."""
-    from flexinfer.bench.provenance import provenance
+    from experiments.provenance import provenance
 
     (corpus / name).mkdir(parents=True, exist_ok=True)
     findings = corpus / f"{name}-findings"
@@ -815,7 +815,7 @@ def fuzz(name: str, seconds: int, corpus: Path, record_file: Path | None) -> dic
             ) as scratch,  # libFuzzer ends without cleaning up
         ):
             done = subprocess.run(
-                [sys.executable, "-m", "flexinfer.bench.fuzz", name, *arguments],
+                [sys.executable, "-m", "tests.stress.fuzz", name, *arguments],
                 env=os.environ | {"PYTHONHASHSEED": "0", "TMPDIR": scratch},
                 stdout=log,
                 stderr=log,
@@ -855,7 +855,7 @@ def _cpu_of_children_s() -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when nothing was found."""
-    parser = argparse.ArgumentParser(prog="python -m flexinfer.bench.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.fuzz", description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, default=Path("outputs/fuzz"), help="kept and gone on with")

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from flexinfer.bench.changes import MAX_INPUT_BYTES, WILD, Keys
+from tests.stress.json_changes import MAX_INPUT_BYTES, WILD, Keys
 
 START = b"GGUF"
 ALIGNMENT, MAX_ALIGNMENT = 32, 4096

@@ -1,7 +1,7 @@
 """Changes of an input for fuzzing: a JSON document with a wild number, a key of another file, a value moved.
 
 Each follows from a seed, and leaves most of the input right, so that readers are taken beyond their first check.
-GGUF files have flexinfer.bench.gguf_changes.
+GGUF files have tests.stress.gguf_changes.
 """
 
 import copy

@@ -3,7 +3,7 @@
 One group holds `memory` bytes and no swap. In it a model loaded with memory="auto" and follow=True makes text, and after a while a neighbour
 takes `take` bytes, keeps them, and returns them. One JSON object a run goes to the record.
 
-    python -m flexinfer.bench.pressure MODEL --memory 3GiB --take 1GiB --record results/reliability/pressure.jsonl
+    python -m tests.stress.pressure MODEL --memory 3GiB --take 1GiB --record results/reliability/pressure.jsonl
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from flexinfer.bench.limits import Limits
-from flexinfer.bench.provenance import provenance
+from experiments.limits import Limits
+from experiments.provenance import provenance
 from flexinfer.plan import parse_size
 
 BEFORE_S, HELD_S, AFTER_S = 20.0, 30.0, 45.0
@@ -35,7 +35,7 @@ sys.stdin.read()
 def run(model: str, memory_bytes: int, take_bytes: int, context: int) -> dict[str, Any]:
     """One run; what happened, by the second. Raises RuntimeError when a process ended as it should not."""
     with Limits(memory_bytes=memory_bytes) as limits:
-        arguments = [sys.executable, "-m", "flexinfer.bench.pressure", model, "--role", str(context)]
+        arguments = [sys.executable, "-m", "tests.stress.pressure", model, "--role", str(context)]
         ours = subprocess.Popen(
             limits.command(arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -127,7 +127,7 @@ def follow(model_path: str, context: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints where the run was recorded."""
-    parser = argparse.ArgumentParser(prog="python -m flexinfer.bench.pressure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.pressure", description=__doc__)
     parser.add_argument("model", help="checkpoint directory")
     parser.add_argument("--memory", default="3GiB", help="of the group")
     parser.add_argument("--take", default="1GiB", help="what the neighbour takes")

@@ -5,7 +5,7 @@ a chat or a completion, streamed or not, with a prompt and an answer of some len
 clients get is compared with what stock transformers says, token by token. Nothing may be killed, wrong, hung or answered otherwise than it
 should be, and the server has to stop when it is told to. One JSON line a run goes to the record.
 
-    python -m flexinfer.bench.serve --minutes 30 --record results/reliability/serve.jsonl
+    python -m tests.stress.serve --minutes 30 --record results/reliability/serve.jsonl
 """
 
 import argparse
@@ -28,9 +28,9 @@ from typing import Any
 
 import httpx
 
-from flexinfer.bench.limits import Limits
-from flexinfer.bench.provenance import provenance
-from flexinfer.bench.smollm2 import make_smollm2
+from experiments.limits import Limits
+from experiments.provenance import provenance
+from experiments.smollm2 import make_smollm2
 from flexinfer.interrupt import terminable
 from flexinfer.plan import format_size
 
@@ -393,7 +393,7 @@ def _measured(
 
 def main(argv: list[str] | None = None) -> int:
     """0 when nothing was killed, wrong, hung or answered otherwise than it should be."""
-    parser = argparse.ArgumentParser(prog="python -m flexinfer.bench.serve", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.serve", description=__doc__)
     parser.add_argument("model", nargs="?", help="checkpoint directory (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--clients", type=int, default=8)

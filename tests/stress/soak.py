@@ -5,8 +5,8 @@ blocks, which that cannot multiply, flexinfer with all of them resident), and le
 the same calls, one after another. Outputs are compared token by token, logits bit by bit. A call that is to be refused must be refused before
 anything runs. One JSON line a case goes to the record; finished cases are skipped, so that a soak can be gone on with; those that ended badly are run again.
 
-    python -m flexinfer.bench.soak 1000 --record results/reliability/soak.jsonl
-    python -m flexinfer.bench.soak --large --record results/reliability/large.jsonl
+    python -m tests.stress.soak 1000 --record results/reliability/soak.jsonl
+    python -m tests.stress.soak --large --record results/reliability/large.jsonl
 """
 
 import argparse
@@ -27,9 +27,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from flexinfer.bench.limits import Limits
-from flexinfer.bench.provenance import provenance
-from flexinfer.bench.synth import default_cache_dir
+from experiments.limits import Limits
+from experiments.provenance import provenance
+from experiments.synth import default_cache_dir
 
 if TYPE_CHECKING:
     from flexinfer.plan import PassShape
@@ -608,7 +608,7 @@ def _process(
     role: str, case: Case, path: Path, memory: int = 0, limits: Limits | None = None
 ) -> subprocess.CompletedProcess[str]:
     arguments = json.dumps([role, asdict(case), str(path), memory])
-    command = [sys.executable, "-m", "flexinfer.bench.soak", "--role", arguments]
+    command = [sys.executable, "-m", "tests.stress.soak", "--role", arguments]
     return subprocess.run(
         limits.command(command) if limits else command,
         env=os.environ | {"FLEXINFER_SOAK_MEMORY": str(memory)},
@@ -667,7 +667,7 @@ def soak(
 
 def main(argv: list[str] | None = None) -> int:
     """0 when nothing was killed, wrong, hung, left behind or in error."""
-    parser = argparse.ArgumentParser(prog="python -m flexinfer.bench.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.soak", description=__doc__)
     parser.add_argument("generations", type=int, nargs="?", default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)

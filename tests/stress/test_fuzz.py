@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flexinfer.bench import fuzz
-from flexinfer.bench.fuzz import KEPT, TARGETS, Target, judge
 from flexinfer.formats.checkpoint import CheckpointError
+from tests.stress import fuzz
+from tests.stress.fuzz import KEPT, TARGETS, Target, judge
 
 CHANGES = {"header": 300, "index": 300, "config": 60, "gguf": 200, "records": 150}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flexinfer.bench.limits import find_place
-from flexinfer.bench.soak import BAD, CALLS, FAMILIES, Call, Case, draw, judge, large, run_case
+from experiments.limits import find_place
+from tests.stress.soak import BAD, CALLS, FAMILIES, Call, Case, draw, judge, large, run_case
 
 SMALL = Case(
     seed=0,
