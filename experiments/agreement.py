@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.provenance import provenance
-from experiments.records import QUALITY, load_lines
+from experiments.record_files import QUALITY, load_lines
 
 TOPICS = ("objects", "execmodel")  # of pydoc_data.topics: "Objects, values and types" and "Execution model"
 MEMORY = "2GiB"  # FlexInfer's budget; streamed logits are the resident ones, bit for bit

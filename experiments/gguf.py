@@ -38,7 +38,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from experiments.config import ConfigError, ModelConfig, ShapeConfig, require
+from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, require
 
 Q4_0, Q4_K = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_K
 TYPES = {"q4_0": Q4_0, "q4_k": Q4_K}

@@ -30,6 +30,17 @@ from itertools import count
 from pathlib import Path
 from types import TracebackType
 
+from experiments.cgroups import (
+    LimitError,
+    Place,
+    block_device,
+    device_name,
+    find_place,
+    read_field,
+    read_rbps,
+    remove_stale_groups,
+)
+
 ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
 REAP = """trap '' INT TERM HUP; read _; [ -z "$1" ] || echo "$2" > "$1"; shift 2; for group; do tries=0
 while [ -d "$group" ] && ! rmdir "$group" 2>/dev/null && [ $tries -lt 200 ]; do
@@ -37,10 +48,6 @@ for pid in $(cat "$group/cgroup.procs"); do kill -KILL "$pid"; done; tries=$((tr
 SCOPE_REPORT = """report=$1; shift; group=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)
 cat "$group/memory.max" > "$report.memory"; cat "$group/io.max" > "$report.io"
 "$@"; code=$?; cat "$group/memory.peak" > "$report.peak"; cat "$group/memory.events" > "$report.events"; exit $code"""
-
-
-class LimitError(ValueError):
-    """A limit that was asked for cannot be made here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,83 +70,6 @@ class Usage:
 
     peak_memory_bytes: int | None = None
     oom_kills: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Directories in which a group can be made, per controller, or why there is none."""
-
-    method: str
-    memory: Path | None
-    io: Path | None
-    why_not: str = ""
-
-
-def block_device(path: Path, sys_block: Path = Path("/sys/dev/block")) -> str:
-    """`major:minor` of the whole disk that holds `path` (or its nearest existing parent).
-
-    Raises LimitError where the file system has no single block device (overlay, tmpfs, network).
-    """
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    number = os.stat(path).st_dev
-    if os.major(number) == 0:  # btrfs and friends: an anonymous number, the mount's source names the device
-        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        sources = [m[m.index("-") + 2] for m in mounts if m[2] == f"{os.major(number)}:{os.minor(number)}"]
-        if not sources or not sources[0].startswith("/dev/") or not Path(sources[0]).exists():
-            kind = sources[0] if sources else "unknown"
-            raise LimitError(
-                f"path: {path} lies on no block device (mount source {kind}); reads cannot be limited"
-            )
-        number = os.stat(sources[0]).st_rdev
-    name = f"{os.major(number)}:{os.minor(number)}"
-    node = (sys_block / name).resolve()
-    return (node.parent / "dev").read_text().strip() if (node / "partition").exists() else name
-
-
-def device_name(device: str) -> str:
-    """Kernel name of `major:minor`, for instance vda."""
-    return Path(f"/sys/dev/block/{device}").resolve().name
-
-
-def find_place(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> Place:
-    """Where this process may make groups. `own` is the text of /proc/self/cgroup."""
-    lines = (own if own is not None else Path("/proc/self/cgroup").read_text()).split()
-    paths = {name: part.split(":", 2)[2] for part in lines for name in part.split(":", 2)[1].split(",")}
-    if (root / "memory" / "memory.limit_in_bytes").exists():
-        found: dict[str, Path | None] = {}
-        for controller in ("memory", "blkio"):
-            base = root / controller
-            nested = base / paths.get(controller, "/").lstrip("/")
-            home = nested if nested.exists() else base  # a container may see its own group as the root
-            found[controller] = home if os.access(home, os.W_OK) else None
-        missing = [name for name, home in found.items() if home is None]
-        why = f"no right to make groups under {root} for {', '.join(missing)}" if missing else ""
-        return Place("v1", found["memory"], found["blkio"], why)
-    if (root / "cgroup.controllers").exists():
-        home = root / paths.get("", "/").lstrip("/")
-        for parent in [home, *home.parents]:
-            if not parent.is_relative_to(root):
-                break
-            given = parent / "cgroup.subtree_control"
-            if not (
-                given.exists() and os.access(parent, os.W_OK) and os.access(parent / "cgroup.procs", os.W_OK)
-            ):
-                continue
-            for controller in {"memory", "io"} - set(given.read_text().split()):
-                with contextlib.suppress(OSError):  # busy where processes live in it: then an ancestor serves
-                    given.write_text(f"+{controller}")
-            passed = given.read_text().split()
-            if "memory" in passed:
-                return Place("v2", parent, parent if "io" in passed else None)
-        return Place(
-            "unlimited",
-            None,
-            None,
-            f"no group under {root} that hands memory and io down and is ours to write",
-        )
-    return Place("unlimited", None, None, f"no cgroup file system at {root}")
 
 
 def core_set(cores: int | None) -> set[int]:
@@ -268,7 +198,7 @@ class Limits:
             start_new_session=True,
         )
         for group in self.groups:
-            _remove_stale(group.parent)
+            remove_stale_groups(group.parent)
             group.mkdir()
         notes = [place.why_not] if place.why_not else []
         self.applied = Applied(place.method)
@@ -322,7 +252,7 @@ class Limits:
         else:
             (group / "memory.swappiness").write_text("0")
         applied_bytes = int((group / "memory.limit_in_bytes").read_text())
-        around_bytes = _field(group / "memory.stat", "hierarchical_memory_limit")
+        around_bytes = read_field(group / "memory.stat", "hierarchical_memory_limit")
         if around_bytes is not None and around_bytes < applied_bytes:
             raise LimitError(
                 f"memory_bytes: {size} asked for, but a group around this process allows {around_bytes}; ask for less"
@@ -332,7 +262,7 @@ class Limits:
     def _limit_reads(self, group: Path, method: str, device: str) -> int:
         if method == "v2":
             (group / "io.max").write_text(f"{device} rbps={self.read_bytes_per_s}")
-            return _rbps((group / "io.max").read_text(), device)
+            return read_rbps((group / "io.max").read_text(), device)
         file = group / "blkio.throttle.read_bps_device"
         file.write_text(f"{device} {self.read_bytes_per_s}")
         return int(dict(line.split() for line in file.read_text().splitlines())[device])
@@ -361,7 +291,7 @@ class Limits:
         with contextlib.suppress(OSError, ValueError):
             memory_bytes = int(Path(f"{self._report}.memory").read_text())
         with contextlib.suppress(OSError, LimitError):
-            rate = _rbps(Path(f"{self._report}.io").read_text(), device or "")
+            rate = read_rbps(Path(f"{self._report}.io").read_text(), device or "")
         if probe.returncode != 0 or (memory_bytes is None and rate is None):
             self._scope = []
             said = probe.stderr.strip().splitlines()[-1:] or ["its scopes carry no limits"]
@@ -373,40 +303,6 @@ class Limits:
 
 def _usage(peak: Path, events: Path) -> Usage:
     try:
-        return Usage(int(peak.read_text()), _field(events, "oom_kill"))
+        return Usage(int(peak.read_text()), read_field(events, "oom_kill"))
     except (OSError, ValueError):  # memory.peak came with Linux 5.19
-        return Usage(None, _field(events, "oom_kill"))
-
-
-def _field(file: Path, name: str) -> int | None:
-    try:
-        rows = (line.split() for line in file.read_text().splitlines())
-        return next((int(row[1]) for row in rows if row[0] == name), None)
-    except OSError:
-        return None
-
-
-def _rbps(text: str, device: str) -> int:
-    for line in text.splitlines():
-        if line.split()[0] == device:
-            value = dict(part.split("=") for part in line.split()[1:]).get("rbps", "max")
-            if value != "max":
-                return int(value)
-    raise LimitError(f"read_bytes_per_s: the kernel shows no read limit for {device}")
-
-
-def abandoned(parent: Path, prefix: str) -> list[Path]:
-    """What lies in `parent` under a name of `prefix`, a process id, '-' and more, whose process is gone."""
-    found = []
-    for path in parent.glob(f"{prefix}*-*"):
-        owner = path.name.removeprefix(prefix).split("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            found.append(path)
-    return found
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove empty groups whose maker is gone (a reaper killed with its maker leaves them)."""
-    for group in abandoned(parent, "flexinfer-"):
-        with contextlib.suppress(OSError):
-            group.rmdir()
+        return Usage(None, read_field(events, "oom_kill"))

@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.records import QUALITY, Record, load_lines
+from experiments.record_files import QUALITY, load_lines
+from experiments.records import Record
 from flexinfer.expert_policies import HINDSIGHT
 
 COMMAND = "python -m experiments.routing MODEL --record results/quality/routing.jsonl"

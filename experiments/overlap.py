@@ -26,8 +26,10 @@ from typing import Any
 import pandas as pd
 
 from experiments.provenance import provenance
-from experiments.records import QUALITY, Record, load_lines
-from experiments.systems import FlexInfer, bytes_read, prompt_ids
+from experiments.record_files import QUALITY, load_lines
+from experiments.records import Record
+from experiments.systems.interface import bytes_read, prompt_ids
+from experiments.systems.on_torch import FlexInfer
 from flexinfer.formats.checkpoint import Checkpoint
 
 CONTEXT, PROMPT_TOKENS = 256, 128  # tokens; the prompt fills a cache of experts

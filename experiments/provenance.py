@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from experiments.limits import LimitError, block_device
+from experiments.cgroups import LimitError, block_device
 from experiments.records import Provenance
 
 PACKAGES = (

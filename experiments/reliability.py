@@ -14,7 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.figures import LOOKS
-from experiments.records import RELIABILITY, Provenance, load_lines
+from experiments.record_files import RELIABILITY, load_lines
+from experiments.records import Provenance
 
 MIB, GIB = 2**20, 2**30
 COMMANDS = {

@@ -25,24 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from experiments.config import (
-    CellConfig,
-    ModelConfig,
-    RunConfig,
-    comparison_format,
-    require,
-    resolve_budget_bytes,
-    weight_bytes,
-)
-from experiments.records import (
-    FINISHED,
-    Provenance,
-    Record,
-    append_record,
-    drop_partial_line,
-    load_records,
-    with_common_costs,
-)
+from experiments.config import CellConfig, RunConfig, comparison_format, resolve_budget_bytes
+from experiments.model_config import ModelConfig, require, weight_bytes
+from experiments.record_files import append_record, drop_partial_line, load_records
+from experiments.records import FINISHED, Provenance, Record, with_common_costs
 from flexinfer.notebook import last_pass
 from flexinfer.plan import format_size
 
@@ -166,6 +152,9 @@ def size_bytes(path: Path) -> int:
     )
 
 
+Todo = list[tuple[RunConfig, CellConfig]]
+
+
 def run(configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, console: Console) -> Summary:
     """Measures the missing cells of every comparison, in order; the same cell is measured once.
 
@@ -175,30 +164,10 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, conso
         here: this machine and engine: records of others do not count as finished.
         console: where progress and results are shown.
     """
-    summary, todo = Summary(), []
-    seen: set[str] = set()
-    for config in configs:
-        results_dir = Path(config.results_dir)
-        done = finished_keys(results_dir, here) if config.resume else set()
-        cells = {cell.key: cell for cell in cells_of(config)}
-        summary.planned += len(cells.keys() - seen)
-        todo += [(config, cell) for key, cell in cells.items() if key not in done | seen]
-        seen |= cells.keys()
-    places = {place: number for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))}
-
-    def turn(one: tuple[RunConfig, CellConfig]) -> tuple[int, ...]:
-        _, cell = one
-        merged = (
-            (cell.round, cell.budget_bytes) if len(configs) > 1 else ()
-        )  # all experiments' systems take turns
-        return (places[_place(cell)], *merged)
-
-    todo.sort(key=turn)
-    summary.skipped = summary.planned - len(todo)
+    planned, todo = _unfinished(configs, here)
+    summary = Summary(planned=planned, skipped=planned - len(todo))
     if summary.skipped:
-        console.print(
-            f"{summary.skipped} of {summary.planned} cells are finished (resume=false measures them again)"
-        )
+        console.print(f"{summary.skipped} of {planned} cells are finished (resume=false measures them again)")
     seconds: dict[str, list[float]] = defaultdict(list)
     columns = (
         SpinnerColumn(),
@@ -210,29 +179,58 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, conso
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(todo), left="")
         try:
-            for number, (config, cell) in enumerate(todo):
-                progress.update(task, description=f"cell {number + 1} of {len(todo)}: {describe(cell)}")
+            for number, (config, cell) in enumerate(todo, 1):
+                progress.update(task, description=f"cell {number} of {len(todo)}: {describe(cell)}")
                 began = time.monotonic()
                 record = run_cell(cell)
                 seconds[cell.system.name].append(time.monotonic() - began)
                 save(Path(config.results_dir), record)
                 summary.measured += 1
-                left = f"about {_left_s(seconds, [one.system.name for _, one in todo[number + 1 :]]) / 60:.0f} min left"
+                later = [one for _, one in todo[number:]]
+                left = f"about {_left_s(seconds, [one.system.name for one in later]) / 60:.0f} min left"
                 progress.update(task, advance=1, left=left)
                 console.print(
-                    f"[{number + 1}/{len(todo)}, {left}] {describe(cell)}: {outcome(record)}",
+                    f"[{number}/{len(todo)}, {left}] {describe(cell)}: {outcome(record)}",
                     highlight=False,
                     markup=False,
                     soft_wrap=True,
                 )
-                checkpoint = (config.model.name, cell.system.format)
-                later = ((one.model.name, one.system.format) for _, one in todo[number + 1 :])
-                if config.delete_checkpoints and checkpoint not in later:
-                    freed = delete_checkpoints(Path(config.cache_dir), *checkpoint)
-                    console.print(f"deleted the {' '.join(checkpoint)} checkpoint: {format_size(freed)}")
+                if config.delete_checkpoints:
+                    _delete_if_done(config, cell, later, console)
         except KeyboardInterrupt:
             summary.interrupted = True
     return summary
+
+
+def _unfinished(configs: Sequence[RunConfig], here: Provenance) -> tuple[int, Todo]:
+    """How many different cells there are, and those to measure, in the order in which they take turns."""
+    planned, todo = 0, list[tuple[RunConfig, CellConfig]]()
+    seen: set[str] = set()
+    for config in configs:
+        done = finished_keys(Path(config.results_dir), here) if config.resume else set()
+        cells = {cell.key: cell for cell in cells_of(config)}
+        planned += len(cells.keys() - seen)
+        todo += [(config, cell) for key, cell in cells.items() if key not in done | seen]
+        seen |= cells.keys()
+    places = {place: number for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))}
+
+    def turn(one: tuple[RunConfig, CellConfig]) -> tuple[int, ...]:
+        _, cell = one
+        # the systems of all experiments take turns
+        merged = (cell.round, cell.budget_bytes) if len(configs) > 1 else ()
+        return (places[_place(cell)], *merged)
+
+    return planned, sorted(todo, key=turn)
+
+
+def _delete_if_done(
+    config: RunConfig, cell: CellConfig, later: Sequence[CellConfig], console: Console
+) -> None:
+    """Deletes the checkpoint of `cell` unless a later cell needs it."""
+    checkpoint = (config.model.name, cell.system.format)
+    if checkpoint not in ((one.model.name, one.system.format) for one in later):
+        freed = delete_checkpoints(Path(config.cache_dir), *checkpoint)
+        console.print(f"deleted the {' '.join(checkpoint)} checkpoint: {format_size(freed)}")
 
 
 def describe(cell: CellConfig) -> str:

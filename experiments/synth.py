@@ -29,8 +29,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from experiments.config import ModelConfig, ShapeConfig, require
 from experiments.gguf import check_free_disk, shape_digest
+from experiments.model_config import ModelConfig, ShapeConfig, require
 from flexinfer.formats.checkpoint import INDEX_FILE
 
 POOL_BYTES = 64 * 2**20

@@ -142,7 +142,7 @@ def large_model(console: Console) -> bool:
     if subprocess.run(command, check=False).returncode:
         return False
     from experiments import figures
-    from experiments.records import load_records
+    from experiments.record_files import load_records
 
     records = load_records(RESULTS)
     table = Table("system", "tokens/s", "read per token", "peak of the limit", "achieved / bound")

@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.cell import run_cell
-from experiments.config import ConfigError, RunConfig, require
+from experiments.config import RunConfig
+from experiments.model_config import ConfigError, require
 from experiments.provenance import provenance
-from experiments.records import load_records
+from experiments.record_files import load_records
 from experiments.runner import cells_of, results_tables, run
 
 ConfigStore.instance().store(name="schema", node=RunConfig)

@@ -8,14 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments.config import (
-    CellConfig,
-    DeviceConfig,
-    ModelConfig,
-    ShapeConfig,
-    SystemConfig,
-    WorkloadConfig,
-)
+from experiments.config import CellConfig, DeviceConfig, SystemConfig, WorkloadConfig
+from experiments.model_config import ModelConfig, ShapeConfig
 from experiments.records import Limits, Provenance, Record
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import agreement
-from experiments.config import ShapeConfig
 from experiments.gguf import write_synthetic
+from experiments.model_config import ShapeConfig
 
 
 def test_numbers_of_known_distributions() -> None:

@@ -9,7 +9,8 @@ from bench_samples import make_cell, make_record
 
 from experiments import batches, figures
 from experiments.config import WorkloadConfig
-from experiments.records import Record, append_record
+from experiments.record_files import append_record
+from experiments.records import Record
 
 
 def record(count: int, pass_s: float) -> Record:

@@ -17,17 +17,14 @@ from omegaconf import OmegaConf
 
 from experiments.config import (
     CellConfig,
-    ConfigError,
-    ModelConfig,
     RunConfig,
-    ShapeConfig,
     SystemConfig,
     WorkloadConfig,
     comparison_format,
     from_dict,
     resolve_budget_bytes,
-    weight_bytes,
 )
+from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
 from experiments.runner import cells_of
 
 EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf" / "exp").glob("*.yaml"))

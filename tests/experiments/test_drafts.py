@@ -9,10 +9,12 @@ import pytest
 import torch
 from bench_samples import make_cell, make_record
 
-from experiments import cell as cells
 from experiments import drafts, figures
-from experiments.config import ConfigError, ModelConfig, ShapeConfig, SystemConfig, WorkloadConfig
-from experiments.records import Record, append_record, load_records
+from experiments.cell import run_cell
+from experiments.config import SystemConfig, WorkloadConfig
+from experiments.model_config import ConfigError, ModelConfig, ShapeConfig
+from experiments.record_files import append_record, load_records
+from experiments.records import Record
 from experiments.texts import PERIOD, Replay
 
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
@@ -23,7 +25,7 @@ REPLAYED = WorkloadConfig(
 
 def replayed_cell(tmp_path: Path, **options: Any) -> Record:
     name = "draft" if options else drafts.PLAIN
-    return cells.run_cell(
+    return run_cell(
         make_cell(
             experiment="past",
             model=ModelConfig("tiny", formats=["bf16"], shape=SHAPE),

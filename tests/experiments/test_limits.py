@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.limits import LimitError, Limits, block_device, core_set, drop_page_cache, find_place
+from experiments.cgroups import LimitError, block_device, find_place
+from experiments.limits import Limits, core_set, drop_page_cache
 
 PLACE = find_place()
 needs_memory = pytest.mark.skipif(PLACE.memory is None, reason=f"no memory groups here: {PLACE.why_not}")

@@ -18,15 +18,10 @@ from nbclient import NotebookClient
 from small_model import CONFIG, add_tokenizer
 
 from experiments import claims, drafts, figures, mixtures
-from experiments.config import (
-    DeviceConfig,
-    ExpertsConfig,
-    ModelConfig,
-    ShapeConfig,
-    SystemConfig,
-    WorkloadConfig,
-)
-from experiments.records import QUALITY, RELIABILITY, Record, RecordError, load_records
+from experiments.config import DeviceConfig, SystemConfig, WorkloadConfig
+from experiments.model_config import ExpertsConfig, ModelConfig, ShapeConfig
+from experiments.record_files import QUALITY, RELIABILITY, load_records
+from experiments.records import Record, RecordError
 from experiments.runner import save
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
 from flexinfer.notebook import last_pass

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from bench_samples import make_cell, make_record
 
-from experiments.config import DeviceConfig, ShapeConfig
+from experiments.config import DeviceConfig
 from experiments.gguf import write_synthetic
+from experiments.model_config import ShapeConfig
 from experiments.overlap import attainable_s, measure, medians, table
 
 FREE = [(0.0, 2.0), (1.0, 2.0), (4.0, 2.0)]  # reading costs computing nothing

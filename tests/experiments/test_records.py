@@ -12,17 +12,15 @@ from pydantic import ValidationError
 
 from experiments.config import SystemConfig
 from experiments.provenance import cpu_name, provenance
+from experiments.record_files import append_record, drop_partial_line, load_records
 from experiments.records import (
     DERIVED,
     OLDER,
     Limits,
     Record,
     RecordError,
-    append_record,
     bound_tokens_per_s,
     check_comparable,
-    drop_partial_line,
-    load_records,
     with_common_costs,
 )
 

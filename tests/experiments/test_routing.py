@@ -11,10 +11,11 @@ import pytest
 from bench_samples import ROOT
 
 from experiments import routing
-from experiments.cell import _describe, run_child
-from experiments.config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
+from experiments.checkpoints import _describe
+from experiments.child import run_child
 from experiments.gguf import deviations, file_bytes, make_gguf
-from experiments.records import load_records
+from experiments.model_config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
+from experiments.record_files import load_records
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
 
 

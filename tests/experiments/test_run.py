@@ -9,19 +9,10 @@ from bench_samples import make_cell, make_record
 from rich.console import Console
 
 from experiments import figures
-from experiments.config import (
-    BudgetConfig,
-    CellConfig,
-    ConfigError,
-    DeviceConfig,
-    ModelConfig,
-    RunConfig,
-    ShapeConfig,
-    SystemConfig,
-    WorkloadConfig,
-    weight_bytes,
-)
-from experiments.records import Record, load_records
+from experiments.config import BudgetConfig, CellConfig, DeviceConfig, RunConfig, SystemConfig, WorkloadConfig
+from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
+from experiments.record_files import load_records
+from experiments.records import Record
 from experiments.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_tables, run
 
 HERE = make_record().provenance

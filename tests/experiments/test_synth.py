@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import experiments.synth
 import flexinfer
-from experiments.config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
+from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
 from experiments.perplexity import perplexity
 from experiments.smollm2 import make_smollm2
 from experiments.synth import default_cache_dir, make_checkpoint, make_once

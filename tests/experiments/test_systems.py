@@ -10,10 +10,14 @@ import gguf
 import numpy as np
 import pytest
 
-from experiments import systems
-from experiments.cell import _describe, run_child
-from experiments.config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
+from experiments.checkpoints import _describe
+from experiments.child import run_child
 from experiments.gguf import file_bytes, make_gguf, write_synthetic
+from experiments.model_config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
+from experiments.systems import on_torch
+from experiments.systems.bandwidth import REQUEST_BYTES, measure_bandwidth
+from experiments.systems.interface import prompt_ids
+from experiments.systems.measured import PREFILL_REPEATS, measure
 from flexinfer import cli
 
 SHAPE = ShapeConfig(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
@@ -44,7 +48,7 @@ def make_job(kind: str, model: Path, scratch: Path, **changes: Any) -> dict[str,
 
 def measured(job: dict[str, Any]) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
-    systems.measure(job, lambda event, **fields: events.append({"event": event, **fields}))
+    measure(job, lambda event, **fields: events.append({"event": event, **fields}))
     json.dumps(events)
     return events
 
@@ -66,7 +70,7 @@ def test_every_system_on_the_same_weights_decodes_the_same_tokens(
         pytest.skip("airllm is not installed: make baselines")
     job = make_job(kind, bf16, tmp_path)
     if kind == "airllm":
-        systems.AirLLM(job).split()
+        on_torch.AirLLM(job).split()
     if kind == "accelerate":
         job["options"] = {"cpu_bytes": touched_by_half(bf16)}
     ours, stock = measured(job), measured(make_job("transformers", bf16, tmp_path))
@@ -112,7 +116,7 @@ def test_llama_cpp_and_flexinfer_decode_the_same_file(format: str, tmp_path: Pat
         assert (child.status, child.message) == ("ok", "")
         assert len(child.counted) == 4
         assert {tokens: len(seconds) for tokens, seconds in child.prefill_s.items()} == {
-            tokens: systems.PREFILL_REPEATS for tokens in (7, 40)
+            tokens: PREFILL_REPEATS for tokens in (7, 40)
         }
         told.append([event["id"] for event in child.all("token")])
     assert told[0] == told[1] == told[2]
@@ -135,7 +139,7 @@ def test_a_batch_is_decoded_as_by_transformers_and_carries_what_the_plan_said(
 def test_prefills_are_timed_from_an_empty_cache(bf16: Path, tmp_path: Path) -> None:
     events = measured(make_job("transformers", bf16, tmp_path, prefill_tokens=[5, 60]))
     found = [event["tokens"] for event in events if event["event"] == "prefill"]
-    assert found == [5] * systems.PREFILL_REPEATS + [60] * systems.PREFILL_REPEATS
+    assert found == [5] * PREFILL_REPEATS + [60] * PREFILL_REPEATS
     assert sum(event["event"] == "token" for event in events) == 6
 
 
@@ -202,25 +206,25 @@ def test_gguf_refuses_shapes_it_cannot_hold_and_disks_too_full(
 def test_bandwidth_is_measured_over_every_file(tmp_path: Path) -> None:
     files = [tmp_path / "a", tmp_path / "b"]
     for file in files:
-        file.write_bytes(bytes(2 * systems.REQUEST_BYTES))
-    assert systems.measure_bandwidth([str(file) for file in files], seconds=0.5) > 0
+        file.write_bytes(bytes(2 * REQUEST_BYTES))
+    assert measure_bandwidth([str(file) for file in files], seconds=0.5) > 0
     (tmp_path / "c").write_bytes(b"1")
     with pytest.raises(ValueError, match="too small to measure"):
-        systems.measure_bandwidth([str(tmp_path / "c")], seconds=0.5)
+        measure_bandwidth([str(tmp_path / "c")], seconds=0.5)
 
 
 def test_the_prompt_is_fixed_and_inside_the_vocabulary() -> None:
-    assert systems.prompt_ids(64, 512) == systems.prompt_ids(64, 512)
-    assert all(256 <= token < 512 for token in systems.prompt_ids(64, 512))
-    assert len(set(systems.prompt_ids(64, 32000))) == 64
+    assert prompt_ids(64, 512) == prompt_ids(64, 512)
+    assert all(256 <= token < 512 for token in prompt_ids(64, 512))
+    assert len(set(prompt_ids(64, 32000))) == 64
 
 
 def test_threads_of_a_flexinfer_cell_wait_as_those_of_the_commands(
     bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    systems.FlexInfer(make_job("flexinfer", bf16, tmp_path))
-    assert os.environ["GOMP_SPINCOUNT"] == systems.SPIN_COUNT == cli.SPIN_COUNT
+    on_torch.FlexInfer(make_job("flexinfer", bf16, tmp_path))
+    assert os.environ["GOMP_SPINCOUNT"] == on_torch.SPIN_COUNT == cli.SPIN_COUNT
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    systems.FlexInfer(make_job("flexinfer", bf16, tmp_path))
+    on_torch.FlexInfer(make_job("flexinfer", bf16, tmp_path))
     assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from served import make_talker
 
-from experiments.limits import find_place
+from experiments.cgroups import find_place
 from experiments.smollm2 import make_smollm2
 from tests.stress.serve import run
 

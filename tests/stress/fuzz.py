@@ -246,7 +246,8 @@ def _gguf_keys() -> Keys:
 
 def _record_seeds(folder: Path) -> list[bytes]:
     """A line of each experiment that has been recorded here, and a small one."""
-    from experiments.records import QUALITY, RELIABILITY, Record
+    from experiments.record_files import QUALITY, RELIABILITY
+    from experiments.records import Record
 
     files = [
         file
@@ -265,7 +266,8 @@ def _place_records(data: bytes, folder: Path) -> Path:
 
 
 def _read_records(file: Path) -> None:
-    from experiments.records import Record, load_records, with_common_costs
+    from experiments.record_files import load_records
+    from experiments.records import Record, with_common_costs
 
     records = load_records(file)
     for record in [*records, *with_common_costs(records)]:

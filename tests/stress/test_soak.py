@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.limits import find_place
+from experiments.cgroups import find_place
 from tests.stress.soak import BAD, CALLS, FAMILIES, Call, Case, draw, judge, large, run_case
 
 SMALL = Case(
