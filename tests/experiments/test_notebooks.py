@@ -25,7 +25,7 @@ from experiments.records import Record, RecordError
 from experiments.runner import save
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
 from flexinfer.notebook import last_pass
-from tests.stress.soak import draw
+from tests.stress.soak_cases import draw
 
 ALL_NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOKS = [file for file in ALL_NOTEBOOKS if file.stem != "use"]  # those that draw records

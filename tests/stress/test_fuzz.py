@@ -11,7 +11,8 @@ import pytest
 
 from flexinfer.formats.checkpoint import CheckpointError
 from tests.stress import fuzz
-from tests.stress.fuzz import KEPT, TARGETS, Target, judge
+from tests.stress.fuzz_judge import judge
+from tests.stress.fuzz_targets import KEPT, TARGETS, Target
 
 CHANGES = {"header": 300, "index": 300, "config": 60, "gguf": 200, "records": 150}
 
@@ -69,7 +70,7 @@ LEFT: list[object] = []
 READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "fine": (lambda file: file.read_bytes(), ""),
     "documented": (lambda file: _raise(CheckpointError(f"{file}: damaged")), ""),
-    "another error": (lambda file: {}["x"], "KeyError in test_fuzz.py:<lambda>"),
+    "another error": (lambda file: dict[str, int]()["x"], "KeyError in test_fuzz.py:<lambda>"),
     "no file named": (lambda file: _raise(CheckpointError("damaged")), "the file is not named"),
     "escapes": (
         lambda file: _raise(CheckpointError(f"{file}: \x1b[2J")),

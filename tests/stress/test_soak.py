@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from experiments.cgroups import find_place
-from tests.stress.soak import BAD, CALLS, FAMILIES, Call, Case, draw, judge, large, run_case
+from tests.stress.soak import BAD, judge, run_case
+from tests.stress.soak_calls import CALLS
+from tests.stress.soak_cases import FAMILIES, KINDS, Call, Case, draw, large
 
 SMALL = Case(
     seed=0,
@@ -39,7 +41,7 @@ def test_a_case_is_drawn_from_its_seed_and_number_alone() -> None:
 def test_every_family_call_and_kind_of_budget_is_drawn() -> None:
     cases = [draw(0, i) for i in range(200)]
     assert {case.family for case in cases} == set(FAMILIES)
-    assert {call.kind for case in cases for call in case.calls} == set(CALLS)
+    assert {call.kind for case in cases for call in case.calls} == set(KINDS) == set(CALLS)
     assert {0.0, 0.15, 0.5, 0.8, 1.0} <= {case.share for case in cases}
     assert {case.vocab for case in cases} >= {262_144, 151_936}
     assert any(case.dtype not in ("auto", case.file_dtype) for case in cases)
