@@ -1,4 +1,4 @@
-"""What several sequences at a time give, from the records of +exp=batches: a table and a figure. It measures nothing.
+"""What several sequences at a time give, from the records of +exp=ours/batches: a table and a figure. It measures nothing.
 
 Beside each stands what `flexinfer plan --batch` said under the same limits, before the run, and the bound of one sequence, which no system passes that
 reads what it lacks for each token of each sequence.

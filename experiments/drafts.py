@@ -1,4 +1,4 @@
-"""What drafts give beside the bound of one token a pass, from the records of +exp=past: a table and a figure. It measures nothing.
+"""What drafts give beside the bound of one token a pass, from the records of +exp=ours/past: a table and a figure. It measures nothing.
 
 Each system is held against one bound, that of the run without a draft in the same budget: 1 / max(c, (S - R) / B), which no system passes that
 takes a pass for every token. A drafted text may differ from the one without from the first position on where two tokens are as
@@ -21,12 +21,9 @@ LOOKS = {
     PLAIN: ("#0072B2", ""),
     "draft-lookup": ("#E69F00", "//"),
     "draft-q2_k": ("#56B4E9", ".."),
-    "draft-q3_k": ("#8C510A", "|"),
     "draft-q4_0": ("#CC79A7", "xx"),
-    "draft-q4_k": ("#117733", "||"),
     "draft-iq4_nl": ("#009E73", "\\\\"),
     "draft-q5_1": ("#F0E442", "++"),
-    "draft-q6_k": ("#332288", "-"),
     "draft-q8_0": ("#882255", "--"),
     "draft-auto": ("#999999", "oo"),
 }

@@ -1,4 +1,4 @@
-"""Tables and figures of mixtures of experts: cells of `+exp=moe`, and policies of the cache on recorded routings. It runs nothing."""
+"""Tables and figures of mixtures of experts: cells of `+exp=ours/moe`, and policies of the cache on recorded routings. It runs nothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

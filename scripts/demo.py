@@ -3,7 +3,7 @@
 Part 1, a real model: SmolLM2-135M-Instruct answers a question twice, resident without a limit, then streamed inside a control
 group that is smaller than what the resident model took. The tokens must be the same.
 Part 2, a large model: 3B-shaped, bf16, random weights, in 1.4 GiB. Stock transformers and FlexInfer take turns through the
-cells of the experiments (+exp=demo); a table, and a picture in outputs/demo.
+cells of the experiments (+exp=ours/demo); a table, and a picture in outputs/demo.
 This process imports no torch: the pages of its libraries would be charged to it and flatter the children.
 """
 
@@ -35,7 +35,7 @@ QUESTION = "What is the capital of France, and what is it known for?"
 NEW_TOKENS = 40
 CONTEXT = 128
 LIMIT_BYTES = 520 << 20
-LARGE_LIMIT_BYTES = 1400 << 20  # conf/exp/demo.yaml
+LARGE_LIMIT_BYTES = 1400 << 20  # conf/exp/ours/demo.yaml
 NEEDED_BYTES = {"smollm2-135m-instruct": 500_000_000, "synthetic/llama-3b-like-bf16-*": 3_000_000_000}
 
 MAKE_MODEL = "from experiments.smollm2 import make_smollm2; print(make_smollm2())"
@@ -138,7 +138,7 @@ def large_model(console: Console) -> bool:
         "3B-shaped, bf16, 2.7 GB of random weights (written once); reads limited to 500 MB/s, memory to 1.4 GiB"
     )
     shutil.rmtree(RESULTS, ignore_errors=True)
-    command = [sys.executable, "scripts/run.py", "+exp=demo", f"results_dir={RESULTS}", "resume=false"]
+    command = [sys.executable, "scripts/run.py", "+exp=ours/demo", f"results_dir={RESULTS}", "resume=false"]
     if subprocess.run(command, check=False).returncode:
         return False
     from experiments import figures

@@ -27,7 +27,8 @@ from experiments.config import (
 from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
 from experiments.runner import cells_of
 
-EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf" / "exp").glob("*.yaml"))
+EXP = ROOT / "conf" / "exp"
+EXPERIMENTS = sorted(str(file.relative_to(EXP).with_suffix("")) for file in EXP.rglob("*.yaml"))
 GROUPS = ("model", "system", "device", "budget", "workload")
 
 
@@ -51,7 +52,7 @@ def load(run_script: ModuleType) -> Callable[..., RunConfig]:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_into_cells(name: str, load: Callable[..., RunConfig]) -> None:
     config = load(f"+exp={name}")
-    assert config.experiment == name
+    assert config.experiment == Path(name).name
     cells = cells_of(config)
     assert (
         len({cell.key for cell in cells})
@@ -62,7 +63,7 @@ def test_every_experiment_composes_into_cells(name: str, load: Callable[..., Run
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_file_starts_with_figure_command_and_minutes(name: str) -> None:
-    lines = (ROOT / "conf" / "exp" / f"{name}.yaml").read_text().splitlines()
+    lines = (EXP / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
     assert lines[2].startswith(f"# python scripts/run.py +exp={name}")
     assert "minute" in lines[3]
@@ -260,7 +261,7 @@ def test_all_systems_of_a_comparison_run_one_format() -> None:
 def test_the_figures_compare_on_one_file_and_a_k_quant_is_one_word_away(
     load: Callable[..., RunConfig],
 ) -> None:
-    for name in ("fig4", "fig5", "table1", "smoke", "sizes", "targets", "resident"):
+    for name in ("fig4", "fig5", "table1", "smoke", "sizes", "ours/targets", "ours/resident"):
         assert {cell.system.format for cell in cells_of(load(f"+exp={name}"))} == {"q4_0"}
         cells = cells_of(load(f"+exp={name}", "format=q4_k"))
         assert {(cell.system.format, *cell.model.formats) for cell in cells} == {("q4_k", "q4_k")}
@@ -318,13 +319,13 @@ def test_cfg_job_prints_what_would_run() -> None:
 
 
 def test_batches_are_swept_and_older_keys_stay(load: Callable[..., RunConfig]) -> None:
-    told = (ROOT / "conf" / "exp" / "batches.yaml").read_text()
+    told = (EXP / "ours" / "batches.yaml").read_text()
     assert "workload.batch: 1,2,4,8,16,32" in told
-    cells = [cells_of(load("+exp=batches", f"workload.batch={n}"))[0] for n in (1, 2)]
+    cells = [cells_of(load("+exp=ours/batches", f"workload.batch={n}"))[0] for n in (1, 2)]
     assert cells[0].key != cells[1].key
-    alone = cells_of(load("+exp=batches", "workload.batch=null"))[0]
+    alone = cells_of(load("+exp=ours/batches", "workload.batch=null"))[0]
     assert alone.key not in (cells[0].key, cells[1].key)
     with pytest.raises((ConfigError, HydraException), match=r"workload\.batch"):
-        load("+exp=batches", "workload.batch=0")
+        load("+exp=ours/batches", "workload.batch=0")
     with pytest.raises((ConfigError, HydraException), match=r"workload\.batch"):
-        load("+exp=batches", "workload.drawn=true")
+        load("+exp=ours/batches", "workload.drawn=true")

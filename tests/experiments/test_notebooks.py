@@ -13,6 +13,7 @@ import matplotlib
 import nbformat
 import numpy as np
 import pytest
+import yaml
 from bench_samples import MACHINE, ROOT, make_cell, make_record
 from nbclient import NotebookClient
 from small_model import CONFIG, add_tokenizer
@@ -120,7 +121,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def save_residents(results: Path) -> None:
-    """What +exp=resident and `make agreement` leave."""
+    """What +exp=ours/resident and `make agreement` leave."""
     for number, system in enumerate(("llama-cpp-mmap", "llama-cpp-default", "flexinfer")):
         prefill_s = {16: [1.0 + number, 1.5 + number], 512: [30.0 + number, 31.0 + number]}
         for weights in ("q4_0", "q4_k"):
@@ -140,7 +141,7 @@ def save_residents(results: Path) -> None:
 
 
 def save_mixtures(results: Path) -> None:
-    """What +exp=moe and the recorder of routings leave."""
+    """What +exp=ours/moe and the recorder of routings leave."""
     shape = ShapeConfig(256, 256, 2, 4, 2, 1024, experts=ExpertsConfig(8, 2, "llama"))
     told = {"untouched_bytes": 3 * WEIGHTS, "missed_bytes": WEIGHTS // 2, "experiment": "moe"}
     told |= {"model": ModelConfig("moe-test", shape=shape)}
@@ -263,6 +264,8 @@ def test_a_notebook_is_short_and_relative(notebook: Path) -> None:
 
 def test_every_system_of_the_experiments_has_a_look_of_its_own() -> None:
     names = {file.stem for file in (ROOT / "conf" / "system").glob("*.yaml")}
+    for file in (ROOT / "conf" / "exp").rglob("*.yaml"):
+        names |= set(yaml.safe_load(file.read_text()).get("systems", {}))
     of_drafts = {name for name in names if name.startswith("draft-")}
     assert names - of_drafts == set(figures.LOOKS)
     assert {drafts.PLAIN, *of_drafts} == set(drafts.LOOKS)

@@ -29,7 +29,7 @@ def test_all_of_its_steps_are_experiments(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "hours left on" in done.stdout
     assert not list(tmp_path.iterdir()), "it measures nothing"
-    for name in ("fig4", "fig5", "fig3", "moe", "resident", "sizes"):
+    for name in ("fig4", "fig5", "fig3", "ours/moe", "ours/resident", "sizes"):
         assert f"+exp={name}" in done.stdout
 
 
@@ -48,9 +48,9 @@ def test_an_experiment_that_sweeps_counts_the_cells_of_all_its_jobs(
     module: ModuleType, tmp_path: Path
 ) -> None:
     file = tmp_path / "steps.yaml"
-    file.write_text("- {run: [+exp=batches], minutes: 15}\n")
+    file.write_text("- {run: [+exp=ours/batches], minutes: 15}\n")
     (batches,) = module.steps_of(file, [])
-    assert len(batches.keys) == 6  # conf/exp/batches.yaml: 1, 2, 4, 8, 16 and 32 sequences
+    assert len(batches.keys) == 6  # conf/exp/ours/batches.yaml: 1, 2, 4, 8, 16 and 32 sequences
 
 
 @pytest.mark.parametrize(("code", "calls"), [(0, 2), (3, 1)])

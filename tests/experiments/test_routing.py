@@ -151,7 +151,7 @@ def test_the_experiment_on_a_tiny_mixture(tmp_path: Path) -> None:
     overrides = [f"model.shape.{one}" for one in shape]
     overrides += ["model=moe-small-skewed", "workload=tiny", "workload.drawn=true", "budget.grid=[800MiB]"]
     overrides += ["system=[flexinfer]", f"results_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]
-    command = [sys.executable, "scripts/run.py", "+exp=moe", *overrides]
+    command = [sys.executable, "scripts/run.py", "+exp=ours/moe", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (record,) = load_records(tmp_path)

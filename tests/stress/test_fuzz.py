@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flexinfer.formats.checkpoint import CheckpointError
-from tests.stress import fuzz
+from tests.stress import fuzz_judge
 from tests.stress.fuzz_judge import judge
 from tests.stress.fuzz_targets import KEPT, TARGETS, Target
 
@@ -99,7 +99,7 @@ def test_an_input_that_takes_for_ever_is_stopped(tmp_path: Path, monkeypatch: py
         while True:
             pass
 
-    monkeypatch.setattr(fuzz, "HANG_CPU_S", 0.1)
+    monkeypatch.setattr(fuzz_judge, "HANG_CPU_S", 0.1)
     found = judge(target_that(endless), b"{}", tmp_path)
     assert found is not None
     assert found.kind == "Hang in test_fuzz.py:endless"
