@@ -5,12 +5,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
-from bench_samples import make_cell, make_record
 
 from experiments import batches, figures
 from experiments.config import WorkloadConfig
 from experiments.record_files import append_record
 from experiments.records import Record
+from tests.experiments.samples import make_cell, make_record
 
 
 def record(count: int, pass_s: float) -> Record:

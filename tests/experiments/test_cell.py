@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import make_cell, make_record
 
 from experiments import resident
 from experiments.cell import OthersCpu, run_cell
@@ -22,6 +21,7 @@ from experiments.record_files import append_record, load_records
 from experiments.runner import outcome
 from experiments.systems import measured
 from experiments.systems.bandwidth import REQUEST_BYTES
+from tests.experiments.samples import make_cell, make_record
 
 PLACE = find_place()
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)

@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import cast
 
 import pytest
-from bench_samples import ROOT, make_cell, script
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -26,6 +25,7 @@ from experiments.config import (
 )
 from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
 from experiments.runner import cells_of
+from tests.experiments.samples import ROOT, make_cell, script
 
 EXP = ROOT / "conf" / "exp"
 EXPERIMENTS = sorted(str(file.relative_to(EXP).with_suffix("")) for file in EXP.rglob("*.yaml"))

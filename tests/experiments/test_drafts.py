@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from bench_samples import make_cell, make_record
 
 from experiments import drafts, figures
 from experiments.cell import run_cell
@@ -16,6 +15,7 @@ from experiments.model_config import ConfigError, ModelConfig, ShapeConfig
 from experiments.record_files import append_record, load_records
 from experiments.records import Record
 from experiments.texts import PERIOD, Replay
+from tests.experiments.samples import make_cell, make_record
 
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
 REPLAYED = WorkloadConfig(

@@ -14,7 +14,6 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from bench_samples import MACHINE, ROOT, make_cell, make_record
 from nbclient import NotebookClient
 from small_model import CONFIG, add_tokenizer
 
@@ -26,6 +25,7 @@ from experiments.records import Record, RecordError
 from experiments.runner import save
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
 from flexinfer.notebook import last_pass
+from tests.experiments.samples import MACHINE, ROOT, make_cell, make_record
 from tests.stress.soak_cases import draw
 
 ALL_NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

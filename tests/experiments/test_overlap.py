@@ -4,12 +4,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from bench_samples import make_cell, make_record
 
 from experiments.config import DeviceConfig
 from experiments.gguf import write_synthetic
 from experiments.model_config import ShapeConfig
 from experiments.overlap import attainable_s, measure, medians, table
+from tests.experiments.samples import make_cell, make_record
 
 FREE = [(0.0, 2.0), (1.0, 2.0), (4.0, 2.0)]  # reading costs computing nothing
 DEAR = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0)]  # a second more for each byte/s

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import make_cell, make_record
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -23,6 +22,7 @@ from experiments.records import (
     check_comparable,
     with_common_costs,
 )
+from tests.experiments.samples import make_cell, make_record
 
 
 def write(path: Path, *lines: dict[str, Any]) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from bench_samples import ROOT, make_record, script
+
+from tests.experiments.samples import ROOT, make_record, script
 
 STEPS = "- {run: [+exp=smoke], minutes: 30}\n- {run: [+exp=fig5, rounds=2], minutes: 60}\n"
 

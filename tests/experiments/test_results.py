@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-from bench_samples import ROOT
 
 from experiments import claims, figures, reliability
 from experiments.records import Record
+from tests.experiments.samples import ROOT
 
 RESULTS = ROOT / "results"
 WEIGHTS = {"bf16": "BF16"}  # as the README has them, where the records have another name

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_samples import ROOT
 
 from experiments import routing
 from experiments.checkpoints import _describe
@@ -17,6 +16,7 @@ from experiments.gguf import deviations, file_bytes, make_gguf
 from experiments.model_config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
 from experiments.record_files import load_records
 from flexinfer.expert_policies import HINDSIGHT, POLICIES
+from tests.experiments.samples import ROOT
 
 
 def shape(

@@ -5,7 +5,6 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from bench_samples import make_cell, make_record
 from rich.console import Console
 
 from experiments import figures
@@ -14,6 +13,7 @@ from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, weig
 from experiments.record_files import load_records
 from experiments.records import Record
 from experiments.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_tables, run
+from tests.experiments.samples import make_cell, make_record
 
 HERE = make_record().provenance
 
