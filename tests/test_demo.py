@@ -11,7 +11,7 @@ from rich.console import Console
 from experiments.config import SystemConfig
 from experiments.records import Record
 from experiments.runner import save
-from tests.experiments.samples import make_cell, make_record, script
+from tests.experiments.samples import ROOT, make_cell, make_record, script
 
 matplotlib.use("Agg")
 
@@ -80,5 +80,5 @@ def test_a_disk_that_is_too_full_is_refused_first(
 
 
 def test_the_limit_in_the_picture_is_that_of_the_experiment(demo: ModuleType) -> None:
-    text = (ROOT / "conf" / "exp" / "demo.yaml").read_text()
+    text = (ROOT / "conf" / "exp" / "ours" / "demo.yaml").read_text()
     assert f"grid: [{demo.LARGE_LIMIT_BYTES >> 20}MiB]" in text
