@@ -1,15 +1,20 @@
-"""How far FlexInfer and llama.cpp agree on one GGUF file of a real model: the next token, the distribution, the perplexity.
+"""How far FlexInfer and llama.cpp agree on one GGUF file of a real model: the next token, the
+distribution, the perplexity.
 
     python -m experiments.agreement [FILE.gguf] [--positions 1000] [--record results/quality/agreement.jsonl]
 
-Mechanism: each system computes the logits of the same token ids in one pass, with its KV cache, in a process of its own (both bring
-a ggml, and two of them do not share a process), and leaves them in a scratch directory as float32. A third of them, as a yardstick, is
-stock transformers in float32 on the numbers that the blocks stand for: FlexInfer and llama.cpp round activations to 8 bits before they
-multiply, it does not. This process imports none of them and compares: of every pair the share of positions whose most likely token is
-the same, and the mean and largest Kullback-Leibler divergence; of every system the perplexity of the text.
+Mechanism: each system computes the logits of the same token ids in one pass, with its KV cache, in
+a process of its own (both bring a ggml, and two of them do not share a process), and leaves them in
+a scratch directory as float32. A third of them, as a yardstick, is stock transformers in float32 on
+the numbers that the blocks stand for: FlexInfer and llama.cpp round activations to 8 bits before
+they multiply, it does not. This process imports none of them and compares: of every pair the share
+of positions whose most likely token is the same, and the mean and largest Kullback-Leibler
+divergence; of every system the perplexity of the text.
 
-The text is documentation that comes with Python (`pydoc_data.topics`): real prose, on every machine, and its hash is in the record.
-Cost: of each system a pass and positions * vocabulary * 4 bytes, in memory and on the disk (200 MB for SmolLM2 and 1,000 positions).
+The text is documentation that comes with Python (`pydoc_data.topics`): real prose, on every
+machine, and its hash is in the record.
+Cost: of each system a pass and positions * vocabulary * 4 bytes, in memory and on the disk (200 MB
+for SmolLM2 and 1,000 positions).
 What it does not do: say how good a model is; the perplexity belongs to this text and this context.
 """
 
@@ -125,7 +130,10 @@ def _write_ids(model: Path, tokens: int, target: Path) -> None:
 
 
 def perplexity(logits: Floats, ids: Ids) -> float:
-    """Of ids[1:], each given those before it. logits: [tokens, vocab]; the last position is not used."""
+    """Of ids[1:], each given those before it.
+
+    logits: [tokens, vocab]; the last position is not used.
+    """
     total = 0.0
     for start in range(0, len(ids) - 1, CHUNK_ROWS):
         stop = min(start + CHUNK_ROWS, len(ids) - 1)
@@ -135,7 +143,9 @@ def perplexity(logits: Floats, ids: Ids) -> float:
 
 
 def compare(ours: Floats, theirs: Floats) -> dict[str, float]:
-    """Share of positions with the same most likely token, and mean and largest KL(theirs || ours) in nats. Both [positions, vocab]."""
+    """Share of positions with the same most likely token, and mean and largest KL(theirs || ours)
+    in nats. Both [positions, vocab].
+    """
     divergences = []
     for start in range(0, len(ours), CHUNK_ROWS):
         p, q = (log_softmax(one[start : start + CHUNK_ROWS]) for one in (theirs, ours))
@@ -154,7 +164,8 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
 
 
 def measure(model: Path, positions: int, scratch: Path) -> dict[str, Any]:
-    """One record: every system's perplexity, and every pair's agreement, on `positions` predicted tokens.
+    """One record: every system's perplexity, and every pair's agreement, on `positions` predicted
+    tokens.
 
     Raises: RuntimeError with the system's own words when one fails.
     """

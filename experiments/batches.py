@@ -1,7 +1,9 @@
-"""What several sequences at a time give, from the records of +exp=ours/batches: a table and a figure. It measures nothing.
+"""What several sequences at a time give, from the records of +exp=ours/batches: a table and a
+figure. It measures nothing.
 
-Beside each stands what `flexinfer plan --batch` said under the same limits, before the run, and the bound of one sequence, which no system passes that
-reads what it lacks for each token of each sequence.
+Beside each stands what `flexinfer plan --batch` said under the same limits, before the run, and the
+bound of one sequence, which no system passes that reads what it lacks for each token of each
+sequence.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,10 @@ MEASURED, PLANNED = "#0072B2", "#E69F00"
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
-    """A row for each model, budget and number of sequences, median of the rounds; tokens/s of all sequences together."""
+    """A row for each model, budget and number of sequences, median of the rounds.
+
+    Tokens/s of all sequences together.
+    """
     rows = []
     for one in records:
         if one.status != "ok" or one.cell.workload.batch is None:
@@ -47,7 +52,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def figure(records: Sequence[Record], title: str) -> Figure | None:
-    """Tokens per second by the number of sequences, measured and planned, a panel for each model and budget."""
+    """Tokens per second by the number of sequences, measured and planned, a panel for each model
+    and budget.
+    """
     data = table(records)
     if data.empty:
         return None

@@ -1,23 +1,28 @@
-"""One measured cell: a fresh process in groups of its own, and the record of what came of it (DESIGN: Measuring).
+"""One measured cell: a fresh process in groups of its own, and the record of what came of it
+(DESIGN: Measuring).
 
-Mechanism: a helper process makes and describes the checkpoint. Then, inside one `Limits`: the bandwidth of direct reads,
-with the page cache dropped the system itself (experiments.systems.measured), and the bandwidth again. Where
-tokens came out, the cost of a resident pass is measured, or taken from an earlier measurement. This process sleeps
-meanwhile and imports no torch: libraries it maps would be charged to it and make the cell's memory larger than it is.
-Whatever happens to the child is a record: killed (by the memory limit), timeout, missing, unsupported or error, with
-the tokens counted until then.
+Mechanism: a helper process makes and describes the checkpoint. Then, inside one `Limits`: the
+bandwidth of direct reads, with the page cache dropped the system itself
+(experiments.systems.measured), and the bandwidth again. Where tokens came out, the cost of a
+resident pass is measured, or taken from an earlier measurement. This process sleeps meanwhile and
+imports no torch: libraries it maps would be charged to it and make the cell's memory larger than it
+is. Whatever happens to the child is a record: killed (by the memory limit), timeout, missing,
+unsupported or error, with the tokens counted until then.
 
 The bound of a record (our choice, after the paper's equation 4) is 1 / max(c, (S - R) / B):
 - S: bytes of all tensors but the embedding rows; R: the budget less process and KV cache;
-- process: what the child holds when it has imported the system's libraries and not yet opened the model;
-- B: the best of the two bandwidths, each the best of several numbers of readers and sizes of requests: what the disk gives
-  whoever asks, and no system's own rate; and no more than the limit, which lets the first reads pass faster;
-- c: seconds of the fastest resident pass of the same system's kernels without limits: of the model itself if it is
-  small, else of checkpoints of the same shape with 1 and 3 layers, extrapolated to all (every layer does the same
-  work); and no more than the fastest pass of the run itself, which computed too. Kept in the cache directory, for one
-  CPU, number of cores, and versions.
+- process: what the child holds when it has imported the system's libraries and not yet opened the
+  model;
+- B: the best of the two bandwidths, each the best of several numbers of readers and sizes of
+  requests: what the disk gives whoever asks, and no system's own rate; and no more than the limit,
+  which lets the first reads pass faster;
+- c: seconds of the fastest resident pass of the same system's kernels without limits: of the model
+  itself if it is small, else of checkpoints of the same shape with 1 and 3 layers, extrapolated to
+  all (every layer does the same work); and no more than the fastest pass of the run itself, which
+  computed too. Kept in the cache directory, for one CPU, number of cores, and versions.
 
-What it does not do: choose cells, order them, or write records to a file; that is experiments.runner.
+What it does not do: choose cells, order them, or write records to a file; that is
+experiments.runner.
 """
 
 import math
@@ -56,7 +61,10 @@ class Run:
 
 
 def run_cell(cell: CellConfig) -> Record:
-    """Measure one cell. Always a record, unless this process is interrupted: then nothing of the cell is left."""
+    """Measure one cell.
+
+    Always a record, unless this process is interrupted: then nothing of the cell is left.
+    """
     # the cell's own checkpoint is made before the clock of its provenance starts
     try:
         facts = describe_checkpoint(cell)
@@ -184,7 +192,9 @@ def _best_rate(run: Run) -> tuple[float | None, str]:
 
 
 class OthersCpu:
-    """What of the machine's CPU time others take, from now on: niceness does not keep them off a cell's cores where sessions are scheduled in groups."""
+    """What of the machine's CPU time others take, from now on: niceness does not keep them off a
+    cell's cores where sessions are scheduled in groups.
+    """
 
     def __init__(self) -> None:
         self._start_s = perf_counter()

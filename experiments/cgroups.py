@@ -1,4 +1,6 @@
-"""Where control groups can be made, and which disk a file lies on: what the kernel's file systems say."""
+"""Where control groups can be made, and which disk a file lies on: what the kernel's file systems
+say.
+"""
 
 import contextlib
 import os
@@ -105,7 +107,9 @@ def read_rbps(text: str, device: str) -> int:
 
 
 def abandoned(parent: Path, prefix: str) -> list[Path]:
-    """What lies in `parent` under a name of `prefix`, a process id, '-' and more, whose process is gone."""
+    """What lies in `parent` under a name of `prefix`, a process id, '-' and more, whose process is
+    gone.
+    """
     found = []
     for path in parent.glob(f"{prefix}*-*"):
         owner = path.name.removeprefix(prefix).split("-")[0]

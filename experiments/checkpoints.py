@@ -38,7 +38,9 @@ class CheckpointFacts:
 
 
 def describe_checkpoint(cell: CellConfig) -> CheckpointFacts:
-    """Make the cell's checkpoint if need be, and describe it, in a process of its own (it imports torch)."""
+    """Make the cell's checkpoint if need be, and describe it, in a process of its own (it imports
+    torch).
+    """
     told = json.dumps(
         {"model": asdict(cell.model), "format": cell.system.format, "cache_dir": cell.cache_dir}
     )
@@ -65,7 +67,9 @@ def _described(told: str) -> str:
 
 
 def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFacts:
-    """Opening a GGUF file leaves its config and tokenizer in the cache, so that no cell pays for them."""
+    """Opening a GGUF file leaves its config and tokenizer in the cache, so that no cell pays for
+    them.
+    """
     from flexinfer.formats.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(_make(model, format, Path(cache_dir).expanduser()))
@@ -99,7 +103,10 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
 
 
 def _make(model: ModelConfig, format: str, cache_dir: Path) -> Path:
-    """Where the checkpoint lies, made now unless it is there. It is a file for GGUF, a directory otherwise."""
+    """Where the checkpoint lies, made now unless it is there.
+
+    It is a file for GGUF, a directory otherwise.
+    """
     if model.kind == "path":
         return Path(str(model.path)).expanduser()
     if model.kind == "real":
@@ -116,7 +123,9 @@ def _make(model: ModelConfig, format: str, cache_dir: Path) -> Path:
 
 
 def main() -> int:
-    """The helper process: a model and a format as JSON on stdin, the facts of its checkpoint as the last line."""
+    """The helper process: a model and a format as JSON on stdin, the facts of its checkpoint as the
+    last line.
+    """
     told = json.loads(sys.stdin.read())
     facts = _describe(from_dict(ModelConfig, told["model"]), told["format"], told["cache_dir"])
     print(json.dumps(asdict(facts)))

@@ -81,7 +81,9 @@ def job_of(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str,
 
 
 def run_child(job: dict[str, Any], timeout_s: float, limits: limiting.Limits | None = None) -> Child:
-    """Run experiments.systems.measured with `job` in a fresh process, inside `limits`, asleep until it ends."""
+    """Run experiments.systems.measured with `job` in a fresh process, inside `limits`, asleep until
+    it ends.
+    """
     events = Path(job["scratch"]) / f"{uuid.uuid4().hex}.jsonl"
     argv = [job.get("python") or sys.executable, "-P", str(Path(measured.__file__))]
     cores = str(job["cores"])
@@ -154,6 +156,8 @@ def scratch_prefix() -> str:
 
 
 def remove_stale_scratch(parent: Path) -> None:
-    """Remove scratch directories of cells whose process is gone: one killed outright leaves its own."""
+    """Remove scratch directories of cells whose process is gone: one killed outright leaves its
+    own.
+    """
     for path in abandoned(parent, "flexinfer-cell-"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,21 +1,28 @@
-"""The paper's claims C1 to C9 against records: pure functions from records to verdicts, by criteria that are stated.
+"""The paper's claims C1 to C9 against records: pure functions from records to verdicts, by criteria
+that are stated.
 
-A gain is a ratio of median speeds of two systems on the same weights, device and budget, where the base reads for every token. It is clear when
-it is more than the noise (3 %, our choice) and no round of the slower system reaches one of the faster: spreads that
-overlap are no difference. Where either has fewer than three rounds they say little of the spread, and a clear gain is one of more than 20 %: seven in ten pairs of
-rounds of one cell differ by less. What 'reproduced' asks for depends on how the paper says it, of clear gains alone:
+A gain is a ratio of median speeds of two systems on the same weights, device and budget, where the
+base reads for every token. It is clear when it is more than the noise (3 %, our choice) and no
+round of the slower system reaches one of the faster: spreads that overlap are no difference. Where
+either has fewer than three rounds they say little of the spread, and a clear gain is one of more
+than 20 %: seven in ten pairs of rounds of one cell differ by less. What 'reproduced' asks for
+depends on how the paper says it, of clear gains alone:
 
 - a range over budgets (C1): every gain reaches the range's least, and one its greatest;
 - a number at the least memory (C3): the gain there reaches it;
-- one range for the least memory and one for more (C4, C5): the gain at the least reaches the first, the best of the others the second;
+- one range for the least memory and one for more (C4, C5): the gain at the least reaches the first,
+  the best of the others the second;
 - up to a number (C6, C7): the best gain reaches it.
 
-'partly' when a part of that is so, or there are clear gains and no clear loss; 'not' otherwise. C2, C8 and C9 have criteria of their own, in
-their functions. C6 to C8 are about the paper's Algorithm 1, and judged with it; our own policy is told beside it. Claims are judged
-for each machine, model, weights and device that has what the claim is about: a model that the paper gives a number for, a budget of at most a third of the
-weights where it speaks of the least memory, and another one where it speaks of more.
-The bound says why a gain differs from the paper's: overlap can save no more than the smaller of computing and reading,
-so where the disk is slow against the kernels, or the other way round, there is little to gain for anyone.
+'partly' when a part of that is so, or there are clear gains and no clear loss; 'not' otherwise. C2,
+C8 and C9 have criteria of their own, in their functions. C6 to C8 are about the paper's Algorithm
+1, and judged with it; our own policy is told beside it. Claims are judged for each machine, model,
+weights and device that has what the claim is about: a model that the paper gives a number for, a
+budget of at most a third of the weights where it speaks of the least memory, and another one where
+it speaks of more.
+The bound says why a gain differs from the paper's: overlap can save no more than the smaller of
+computing and reading, so where the disk is slow against the kernels, or the other way round, there
+is little to gain for anyone.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,7 +59,8 @@ class Verdict:
 
 
 def judge(found: Mapping[str, Sequence[Record]], paper: Mapping[str, Any]) -> list[Verdict]:
-    """A verdict for every claim of results/paper.json, on every machine, model, weights and device there are records of.
+    """A verdict for every claim of results/paper.json, on every machine, model, weights and device
+    there are records of.
 
     found: the records of each machine (figures.find_records).
     """
@@ -85,7 +93,9 @@ class Part:
         return dict(zip(rows["budget_bytes"], rows["tokens_per_s"], strict=True))
 
     def gains(self, system: str, base: str) -> dict[int, float]:
-        """Times that `system` is as fast as `base`, by budget, the least first, where both ran and the model does not fit `base`."""
+        """Times that `system` is as fast as `base`, by budget, the least first, where both ran and
+        the model does not fit `base`.
+        """
         ours, theirs = self.speeds(system), self.speeds(base)
         budgets = sorted(budget for budget in ours.keys() & theirs.keys() if not self.fits(base, budget))
         return {budget: ours[budget] / theirs[budget] for budget in budgets}
@@ -97,7 +107,9 @@ class Part:
         return bool(ours["low"] <= theirs["high"] and theirs["low"] <= ours["high"])
 
     def clear(self, system: str, base: str, budget_bytes: int) -> int:
-        """1: `system` is clearly faster than `base` in that budget, -1: clearly slower, 0: no difference to be seen."""
+        """1: `system` is clearly faster than `base` in that budget, -1: clearly slower, 0: no
+        difference to be seen.
+        """
         rows = self.rows[self.rows["budget_bytes"] == budget_bytes].set_index("system")
         few = rows.loc[[system, base], "n"].min() < QUOTED_ROUNDS
         noise = FEW_ROUNDS if few else NOISE
@@ -120,7 +132,9 @@ class Part:
         )
 
     def overlap_room(self, budget_bytes: int) -> float | None:
-        """The most that overlap can gain there: (compute + read) / max(compute, read) - 1, of our own system."""
+        """The most that overlap can gain there: (compute + read) / max(compute, read) - 1, of our
+        own system.
+        """
         rooms = []
         for one in self.records:
             if (
@@ -148,7 +162,10 @@ def _parts(machine: str, records: Iterable[Record]) -> list[Part]:
 
 
 def _judges(paper: Mapping[str, Any]) -> dict[str, Callable[[Part], tuple[str, str, str]]]:
-    """For each claim, what gives (measured, verdict, why) of a part; empty words where the part lacks the records."""
+    """For each claim, what gives (measured, verdict, why) of a part.
+
+    Empty words where the part lacks the records.
+    """
     return {
         "C1": lambda part: _gain(part, "flexinfer", "llama-cpp-mmap", paper["C1"], RANGE),
         "C2": _flat,
@@ -181,7 +198,9 @@ def claims_frame(verdicts: Iterable[Verdict]) -> pd.DataFrame:
 
 
 def by_machine(verdicts: Iterable[Verdict], names: Mapping[str, str]) -> pd.DataFrame:
-    """A row for each claim, a column for each machine (`names`: shorter ones): its verdicts, and of which models and devices."""
+    """A row for each claim, a column for each machine (`names`: shorter ones): its verdicts, and of
+    which models and devices.
+    """
     told: dict[str, dict[str, dict[str, list[str]]]] = {}
     for one in verdicts:
         machine = told.setdefault(names.get(one.machine, one.machine), {})
@@ -198,7 +217,10 @@ def by_machine(verdicts: Iterable[Verdict], names: Mapping[str, str]) -> pd.Data
 
 
 def _synchronous(part: Part) -> str:
-    """Synchronous reads by as many readers as prefetching has; by one, where records are older than that."""
+    """Synchronous reads by as many readers as prefetching has.
+
+    By one, where records are older than that.
+    """
     return "sync-2" if part.speeds("sync-2") else "sync"
 
 
@@ -217,7 +239,9 @@ def _least_and_best(gains: Gains, wanted: Wanted) -> list[bool]:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """How the paper says a gain: of which budgets, and what of its numbers clear gains by budget (1: none), the least first, reach."""
+    """How the paper says a gain: of which budgets, and what of its numbers clear gains by budget
+    (1: none), the least first, reach.
+    """
 
     reached: Callable[[Gains, Wanted], list[bool]]
     of_the_least: bool  # a budget that can be called so has to be there
@@ -231,7 +255,9 @@ UP_TO = Said(lambda gains, wanted: [max(gains) >= wanted[0]["low"]], of_the_leas
 
 
 def _gain(part: Part, system: str, base: str, claim: Mapping[str, Any], said: Said) -> tuple[str, str, str]:
-    """Ratio of speeds over the budgets in which the model does not fit, or at the least of them where the paper speaks of no other."""
+    """Ratio of speeds over the budgets in which the model does not fit, or at the least of them
+    where the paper speaks of no other.
+    """
     gains = part.gains(system, base)
     wanted = [
         claim[name].get(part.model) or claim[name].get("any")
@@ -296,7 +322,9 @@ def _times(gain: float) -> str:
 
 
 def _flat(part: Part) -> tuple[str, str, str]:
-    """C2: mmap's greatest over its least speed, in budgets up to 0.8 of the weights, is at most 1.25 (reproduced)."""
+    """C2: mmap's greatest over its least speed, in budgets up to 0.8 of the weights, is at most
+    1.25 (reproduced).
+    """
     speeds = part.speeds("llama-cpp-mmap")
     shape = part.records[0].cell.model.shape
     if shape is not None and shape.experts is not None:  # every token reads other weights
@@ -320,7 +348,9 @@ def _flat(part: Part) -> tuple[str, str, str]:
 
 
 def _close(part: Part) -> tuple[str, str, str]:
-    """C8, models with grouped queries: Algorithm 1 and attention-first within 10 % of each other, or rounds that overlap, in all budgets (reproduced)."""
+    """C8, models with grouped queries: Algorithm 1 and attention-first within 10 % of each other,
+    or rounds that overlap, in all budgets (reproduced).
+    """
     shape = part.records[0].cell.model.shape
     if shape is None or shape.kv_heads == shape.heads or shape.experts is not None:
         return "", "", ""
@@ -343,7 +373,8 @@ def _close(part: Part) -> tuple[str, str, str]:
 
 
 def _same_tokens(part: Part) -> tuple[str, str, str]:
-    """C9: every run of ours, and of stock transformers, on the same weights and prompt decodes the same tokens, at every budget and policy.
+    """C9: every run of ours, and of stock transformers, on the same weights and prompt decodes the
+    same tokens, at every budget and policy.
 
     Runs that say one thing over and over, as random weights soon do, are no evidence.
     """

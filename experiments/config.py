@@ -1,12 +1,14 @@
-"""What an experiment is made of: model, systems, device, budgets, workload; and one cell, which is one process.
+"""What an experiment is made of: model, systems, device, budgets, workload.
 
-Mechanism: plain dataclasses are the schema. scripts/run.py registers `RunConfig` with Hydra, first in
-the defaults, so that an unknown key or a value of the wrong type in any YAML file or override fails
-at once; `OmegaConf.to_object` then makes these objects, whose `__post_init__` refuses values that
-cannot work. A `CellConfig` is one measurement (one model, system, device, budget, round); it goes to
-the child process and into its record as JSON, by `asdict` and `from_dict`.
-Cost model: the budget may be a fraction of the bytes of the model's weights at the bits of its format
-(`model_config.weight_bytes`). No I/O in here, and nothing of Hydra.
+And one cell, which is one process.
+
+Mechanism: plain dataclasses are the schema. scripts/run.py registers `RunConfig` with Hydra, first
+in the defaults, so that an unknown key or a value of the wrong type in any YAML file or override
+fails at once; `OmegaConf.to_object` then makes these objects, whose `__post_init__` refuses values
+that cannot work. A `CellConfig` is one measurement (one model, system, device, budget, round); it
+goes to the child process and into its record as JSON, by `asdict` and `from_dict`.
+Cost model: the budget may be a fraction of the bytes of the model's weights at the bits of its
+format (`model_config.weight_bytes`). No I/O in here, and nothing of Hydra.
 """
 
 import hashlib
@@ -60,7 +62,9 @@ class SystemConfig:
             raise ConfigError(f"system.options of {self.name}: {error}") from error
 
     def resident(self) -> "SystemConfig":
-        """What computes this system's passes when everything is in memory: its kernels, without what it does about memory."""
+        """What computes this system's passes when everything is in memory: its kernels, without
+        what it does about memory.
+        """
         kind = KERNELS_OF.get(self.kind, self.kind)
         repacks = {"use_extra_bufts": self.options.get("use_extra_bufts", True)}
         return replace(self, kind=kind, options=repacks if kind == "llama_cpp" else {})
@@ -96,7 +100,9 @@ class DeviceConfig:
 
 @dataclass(slots=True)
 class BudgetConfig:
-    """The axis of memory budgets: sizes ('2GiB', bytes) or fractions of the model's weight bytes (numbers up to 4)."""
+    """The axis of memory budgets: sizes ('2GiB', bytes) or fractions of the model's weight bytes
+    (numbers up to 4).
+    """
 
     grid: list[float | int | str] = field(default_factory=lambda: [0.5])
 
@@ -124,9 +130,11 @@ class WorkloadConfig:
         600.0  # the whole process, loading included; then it is killed and recorded as a timeout
     )
     prefill_tokens: list[int] = field(default_factory=list)  # prompts whose prefill is timed
-    # Real text (experiments.texts) instead of the fixed prompt, each kind by generate() with up to max_tokens:
+    # Real text (experiments.texts) instead of the fixed prompt, each kind by generate() with up to
+    # max_tokens:
     texts: list[str] = field(default_factory=list)
-    # or tokens that a draft has right before each that it has not, as seen elsewhere; the weights have no say in it
+    # or tokens that a draft has right before each that it has not, as seen elsewhere; the weights
+    # have no say in it
     replayed: list[int] = field(default_factory=list)
     drawn: bool = (
         False  # decode tokens drawn at random instead of greedily: random weights soon repeat themselves
@@ -208,7 +216,9 @@ class CellConfig:
 
     @property
     def key(self) -> str:
-        """Names what is measured, whichever experiment asks: two cells of one key are the same measurement."""
+        """Names what is measured, whichever experiment asks: two cells of one key are the same
+        measurement.
+        """
         told = asdict(self)
         for name in ("experiment", "cache_dir"):
             del told[name]
@@ -232,7 +242,9 @@ class CellConfig:
 
 @dataclass(slots=True)
 class RunConfig:
-    """One comparison as Hydra composes it: the systems take turns at every budget, in every round, on the same weights."""
+    """One comparison as Hydra composes it: the systems take turns at every budget, in every round,
+    on the same weights.
+    """
 
     model: ModelConfig
     systems: dict[str, SystemConfig]
@@ -304,7 +316,8 @@ def from_dict(kind: Any, data: Any, where: str = "cell") -> Any:
 
 
 def comparison_format(model: ModelConfig, systems: Iterable[SystemConfig], format: str = "auto") -> str:
-    """The format in which all `systems` run `model`, from one and the same file: `format`, or the model's first that they can.
+    """The format in which all `systems` run `model`, from one and the same file: `format`, or the
+    model's first that they can.
 
     Raises ConfigError naming the system that cannot, or the formats that there are.
     """

@@ -1,8 +1,10 @@
-"""What drafts give beside the bound of one token a pass, from the records of +exp=ours/past: a table and a figure. It measures nothing.
+"""What drafts give beside the bound of one token a pass, from the records of +exp=ours/past: a
+table and a figure. It measures nothing.
 
-Each system is held against one bound, that of the run without a draft in the same budget: 1 / max(c, (S - R) / B), which no system passes that
-takes a pass for every token. A drafted text may differ from the one without from the first position on where two tokens are as
-good as equal; the table gives that position's margin between the two logits.
+Each system is held against one bound, that of the run without a draft in the same budget: 1 /
+max(c, (S - R) / B), which no system passes that takes a pass for every token. A drafted text may
+differ from the one without from the first position on where two tokens are as good as equal; the
+table gives that position's margin between the two logits.
 """
 
 from collections.abc import Sequence
@@ -34,13 +36,18 @@ def _model(record: Record) -> str:
 
 
 def _text(record: Record, kind: str) -> str:
-    """The kind of text; of a replay how many of the tokens a draft has right, for replays of several are apart."""
+    """The kind of text.
+
+    Of a replay how many of the tokens a draft has right, for replays of several are apart.
+    """
     runs = record.cell.workload.replayed
     return f"replayed, {sum(runs) / (sum(runs) + len(runs)):.0%} right" if runs else kind
 
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
-    """A row for each model, budget, system and kind of text: the texts of a kind together, median of the rounds."""
+    """A row for each model, budget, system and kind of text: the texts of a kind together, median
+    of the rounds.
+    """
     plain = {
         (_model(one), one.cell.budget_bytes, one.cell.round): one
         for one in records
@@ -87,7 +94,10 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def difference(ours: dict[str, Any], plain: dict[str, Any]) -> float | None:
-    """The margin, without a draft, of the first token in which two texts differ; None where they do not."""
+    """The margin, without a draft, of the first token in which two texts differ.
+
+    None where they do not.
+    """
     for one, other, margin in zip(ours["answer"], plain["answer"], plain["margins"], strict=False):
         if one != other:
             return float(margin)
@@ -95,7 +105,9 @@ def difference(ours: dict[str, Any], plain: dict[str, Any]) -> float | None:
 
 
 def figure(records: Sequence[Record], title: str) -> Figure | None:
-    """Tokens per second of each system by budget, a panel for each model and kind of text, with the bound of one token a pass."""
+    """Tokens per second of each system by budget, a panel for each model and kind of text, with the
+    bound of one token a pass.
+    """
     data = table(records)
     if data.empty:
         return None
@@ -138,7 +150,8 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
 
 
 def runs_of(record: Record, kind: str) -> list[int]:
-    """Tokens in a row that the draft had right before each that it had not, in the texts of one kind: for `workload.replayed`.
+    """Tokens in a row that the draft had right before each that it had not, in the texts of one
+    kind: for `workload.replayed`.
 
     A pass that accepts all of its candidates ends no run, and neither does the end of a text.
     """

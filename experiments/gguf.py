@@ -1,22 +1,31 @@
-"""Synthetic GGUF files of a true shape with random weights, which FlexInfer and llama.cpp both read (DESIGN: Measuring).
+"""Synthetic GGUF files of a true shape with random weights, which FlexInfer and llama.cpp both read
+(DESIGN: Measuring).
 
-Mechanism: the header comes from the `gguf` package. Every matrix, embedding and output included, is of one of ggml's types, both of
-4.5 bits a weight: Q4_0 (18 bytes for 32 weights), or Q4_K (144 bytes for 256) where rows are a multiple of 256, else Q4_0. The norms are
-float32 ones, and the tokenizer is a dummy that llama.cpp accepts (three control tokens, the 256 bytes, then numbered words). Blocks
-come from one pool of random ones whose weights have mean 0 and standard deviation 1/sqrt(hidden), so that activations stay finite.
+Mechanism: the header comes from the `gguf` package. Every matrix, embedding and output included, is
+of one of ggml's types, both of 4.5 bits a weight: Q4_0 (18 bytes for 32 weights), or Q4_K (144
+bytes for 256) where rows are a multiple of 256, else Q4_0. The norms are float32 ones, and the
+tokenizer is a dummy that llama.cpp accepts (three control tokens, the 256 bytes, then numbered
+words). Blocks come from one pool of random ones whose weights have mean 0 and standard deviation
+1/sqrt(hidden), so that activations stay finite.
 Files are written to a `.part` file, synced and renamed: a killed run leaves nothing that loads.
 
-Mixtures lie in two parts, as a split file does: routers and norms in the first, all else in the second. So two shapes that differ in nothing but
-how the router chooses share the second by a hard link, and 17 GB are on the disk once.
+Mixtures lie in two parts, as a split file does: routers and norms in the first, all else in the
+second. So two shapes that differ in nothing but how the router chooses share the second by a hard
+link, and 17 GB are on the disk once.
 
-How a router chooses. Its rows are random, so on random hidden states each expert's score is a normal number, and experts are chosen evenly.
-Hidden states are random when the embedding, of deviation 1 here, is more of them than what attention adds, a mean over tokens and so much the same for
-all: it would double in every layer, so its output is scaled by ATTENTION_SCALE. For a
-router that prefers some, the rows are scaled: an expert whose scores have deviation d passes the threshold t that the chosen ones pass with the
-probability Q(t / d), below a half. Shares of the routing fall geometrically, each `popularity` times the one before, and experts are shuffled in
-every layer. For Qwen3-30B-A3B 0.965: it was measured that 65 of 128 experts have 90 % of the routing on mixed text (prose, code,
-mathematics), the first 4.3 %, the entropy being 0.111 below even (https://mcp-tool-shop-org.github.io/gpu-container/handbook/derisk/); this
-gives 90 %, 3.5 % and 0.106. Of Mixtral there is no such model: its routing is near even (Jiang et al. 2024, Mixtral of Experts, section 5).
+How a router chooses. Its rows are random, so on random hidden states each expert's score is a
+normal number, and experts are chosen evenly.
+Hidden states are random when the embedding, of deviation 1 here, is more of them than what
+attention adds, a mean over tokens and so much the same for all: it would double in every layer, so
+its output is scaled by ATTENTION_SCALE. For a router that prefers some, the rows are scaled: an
+expert whose scores have deviation d passes the threshold t that the chosen ones pass with the
+probability Q(t / d), below a half. Shares of the routing fall geometrically, each `popularity`
+times the one before, and experts are shuffled in every layer. For Qwen3-30B-A3B 0.965: it was
+measured that 65 of 128 experts have 90 % of the routing on mixed text (prose, code, mathematics),
+the first 4.3 %, the entropy being 0.111 below even
+(https://mcp-tool-shop-org.github.io/gpu-container/handbook/derisk/); this gives 90 %, 3.5 % and
+0.106. Of Mixtral there is no such model: its routing is near even (Jiang et al. 2024, Mixtral of
+Experts, section 5).
 
 Cost model: 4.5 / 8 bytes a weight, written at the disk's speed; memory of the pool.
 
@@ -54,7 +63,8 @@ NIBBLE_DEVIATION = float(np.sqrt((16**2 - 1) / 12))  # of uniform 0 to 15
 
 
 def make_gguf(model: ModelConfig, format: str, cache_dir: Path) -> Path:
-    """The file of `model`'s synthetic checkpoint in `format` ('q4_0' or 'q4_k'), written now unless it is cached.
+    """The file of `model`'s synthetic checkpoint in `format` ('q4_0' or 'q4_k'), written now unless
+    it is cached.
 
     Raises: as `write_synthetic`, and ConfigError for a model without a shape.
     """
@@ -146,7 +156,8 @@ def write_synthetic(
         seed: of the weights.
         progress: called with the bytes of every tensor once it is written.
     Returns: `path`.
-    Raises ConfigError for another format and for a shape that it cannot hold, OSError when the disk has too little room.
+    Raises ConfigError for another format and for a shape that it cannot hold, OSError when the disk
+    has too little room.
     """
     _check(shape, format)
     tensors = list(tensor_shapes(shape))
@@ -171,7 +182,9 @@ def write_synthetic(
 def write_mixture(
     directory: Path, shape: ShapeConfig, name: str, format: str, second: Path | None = None, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Write a mixture as two parts into `directory`, unless they are there already; the second as a hard link to `second` if given.
+    """Write a mixture as two parts into `directory`, unless they are there already.
+
+    The second as a hard link to `second` if given.
 
     Raises: as `write_synthetic`.
     """
@@ -276,7 +289,10 @@ def _deviation(tensor: str, shape: ShapeConfig) -> float:
 
 
 def deviations(shape: ShapeConfig) -> npt.NDArray[np.float64]:
-    """Of the scores of each expert, the most popular first, in thresholds: [experts]. All 1 for a router that chooses evenly."""
+    """Of the scores of each expert, the most popular first, in thresholds: [experts].
+
+    All 1 for a router that chooses evenly.
+    """
     assert shape.experts is not None
     experts = shape.experts
     if experts.popularity == 1:
@@ -311,7 +327,9 @@ def check_free_disk(path: Path, needed_bytes: int) -> None:
 
 
 def _pool(kind: gguf.GGMLQuantizationType, nbytes: int, deviation: float, seed: int) -> npt.NDArray[np.uint8]:
-    """Random blocks of `kind` whose weights have mean 0 and standard deviation `deviation`: [blocks, block_bytes]."""
+    """Random blocks of `kind` whose weights have mean 0 and standard deviation `deviation`:
+    [blocks, block_bytes].
+    """
     generator = np.random.default_rng(seed)
     block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
     blocks = generator.integers(0, 256, (nbytes // block_bytes, block_bytes), dtype=np.uint8)
@@ -319,8 +337,10 @@ def _pool(kind: gguf.GGMLQuantizationType, nbytes: int, deviation: float, seed: 
     if kind == Q4_0:  # a float16 scale, then 16 bytes of nibbles that stand for -8 to 7
         blocks[:, :2] = np.array([scale], np.float16).view(np.uint8)
         return blocks
-    # Q4_K: two float16 (of the scales and of the minima), 12 bytes with 6 bits of scale and of minimum for each of 8 groups,
-    # then nibbles. With minima as large as the scales, and 7.5 times their float16, a weight is scale * (nibble - 7.5).
+    # Q4_K: two float16 (of the scales and of the minima), 12 bytes with 6 bits of scale and of
+    # minimum for each of 8 groups,
+    # then nibbles. With minima as large as the scales, and 7.5 times their float16, a weight is
+    # scale * (nibble - 7.5).
     sixes = generator.integers(32, 64, (len(blocks), 8), dtype=np.uint8)
     scale /= float(np.sqrt(np.mean(np.arange(32, 64) ** 2.0)))
     blocks[:, :4] = np.array([scale, 7.5 * scale], np.float16).view(np.uint8)

@@ -1,22 +1,24 @@
 """Memory, read-bandwidth and core limits of one measured run (DESIGN: Measuring).
 
-Mechanism: a run gets control groups of its own, and its command enters them before it becomes the measured
-program: a two-line shell writes its own pid into `cgroup.procs` and execs. cgroup v1 uses the `memory` and `blkio`
-controllers, v2 `memory` and `io`; where this process may not make groups, `systemd-run --scope` (root, else --user)
-is tried, and where that fails too the run is unlimited and says why. Limits are read back from the kernel after
-they are set, so a record states what bound, not what was asked for.
+Mechanism: a run gets control groups of its own, and its command enters them before it becomes the
+measured program: a two-line shell writes its own pid into `cgroup.procs` and execs. cgroup v1 uses
+the `memory` and `blkio` controllers, v2 `memory` and `io`; where this process may not make groups,
+`systemd-run --scope` (root, else --user) is tried, and where that fails too the run is unlimited
+and says why. Limits are read back from the kernel after they are set, so a record states what
+bound, not what was asked for.
 
-Clean-up is one path for every ending. A reaper (a shell asleep on a pipe that only this process holds open) ends
-what is left inside the groups and removes them, when the pipe closes: on a normal exit, an exception, Ctrl-C, or the
-death of this process by any signal.
+Clean-up is one path for every ending. A reaper (a shell asleep on a pipe that only this process
+holds open) ends what is left inside the groups and removes them, when the pipe closes: on a normal
+exit, an exception, Ctrl-C, or the death of this process by any signal.
 
-Cost model: a read-bandwidth limit of b bytes/s makes n bytes read from the device take n / b, for direct reads and
-for page faults of mapped files alike (tests/experiments/test_limits.py checks both); reads served by the page cache are
-free, which is why a cell drops it first.
+Cost model: a read-bandwidth limit of b bytes/s makes n bytes read from the device take n / b, for
+direct reads and for page faults of mapped files alike (tests/experiments/test_limits.py checks
+both); reads served by the page cache are free, which is why a cell drops it first.
 
-What it does not do: limit writes, the page cache that other groups already hold (shared libraries mapped by another
-process are charged to that one), or the bandwidth of file systems without a block device of their own (overlay,
-tmpfs, network): then `applied.note` says so. The systemd path needs cgroup v2 and OOM policies (systemd 253).
+What it does not do: limit writes, the page cache that other groups already hold (shared libraries
+mapped by another process are charged to that one), or the bandwidth of file systems without a block
+device of their own (overlay, tmpfs, network): then `applied.note` says so. The systemd path needs
+cgroup v2 and OOM policies (systemd 253).
 """
 
 import contextlib
@@ -81,7 +83,10 @@ def core_set(cores: int | None) -> set[int]:
 
 
 def drop_page_cache(files: Iterable[Path], everything: bool = True) -> list[str]:
-    """Forget cached pages of `files`, and of the whole machine where allowed. Returns what was done."""
+    """Forget cached pages of `files`, and of the whole machine where allowed.
+
+    Returns what was done.
+    """
     done = []
     for file in files:
         fd = os.open(file, os.O_RDONLY)
@@ -102,14 +107,16 @@ class Limits:
     """Context manager: groups for one run, made on entry and gone after exit.
 
     Args:
-        memory_bytes: cap on everything charged to the run, page cache included, without swap; None for no cap.
+        memory_bytes: cap on everything charged to the run, page cache included, without swap; None
+            for no cap.
         read_bytes_per_s: cap on reads from the disk that holds `path`; None for no cap.
-        read_ahead_kb: what the kernel reads ahead of buffered reads of that disk, for all who read it until exit; None leaves it.
+        read_ahead_kb: what the kernel reads ahead of buffered reads of that disk, for all who read
+            it until exit; None leaves it.
         path: a file or directory on the disk to limit.
         root: the cgroup file system (tests pass an imitation).
 
-    `applied` states the limits in force; `command(argv)` wraps a command so that it runs inside; `usage()` reads the
-    counters and is valid until exit.
+    `applied` states the limits in force; `command(argv)` wraps a command so that it runs inside;
+    `usage()` reads the counters and is valid until exit.
     """
 
     _numbers = count()
@@ -229,7 +236,10 @@ class Limits:
         self.applied = replace(self.applied, note="; ".join(notes))
 
     def _read_ahead_file(self) -> Path:
-        """Where the kernel has it, for the disk that holds `path`. Raises LimitError where there is no disk."""
+        """Where the kernel has it, for the disk that holds `path`.
+
+        Raises LimitError where there is no disk.
+        """
         return Path(f"/sys/dev/block/{block_device(self.path)}/queue/read_ahead_kb")
 
     def _read_ahead_before(self) -> list[str]:
@@ -268,7 +278,10 @@ class Limits:
         return int(dict(line.split() for line in file.read_text().splitlines())[device])
 
     def _try_systemd(self, why_not: str) -> None:
-        """A transient scope; a first scope that runs `true` shows which limits systemd really hands on."""
+        """A transient scope.
+
+        A first scope that runs `true` shows which limits systemd really hands on.
+        """
         program = shutil.which("systemd-run")
         if program is None:
             self.applied = Applied("unlimited", note=f"{why_not}; systemd-run is not installed")

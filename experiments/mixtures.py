@@ -1,4 +1,6 @@
-"""Tables and figures of mixtures of experts: cells of `+exp=ours/moe`, and policies of the cache on recorded routings. It runs nothing."""
+"""Tables and figures of mixtures of experts: cells of `+exp=ours/moe`, and policies of the cache on
+recorded routings. It runs nothing.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +25,10 @@ STYLES = {
 
 
 def experts_table(records: Iterable[Record]) -> pd.DataFrame:
-    """A row for each model, device, budget and system that ran: medians over rounds. GB are of one counted pass."""
+    """A row for each model, device, budget and system that ran: medians over rounds.
+
+    GB are of one counted pass.
+    """
     groups: dict[tuple[str, str, int, str], list[Record]] = {}
     for one in records:
         if one.status == "ok" and one.untouched_bytes:
@@ -61,12 +66,17 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def load_routings(results_dir: Path) -> list[dict[str, Any]]:
-    """The lines of `experiments.routing`, oldest first. Says which command makes them where there are none."""
+    """The lines of `experiments.routing`, oldest first.
+
+    Says which command makes them where there are none.
+    """
     return load_lines(results_dir / QUALITY / "routing.jsonl", COMMAND)
 
 
 def policies(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Hit rate against the share of the experts in the cache, a panel for each routing, a line for each policy."""
+    """Hit rate against the share of the experts in the cache, a panel for each routing, a line for
+    each policy.
+    """
     if not lines:
         return None
     figure, grid = plt.subplots(

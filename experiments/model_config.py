@@ -1,4 +1,5 @@
-"""What a model is in an experiment: its shape, the formats it can be had in, the bytes of its weights.
+"""What a model is in an experiment: its shape, the formats it can be had in, the bytes of its
+weights.
 
 Plain dataclasses whose `__post_init__` refuses values that cannot work. No I/O in here.
 """
@@ -87,7 +88,9 @@ class ShapeConfig:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all linears and experts, lm_head included (norms, routers and embedding rows are negligible)."""
+        """Weights of all linears and experts, lm_head included (norms, routers and embedding rows
+        are negligible).
+        """
         attention = 2 * self.hidden * self.head_width * (self.heads + self.kv_heads)
         feed_forward = 3 * self.hidden * self.intermediate * (self.experts.count if self.experts else 1)
         return self.layers * (attention + feed_forward) + self.vocab * self.hidden
@@ -98,7 +101,10 @@ class ShapeConfig:
         return self.head_dim or self.hidden // self.heads
 
     def facts(self) -> dict[str, Any]:
-        """What tells it from other shapes. Fields that came later are left out where they say nothing."""
+        """What tells it from other shapes.
+
+        Fields that came later are left out where they say nothing.
+        """
         told = asdict(self)
         return {key: value for key, value in told.items() if value is not None}
 

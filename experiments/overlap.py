@@ -1,11 +1,16 @@
-"""What a pass takes on this machine while something else reads the disk. The bound takes it that reading costs computing nothing.
+"""What a pass takes on this machine while something else reads the disk.
+
+The bound takes it that reading costs computing nothing.
 
     python -m experiments.overlap MODEL [--memory 20GiB] [--rates 0.5 1 2] [--record results/quality/overlap.jsonl]
 
-1 / max(c, (S - R) / B) is what no system beats: c is measured while nothing is read, B while nothing is computed. On a virtual machine both share
-memory, caches and cores with each other and with what carries the reads, and c grows with the rate. Here a model that is all in memory decodes,
-alone and beside another process that reads its file directly at a given rate, in turns; that process shares no interpreter, no lock and no queue with the
-model, so what it costs is the machine's, not the engine's. `attainable_s` says what a pass then takes at best that has to read so many bytes.
+1 / max(c, (S - R) / B) is what no system beats: c is measured while nothing is read, B while
+nothing is computed. On a virtual machine both share memory, caches and cores with each other and
+with what carries the reads, and c grows with the rate. Here a model that is all in memory decodes,
+alone and beside another process that reads its file directly at a given rate, in turns; that
+process shares no interpreter, no lock and no queue with the model, so what it costs is the
+machine's, not the engine's. `attainable_s` says what a pass then takes at best that has to read so
+many bytes.
 
 What it does not do: tell why.
 """
@@ -66,11 +71,13 @@ ended.set()
 def attainable_s(
     missed_bytes: float, passes: Iterable[tuple[float, float]], bandwidth_bytes_per_s: float
 ) -> float:
-    """Seconds of a pass at best that reads `missed_bytes`, where `passes` are what was measured: (bytes/s read meanwhile, seconds of a pass).
+    """Seconds of a pass at best that reads `missed_bytes`, where `passes` are what was measured:
+    (bytes/s read meanwhile, seconds of a pass).
 
-    It computes beside reads of some rate, and what is missing then is read with nothing beside it, at `bandwidth_bytes_per_s`. Of the rates the best:
-    a measured one, or one between two at which a pass ends with its reads. Between the measured rates seconds are taken to grow evenly; what a pass took
-    beside faster reads it can take beside slower ones, and more than that was noise.
+    It computes beside reads of some rate, and what is missing then is read with nothing beside it,
+    at `bandwidth_bytes_per_s`. Of the rates the best: a measured one, or one between two at which a
+    pass ends with its reads. Between the measured rates seconds are taken to grow evenly; what a
+    pass took beside faster reads it can take beside slower ones, and more than that was noise.
     """
     known: list[tuple[float, float]] = []
     for rate, seconds in sorted(passes, reverse=True):
@@ -88,7 +95,9 @@ def attainable_s(
 
 
 def medians(record: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """(bytes/s read meanwhile, seconds of a pass) by the rate that was asked for, over the rounds: for `attainable_s`."""
+    """(bytes/s read meanwhile, seconds of a pass) by the rate that was asked for, over the rounds:
+    for `attainable_s`.
+    """
     by_rate: dict[float, list[Mapping[str, float]]] = {}
     for one in record["passes"]:
         by_rate.setdefault(one["wanted_bytes_per_s"], []).append(one)
@@ -107,7 +116,9 @@ def load(results_dir: Path) -> list[dict[str, Any]]:
 
 
 def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """FlexInfer's cells on the machine's own disk that read, beside the bound and what was attainable on that machine, for models of which there is a line."""
+    """FlexInfer's cells on the machine's own disk that read, beside the bound and what was
+    attainable on that machine, for models of which there is a line.
+    """
     by_place = {(str(line["provenance"]["cpu"]), str(line["model"])): medians(line) for line in lines}
     rows: list[dict[str, Any]] = []
     for one in records:
@@ -150,9 +161,13 @@ def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.D
 def measure(
     model: Path, memory: str, rates: Sequence[float], *, rounds: int = 3, passes: int = 10
 ) -> dict[str, Any]:
-    """A record. In its `passes`, for each round and rate: the bytes/s that were asked for (0: alone) and came, and the median seconds of a pass.
+    """A record.
 
-    Raises: ValueError if the model is not all in memory there; what `flexinfer.from_pretrained` raises.
+    In its `passes`, for each round and rate: the bytes/s that were asked for (0: alone) and came,
+    and the median seconds of a pass.
+
+    Raises: ValueError if the model is not all in memory there; what `flexinfer.from_pretrained`
+    raises.
     """
     origin = provenance(model)
     files = [str(file) for file in Checkpoint.open(model).files]

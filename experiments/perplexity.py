@@ -1,11 +1,14 @@
-"""What quantising costs in quality: the perplexity of a checkpoint and of copies of it, by ggml's types, as records.
+"""What quantising costs in quality: the perplexity of a checkpoint and of copies of it, by ggml's
+types, as records.
 
     python -m experiments.perplexity CHECKPOINT --types q4_0,q4_k,q8_0 --record results/quality/perplexity.jsonl
 
-The text is Python's own documentation (`pydoc_data.topics`), which lies on every machine, or a file (--text). It is cut into windows that do not
-overlap, each begun without memory of the one before; the result is the exponential of the mean negative log-likelihood of all tokens but the
-first of each window. Compare checkpoints on one text only: the number depends on text, window and tokenizer. Copies are made in a temporary
-directory, one at a time. One JSON line for the checkpoint itself ("source") and for each type. Cost: one forward pass a window.
+The text is Python's own documentation (`pydoc_data.topics`), which lies on every machine, or a file
+(--text). It is cut into windows that do not overlap, each begun without memory of the one before;
+the result is the exponential of the mean negative log-likelihood of all tokens but the first of
+each window. Compare checkpoints on one text only: the number depends on text, window and tokenizer.
+Copies are made in a temporary directory, one at a time. One JSON line for the checkpoint itself
+("source") and for each type. Cost: one forward pass a window.
 """
 
 import argparse

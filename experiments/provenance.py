@@ -1,8 +1,9 @@
 """Where a record was measured: machine, versions of the packages that matter, commit.
 
-It reads /proc and /sys and asks git; it measures nothing. The machine is named by CPU, cores and memory, so that records of one
-machine (or of machines of one kind) can stand in one figure, and those of another cannot. A virtual machine's CPU says
-little by its name ("Intel Xeon Processor"), so its widest vectors, which decide the kernels, belong to it.
+It reads /proc and /sys and asks git; it measures nothing. The machine is named by CPU, cores and
+memory, so that records of one machine (or of machines of one kind) can stand in one figure, and
+those of another cannot. A virtual machine's CPU says little by its name ("Intel Xeon Processor"),
+so its widest vectors, which decide the kernels, belong to it.
 """
 
 import contextlib
@@ -65,7 +66,9 @@ def cpu_name(cpuinfo: Path) -> str:
 
 
 def _about(checkpoint: Path) -> dict[str, str]:
-    """What else of the machine matters: CPU family, hypervisor, disk, what the kernel reads ahead, huge pages. What cannot be read is left out."""
+    """What else of the machine matters: CPU family, hypervisor, disk, what the kernel reads ahead,
+    huge pages. What cannot be read is left out.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     family = [_field(cpuinfo, name) for name in ("cpu family", "model", "stepping")]
     found = {

@@ -1,6 +1,7 @@
 """Files of records: one JSON line for each measured cell, appended safely and checked when read.
 
-A line is appended by a single write and fsync, so a kill leaves at most one partial line at the end.
+A line is appended by a single write and fsync, so a kill leaves at most one partial line at the
+end.
 """
 
 import json
@@ -72,7 +73,10 @@ def read_file(path: Path) -> list[Record]:
 
 
 def load_lines(file: Path, command: str) -> list[dict[str, Any]]:
-    """The lines of a JSON Lines file, oldest first. Where there is none it says that `command` makes them."""
+    """The lines of a JSON Lines file, oldest first.
+
+    Where there is none it says that `command` makes them.
+    """
     if not file.exists():
         say_none(file, command)
         return []
@@ -85,7 +89,9 @@ def say_none(place: Path, command: str) -> None:
 
 
 def load_records(path: Path | str) -> list[Record]:
-    """The records of a .jsonl file, or of every one below a directory but RELIABILITY, QUALITY and OLDER; run ids seen twice are refused."""
+    """The records of a .jsonl file, or of every one below a directory but RELIABILITY, QUALITY and
+    OLDER; run ids seen twice are refused.
+    """
     path = Path(path)
     if not path.exists():
         raise RecordError(

@@ -1,8 +1,8 @@
 """Records: what one measured cell came to, with one schema, checked when written and when read.
 
-Mechanism: a `Record` keeps the cell as it was configured, the raw samples (seconds and bytes of every
-counted token), what the bound is made of, the limits that were really applied, and where it ran.
-Speed, bound and ratio are derived from these; they are written too, for whoever reads the line
+Mechanism: a `Record` keeps the cell as it was configured, the raw samples (seconds and bytes of
+every counted token), what the bound is made of, the limits that were really applied, and where it
+ran. Speed, bound and ratio are derived from these; they are written too, for whoever reads the line
 without this module, and a line in which they disagree with the samples is refused.
 The bound (our choice, after the paper's equation 4): a pass over the weights takes at least
 max(c, (S - R) / B), S the bytes of weights touched, R of them resident (the budget less process and
@@ -91,7 +91,9 @@ class Provenance(BaseModel):
 
 
 def _known_fields(data: Any) -> Any:
-    """Refuses unknown fields at every depth of a cell, which pydantic would ignore in plain dataclasses."""
+    """Refuses unknown fields at every depth of a cell, which pydantic would ignore in plain
+    dataclasses.
+    """
     if isinstance(data, dict):
         from_dict(CellConfig, data)
     return data
@@ -141,25 +143,33 @@ class Record(BaseModel):
         default=None, ge=0, le=1
     )  # of all cores' time while the cell ran: what went to processes that were not its own, and to the kernel
     engine: dict[str, Any] = Field(default_factory=dict)  # what the engine said of itself: plan and stats
-    # of a traced cell: run_cell returns the events here, the runner moves them to a JSON file beside the records
+    # of a traced cell: run_cell returns the events here, the runner moves them to a JSON file
+    # beside the records
     events: list[dict[str, Any]] = Field(default_factory=list)
     events_file: str | None = None  # its name, relative to the records file
 
     @property
     def weights(self) -> str:
-        """What the weights are, as figures print it. Older records hold one comparison of two 4.5-bit formats."""
+        """What the weights are, as figures print it.
+
+        Older records hold one comparison of two 4.5-bit formats.
+        """
         format = self.cell.system.format
         old = format == "int4" or (format == "gguf" and self.cell.model.kind != "path")
         return "int4 and Q4_0" if old else format.upper()
 
     @property
     def place(self) -> tuple[str, str, str, int]:
-        """Model, weights, device and budget in bytes: systems are compared where these are the same."""
+        """Model, weights, device and budget in bytes: systems are compared where these are the
+        same.
+        """
         return self.cell.model.name, self.weights, self.cell.device.name, self.cell.budget_bytes
 
     @property
     def kernels(self) -> Kernels:
-        """What the time of a resident pass depends on: model, whose kernels (and whether they repack), format, cores, sequences."""
+        """What the time of a resident pass depends on: model, whose kernels (and whether they
+        repack), format, cores, sequences.
+        """
         system = self.cell.system.resident()
         return (
             self.cell.model.name,
@@ -187,7 +197,10 @@ class Record(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def bound_tokens_per_s(self) -> float | None:
-        """No system that takes one pass a token can be faster in this budget; of a mixture: none that misses as many bytes."""
+        """No system that takes one pass a token can be faster in this budget.
+
+        Of a mixture: none that misses as many bytes.
+        """
         if self.missed_bytes is not None and self.bandwidth_bytes_per_s and self.compute_s_per_pass:
             return 1 / max(self.compute_s_per_pass, self.missed_bytes / self.bandwidth_bytes_per_s)
         if self.process_bytes is None or self.kv_bytes is None:
@@ -211,13 +224,17 @@ class Record(BaseModel):
 
     @property
     def reads_nothing(self) -> bool:
-        """Whether the counted passes had all weights in memory: they read less than a hundredth of them."""
+        """Whether the counted passes had all weights in memory: they read less than a hundredth of
+        them.
+        """
         weight_bytes = (self.total_weight_bytes or 0) + (self.untouched_bytes or 0)
         return bool(self.token_bytes) and sum(self.token_bytes) < 0.01 * weight_bytes * self.passes
 
     @property
     def hit_rate(self) -> float | None:
-        """The share of the experts that were in memory when a layer wanted them, in the counted passes."""
+        """The share of the experts that were in memory when a layer wanted them, in the counted
+        passes.
+        """
         hits, misses = (self.counted.get(f"expert_{name}", 0) for name in ("hits", "misses"))
         return hits / (hits + misses) if hits + misses else None
 
@@ -256,7 +273,9 @@ class Record(BaseModel):
 
 
 def _all_finite(data: dict[str, Any]) -> None:
-    """Refuses NaN and infinity at every depth, in what has no schema too: JSON does not have them, and NaN is not equal to itself."""
+    """Refuses NaN and infinity at every depth, in what has no schema too: JSON does not have them,
+    and NaN is not equal to itself.
+    """
     stack: list[tuple[str, Any]] = list(data.items())
     while stack:
         name, value = stack.pop()
@@ -284,10 +303,12 @@ def bound_tokens_per_s(
 def with_common_costs(records: Iterable[Record]) -> list[Record]:
     """The same records of one machine, with B and c that are the machine's rather than the run's.
 
-    B, for each device: the 90th percentile of the rates that direct reads had before and after each cell, up to the limit. By its own B a
-    run in a slow moment of the disk would look as if it were at its bound, and the best of all grows with their number.
-    c, for each model, kernels, cores and number of sequences, for it depends on neither disk nor budget: the fastest pass of any run where one had everything in
-    memory; otherwise the least that shallow models gave. The bytes that a mixture misses: the least of any system.
+    B, for each device: the 90th percentile of the rates that direct reads had before and after each
+    cell, up to the limit. By its own B a run in a slow moment of the disk would look as if it were
+    at its bound, and the best of all grows with their number. c, for each model, kernels, cores and
+    number of sequences, for it depends on neither disk nor budget: the fastest pass of any run
+    where one had everything in memory; otherwise the least that shallow models gave. The bytes that
+    a mixture misses: the least of any system.
     """
     records = list(records)
     rates: dict[str, list[float]] = defaultdict(list)
@@ -321,7 +342,9 @@ def with_common_costs(records: Iterable[Record]) -> list[Record]:
 
 
 def check_comparable(records: Iterable[Record]) -> None:
-    """Refuses to put records of two machines or two versions of the engine, or limited and unlimited ones, into one figure."""
+    """Refuses to put records of two machines or two versions of the engine, or limited and
+    unlimited ones, into one figure.
+    """
     records = [record for record in records if record.status in ("ok", "killed", "timeout")]
     machines = sorted({record.provenance.machine for record in records})
     if len(machines) > 1:

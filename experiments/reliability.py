@@ -1,7 +1,10 @@
-"""Tables and figures of what `results/reliability` holds: soaks, budgets that follow, fuzzing. It runs and writes nothing but figures.
+"""Tables and figures of what `results/reliability` holds: soaks, budgets that follow, fuzzing.
 
-One JSON Lines file for each kind: `soak.jsonl` and `large.jsonl` (tests.stress.soak), `pressure.jsonl`
-(tests.stress.pressure), `fuzz.jsonl` (tests.stress.fuzz). Every line carries the provenance of its run.
+It runs and writes nothing but figures.
+
+One JSON Lines file for each kind: `soak.jsonl` and `large.jsonl` (tests.stress.soak),
+`pressure.jsonl` (tests.stress.pressure), `fuzz.jsonl` (tests.stress.fuzz). Every line carries the
+provenance of its run.
 """
 
 import math
@@ -32,7 +35,8 @@ def load(results_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def soak_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row for each family: cases by outcome, calls by outcome, how full the groups were, how near the plan came to the peak.
+    """A row for each family: cases by outcome, calls by outcome, how full the groups were, how near
+    the plan came to the peak.
 
     Of a case that was run again, after it had ended badly, the last run.
     """
@@ -64,7 +68,10 @@ def soak_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def growth_bytes(record: dict[str, Any]) -> float:
-    """What a process held more after its last call than in the middle of them; nothing to say of a case that was resized."""
+    """What a process held more after its last call than in the middle of them.
+
+    Nothing to say of a case that was resized.
+    """
     resting = record["resting_bytes"]
     resized = any(call["kind"] == "resize" for call in record["case"]["calls"])
     return math.nan if resized else resting[-1] - resting[len(resting) // 2]
@@ -76,7 +83,9 @@ def machine(record: dict[str, Any]) -> str:
 
 
 def pressure_figure(record: dict[str, Any]) -> Figure:
-    """Budget, memory of the process and tokens/s by the second, while a neighbour takes memory and returns it."""
+    """Budget, memory of the process and tokens/s by the second, while a neighbour takes memory and
+    returns it.
+    """
     tokens, marks = pd.DataFrame(record["tokens"]), record["marks"]
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 4.6), height_ratios=(3, 2))
     look = LOOKS["flexinfer"]

@@ -1,4 +1,5 @@
-"""The compute time of a pass with everything resident (c of a record's bound), measured once and kept.
+"""The compute time of a pass with everything resident (c of a record's bound), measured once and
+kept.
 
 It is the fastest pass of the same system's kernels without limits: of the model itself if it is
 small, else of checkpoints of the same shape with 1 and 3 layers, extrapolated to all (every layer
@@ -24,7 +25,9 @@ RESIDENT_TOKENS = 12
 
 
 def resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> tuple[float | None, str]:
-    """Seconds of one pass with everything resident, of as many rows as there are sequences, and how they were got."""
+    """Seconds of one pass with everything resident, of as many rows as there are sequences, and how
+    they were got.
+    """
     system = cell.system.resident()
     origin = provenance(Path(facts.path))
     model_id = cell.model.shape.facts() if cell.model.shape else facts.path

@@ -1,12 +1,15 @@
-"""Records which experts a mixture asks for, and what policies of a cache make of it, beside the best in hindsight.
+"""Records which experts a mixture asks for, and what policies of a cache make of it, beside the
+best in hindsight.
 
     python -m experiments.routing MODEL --tokens 256 --record results/quality/routing.jsonl
 
-A routing is what each layer of each token is routed to (`Engine.record_routing`), decoding the text of a prompt token by token. For
-caches of several shares of all experts the misses of each policy are counted (flexinfer.expert_policies), and those of Belady's rule; the first
-quarter of the tokens warms the cache up. One JSON line for a routing. `--simulate` needs no model: it draws a routing in which a token keeps each expert of
-the one before it with a probability, as consecutive tokens of a text do (Jiang et al. 2024, Mixtral of Experts, section 5, find such
-repetitions, in higher layers most); it is marked as simulated.
+A routing is what each layer of each token is routed to (`Engine.record_routing`), decoding the text
+of a prompt token by token. For caches of several shares of all experts the misses of each policy
+are counted (flexinfer.expert_policies), and those of Belady's rule; the first quarter of the tokens
+warms the cache up. One JSON line for a routing. `--simulate` needs no model: it draws a routing in
+which a token keeps each expert of the one before it with a probability, as consecutive tokens of a
+text do (Jiang et al. 2024, Mixtral of Experts, section 5, find such repetitions, in higher layers
+most); it is marked as simulated.
 
 Cost: one pass a token; Belady's rule looks at the whole cache for each miss.
 """
@@ -43,7 +46,10 @@ class Routing:
 
 
 def record(path: Path, name: str, tokens: int, memory: str) -> Routing:
-    """The routing of `tokens` tokens drawn at random, one at a time, by the mixture in `path`. Raises ValueError for a model without experts."""
+    """The routing of `tokens` tokens drawn at random, one at a time, by the mixture in `path`.
+
+    Raises ValueError for a model without experts.
+    """
     model: Any = flexinfer.from_pretrained(path, memory, context=tokens)
     with model.flexinfer:
         mixture = model.flexinfer.mixture
@@ -59,7 +65,9 @@ def record(path: Path, name: str, tokens: int, memory: str) -> Routing:
 
 
 def simulate(layers: int, experts: int, used: int, tokens: int, repeats: float, seed: int = 0) -> Routing:
-    """A routing in which a token keeps each expert of the token before it with probability `repeats`, the others being drawn evenly."""
+    """A routing in which a token keeps each expert of the token before it with probability
+    `repeats`, the others being drawn evenly.
+    """
     draw = random.Random(seed)
     before = [draw.sample(range(experts), used) for _ in range(layers)]
     steps = []
@@ -74,7 +82,9 @@ def simulate(layers: int, experts: int, used: int, tokens: int, repeats: float, 
 
 
 def hit_rates(routing: Routing, shares: Sequence[float] = SHARES) -> dict[str, dict[str, float]]:
-    """By policy, and in hindsight: share of all experts in the cache -> share of the uses that hit, after the first quarter of the tokens."""
+    """By policy, and in hindsight: share of all experts in the cache -> share of the uses that hit,
+    after the first quarter of the tokens.
+    """
     warm = len(routing.steps) // routing.layers // 4 * routing.layers
     counted = sum(map(len, routing.steps[warm:]))
     rates: dict[str, dict[str, float]] = {}

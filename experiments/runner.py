@@ -1,14 +1,18 @@
 """Runs comparisons: cells in turns, one record each, what is finished skipped, what is left shown.
 
-Mechanism: a comparison (`RunConfig`) is a list of cells in the order round, budget, system: the systems take turns at every
-budget, so that a slow drift of the machine meets all of them. Several comparisons on one model and device are
-merged in that order, so that a run that is stopped early has whole rounds. All systems of a comparison read the same file of weights; where checkpoints are
-deleted (the models that fill a disk), it goes when its cells are done. A cell is measured by `run_cell` (experiments.cell), which is handed in; it runs in a process of its own and returns a record. The record is appended before the next cell begins: Ctrl-C
-loses the cell in hand and no more. A cell is finished when a record of the same key (experiments.config) and the
-same machine and engine is anywhere below results/, whichever experiment asked for it: experiments share cells.
-Cost model: time left is the mean seconds of the system's own finished cells, or of all where it has none yet.
-It measures nothing itself, and it does not retry: cells that failed with an error, or for want of a package, are tried again
-by the next run; killed and timed-out ones are results.
+Mechanism: a comparison (`RunConfig`) is a list of cells in the order round, budget, system: the
+systems take turns at every budget, so that a slow drift of the machine meets all of them. Several
+comparisons on one model and device are merged in that order, so that a run that is stopped early
+has whole rounds. All systems of a comparison read the same file of weights; where checkpoints are
+deleted (the models that fill a disk), it goes when its cells are done. A cell is measured by
+`run_cell` (experiments.cell), which is handed in; it runs in a process of its own and returns a
+record. The record is appended before the next cell begins: Ctrl-C loses the cell in hand and no
+more. A cell is finished when a record of the same key (experiments.config) and the same machine and
+engine is anywhere below results/, whichever experiment asked for it: experiments share cells.
+Cost model: time left is the mean seconds of the system's own finished cells, or of all where it has
+none yet.
+It measures nothing itself, and it does not retry: cells that failed with an error, or for want of a
+package, are tried again by the next run; killed and timed-out ones are results.
 """
 
 import gzip
@@ -47,7 +51,9 @@ class Summary:
 
 
 def model_bytes(model: ModelConfig, format: str) -> int:
-    """Bytes of the weights that fractions of a budget refer to: from the shape, or from the files of a model by path."""
+    """Bytes of the weights that fractions of a budget refer to: from the shape, or from the files
+    of a model by path.
+    """
     if model.shape is not None:
         return weight_bytes(model.shape, format)
     path = Path(str(model.path)).expanduser()
@@ -57,7 +63,9 @@ def model_bytes(model: ModelConfig, format: str) -> int:
 
 
 def cells_of(config: RunConfig) -> list[CellConfig]:
-    """The cells of a comparison in the order they run: round, then budget, then system; all on the same file of weights.
+    """The cells of a comparison in the order they run: round, then budget, then system.
+
+    All on the same file of weights.
 
     Raises ConfigError where a system cannot run the model in the format of the comparison.
     """
@@ -85,12 +93,17 @@ def cells_of(config: RunConfig) -> list[CellConfig]:
 
 
 def records_file(results_dir: Path, cell: CellConfig) -> Path:
-    """Where the record of `cell` goes: a folder for each experiment, a file for each model and device."""
+    """Where the record of `cell` goes: a folder for each experiment, a file for each model and
+    device.
+    """
     return results_dir / cell.experiment / f"{cell.model.name}.{cell.device.name}.jsonl"
 
 
 def finished_keys(results_dir: Path, here: Provenance) -> set[str]:
-    """Keys of the cells that need not be measured again with the machine and the engine of `here`; a partial last line is cut off its file first."""
+    """Keys of the cells that need not be measured again with the machine and the engine of `here`.
+
+    A partial last line is cut off its file first.
+    """
     if not results_dir.exists():
         return set()
     for file in results_dir.rglob("*.jsonl"):
@@ -100,7 +113,11 @@ def finished_keys(results_dir: Path, here: Provenance) -> set[str]:
 
 
 def save(results_dir: Path, record: Record) -> Path:
-    """Appends `record` to its file; the events of a traced cell's last pass, which is what is drawn, to a compressed JSON file beside it."""
+    """Appends `record` to its file.
+
+    The events of a traced cell's last pass, which is what is drawn, to a compressed JSON file
+    beside it.
+    """
     file = records_file(results_dir, record.cell)
     if record.events:
         name = f"events/{record.run_id}.json.gz"
@@ -120,7 +137,9 @@ def save(results_dir: Path, record: Record) -> Path:
 
 
 def delete_checkpoints(cache_dir: Path, model_name: str | None = None, format: str | None = None) -> int:
-    """Deletes the synthetic checkpoints of a model (None: of all) below `cache_dir`; returns the bytes freed.
+    """Deletes the synthetic checkpoints of a model (None: of all) below `cache_dir`.
+
+    Returns the bytes freed.
 
     Args:
         cache_dir: the cache directory.
@@ -203,7 +222,9 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, conso
 
 
 def _unfinished(configs: Sequence[RunConfig], here: Provenance) -> tuple[int, Todo]:
-    """How many different cells there are, and those to measure, in the order in which they take turns."""
+    """How many different cells there are, and those to measure, in the order in which they take
+    turns.
+    """
     planned, todo = 0, list[tuple[RunConfig, CellConfig]]()
     seen: set[str] = set()
     for config in configs:
@@ -259,7 +280,8 @@ def outcome(record: Record) -> str:
 
 
 def results_tables(records: Iterable[Record]) -> list[Table]:
-    """A table for each model, weights and device: median tokens per second and ratio of every budget and system; bounds with common B and c (`with_common_costs`).
+    """A table for each model, weights and device: median tokens per second and ratio of every
+    budget and system; bounds with common B and c (`with_common_costs`).
 
     Where prefills were timed, a column for each length: the median of all rounds.
     """
@@ -304,6 +326,9 @@ def _place(cell: CellConfig) -> tuple[str, str, bool]:
 
 
 def _left_s(seconds: dict[str, list[float]], systems: Sequence[str]) -> float:
-    """Seconds the cells of `systems` will take; `seconds` holds those of at least one finished cell."""
+    """Seconds the cells of `systems` will take.
+
+    `seconds` holds those of at least one finished cell.
+    """
     known = [one for found in seconds.values() for one in found]
     return sum(statistics.mean(seconds.get(system) or known) for system in systems)

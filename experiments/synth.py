@@ -1,12 +1,14 @@
-"""Synthetic checkpoints in bf16: stock Hugging Face directories of a true shape, random weights, written at the speed of the disk.
+"""Synthetic checkpoints in bf16: stock Hugging Face directories of a true shape, random weights,
+written at the speed of the disk.
 
-Throughput depends on shapes and bytes, not on what the weights say; quality is never quoted from these. The same shapes as GGUF:
-experiments.gguf.
+Throughput depends on shapes and bytes, not on what the weights say; quality is never quoted from
+these. The same shapes as GGUF: experiments.gguf.
 
-All bytes come from one pool of random numbers of 64 MiB, read from another offset for every tensor, so memory
-stays small and the random generator is not the bottleneck. Linears have zero mean and a standard deviation of
-0.02, norms are ones: logits stay finite through any number of layers. A checkpoint is written to a directory
-ending in .partial and renamed when complete; a run that was killed starts it again.
+All bytes come from one pool of random numbers of 64 MiB, read from another offset for every tensor,
+so memory stays small and the random generator is not the bottleneck. Linears have zero mean and a
+standard deviation of 0.02, norms are ones: logits stay finite through any number of layers. A
+checkpoint is written to a directory ending in .partial and renamed when complete; a run that was
+killed starts it again.
 """
 
 import fcntl
@@ -51,7 +53,8 @@ def make_checkpoint(
 ) -> Path:
     """The directory of `model`'s synthetic checkpoint in bf16, written now unless it is cached.
 
-    Raises: ConfigError for a model without a shape or another format; OSError when the disk is too full.
+    Raises: ConfigError for a model without a shape or another format; OSError when the disk is too
+    full.
     """
     require(format == "bf16", "format", format, "synthetic safetensors are made in bf16")
     require(model.shape is not None, "model.shape", None, "a synthetic checkpoint needs its shape")
@@ -63,9 +66,11 @@ def make_checkpoint(
 
 
 def make_once(path: Path, write: Callable[[Path], None]) -> Path:
-    """`path`, which `write` fills unless it exists already: complete or not at all, whoever else asks for it now.
+    """`path`, which `write` fills unless it exists already: complete or not at all, whoever else
+    asks for it now.
 
-    write: called with a new, empty directory beside `path`, which is renamed to `path` when it returns.
+    write: called with a new, empty directory beside `path`, which is renamed to `path` when it
+    returns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f".{path.name}.lock").open("w") as lock:
@@ -108,7 +113,10 @@ def _write(shape: ShapeConfig, directory: Path, label: str, progress: bool) -> N
 
 
 def _shards(tensors: Tensors) -> list[Tensors]:
-    """`tensors` cut into files of about SHARD_BYTES; in each, what fills whole pages comes first and so begins at one."""
+    """`tensors` cut into files of about SHARD_BYTES.
+
+    In each, what fills whole pages comes first and so begins at one.
+    """
     shards: list[Tensors] = [{}]
     for name, size in tensors.items():
         if shards[-1] and sum(map(_nbytes, shards[-1].values())) + _nbytes(size) > SHARD_BYTES:

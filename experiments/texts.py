@@ -1,9 +1,11 @@
-"""What a cell decodes where several tokens come out of a pass: three kinds of text, or a replayed pattern of acceptance.
+"""What a cell decodes where several tokens come out of a pass: three kinds of text, or a replayed
+pattern of acceptance.
 
-How many candidates a pass accepts depends on the text and on the model, so it cannot be seen on random weights. Real text is made by the real model
-(SmolLM2), of three kinds: a given text with changes, code, free talk. The shapes of larger models get the pattern that was seen there (`Replay`): their
-weights are multiplied and their bytes read as ever, and only the choice of tokens is not theirs. Records of such cells carry the pattern
-as `workload.replayed`.
+How many candidates a pass accepts depends on the text and on the model, so it cannot be seen on
+random weights. Real text is made by the real model (SmolLM2), of three kinds: a given text with
+changes, code, free talk. The shapes of larger models get the pattern that was seen there
+(`Replay`): their weights are multiplied and their bytes read as ever, and only the choice of tokens
+is not theirs. Records of such cells carry the pattern as `workload.replayed`.
 """
 
 import itertools
@@ -43,7 +45,9 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 
 
 class Watch:
-    """A streamer that keeps when tokens came, and how many bytes had been read and candidates verified by then."""
+    """A streamer that keeps when tokens came, and how many bytes had been read and candidates
+    verified by then.
+    """
 
     def __init__(self, bytes_read: Callable[[], int], drafted: Callable[[], int]) -> None:
         self._bytes_read, self._drafted = bytes_read, drafted
@@ -58,7 +62,9 @@ class Watch:
 
 
 class Margins(LogitsProcessor):
-    """By how much the likeliest token leads at each position: where two kernels may see a near tie otherwise. Changes nothing."""
+    """By how much the likeliest token leads at each position: where two kernels may see a near tie
+    otherwise. Changes nothing.
+    """
 
     def __init__(self) -> None:
         self.of: dict[int, float] = {}
@@ -72,9 +78,11 @@ class Margins(LogitsProcessor):
 class Replay(LogitsProcessor):
     """Has the draft and the model disagree where they did in another run, whatever their weights.
 
-    But for that the text comes again every PERIOD tokens, so that prompt lookup finds candidates too.
+    But for that the text comes again every PERIOD tokens, so that prompt lookup finds candidates
+    too.
 
-    runs: how many tokens in a row the draft said as the model did, before each that it did not; from the beginning again at the end.
+    runs: how many tokens in a row the draft said as the model did, before each that it did not;
+    from the beginning again at the end.
     """
 
     def __init__(self, runs: Sequence[int], drafting: Callable[[], bool]) -> None:
@@ -104,7 +112,10 @@ class Replay(LogitsProcessor):
 def decode(
     model: PreTrainedModel, job: dict[str, Any], emit: Callable[..., None], bytes_read: Callable[[], int]
 ) -> dict[str, Any]:
-    """Greedily continue each text of the workload; an event a pass. Returns what each kind came to."""
+    """Greedily continue each text of the workload; an event a pass.
+
+    Returns what each kind came to.
+    """
     engine: Any = model.flexinfer
     found: dict[str, Any] = {}
     prompts = [(kind, text) for kind in job["texts"] for text in PROMPTS[kind]]

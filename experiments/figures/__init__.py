@@ -2,8 +2,8 @@
 
 Records become a table (`frame`), a table becomes medians over the rounds (`summary`). Every drawing
 function takes records and returns a matplotlib figure with units on its axes, y from 0 or
-logarithmic, the bound as a line, and a caption that says machine, limits, rounds and commit. Records
-that must not meet in one figure are refused.
+logarithmic, the bound as a line, and a caption that says machine, limits, rounds and commit.
+Records that must not meet in one figure are refused.
 """
 
 from experiments.figures.captions import caption, file_name, finish, save, short_names

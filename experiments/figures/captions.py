@@ -13,7 +13,10 @@ from experiments.records import Record, check_comparable
 
 
 def caption(records: Sequence[Record], extra: str = "", shows: str = LINES) -> str:
-    """Machine, limits, rounds and commit of what a figure shows; `shows`: what its marks are, {n} for the number of rounds."""
+    """Machine, limits, rounds and commit of what a figure shows.
+
+    `shows`: what its marks are, {n} for the number of rounds.
+    """
     first = records[0]
     methods = ", ".join(
         sorted(
@@ -83,7 +86,10 @@ def file_name(name: str, machine: str) -> str:
 
 
 def short_names(results_dir: Path) -> dict[str, str]:
-    """Of machines, what figures' files are called after: results/machines.json; the others go by their whole name."""
+    """Of machines, what figures' files are called after: results/machines.json.
+
+    The others go by their whole name.
+    """
     file = results_dir / "machines.json"
     names: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
     return names

@@ -1,4 +1,7 @@
-"""Bars of systems at few budgets (figure 5) and of models in memory; all cells against their bound."""
+"""Bars of systems at few budgets (figure 5) and of models in memory.
+
+All cells against their bound.
+"""
 
 from collections.abc import Sequence
 
@@ -17,8 +20,11 @@ from experiments.records import Record
 def bars(
     records: Sequence[Record], title: str, extra: str = "", base: str = "llama-cpp-mmap"
 ) -> Figure | None:
-    """Throughput of many systems at few budgets, as bars: a panel for each budget, from the top `base`, the ABLATION, other systems, FlexInfer. Before a
-    bar stand its system, how many times `base` it is, where that was measured, and its rounds; every round is a mark, the highest bound a line. `extra` ends the caption."""
+    """Throughput of many systems at few budgets, as bars: a panel for each budget, from the top
+    `base`, the ABLATION, other systems, FlexInfer. Before a bar stand its system, how many times
+    `base` it is, where that was measured, and its rounds; every round is a mark, the highest bound
+    a line. `extra` ends the caption.
+    """
     below = [one for one in LOOKS if one not in (base, *ABLATION, "flexinfer")]
     looks = [base, *ABLATION, *below, "flexinfer"]
 
@@ -53,7 +59,9 @@ def bars(
 
 
 def residents(records: Sequence[Record], title: str) -> Figure | None:
-    """With everything in memory: tokens/s, and prompt tokens per second of prefill, as bars: a line of panels for each model."""
+    """With everything in memory: tokens/s, and prompt tokens per second of prefill, as bars: a line
+    of panels for each model.
+    """
     lengths = prefills(records)
     if lengths.empty:
         return None
@@ -102,7 +110,9 @@ def _bar(axes: Axes, place: int, system: str, label: str, value: float, low: flo
 
 
 def against_bound(records: Sequence[Record], title: str) -> Figure | None:
-    """Achieved throughput over the bound for every cell, both logarithmic: on the diagonal nothing is left to gain."""
+    """Achieved throughput over the bound for every cell, both logarithmic: on the diagonal nothing
+    is left to gain.
+    """
     table = summary(frame(records)).dropna(subset=["tokens_per_s", "bound"])
     if table.empty:
         return None

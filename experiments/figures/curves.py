@@ -18,7 +18,9 @@ from experiments.records import Record, bound_tokens_per_s
 
 
 def throughput(records: Sequence[Record], title: str) -> Figure | None:
-    """Throughput against memory, logarithmic, with the bounds: a panel for each model, its weights and device, small models first."""
+    """Throughput against memory, logarithmic, with the bounds: a panel for each model, its weights
+    and device, small models first.
+    """
 
     def draw(axes: Axes, panel: Panel) -> None:
         ends = draw_lines(axes, panel)
@@ -38,7 +40,9 @@ def throughput(records: Sequence[Record], title: str) -> Figure | None:
 
 
 def overview(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap") -> Figure | None:
-    """`throughput` in one panel, FlexInfer and `base` alone: of the weights and device that have both in most budgets, without a limit first."""
+    """`throughput` in one panel, FlexInfer and `base` alone: of the weights and device that have
+    both in most budgets, without a limit first.
+    """
     mine = [one for one in records if one.cell.system.name in ("flexinfer", base)]
     ours, theirs = (
         {one.place for one in mine if one.cell.system.name == name and one.status == "ok"}
@@ -52,7 +56,9 @@ def overview(records: Sequence[Record], title: str, base: str = "llama-cpp-mmap"
 
 
 def shares(records: Sequence[Record], title: str) -> Figure | None:
-    """Every system's throughput over its own bound, against memory, from 0: panels as in `throughput`."""
+    """Every system's throughput over its own bound, against memory, from 0: panels as in
+    `throughput`.
+    """
 
     def draw(axes: Axes, panel: Panel) -> None:
         ends = draw_lines(axes, panel, "ratio")
@@ -64,7 +70,9 @@ def shares(records: Sequence[Record], title: str) -> Figure | None:
 
 
 def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[tuple[float, float, str, str]]:
-    """A line through the medians of each system and a mark for every round; returns where its label goes (x, y), label and colour.
+    """A line through the medians of each system and a mark for every round.
+
+    Returns where its label goes (x, y), label and colour.
 
     What did not run is named at the bottom with its status.
     """
@@ -100,9 +108,11 @@ def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[t
 
 
 def draw_bounds(axes: Axes, panel: Panel) -> None:
-    """FlexInfer's own bound, and the highest of the systems shown (least process memory, fastest kernels), as curves over the budget.
+    """FlexInfer's own bound, and the highest of the systems shown (least process memory, fastest
+    kernels), as curves over the budget.
 
-    Of mixtures, whose bound depends on the bytes that a run missed, a line through the bounds of the budgets that were measured.
+    Of mixtures, whose bound depends on the bytes that a run missed, a line through the bounds of
+    the budgets that were measured.
     """
     own = [one for one in panel.records if one.cell.system.name == "flexinfer"]
     labels = {one.cell.system.label for one in panel.records}
@@ -149,7 +159,10 @@ def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each label right of its place (`draw_lines`), pushed apart where they would touch; a label with lines to its right goes below its mark."""
+    """Each label right of its place (`draw_lines`), pushed apart where they would touch.
+
+    A label with lines to its right goes below its mark.
+    """
     if not ends:
         return
     right = max(x for x, _, _, _ in ends)

@@ -20,7 +20,9 @@ Budgets = TypeVar("Budgets", float, pd.Series)
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """What one panel of curves shows: records of one model, its weights and device, by round and as medians."""
+    """What one panel of curves shows: records of one model, its weights and device, by round and as
+    medians.
+    """
 
     records: list[Record]
     rounds: pd.DataFrame  # of `frame`
@@ -56,8 +58,9 @@ def draw_panels(
     extra: str = "",
     shows: str = LINES,
 ) -> Figure | None:
-    """Each of `panels`, a name and what it shows, drawn by `draw`, each of `size` inches: `columns` in a line; None: up to three, as evenly as may be.
-    `extra`, `shows`: of the caption."""
+    """Each of `panels`, a name and what it shows, drawn by `draw`, each of `size` inches: `columns`
+    in a line; None: up to three, as evenly as may be. `extra`, `shows`: of the caption.
+    """
     if not panels:
         return None
     if columns is None:

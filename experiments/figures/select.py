@@ -9,12 +9,14 @@ from experiments.records import Record, with_common_costs
 
 
 def find_records(results_dir: Path, command: str, tokens: str = "one by one") -> dict[str, list[Record]]:
-    """The records below `results_dir` that may stand in one figure, by machine: the one with most records first.
+    """The records below `results_dir` that may stand in one figure, by machine: the one with most
+    records first.
 
-    `tokens`: "one by one"; "drafts": of real or replayed text (experiments.drafts); "batches": of several sequences
-    (experiments.batches). They are in no figure together.
-    Those of the smoke model only where there are no others. Says which command makes records where there are none. Cells
-    that have a limited record are shown without their unlimited ones. B and c of the bounds are a machine's (`with_common_costs`).
+    `tokens`: "one by one"; "drafts": of real or replayed text (experiments.drafts); "batches": of
+    several sequences (experiments.batches). They are in no figure together.
+    Those of the smoke model only where there are no others. Says which command makes records where
+    there are none. Cells that have a limited record are shown without their unlimited ones. B and c
+    of the bounds are a machine's (`with_common_costs`).
     """
     records = load_records(results_dir) if results_dir.exists() else []
     records = [one for one in records if _tokens(one) == tokens]
@@ -36,8 +38,10 @@ def _tokens(record: Record) -> str:
 
 
 def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) -> dict[str, list[Record]]:
-    """Of every machine the records of `systems`, without those of the experiments that have budgets of their own, and without what was measured in one
-    budget on a device of its own (mapped, devices)."""
+    """Of every machine the records of `systems`, without those of the experiments that have budgets
+    of their own, and without what was measured in one budget on a device of its own (mapped,
+    devices).
+    """
     kept = {}
     for machine, records in found.items():
         mine = [

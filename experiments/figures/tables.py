@@ -68,10 +68,11 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def summary(data: pd.DataFrame) -> pd.DataFrame:
-    """One row for each model, weights, device, budget and system: median, least and greatest of the rounds, and their number.
+    """One row for each model, weights, device, budget and system: median, least and greatest of the
+    rounds, and their number.
 
-    `ratio` is to the system's own bound (its process, its kernels), `best` to the highest bound of the systems there: what
-    the smallest process with the fastest kernels could do.
+    `ratio` is to the system's own bound (its process, its kernels), `best` to the highest bound of
+    the systems there: what the smallest process with the fastest kernels could do.
     """
     keys = ["model", "weights", "device", "budget_bytes", "budget_gib", "system", "label"]
     numbers = ("tokens_per_s", "bound", "ratio", "peak_gib", "weights_gib")
@@ -129,9 +130,11 @@ def show_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def why_faster(records: Iterable[Record], base: str = "llama-cpp-mmap") -> pd.DataFrame:
-    """Of FlexInfer over `base` where both read: the gain as a product, fewer bytes times faster reading. Medians over rounds.
+    """Of FlexInfer over `base` where both read: the gain as a product, fewer bytes times faster
+    reading. Medians over rounds.
 
-    A system that reads the whole time has tokens/s = bytes/s / bytes per token; so has any other, by the bytes/s it comes to.
+    A system that reads the whole time has tokens/s = bytes/s / bytes per token; so has any other,
+    by the bytes/s it comes to.
     """
     data = frame(records)
     data = data[(data["status"] == "ok") & (data["bytes_per_token"] > 0)]
@@ -155,7 +158,9 @@ def why_faster(records: Iterable[Record], base: str = "llama-cpp-mmap") -> pd.Da
 def side_by_side(
     found: Mapping[str, Sequence[Record]], model: str, device: str, budgets_gib: Collection[float]
 ) -> pd.DataFrame:
-    """For machines to be compared, a column for each: tokens/s of every system in those budgets, and from the least to the greatest round."""
+    """For machines to be compared, a column for each: tokens/s of every system in those budgets,
+    and from the least to the greatest round.
+    """
     columns = {}
     for name, records in found.items():
         table = summary(frame(records)).dropna(subset="tokens_per_s")
@@ -170,7 +175,9 @@ def side_by_side(
 
 
 def coverage(found: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
-    """What was measured, a column for each machine: of every model, weights and device how many budgets and systems, and how many rounds."""
+    """What was measured, a column for each machine: of every model, weights and device how many
+    budgets and systems, and how many rounds.
+    """
     columns: dict[str, dict[tuple[str, ...], str]] = {}
     for name, records in found.items():
         for _, part in parts_of(records):
@@ -191,7 +198,9 @@ def parts_of(records: Sequence[Record]) -> list[tuple[str, pd.DataFrame]]:
 
 
 def prefills(records: Iterable[Record]) -> pd.DataFrame:
-    """One row for each model, weights, device, system and length of a prompt: seconds of prefill over all rounds, tokens/s beside it."""
+    """One row for each model, weights, device, system and length of a prompt: seconds of prefill
+    over all rounds, tokens/s beside it.
+    """
     rows = [
         {
             "model": one.cell.model.name,
@@ -213,7 +222,9 @@ def prefills(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def agreements(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row for each pair of systems in each record of experiments.agreement, with the perplexity of both."""
+    """One row for each pair of systems in each record of experiments.agreement, with the perplexity
+    of both.
+    """
     rows = [
         {
             "CPU": line["provenance"]["cpu"],

@@ -27,7 +27,9 @@ def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:
 
 
 def timelines(records: Sequence[Record], results_dir: Path) -> Figure | None:
-    """Figure 3: reads, waits and kernels of one pass, unbalanced locking above balanced, at the largest budget with both."""
+    """Figure 3: reads, waits and kernels of one pass, unbalanced locking above balanced, at the
+    largest budget with both.
+    """
     locking = {"unbalanced": "unbalanced locking", "flexinfer": "balanced locking"}  # from the top down
     groups: dict[tuple[str, str, str, int], dict[str, Record]] = {}
     for one in records:

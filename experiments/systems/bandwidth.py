@@ -18,7 +18,10 @@ WAYS_TO_READ = (  # readers, and bytes that each asks for at a time
 def measure_bandwidth(
     files: list[str], seconds: float, threads: int = 2, request_bytes: int = REQUEST_BYTES
 ) -> float:
-    """Bytes per second of direct reads of `request_bytes` by some threads, over `files` in turn; the first 0.3 s do not count."""
+    """Bytes per second of direct reads of `request_bytes` by some threads, over `files` in turn.
+
+    The first 0.3 s do not count.
+    """
     blocks = [
         (file, at)
         for file in files

@@ -16,7 +16,10 @@ class System(Protocol):
         """Open the model."""
 
     def start(self, prompt: list[int]) -> None:
-        """Begin a new text with the prompt, or a batch of texts; the first `step` may do the work."""
+        """Begin a new text with the prompt, or a batch of texts.
+
+        The first `step` may do the work.
+        """
 
     def step(self) -> list[int]:
         """Decode one token of each sequence greedily. Their ids."""

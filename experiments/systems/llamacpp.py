@@ -7,7 +7,10 @@ from typing import Any
 
 
 class LlamaCpp:
-    """llama.cpp by its C interface, which the package binds as it is; weights stay in the mapped file unless it repacks them."""
+    """llama.cpp by its C interface, which the package binds as it is.
+
+    Weights stay in the mapped file unless it repacks them.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.api = importlib.import_module("llama_cpp")
@@ -59,7 +62,9 @@ class LlamaCpp:
 
 
 def madvise_random(file: str) -> None:
-    """Have the kernel read no more than the page that is missing of a mapped file, as llama.cpp asks for on machines of several NUMA nodes."""
+    """Have the kernel read no more than the page that is missing of a mapped file, as llama.cpp
+    asks for on machines of several NUMA nodes.
+    """
     ctypes = importlib.import_module("ctypes")
     libc, mapped = ctypes.CDLL(None, use_errno=True), 0
     for line in Path("/proc/self/maps").read_text().splitlines():

@@ -1,10 +1,10 @@
 """The process that measures one system: `python -P measured.py`, the job as JSON on stdin.
 
-It pins itself to its cores, imports one system's libraries, loads the model, decodes greedily from a
-fixed prompt of token ids, and appends one JSON line per event to a file, so that a run that is killed
-leaves what it had. When all is decoded, prefills are timed, if the workload has any: each length
-PREFILL_REPEATS times, every one from an empty cache to the first token, with logits of the last
-position alone. It does not limit itself: the groups are the parent's (experiments.cell).
+It pins itself to its cores, imports one system's libraries, loads the model, decodes greedily from
+a fixed prompt of token ids, and appends one JSON line per event to a file, so that a run that is
+killed leaves what it had. When all is decoded, prefills are timed, if the workload has any: each
+length PREFILL_REPEATS times, every one from an empty cache to the first token, with logits of the
+last position alone. It does not limit itself: the groups are the parent's (experiments.cell).
 """
 
 import importlib
@@ -81,7 +81,10 @@ def measure(job: dict[str, Any], emit: Callable[..., None]) -> None:
 
 
 def measure_texts(job: dict[str, Any], system: System, emit: Callable[..., None]) -> None:
-    """Decode real or replayed text by `generate()`; what drafts give is in the engine's word, by kind of text."""
+    """Decode real or replayed text by `generate()`.
+
+    What drafts give is in the engine's word, by kind of text.
+    """
     if not isinstance(system, FlexInfer):
         raise UnsupportedError("texts are decoded by flexinfer alone")
     texts = importlib.import_module("experiments.texts")

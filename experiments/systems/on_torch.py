@@ -76,7 +76,10 @@ class FlexInfer(TorchSystem):
         self.predicted: dict[str, Any] = {}
 
     def predict(self) -> None:
-        """What `flexinfer plan --batch` says, asked under the limits that the run has; the process is gone before it."""
+        """What `flexinfer plan --batch` says, asked under the limits that the run has.
+
+        The process is gone before it.
+        """
         job = self.job
         context = f"--context={job['context']}"
         argv = ["plan", job["model"], f"--memory={job['budget_bytes']}", context, f"--batch={job['batch']}"]

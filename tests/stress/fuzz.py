@@ -1,10 +1,13 @@
-"""Coverage-guided fuzzing of what a stranger may have written: headers, indices, configurations, GGUF files and records.
+"""Coverage-guided fuzzing of what a stranger may have written: headers, indices, configurations,
+GGUF files and records.
 
-A target is one reader and the errors it documents. Inputs are the files themselves; they are changed by their format (tests.stress.json_changes,
-tests.stress.gguf_changes) or as bytes, and atheris keeps those that reach new code. Each input is judged: anything but the documented
-error that names the file is a finding, and so are files opened outside the checkpoint, sockets, processes, prompts, memory or seconds out of
-proportion to the input, descriptors and threads left. A finding is saved beside the corpus and counted once for each
-kind and place; fuzzing goes on. One JSON line a run goes to the record.
+A target is one reader and the errors it documents. Inputs are the files themselves; they are
+changed by their format (tests.stress.json_changes, tests.stress.gguf_changes) or as bytes, and
+atheris keeps those that reach new code. Each input is judged: anything but the documented error
+that names the file is a finding, and so are files opened outside the checkpoint, sockets,
+processes, prompts, memory or seconds out of proportion to the input, descriptors and threads left.
+A finding is saved beside the corpus and counted once for each kind and place; fuzzing goes on. One
+JSON line a run goes to the record.
 
     pip install -e '.[bench,fuzz]'
     python -m tests.stress.fuzz header --seconds 3600 --corpus outputs/fuzz --record results/reliability/fuzz.jsonl
@@ -36,7 +39,10 @@ HANG_S = 900  # then libFuzzer ends the process: a busy machine is no finding
 
 
 def fuzz_here(name: str, seconds: int, corpus: Path) -> None:
-    """Fuzz in this process, with atheris, for `seconds` from now. Does not return: libFuzzer ends the process."""
+    """Fuzz in this process, with atheris, for `seconds` from now.
+
+    Does not return: libFuzzer ends the process.
+    """
     start_s = perf_counter()
     import atheris
 
@@ -89,7 +95,10 @@ def _scratch() -> str | None:
 
 
 def fuzz(name: str, seconds: int, corpus: Path, record_file: Path | None) -> dict[str, Any]:
-    """Fuzz for `seconds`, in a process that is begun anew if an input ends it. Returns the record, and appends it to the file."""
+    """Fuzz for `seconds`, in a process that is begun anew if an input ends it.
+
+    Returns the record, and appends it to the file.
+    """
     from experiments.provenance import provenance
 
     (corpus / name).mkdir(parents=True, exist_ok=True)

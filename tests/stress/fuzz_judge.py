@@ -120,7 +120,10 @@ def _stop(*_: object) -> None:
 
 
 def judge(target: Target, data: bytes, folder: Path) -> Finding | None:
-    """Read an input and say what is wrong with the way that went, if anything. Dear things get a second look."""
+    """Read an input and say what is wrong with the way that went, if anything.
+
+    Dear things get a second look.
+    """
     found, dear = _judge_once(target, data, folder)
     if found is None and dear:  # the first use of a module imports it
         found, dear = _judge_once(target, data, folder)
@@ -179,7 +182,9 @@ def _of_error(error: BaseException) -> Finding:
 
 
 def _of_refusal(error: Exception, path: Path) -> Finding | None:
-    """A refusal has to name the file and be fit for a terminal, and its cause not be a lack of memory."""
+    """A refusal has to name the file and be fit for a terminal, and its cause not be a lack of
+    memory.
+    """
     message, kind = str(error), ""
     if str(path) not in message:
         kind = "the file is not named"

@@ -1,4 +1,6 @@
-"""Inputs that are right, from which fuzzing starts: checkpoints, GGUF files and a record of a few kilobytes."""
+"""Inputs that are right, from which fuzzing starts: checkpoints, GGUF files and a record of a few
+kilobytes.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -142,7 +144,10 @@ def small_checkpoint(family: str, path: Path, max_shard_size: str = "5GB") -> Pa
 
 
 def small_gguf(architecture: str, file: Path, parts: int = 1) -> list[bytes]:
-    """A GGUF file of a few kilobytes, or its parts, as the `gguf` package writes it. Weights are zeros."""
+    """A GGUF file of a few kilobytes, or its parts, as the `gguf` package writes it.
+
+    Weights are zeros.
+    """
     import gguf
     import numpy as np
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -104,7 +104,10 @@ def _config_seeds(folder: Path) -> list[bytes]:
 
 
 def _place_config(data: bytes, folder: Path) -> Path:
-    """Line 1 is config.json, the rest generation_config.json; the weights are those of the family that it names."""
+    """Line 1 is config.json, the rest generation_config.json.
+
+    The weights are those of the family that it names.
+    """
     config, _, generation = data.partition(b"\n")
     try:
         values = json.loads(config)
@@ -144,7 +147,10 @@ def _gguf_seeds(folder: Path) -> list[bytes]:
 
 
 def _place_gguf(data: bytes, folder: Path) -> Path:
-    """The folder that holds the input and another part, where it has the number of a part; otherwise the file."""
+    """The folder that holds the input and another part, where it has the number of a part.
+
+    Otherwise the file.
+    """
     at = data.find(b"split.no")
     if at < 0:
         path = file = folder / "model.gguf"
@@ -157,7 +163,9 @@ def _place_gguf(data: bytes, folder: Path) -> Path:
 
 
 def _build_gguf(path: Path) -> None:
-    """What `from_pretrained` does with a GGUF file, but for the tokenizer, which another process makes."""
+    """What `from_pretrained` does with a GGUF file, but for the tokenizer, which another process
+    makes.
+    """
     from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.gguf import read_gguf
     from flexinfer.formats.gguf_model import config_of, gguf_in, write_config

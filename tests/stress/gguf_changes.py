@@ -1,8 +1,10 @@
-"""Changes of a GGUF file for fuzzing: in what it says (an entry dropped or doubled, a value of another type, another architecture, a
-dimension, a tensor's place) and in how it is written (a count, a length, a type or an offset that does not hold).
+"""Changes of a GGUF file for fuzzing: in what it says (an entry dropped or doubled, a value of
+another type, another architecture, a dimension, a tensor's place) and in how it is written (a
+count, a length, a type or an offset that does not hold).
 
-The first kind is written as a right file again, data laid out anew, so that it passes the checks of the header and reaches what is
-made of it; the second is a number overwritten afterwards. The parser here is its own, not the reader that is tested.
+The first kind is written as a right file again, data laid out anew, so that it passes the checks of
+the header and reaches what is made of it; the second is a number overwritten afterwards. The parser
+here is its own, not the reader that is tested.
 """
 
 import copy
@@ -83,7 +85,9 @@ def change_gguf(data: bytes, seed: int, keys: Keys) -> bytes | None:
 
 
 def parse(data: bytes) -> File:
-    """Raises ValueError or struct.error for what is no GGUF file, RecursionError for one nested too deep."""
+    """Raises ValueError or struct.error for what is no GGUF file, RecursionError for one nested too
+    deep.
+    """
     stream = io.BytesIO(data)
 
     def number(letter: str) -> Any:
@@ -127,7 +131,10 @@ def parse(data: bytes) -> File:
 
 
 def write(file: File) -> tuple[bytearray, list[tuple[int, str]]]:
-    """The bytes of `file`; and position and struct's letter of each count, length, type, dimension and offset in it."""
+    """The bytes of `file`.
+
+    And position and struct's letter of each count, length, type, dimension and offset in it.
+    """
     out, numbers = bytearray(START), []
 
     def number(letter: str, value: Any) -> None:
@@ -345,7 +352,10 @@ def _architecture(file: File) -> str:
 
 
 def _lay_out(file: File) -> None:
-    """Give each tensor a place of its own, and its bytes with it. Not where that would take more than an input may have."""
+    """Give each tensor a place of its own, and its bytes with it.
+
+    Not where that would take more than an input may have.
+    """
     sizes, data, offsets = _block_sizes(), bytearray(), []
     for tensor in file.tensors:
         elements, (block_elements, block_bytes) = 1, sizes.get(tensor.kind, (1, 4))

@@ -1,7 +1,8 @@
-"""Changes of an input for fuzzing: a JSON document with a wild number, a key of another file, a value moved.
+"""Changes of an input for fuzzing: a JSON document with a wild number, a key of another file, a
+value moved.
 
-Each follows from a seed, and leaves most of the input right, so that readers are taken beyond their first check.
-GGUF files have tests.stress.gguf_changes.
+Each follows from a seed, and leaves most of the input right, so that readers are taken beyond their
+first check. GGUF files have tests.stress.gguf_changes.
 """
 
 import copy
@@ -37,7 +38,10 @@ def change_framed(data: bytes, seed: int, keys: Keys) -> bytes | None:
 
 
 def change_lines(data: bytes, seed: int, keys: Keys) -> bytes | None:
-    """`data`, a JSON document a line, with one to four changes to one of them; None where that is no JSON."""
+    """`data`, a JSON document a line, with one to four changes to one of them.
+
+    None where that is no JSON.
+    """
     chance = random.Random(seed)
     lines = data.split(b"\n")
     i = chance.choice([i for i, line in enumerate(lines) if line] or [0])

@@ -1,7 +1,9 @@
-"""What `follow=True` does while another process takes memory and gives it back: budget, speed and memory, second by second.
+"""What `follow=True` does while another process takes memory and gives it back: budget, speed and
+memory, second by second.
 
-One group holds `memory` bytes and no swap. In it a model loaded with memory="auto" and follow=True makes text, and after a while a neighbour
-takes `take` bytes, keeps them, and returns them. One JSON object a run goes to the record.
+One group holds `memory` bytes and no swap. In it a model loaded with memory="auto" and follow=True
+makes text, and after a while a neighbour takes `take` bytes, keeps them, and returns them. One JSON
+object a run goes to the record.
 
     python -m tests.stress.pressure MODEL --memory 3GiB --take 1GiB --record results/reliability/pressure.jsonl
 """
@@ -33,7 +35,10 @@ sys.stdin.read()
 
 
 def run(model: str, memory_bytes: int, take_bytes: int, context: int) -> dict[str, Any]:
-    """One run; what happened, by the second. Raises RuntimeError when a process ended as it should not."""
+    """One run; what happened, by the second.
+
+    Raises RuntimeError when a process ended as it should not.
+    """
     with Limits(memory_bytes=memory_bytes) as limits:
         arguments = [sys.executable, "-m", "tests.stress.pressure", model, "--role", str(context)]
         ours = subprocess.Popen(

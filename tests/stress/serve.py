@@ -1,9 +1,12 @@
-"""A soak of the server: many clients at once, polite and rude ones, with `flexinfer serve` in a control group of exactly its budget.
+"""A soak of the server: many clients at once, polite and rude ones, with `flexinfer serve` in a
+control group of exactly its budget.
 
-The budget is the smallest that the server accepts and `share` of the weights, without swap. Each client draws from (seed, number) what it does next:
-a chat or a completion, streamed or not, with a prompt and an answer of some length; or something that no client should do. What polite
-clients get is compared with what stock transformers says, token by token. Nothing may be killed, wrong, hung or answered otherwise than it
-should be, and the server has to stop when it is told to. One JSON line a run goes to the record.
+The budget is the smallest that the server accepts and `share` of the weights, without swap. Each
+client draws from (seed, number) what it does next: a chat or a completion, streamed or not, with a
+prompt and an answer of some length; or something that no client should do. What polite clients get
+is compared with what stock transformers says, token by token. Nothing may be killed, wrong, hung or
+answered otherwise than it should be, and the server has to stop when it is told to. One JSON line a
+run goes to the record.
 
     python -m tests.stress.serve --minutes 30 --record results/reliability/serve.jsonl
 """

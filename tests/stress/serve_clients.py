@@ -138,7 +138,9 @@ def _streamed(text: str) -> Iterator[str]:
 
 
 def _connection(target: Target, raw: bytes, read_bytes: int = 0, hold_s: float = 0.0) -> bytes:
-    """What comes back when `raw` is sent, up to `read_bytes`, on a connection that is closed after `hold_s`."""
+    """What comes back when `raw` is sent, up to `read_bytes`, on a connection that is closed after
+    `hold_s`.
+    """
     with (
         contextlib.suppress(ConnectionError, TimeoutError),
         socket.create_connection(target.address, 60) as one,

@@ -1,9 +1,14 @@
-"""A soak: random models, budgets and calls, each in a control group of exactly its budget; nothing may be killed, wrong, hung or left.
+"""A soak: random models, budgets and calls, each in a control group of exactly its budget.
 
-A case is drawn from (seed, number) alone. One process computes its reference, stock transformers with all weights resident (for weights in ggml's
-blocks, which that cannot multiply, flexinfer with all of them resident), and learns the smallest budget. Another, in a memory group of exactly the case's budget and no swap, loads the model with flexinfer and makes
-the same calls, one after another. Outputs are compared token by token, logits bit by bit. A call that is to be refused must be refused before
-anything runs. One JSON line a case goes to the record; finished cases are skipped, so that a soak can be gone on with; those that ended badly are run again.
+Nothing may be killed, wrong, hung or left.
+
+A case is drawn from (seed, number) alone. One process computes its reference, stock transformers
+with all weights resident (for weights in ggml's blocks, which that cannot multiply, flexinfer with
+all of them resident), and learns the smallest budget. Another, in a memory group of exactly the
+case's budget and no swap, loads the model with flexinfer and makes the same calls, one after
+another. Outputs are compared token by token, logits bit by bit. A call that is to be refused must
+be refused before anything runs. One JSON line a case goes to the record; finished cases are
+skipped, so that a soak can be gone on with; those that ended badly are run again.
 
     python -m tests.stress.soak 1000 --record results/reliability/soak.jsonl
     python -m tests.stress.soak --large --record results/reliability/large.jsonl
@@ -43,7 +48,10 @@ NEAR = {
 
 
 def _same_but_for_ties(case: Case, call: Call, ours: Any, theirs: Any) -> bool:
-    """Whether a drafted text is the other one up to where two tokens are as good as equal. Drawn ones have a distribution alone."""
+    """Whether a drafted text is the other one up to where two tokens are as good as equal.
+
+    Drawn ones have a distribution alone.
+    """
     if call.kind != "greedy" or ours is None:
         return call.kind == "sample"
     pairs = zip(
@@ -135,7 +143,9 @@ def soak(
     verbose: bool = False,
     again: bool = False,
 ) -> Counter[str]:
-    """Run `cases`, of one seed, until `generations` texts or logits have been asked for, those of the record included. Returns outcomes, counted."""
+    """Run `cases`, of one seed, until `generations` texts or logits have been asked for, those of
+    the record included. Returns outcomes, counted.
+    """
     finished: dict[tuple[int, int], dict[str, Any]] = {}
     if record_file is not None and record_file.exists() and not again:
         records = map(json.loads, record_file.read_text().splitlines())

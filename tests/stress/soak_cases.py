@@ -1,4 +1,6 @@
-"""The cases of a soak: a model, how it is loaded and what is asked of it, drawn from (seed, number) alone."""
+"""The cases of a soak: a model, how it is loaded and what is asked of it, drawn from (seed, number)
+alone.
+"""
 
 import itertools
 import random
@@ -121,7 +123,9 @@ def draw(seed: int, number: int) -> Case:
 
 
 def large() -> list[Case]:
-    """Twelve combinations with large vocabularies and a context of 1024: what a user with a real model asks for first."""
+    """Twelve combinations with large vocabularies and a context of 1024: what a user with a real
+    model asks for first.
+    """
     shapes: tuple[dict[str, Any], ...] = (
         {"family": "qwen2", "vocab": 151_936, "tie": True},
         {"family": "llama", "vocab": 128_256, "tie": False},

@@ -1,4 +1,6 @@
-"""The two processes of a case: the reference, and the streamed model in a group of exactly its budget."""
+"""The two processes of a case: the reference, and the streamed model in a group of exactly its
+budget.
+"""
 
 import gc
 import os
@@ -118,7 +120,10 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
 
 
 def _ask(model: Any, call: Call, case: Case) -> tuple[Any, str | None]:
-    """What a call came to, and why it was refused. Raises RuntimeError where it was refused after it ran."""
+    """What a call came to, and why it was refused.
+
+    Raises RuntimeError where it was refused after it ran.
+    """
     from flexinfer import BudgetError
     from flexinfer.streaming.cache import ContextError
 
@@ -132,7 +137,10 @@ def _ask(model: Any, call: Call, case: Case) -> tuple[Any, str | None]:
 
 
 def _explained_bytes(model: Any, call: Call, case: Case, path: Path, held: int | None) -> int:
-    """What the plan allows a call that ran; `held`: before the tokenizer was loaded, which this call did."""
+    """What the plan allows a call that ran.
+
+    `held`: before the tokenizer was loaded, which this call did.
+    """
     from flexinfer.tokenizer import loading_bytes
 
     plan, shape, explained = model.flexinfer.plan, shape_of(call, case), 0

@@ -1,4 +1,6 @@
-"""The fuzz targets read their seeds and a few hundred changes of them as documented, and the judge sees what it is there for."""
+"""The fuzz targets read their seeds and a few hundred changes of them as documented, and the judge
+sees what it is there for.
+"""
 
 import contextlib
 import os

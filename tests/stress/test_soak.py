@@ -1,4 +1,6 @@
-"""The soak draws every family and every kind of call, tells good from bad, and a short one is run for real."""
+"""The soak draws every family and every kind of call, tells good from bad, and a short one is run
+for real.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -84,7 +86,9 @@ def test_a_drafted_text_may_differ_where_two_tokens_are_as_good_as_equal() -> No
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "opt"])
 def test_a_short_soak(tmp_path: Path, family: str) -> None:
-    """The first case of a family whose vocabulary is not the largest, in a control group of exactly the budget."""
+    """The first case of a family whose vocabulary is not the largest, in a control group of exactly
+    the budget.
+    """
     place = find_place()
     if place.memory is None:
         pytest.skip(f"no right to limit memory here: {place.why_not}")
@@ -99,7 +103,9 @@ def test_a_short_soak(tmp_path: Path, family: str) -> None:
 
 
 def test_a_large_vocabulary_and_its_tokenizer_in_a_budget_in_between(tmp_path: Path) -> None:
-    """A tokenizer loaded after the model, a prompt of 300 and one of 1,000 tokens, and logits of 900 positions that do not fit."""
+    """A tokenizer loaded after the model, a prompt of 300 and one of 1,000 tokens, and logits of
+    900 positions that do not fit.
+    """
     place = find_place()
     if place.memory is None:
         pytest.skip(f"no right to limit memory here: {place.why_not}")
