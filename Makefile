@@ -48,7 +48,7 @@ format: $(INSTALLED) ## fix what lint finds, where a machine can
 	$(BIN)/ruff check --fix .
 
 types: $(INSTALLED) ## static types
-	$(BIN)/mypy flexinfer scripts
+	$(BIN)/mypy flexinfer experiments scripts tests/stress
 
 notebooks: $(INSTALLED) ## run the notebooks again: use, and the figures from the records in RESULTS (results)
 	FLEXINFER_RESULTS=$(abspath $(RESULTS)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb
@@ -62,18 +62,18 @@ reproduce: $(INSTALLED) $(BASELINES) ## every experiment that the notebooks draw
 	$(BIN)/python scripts/reproduce.py --results-dir $(RESULTS) $(if $(LIST),--list)
 
 agreement: $(INSTALLED) $(BASELINES) ## FlexInfer beside llama.cpp on a real GGUF file: top tokens, divergence, perplexity (1 min)
-	$(BIN)/python -m flexinfer.bench.agreement --record $(RESULTS)/quality/agreement.jsonl
+	$(BIN)/python -m experiments.agreement --record $(RESULTS)/quality/agreement.jsonl
 
 soak: $(INSTALLED) ## random models, budgets and calls in control groups of exactly the budget (N=1000: an hour, resumable)
-	$(BIN)/python -m flexinfer.bench.soak $(or $(N),1000) --record $(RESULTS)/reliability/soak.jsonl
+	$(BIN)/python -m tests.stress.soak $(or $(N),1000) --record $(RESULTS)/reliability/soak.jsonl
 
 soak-serve: $(INSTALLED) ## the server in such a group, eight clients at once, some of them rude (MINUTES=30)
-	$(BIN)/python -m flexinfer.bench.serve --minutes $(or $(MINUTES),30) --record $(RESULTS)/reliability/serve.jsonl
+	$(BIN)/python -m tests.stress.serve --minutes $(or $(MINUTES),30) --record $(RESULTS)/reliability/serve.jsonl
 
 fuzz: $(INSTALLED) ## hostile headers, indices, configurations, GGUF files and records (SECONDS=3600: an hour each)
 	@$(PIP) install $(PINNED) --editable '.[fuzz]'
 	@for target in header index config gguf records; do \
-		$(BIN)/python -m flexinfer.bench.fuzz $$target --seconds $(or $(SECONDS),60) --record $(RESULTS)/reliability/fuzz.jsonl || exit 1; \
+		$(BIN)/python -m tests.stress.fuzz $$target --seconds $(or $(SECONDS),60) --record $(RESULTS)/reliability/fuzz.jsonl || exit 1; \
 	done
 
 baselines: $(BASELINES) ## the systems compared with: llama.cpp (compiled, 4 min), AirLLM, oLLM

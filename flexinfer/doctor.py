@@ -16,7 +16,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -24,13 +23,10 @@ import torch
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
 from flexinfer.kernels.ggml import TYPES, GgmlError, GgmlKernel, library
-from flexinfer.machine import available_bytes, kernel_s, read_speed
+from flexinfer.machine import CGROUP_ROOT, available_bytes, kernel_s, read_speed
 from flexinfer.plan import format_size
 from flexinfer.streaming.memory import Buffer
 from flexinfer.streaming.reader import FileReader
-
-if TYPE_CHECKING:
-    from flexinfer.bench.limits import Place
 
 REQUEST_BYTES = 4 << 20
 SCRATCH = ".flexinfer-doctor-"  # begins the names of scratch directories
@@ -64,10 +60,7 @@ class Facts:
     kernel_s: dict[str, dict[int, float]]  # by kind, then activation rows
     lock_limit_bytes: int | None  # None: unlimited
     lock_works: bool  # for LOCK_TEST_BYTES
-    cgroup_method: str  # v1, v2 or unlimited
-    cgroup_memory: bool  # whether experiments can limit memory
-    cgroup_reads: bool  # and read bandwidth
-    cgroup_note: str
+    cgroups_writable: bool  # so that experiments can limit memory and read bandwidth
 
 
 def measure_machine(path: Path, size_bytes: int) -> Facts:
@@ -83,7 +76,7 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
         raise ValueError(
             f"size={format_size(size_bytes)} does not fit: {format_size(free_bytes)} are free at {path}; give a smaller --size"
         )
-    place, load = _cgroup_place(), os.getloadavg()[0]
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=path, prefix=SCRATCH) as scratch:
         file = Path(scratch) / "blob"
         write_speed = _write(file, size_bytes)
@@ -120,10 +113,7 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
         kernel_s={name: by_rows for name, (_, by_rows) in kernels.items()},
         lock_limit_bytes=None if soft_limit == resource.RLIM_INFINITY else soft_limit,
         lock_works=lock_works,
-        cgroup_method=place.method,
-        cgroup_memory=place.memory is not None,
-        cgroup_reads=place.io is not None,
-        cgroup_note=place.why_not,
+        cgroups_writable=_cgroups_writable(),
     )
 
 
@@ -175,11 +165,10 @@ def advice(facts: Facts) -> list[str]:
             f"Memory cannot be locked (limit {limit}), so the system may page weights out: `ulimit -l unlimited`, or raise memlock "
             "in /etc/security/limits.conf."
         )
-    if not (facts.cgroup_memory and facts.cgroup_reads):
+    if not facts.cgroups_writable:
         lines.append(
-            "Experiments cannot limit memory and read bandwidth here"
-            + (f" ({facts.cgroup_note})" if facts.cgroup_note else "")
-            + "; run them as root, or where systemd-run --user works, or read their records as unlimited."
+            "Experiments cannot limit memory and read bandwidth here; run them as root, or where "
+            "systemd-run --user works, or read their records as unlimited."
         )
     if facts.free_disk_bytes < 10e9:
         lines.append(
@@ -287,8 +276,7 @@ def _file_system(path: Path) -> str:
     return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "unknown"
 
 
-def _cgroup_place() -> "Place":
-    """Where experiments could make control groups. The harness is imported here alone: the engine does not know it."""
-    from flexinfer.bench.limits import find_place
-
-    return find_place()
+def _cgroups_writable() -> bool:
+    """Whether this process may make control groups for memory and reads (cgroup v1, v2)."""
+    v1 = all(os.access(CGROUP_ROOT / name, os.W_OK) for name in ("memory", "blkio"))
+    return v1 or os.access(CGROUP_ROOT / "cgroup.subtree_control", os.W_OK)

@@ -1008,7 +1008,7 @@ class Engine:
     def record_routing(self) -> list[list[int]]:
         """A list that from now on grows by the experts that each layer of each pass is routed to, numbered over all layers.
 
-        Its memory is not in the plan. What policies of a cache would make of it: flexinfer.bench.routing.
+        Its memory is not in the plan. What policies of a cache would make of it: experiments.routing.
         """
         routing: list[list[int]] = []
         for experts in self._experts.values():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 import flexinfer
@@ -41,6 +42,9 @@ def main() -> int:
         python = str(here / "empty" / "bin" / "python")
         constraints = str(ROOT / "constraints.txt")
         run([python, "-m", "pip", "install", "--quiet", "--constraint", constraints, str(wheel)], here)
+        with zipfile.ZipFile(wheel) as archive:
+            folders = {name.split("/")[0] for name in archive.namelist()}
+        assert folders == {"flexinfer", f"{wheel.stem.split('-py3')[0]}.dist-info"}, folders
         run([sys.executable, "-c", MAKE_MODEL, scratch, str(ROOT / "tests")], here)
         installed = run([python, "-m", "pip", "list", "--format", "json"], here)
         extra = {one["name"] for one in json.loads(installed)} & set(NOT_CORE)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flexinfer.bench.runner import checkpoints, delete_checkpoints, size_bytes
+from experiments.runner import checkpoints, delete_checkpoints, size_bytes
 from flexinfer.cache_dir import cache_dir
 from flexinfer.plan import format_size
 

@@ -3,7 +3,7 @@
 Part 1, a real model: SmolLM2-135M-Instruct answers a question twice, resident without a limit, then streamed inside a control
 group that is smaller than what the resident model took. The tokens must be the same.
 Part 2, a large model: 3B-shaped, bf16, random weights, in 1.4 GiB. Stock transformers and FlexInfer take turns through the
-cells of the experiments (+exp=demo); a table, and a picture in outputs/demo.
+cells of the experiments (+exp=ours/demo); a table, and a picture in outputs/demo.
 This process imports no torch: the pages of its libraries would be charged to it and flatter the children.
 """
 
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from flexinfer.bench.limits import Limits
+from experiments.limits import Limits
 from flexinfer.cache_dir import cache_dir
 from flexinfer.plan import format_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from flexinfer.bench.records import Record
+    from experiments.records import Record
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("outputs/demo")  # below ROOT
@@ -36,10 +36,10 @@ QUESTION = "What is the capital of France, and what is it known for?"
 NEW_TOKENS = 40
 CONTEXT = 128
 LIMIT_BYTES = 520 << 20
-LARGE_LIMIT_BYTES = 1400 << 20  # conf/exp/demo.yaml
+LARGE_LIMIT_BYTES = 1400 << 20  # conf/exp/ours/demo.yaml
 NEEDED_BYTES = {"smollm2-135m-instruct": 500_000_000, "synthetic/llama-3b-like-bf16-*": 3_000_000_000}
 
-MAKE_MODEL = "from flexinfer.bench.smollm2 import make_smollm2; print(make_smollm2())"
+MAKE_MODEL = "from experiments.smollm2 import make_smollm2; print(make_smollm2())"
 ANSWER = """
 import json, sys
 from pathlib import Path
@@ -139,11 +139,11 @@ def large_model(console: Console) -> bool:
         "3B-shaped, bf16, 2.7 GB of random weights (written once); reads limited to 500 MB/s, memory to 1.4 GiB"
     )
     shutil.rmtree(RESULTS, ignore_errors=True)
-    command = [sys.executable, "scripts/run.py", "+exp=demo", f"results_dir={RESULTS}", "resume=false"]
+    command = [sys.executable, "scripts/run.py", "+exp=ours/demo", f"results_dir={RESULTS}", "resume=false"]
     if subprocess.run(command, check=False).returncode:
         return False
-    from flexinfer.bench import figures
-    from flexinfer.bench.records import load_records
+    from experiments import figures
+    from experiments.record_files import load_records
 
     records = load_records(RESULTS)
     table = Table("system", "tokens/s", "read per token", "peak of the limit", "achieved / bound")
@@ -171,7 +171,7 @@ def draw(records: "list[Record]") -> "Figure":
     """Four panels, a bar for each system: speed, bytes read per token, peak memory, achieved / bound."""
     import matplotlib.pyplot as plt
 
-    from flexinfer.bench.figures import BOUND, LOOKS, finish
+    from experiments.figures import BOUND, LOOKS, finish
 
     panels: list[tuple[str, Callable[[Record], float], float | None, str]] = [
         (

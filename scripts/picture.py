@@ -15,7 +15,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.text import Text
 
-from flexinfer.bench.smollm2 import make_smollm2
+from experiments.smollm2 import make_smollm2
 
 QUESTIONS = ("What is the capital of France?", "And of Italy?")
 

@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from flexinfer.bench.config import RunConfig
-from flexinfer.bench.provenance import provenance
-from flexinfer.bench.runner import cells_of, finished_keys
+from experiments.config import RunConfig
+from experiments.provenance import provenance
+from experiments.runner import cells_of, finished_keys
 from flexinfer.cache_dir import cache_dir
 
 ROOT = Path(__file__).parents[1]

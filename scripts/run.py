@@ -1,7 +1,7 @@
 """Runs an experiment: python scripts/run.py +exp=fig5. See --help, and conf/exp/ for what there is.
 
-Hydra composes conf/ into the schema of flexinfer/bench/config.py; one Hydra job is one comparison, whose cells
-flexinfer.bench.runner measures in turns. With -m Hydra runs several (models, devices), here or on other machines by a
+Hydra composes conf/ into the schema of experiments/config.py; one Hydra job is one comparison, whose cells
+experiments.runner measures in turns. With -m Hydra runs several (models, devices), here or on other machines by a
 launcher plugin; the systems of one comparison stay on one machine.
 """
 
@@ -17,11 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from flexinfer.bench.cell import run_cell
-from flexinfer.bench.config import ConfigError, RunConfig, require
-from flexinfer.bench.provenance import provenance
-from flexinfer.bench.records import load_records
-from flexinfer.bench.runner import cells_of, results_tables, run
+from experiments.cell import run_cell
+from experiments.config import RunConfig
+from experiments.model_config import ConfigError, require
+from experiments.provenance import provenance
+from experiments.record_files import load_records
+from experiments.runner import cells_of, results_tables, run
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 

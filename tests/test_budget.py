@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from flexinfer.bench.config import ExpertsConfig, ModelConfig, ShapeConfig
-from flexinfer.bench.gguf import make_gguf
-from flexinfer.bench.limits import Limits, find_place
-from flexinfer.bench.synth import default_cache_dir, make_checkpoint
+from experiments.cgroups import find_place
+from experiments.gguf import make_gguf
+from experiments.limits import Limits
+from experiments.model_config import ExpertsConfig, ModelConfig, ShapeConfig
+from experiments.synth import default_cache_dir, make_checkpoint
 
 SHAPE = ShapeConfig(hidden=1024, intermediate=2816, layers=4, heads=16, kv_heads=4, vocab=16_384, tie=False)
 RUN = """

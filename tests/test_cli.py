@@ -450,10 +450,7 @@ FACTS = Facts(
     kernel_s={"bfloat16": {1: 1e-3, 64: 1e-2}, "Q4_K": {1: 1e-3, 64: 1e-1}},
     lock_limit_bytes=None,
     lock_works=True,
-    cgroup_method="v2",
-    cgroup_memory=True,
-    cgroup_reads=True,
-    cgroup_note="",
+    cgroups_writable=True,
 )
 
 
@@ -474,7 +471,7 @@ def test_advice_of_a_good_machine_is_what_to_expect_and_no_more() -> None:
         ({"kernel_bytes_per_s": {"bfloat16": 10e9, "Q4_K": 0.5e9}}, "The Q4_K kernel"),
         ({"memory_bytes": 1 << 30}, "Only 1.00 GiB"),
         ({"lock_works": False, "lock_limit_bytes": 8 << 20}, "ulimit -l"),
-        ({"cgroup_reads": False}, "unlimited"),
+        ({"cgroups_writable": False}, "unlimited"),
         ({"free_disk_bytes": 3 << 30}, "of disk are free"),
     ],
 )

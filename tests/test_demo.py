@@ -1,8 +1,6 @@
 """The demo's picture and its refusals, from records made here; the demo itself is run by hand (make demo)."""
 
-import importlib.util
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,26 +8,17 @@ import matplotlib
 import pytest
 from rich.console import Console
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests" / "bench"))
-
-from bench_samples import make_cell, make_record  # noqa: E402
-
-from flexinfer.bench.config import SystemConfig  # noqa: E402
-from flexinfer.bench.records import Record  # noqa: E402
-from flexinfer.bench.runner import save  # noqa: E402
+from experiments.config import SystemConfig
+from experiments.records import Record
+from experiments.runner import save
+from tests.experiments.samples import ROOT, make_cell, make_record, script
 
 matplotlib.use("Agg")
 
 
 @pytest.fixture
 def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("demo")
 
 
 def measured_records(demo: ModuleType) -> list[Record]:
@@ -91,5 +80,5 @@ def test_a_disk_that_is_too_full_is_refused_first(
 
 
 def test_the_limit_in_the_picture_is_that_of_the_experiment(demo: ModuleType) -> None:
-    text = (ROOT / "conf" / "exp" / "demo.yaml").read_text()
+    text = (ROOT / "conf" / "exp" / "ours" / "demo.yaml").read_text()
     assert f"grid: [{demo.LARGE_LIMIT_BYTES >> 20}MiB]" in text

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_budget import make_big
 
-from flexinfer.bench.limits import Limits, find_place
+from experiments.cgroups import find_place
+from experiments.limits import Limits
 from flexinfer.follow import CALM_POLLS, HYSTERESIS, Follower, next_budget
 
 MIB = 1 << 20

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import flexinfer
+from experiments.config import SystemConfig
+from experiments.model_config import ConfigError
 from flexinfer import BudgetError, Options
-from flexinfer.bench.config import ConfigError, SystemConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

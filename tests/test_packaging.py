@@ -1,5 +1,6 @@
 """What is installed: one list of packages in two files, the package data, the entry points, the Makefile's targets."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -80,7 +81,8 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> N
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "flexinfer", tree / "flexinfer", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("experiments", "tests", "conf", "scripts"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(tree)], check=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
@@ -89,6 +91,14 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> N
         assert "flexinfer = flexinfer.cli:main" in wheel.read(entry_points).decode()
     sources = [*(ROOT / "flexinfer").rglob("*.py"), ROOT / "flexinfer" / "py.typed"]
     assert names == {str(file.relative_to(ROOT)) for file in sources}
+
+
+def test_the_engine_imports_neither_harness_nor_tests() -> None:
+    for file in (ROOT / "flexinfer").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"experiments", "scripts", "tests"}, file
 
 
 @pytest.mark.parametrize(

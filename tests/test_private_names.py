@@ -60,7 +60,7 @@ NEED_GGUF = {"transformers.modeling_gguf_pytorch_utils", "transformers.integrati
 
 
 def engine_files() -> list[Path]:
-    return [file for file in PACKAGE.rglob("*.py") if "bench" not in file.parts]
+    return list(PACKAGE.rglob("*.py"))
 
 
 def imported() -> dict[str, set[str]]:

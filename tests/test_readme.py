@@ -10,38 +10,34 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from served import serving
 from small_model import CONFIG, add_tokenizer
 
+from experiments.config import RunConfig
+from experiments.runner import cells_of
 from flexinfer.cli import main
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [
+LINES = [
     line.strip()
     for language, code in BLOCKS
     if language == "sh"
     for line in code.splitlines()
     if line.strip() and not line.strip().startswith("#")
 ]
-TINY = [  # an experiment in seconds: FlexInfer alone, the others have to be compiled
-    *("model=smoke", "model.name=readme", "model.shape.hidden=256", "model.shape.intermediate=512"),
-    *(
-        "model.shape.layers=2",
-        "model.shape.vocab=1024",
-        "budget=smoke",
-        "budget.grid=[800MiB]",
-        "workload=tiny",
-        "rounds=1",
-    ),
-    "system=[flexinfer]",
-]
+RUN = "python scripts/run.py "
+COMMANDS = [line for line in LINES if not line.startswith(RUN)]
 SERVED = "http://127.0.0.1:8000/v1"
 NOT_RUN = ("export ", "pip install ")  # environment and network
 
@@ -49,12 +45,6 @@ NOT_RUN = ("export ", "pip install ")  # environment and network
 @pytest.fixture(scope="module")
 def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_tokenizer(checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("readme") / "model")
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where experiments write: what one has measured the next does not measure again."""
-    return tmp_path_factory.mktemp("results")
 
 
 def test_there_are_blocks_of_known_languages_alone() -> None:
@@ -76,7 +66,6 @@ def test_python_blocks_run(code: str, model_dir: Path) -> None:
 def test_commands_work(
     command: str,
     model_dir: Path,
-    results: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -104,17 +93,31 @@ def test_commands_work(
         monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
         quick = {"chat": ["--max-new-tokens", "4"], "doctor": [str(tmp_path), "--size", "32MiB"]}
         assert main(argv + quick.get(argv[0], [])) == 0, capsys.readouterr().err
-    elif (program, argv[0]) == ("python", "scripts/run.py"):
-        given = [
-            one for one in argv[1:] if one.split("=")[0] not in {"model", "budget", "budget.grid", "rounds"}
-        ]
-        given.sort(key=lambda one: not one.startswith("-"))  # options before what is added
-        places = [f"results_dir={results}", f"cache_dir={results / 'cache'}", f"hydra.sweep.dir={tmp_path}"]
-        run_script("scripts/run.py", *given, *TINY, *places)
-        assert list(results.glob("*/*.jsonl"))
     else:
         assert (program, argv[:2]) == ("python", ["scripts/clean.py", "--list"])
         run_script(*argv, cache=tmp_path)
+
+
+def test_experiments_compose() -> None:
+    """All of them in this process; what -m sweeps is composed value by value."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    composed = []
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for line in (line for line in LINES if line.startswith(RUN)):
+            argv = shlex.split(line.removeprefix(RUN), comments=True)
+            sweeps = [swept(one) if "-m" in argv else [one] for one in argv if one != "-m"]
+            for overrides in product(*sweeps):
+                config = OmegaConf.to_object(compose("config", overrides=list(overrides)))
+                assert isinstance(config, RunConfig)
+                assert config.include or cells_of(config), line
+                composed.append(config.experiment)
+    assert {"table1", "fig3", "fig4", "fig5", "claims"} <= set(composed)
+
+
+def swept(override: str) -> list[str]:
+    """The values of `name=a,b`, each as an override; of one in brackets itself."""
+    name, _, value = override.partition("=")
+    return [override] if "[" in value else [f"{name}={one}" for one in value.split(",")]
 
 
 def run_script(*argv: str, cache: Path | None = None) -> None:
@@ -130,15 +133,6 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://")):
                 assert (file.parent / target).exists(), f"{file.name}: {target}"
-
-
-def test_the_tree_names_what_there_is() -> None:
-    tree = TEXT[TEXT.index("## What is where") :]
-    listed = set(re.findall(r"\w+\.py", tree))
-    engine = [file for file in (ROOT / "flexinfer").rglob("*.py") if "bench" not in file.parts]
-    modules = {file.name for file in engine if not file.name.startswith("__")}
-    assert modules <= listed
-    assert listed <= modules | {file.name for file in (ROOT / "scripts").glob("*.py")}
 
 
 def test_docs_name_tests_and_options_that_exist() -> None:

@@ -12,7 +12,7 @@ goes on after its last finished tensor when the same command is given again, and
 once, writing the copy once, and on two cores some 800 (Q4_0), 400 (Q8_0), 50 (Q6_K) or 25 (Q4_K) million weights a second.
 
 Not here: importance matrices, and so the types that need one. What the copy costs in quality is reported per tensor, and as perplexity by
-flexinfer/bench/perplexity.py.
+experiments/perplexity.py.
 """
 
 import errno

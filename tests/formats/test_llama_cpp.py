@@ -14,8 +14,9 @@ import torch
 from conftest import Load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexinfer.bench.soak import Case, make_tokenizer
 from flexinfer.formats.quantize import quantize
+from tests.stress.soak_cases import Case
+from tests.stress.soak_models import make_tokenizer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama.cpp is not installed: make baselines"

@@ -15,9 +15,9 @@ import httpx
 import pytest
 from served import make_talker
 
-from flexinfer.bench.limits import find_place
-from flexinfer.bench.serve import run
-from flexinfer.bench.smollm2 import make_smollm2
+from experiments.cgroups import find_place
+from experiments.smollm2 import make_smollm2
+from tests.stress.serve import run
 
 GRACE_S = 0.5
 

@@ -1,1 +1,0 @@
-"""The harness that compares systems: limits, baselines, cells and records. The engine never imports it."""
