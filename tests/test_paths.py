@@ -263,17 +263,16 @@ def test_folders_that_are_named_and_cannot_be_written_to_are_refused(
         load(path, draft="substitute", draft_dir=tmp_path / "file" / "x")
 
 
-def test_bars_in_a_notebook_without_ipywidgets_are_text_and_nothing_warns(tmp_path: Path) -> None:
-    """As in a kernel: IPython says so to tqdm, which then looks for ipywidgets."""
+@pytest.mark.parametrize("ours", [True, False])
+def test_bars_in_a_notebook_without_ipywidgets_are_text_and_nothing_warns(tmp_path: Path, ours: bool) -> None:
+    """As in a kernel: IPython says so to tqdm, which then looks for ipywidgets. Alone it warns."""
     (tmp_path / "ipywidgets.py").write_text("raise ImportError")
     program = (
-        "import sys, types, warnings; warnings.simplefilter('error'); "
+        "import sys, types; "
         "sys.modules['IPython'] = ipython = types.ModuleType('IPython'); "
         "ipython.get_ipython = lambda: types.SimpleNamespace(config={'IPKernelApp': 1}); "
-        "sys.modules['IPython.html'] = None; sys.modules['IPython.html.widgets'] = None; "
-        "from flexinfer.imports import deferred\n"
-        "with deferred(): import tqdm.auto\n"
-        "import tqdm.std; assert issubclass(tqdm.auto.tqdm, tqdm.std.tqdm); print(tqdm.auto.tqdm.__mro__)"
+        f"{'import flexinfer.model; ' if ours else ''}"
+        "import tqdm.auto, tqdm.std; print([one.__module__ for one in tqdm.auto.tqdm.__mro__])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -283,4 +282,6 @@ def test_bars_in_a_notebook_without_ipywidgets_are_text_and_nothing_warns(tmp_pa
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "notebook" not in done.stdout
+    assert "tqdm.std" in done.stdout
+    assert "tqdm.notebook" not in done.stdout
+    assert ("IProgress not found" in done.stderr) == (not ours)
