@@ -121,6 +121,8 @@ class Lengths:
         if longest is not None:
             wanted = max(call.wanted, criteria.max_length or 0)
             limit = longest(call.beside + wanted - 1) + 1 - call.beside
+            if (generation_config.num_beams or 1) == 1:  # drafts go by it, and would never end past it
+                generation_config.max_length = min(wanted, limit)
             if limit < wanted:
                 ends = (generation_config._eos_token_tensor, generation_config._pad_token_tensor)
                 criteria.append(_AtContext(limit, self._engine.context, [t for t in ends if t is not None]))

@@ -291,6 +291,37 @@ def test_chat_keeps_history_and_computes_only_what_is_new(
             assert computed < len(prompt["input_ids"])
 
 
+def test_chat_keeps_its_turns_when_a_question_is_too_long(
+    model_dir: Path, load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = conversation(model_dir, load(model_dir, context=150), 16)
+    talk.ask("hello")
+    turns = list(talk.turns)
+    assert talk.ask("x" * 200) == ""
+    assert talk.turns == turns
+    assert "does not fit into a context of 150 tokens" in capsys.readouterr().err
+    talk.ask("again")
+    assert talk.turns[:2] == turns
+
+
+def test_chat_and_generate_say_when_a_text_ends_at_the_context(
+    model_dir: Path, load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = conversation(model_dir, load(model_dir, context=150), 400)
+    assert talk.ask("hello")
+    assert "the text ends at the context of 150 tokens" in capsys.readouterr().err
+    assert talk.turns[-1]["role"] == "assistant"
+    for options, tokens, said in (
+        (["--context", "40"], 37, True),  # nobody has asked for 256
+        (["--context", "40", "--max-new-tokens", "37"], 37, False),
+        (["--max-new-tokens", "9"], 9, False),
+    ):
+        assert main(["generate", str(model_dir), "abc", *options]) == 0
+        shown = capsys.readouterr().err
+        assert f"{tokens} tokens" in shown
+        assert ("the text ends at the context of 40 tokens" in shown) == said
+
+
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(
     model_dir: Path, load: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

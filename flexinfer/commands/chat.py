@@ -12,6 +12,7 @@ from flexinfer.commands.terminal import logged, note
 from flexinfer.commands.text import (
     Clock,
     Decoding,
+    at_context,
     engine_of,
     find,
     load_tokenizer_of,
@@ -125,14 +126,16 @@ class Conversation:
         self.turns.append({"role": "user", "content": question})
         prompt = self._fit_prompt()
         if prompt is None:
-            note(f"this question does not fit into a context of {self._context} tokens; start with --context")
+            self.turns.pop()
+            note(
+                f"this question does not fit into a context of {self._context} tokens and is forgotten; start with a larger --context"
+            )
             return ""
         self._keep_common(prompt)
         streamer = text_streamer(self._tokenizer)
         clock = Clock(streamer, engine_of(self._model), self._bars)
         room = self._context - len(prompt) - self._decoding.guessed
-        options = self._decoding.keywords()
-        options["max_new_tokens"] = min(options["max_new_tokens"], room)
+        options = self._decoding.keywords(room)
         with Interrupt(self._bars.stopping) as interrupt:
             try:
                 ids = torch.tensor([prompt])
@@ -153,26 +156,27 @@ class Conversation:
         self._cached = output[: self._cache.get_seq_length()]
         answer: str = self._tokenizer.decode(output[len(prompt) :], skip_special_tokens=True)
         self.turns.append({"role": "assistant", "content": answer})
+        if room < self._decoding.new_tokens and len(output) - len(prompt) >= room:
+            note(at_context(self._context))
         note(("stopped; " if interrupt.pressed else "") + speed_line(measure(self._model, clock)))
         if interrupt.code == TERMINATED:
             raise Terminated
         return answer
 
     def _fit_prompt(self) -> list[int] | None:
-        """The token ids of the history, its oldest turns dropped where there is no room; None when one turn is too long."""
-        least_answer = min(16, self._decoding.max_new_tokens) + self._decoding.guessed
-        dropped = 0
-        while self.turns:
+        """The token ids of the history, its oldest turns dropped where there is no room; None, and nothing dropped, when the last turn alone
+        is too long."""
+        least_answer = min(16, self._decoding.new_tokens) + self._decoding.guessed
+        for dropped in range(0, len(self.turns), 2):
             encoded = self._tokenizer.apply_chat_template(
-                self._system + self.turns, add_generation_prompt=True, return_dict=True
+                self._system + self.turns[dropped:], add_generation_prompt=True, return_dict=True
             )
             prompt: list[int] = list(encoded["input_ids"])
             if len(prompt) + least_answer <= self._context:
                 if dropped:
+                    del self.turns[:dropped]
                     note(f"the oldest {dropped} turns no longer fit into the context and are forgotten")
                 return prompt
-            del self.turns[:2]
-            dropped += 2
         return None
 
     def _keep_common(self, prompt: list[int]) -> None:

@@ -14,6 +14,7 @@ from flexinfer.commands.text import (
     Clock,
     Decoding,
     Nowhere,
+    at_context,
     engine_of,
     find,
     load_tokenizer_of,
@@ -50,13 +51,16 @@ def generate(
         tokenizer = load_tokenizer_of(path)
         inputs = tokenizer(prompt, return_tensors="pt")
         prompt_tokens = inputs["input_ids"].shape[1]
-        needed = prompt_tokens + decoding.max_new_tokens + decoding.guessed
-        if options.context is not None and options.context < needed:
+        needed = prompt_tokens + decoding.new_tokens + decoding.guessed
+        least = needed if decoding.max_new_tokens is not None else prompt_tokens + decoding.guessed + 1
+        if options.context is not None and options.context < least:
             raise ValueError(
                 f"context={options.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
                 f"leave it out, or give --context {needed}"
             )
         options = replace(options, context=options.context or needed)
+        assert options.context is not None
+        room = options.context - prompt_tokens - decoding.guessed
         with (
             loaded(path, options, decoding, tokenizer, bars) as streamed,
             Interrupt(bars.stopping) as interrupt,
@@ -64,7 +68,7 @@ def generate(
             writer = Nowhere() if as_json else text_streamer(tokenizer)
             clock = Clock(writer, engine_of(streamed), bars)
             output = cast(Any, streamed).generate(
-                **inputs, streamer=clock, stopping_criteria=[interrupt], **decoding.keywords()
+                **inputs, streamer=clock, stopping_criteria=[interrupt], **decoding.keywords(room)
             )
             result = measure(streamed, clock)
             token_ids = output[0, prompt_tokens:].tolist()
@@ -72,6 +76,8 @@ def generate(
         text = tokenizer.decode(token_ids, skip_special_tokens=True)
         print(json.dumps({"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result))
     else:
+        if room < decoding.new_tokens and len(token_ids) >= room:
+            note(at_context(options.context))
         note(("stopped; " if interrupt.pressed else "") + speed_line(result))
         if result["draft_that_pays"] is not None:
             note(f"--draft auto may give {result['draft_that_pays']:.3g} tokens/s, with the same output")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from flexinfer.model import Engine
 
+NEW_TOKENS = 256  # of a text, where nothing is said
 DRAFT_STATS = ("draft", "drafted", "accepted", "acceptance", "draft_s", "draft_predicted_tokens_per_s")
 
 
@@ -27,7 +28,9 @@ DRAFT_STATS = ("draft", "drafted", "accepted", "acceptance", "draft_s", "draft_p
 class Decoding:
     """How tokens are chosen: greedily, unless a temperature or top-p is given. Raises ValueError for what cannot be."""
 
-    max_new_tokens: int = option(256, "at most so many", panel=DECODING)
+    max_new_tokens: int | None = option(
+        None, f"at most so many (default: {NEW_TOKENS}, or what the context has room for)", panel=DECODING
+    )
     temperature: float | None = option(
         None, "sample with this temperature (greedy if left out)", panel=DECODING
     )
@@ -44,7 +47,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         temperature, top_p, lookup = self.temperature, self.top_p, self.prompt_lookup
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if temperature is not None and temperature < 0:
             raise ValueError(f"temperature={temperature:g} must be 0 (greedy) or more")
@@ -54,14 +57,19 @@ class Decoding:
             raise ValueError(f"prompt_lookup={lookup} must be at least 1 token; leave it out to guess none")
 
     @property
+    def new_tokens(self) -> int:
+        """Tokens of a text, at most."""
+        return self.max_new_tokens or NEW_TOKENS
+
+    @property
     def guessed(self) -> int:
         """Tokens that are guessed for one pass."""
         return self.prompt_lookup or 0
 
-    def keywords(self) -> dict[str, Any]:
-        """Keyword arguments of transformers' generate()."""
+    def keywords(self, room: int) -> dict[str, Any]:
+        """Keyword arguments of transformers' generate(), where the context has room for so many tokens."""
         sample = bool(self.temperature) or self.top_p is not None
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": sample}
+        options: dict[str, Any] = {"max_new_tokens": min(self.new_tokens, room), "do_sample": sample}
         if sample:
             options |= {"temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0}
         if self.guessed:
@@ -207,6 +215,11 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
         "draft": {name: stats[name] for name in DRAFT_STATS if name in stats} or None,
         "draft_that_pays": pays.predicted_tokens_per_s if pays is not None else None,
     }
+
+
+def at_context(context: int) -> str:
+    """What to say of a text that had no more room."""
+    return f"the text ends at the context of {context} tokens; start with a larger --context for a longer one"
 
 
 def speed_line(result: dict[str, Any]) -> str:

@@ -251,7 +251,6 @@ def test_what_is_no_checkpoint_at_all(load: Load, tmp_path: Path) -> None:
         str(tmp_path / "nowhere"),
         "./nowhere",
         "bananas",
-        tmp_path / "config.json",
     ):
         with pytest.raises(CheckpointError, match="no such directory"):
             load(name)

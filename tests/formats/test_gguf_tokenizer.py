@@ -8,6 +8,7 @@ import pytest
 from gguf_models import byte_level, write_model
 from transformers import AutoTokenizer
 
+import flexinfer.cache_dir
 import flexinfer.formats.gguf_model
 from flexinfer import CheckpointError
 from flexinfer.formats.checkpoint import Checkpoint
@@ -137,8 +138,13 @@ def test_where_memory_is_too_little_for_it_this_is_said_first(
         Checkpoint.open(made(tmp_path, byte_level))
 
 
-def test_a_cache_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_that_can_be_written_to_it_is_made_for_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(flexinfer.formats.gguf_model, "cache_dir", lambda: tmp_path / "file")
-    with pytest.raises(CheckpointError, match="set FLEXINFER_CACHE"):
-        Checkpoint.open(made(tmp_path, byte_level))
+    monkeypatch.setattr(flexinfer.cache_dir, "cache_dir", lambda: tmp_path / "file")
+    file = made(tmp_path, byte_level)
+    with pytest.warns(RuntimeWarning, match="Set FLEXINFER_CACHE"):
+        directory = Checkpoint.open(file).config_dir
+    assert load_tokenizer(directory).tokenize("12")
+    assert Checkpoint.open(file).config_dir == directory
