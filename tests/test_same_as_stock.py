@@ -118,7 +118,7 @@ def test_tied_weights_in_shards_without_the_base_models_prefix(
 
 def test_weights_that_are_not_tied_are_needed_each(copy: Copy, load: Load) -> None:
     path = copy("llama", no_head, tie_word_embeddings=False)
-    with pytest.raises(CheckpointError, match="'lm_head.weight'"):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight'"):
         load(path)
 
 
@@ -215,6 +215,20 @@ def test_a_file_that_config_json_cannot_name_is_refused(copy: Copy, load: Load, 
     change_config(path, transformers_weights=name)
     with pytest.raises(CheckpointError, match=r"config.json: transformers_weights"):
         load(path)
+
+
+# ---- settings of generate()
+
+
+def test_settings_of_generate_in_config_json_count_where_there_is_no_other_file(
+    copy: Copy, load: Load
+) -> None:
+    path = copy()
+    (path / "generation_config.json").unlink()
+    change_config(path, eos_token_id=7, repetition_penalty=1.7, do_sample=True, temperature=0.3)
+    ours, theirs = load(path).generation_config, stock(path).generation_config
+    assert ours.to_diff_dict() == theirs.to_diff_dict()
+    assert (ours.eos_token_id, ours.repetition_penalty, ours.temperature) == (7, 1.7, 0.3)
 
 
 # ---- adapters

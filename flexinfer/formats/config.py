@@ -59,13 +59,14 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
 
 def set_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Give `model` the generation_config.json of `checkpoint`, if there is one."""
+    """Give `model` the generation_config.json of `checkpoint`, or what its config.json says of generation where there is none."""
     path = checkpoint.config_dir
-    file = path / GENERATION_FILE
-    if file.is_file():
-        _read(file)
-        with refusing(checkpoint.path if checkpoint.architecture else file, "no settings of generate()"):
-            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    file, options = path / GENERATION_FILE, {}
+    if not file.is_file():
+        file, options = path / CONFIG_FILE, {"config_file_name": CONFIG_FILE, "_from_model_config": True}
+    _read(file)
+    with refusing(checkpoint.path if checkpoint.architecture else file, "no settings of generate()"):
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True, **options)
 
 
 def _read(file: Path) -> dict[str, Any]:
