@@ -22,8 +22,9 @@ import flexinfer
 from flexinfer.bench.agreement import documentation
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.synth import default_cache_dir
-from flexinfer.formats.quantize import KINDS, Report, quantize
+from flexinfer.formats.quantize import Report, quantize
 from flexinfer.formats.skeleton import resolve
+from flexinfer.kernels.types import KINDS
 
 WINDOW_TOKENS = 512
 

@@ -145,6 +145,7 @@ def _refuse(file: Path, what: str) -> NoReturn:
 
 def _read_header(file: Path, arrays: Collection[str]) -> tuple[dict[str, Any], list[TensorSpec]]:
     with file.open("rb", buffering=CHUNK_BYTES) as stream:
+        assert isinstance(stream, BufferedReader)
         source = _Source(file, stream, file.stat().st_size)
         _check_start(source)
         tensor_count = source.number("Q", "the number of tensors")
