@@ -193,7 +193,8 @@ def _build_gguf(path: Path) -> None:
     """What `from_pretrained` does with a GGUF file, but for the tokenizer, which another process makes."""
     from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.gguf import read_gguf
-    from flexinfer.formats.gguf_model import config_of, gguf_in, write_config
+    from flexinfer.formats.gguf_config import config_of
+    from flexinfer.formats.gguf_model import gguf_in, write_config
     from flexinfer.formats.gguf_tokenizer import ARRAYS
     from flexinfer.formats.skeleton import build_skeleton
 

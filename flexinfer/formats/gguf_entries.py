@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from flexinfer.formats.checkpoint import CheckpointError, TensorSpec
 from flexinfer.formats.gguf import TYPES as ENCODINGS
 from flexinfer.formats.gguf import read_gguf
+from flexinfer.formats.gguf_config import config_of
 from flexinfer.formats.gguf_families import FAMILIES, Family
 from flexinfer.formats.gguf_header import (
     HeaderError,
@@ -28,7 +29,7 @@ from flexinfer.formats.gguf_header import (
     rope_tensors,
     stored_as,
 )
-from flexinfer.formats.gguf_model import NAMES_KEY, config_of, expert_tensors, tensor_names
+from flexinfer.formats.gguf_model import NAMES_KEY, expert_tensors, tensor_names
 from flexinfer.formats.gguf_vocabulary import add_vocabulary
 from flexinfer.formats.skeleton import Skeleton
 from flexinfer.kernels import Kernel

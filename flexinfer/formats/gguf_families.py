@@ -73,7 +73,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         LLAMA,
-        replace(LLAMA, model_type="mistral"),
+        replace(LLAMA, model_type="mistral", present={}),
         replace(LLAMA, model_type="mixtral", keys=RMS | HEAD | LOCAL_EXPERTS, present={}, experts=True),
         Family(model_type="qwen2", architecture="qwen2", keys=RMS),
         Family(model_type="qwen3", architecture="qwen3", keys=RMS | HEAD),
