@@ -38,14 +38,12 @@ PRIVATE = {
         "apply_renamings",
         "rename_source_key",
     },
-    "transformers.integrations.ggml": {"GGUF_CONFIG_MAPPING"},
     "transformers.integrations.gguf.gguf_tokenizer_mapping": {
         "GGUF_PRE_TOKENIZER_SPLITS",
         "GGUF_TOKENIZER_MAPPING",
         "convert_gguf_tokenizer",
     },
     "transformers.integrations.moe": {"ExpertsInterface"},
-    "transformers.modeling_gguf_pytorch_utils": {"TENSOR_PROCESSORS", "TensorProcessor"},
     "transformers.pytorch_utils": {"Conv1D"},
 }
 # Attributes with a leading underscore, of objects of theirs.
@@ -56,7 +54,6 @@ ATTRIBUTES = {
     *("_non_streaming", "_normalize_response_items"),  # of its server's handlers
 }
 OF_PYTHON = {"_getframe"}
-NEED_GGUF = {"transformers.modeling_gguf_pytorch_utils", "transformers.integrations.ggml"}
 
 
 def engine_files() -> list[Path]:
@@ -81,8 +78,6 @@ def test_the_list_is_what_the_engine_imports() -> None:
 
 @pytest.mark.parametrize("module", PRIVATE)
 def test_the_names_are_there(module: str) -> None:
-    if module in NEED_GGUF:
-        pytest.importorskip("gguf")
     if module.startswith("transformers.cli.serving"):
         pytest.importorskip("fastapi")  # of the extra `serve`
     there = importlib.import_module(module)

@@ -1,7 +1,6 @@
 """flexinfer quantize: make a smaller copy of a checkpoint."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -14,46 +13,27 @@ from flexinfer.cache_dir import user_path
 from flexinfer.commands.parameters import Json, complete_model
 from flexinfer.commands.terminal import note
 from flexinfer.interrupt import Terminated, exit_code, held_back
+from flexinfer.kernels.types import KINDS
 from flexinfer.plan import format_size
 
-TYPES = (
-    "q4_0",
-    "q4_1",
-    "q5_0",
-    "q5_1",
-    "q8_0",
-    "q2_k",
-    "q3_k",
-    "q4_k",
-    "q5_k",
-    "q6_k",
-    "iq4_nl",
-    "iq4_xs",
-    "iq3_s",
+TYPES = [kind.lower() for kind in KINDS]
+SOURCE = typer.Argument(
+    metavar="SRC", help="checkpoint directory, or Hub id", autocompletion=complete_model, show_default=False
 )
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC",
-        help="checkpoint directory, or Hub id",
-        autocompletion=complete_model,
-        show_default=False,
-    ),
-]
-Destination = Annotated[
-    Path, typer.Argument(metavar="DST", help="directory of the copy; must not exist", show_default=False)
-]
-Type = Annotated[
-    str,
-    typer.Option(
-        "--type",
-        help=f"ggml's type of blocks: {', '.join(TYPES)}",
-        autocompletion=lambda incomplete: [one for one in TYPES if one.startswith(incomplete)],
-    ),
-]
+TARGET = typer.Argument(metavar="DST", help="directory of the copy; must not exist", show_default=False)
+TYPE = typer.Option(
+    "--type",
+    help=f"ggml's type of blocks: {', '.join(TYPES)}",
+    autocompletion=lambda incomplete: [one for one in TYPES if one.startswith(incomplete)],
+)
 
 
-def quantize(source: Source, destination: Destination, kind: Type = "q4_k", as_json: Json = False) -> int:
+def quantize(
+    source: Annotated[str, SOURCE],
+    destination: Annotated[Path, TARGET],
+    kind: Annotated[str, TYPE] = "q4_k",
+    as_json: Json = False,
+) -> int:
     """Make a smaller copy of a checkpoint (GGUF).
 
     Goes tensor by tensor; a run that was stopped goes on where it was.
@@ -70,24 +50,19 @@ def quantize(source: Source, destination: Destination, kind: Type = "q4_k", as_j
                 from flexinfer.formats.skeleton import resolve
 
             checkpoint = resolve(source)
-        report = make_copy(
-            checkpoint,
-            user_path(destination),
-            kind,
-            progress=sys.stderr.isatty() and not as_json,
-        )
+        report = make_copy(checkpoint, user_path(destination), kind, progress=not as_json)
     except (KeyboardInterrupt, Terminated) as stop:
         note("stopped; the same command goes on after the last finished tensor")
         return exit_code(stop)
     if as_json:
         print(json.dumps(asdict(report), default=str))
         return 0
+    counts = Counter(tensor.kind for tensor in report.packed).most_common()
     print(
         f"{report.path}: {format_size(report.source_bytes)} -> {format_size(report.nbytes)} in {report.seconds:.0f} s; "
-        f"{', '.join(f'{count} tensors {kind}' for kind, count in Counter(t.kind for t in report.packed).most_common())}"
+        f"{', '.join(f'{count} tensors {kind}' for kind, count in counts)}"
     )
-    worst = report.worst
-    print(f"largest relative error of a weight: {worst.relative_error:.4f} ({worst.name})")
+    print(f"largest relative error of a weight: {report.worst.relative_error:.4f} ({report.worst.name})")
     for name, reason in report.kept.items():
         print(f"left as it is: {name}: {reason}")
     reader = f"llama.cpp too ({report.architecture})" if report.architecture else "flexinfer"

@@ -1,23 +1,29 @@
-"""Read-only index of GGUF files: what the header says of the model, and which tensor lies where.
+"""Read-only index of GGUF files: what the header says of the model, and where each tensor lies.
 
-A GGUF file is metadata (typed values by name, the vocabulary among them), then a table of tensors, then their bytes, each at a multiple
-of the alignment. The header is read forward, a chunk at a time; every count and size in it is held against the size of the file before
-anything is made of it, and long arrays are walked over, not built, unless they are asked for. Numbers are little-endian. A model may be
+A GGUF file is metadata (typed values by name, the vocabulary among them), then a table of tensors, then their bytes,
+each at a multiple of the alignment. The header is read forward; every count and size in it is compared with the size of
+the file before anything is made of it, and long arrays are skipped, not built, unless they are asked for (the `gguf`
+package's reader maps the file, trusts it and makes an object of every token). Numbers are little-endian. A model may be
 split over files -00001-of-000NN, of which the first has the metadata.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Knows nothing of transformers (flexinfer.formats.gguf_model does).
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Not here: what the metadata means for transformers
+(flexinfer.formats.gguf_model).
 """
 
 import importlib.util
 import math
+import os
 import re
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from flexinfer.formats.checkpoint import ENCODINGS, CheckpointError, Encoding, TensorSpec
+from flexinfer.kernels.types import INSTALL
+from flexinfer.kernels.types import TYPES as BLOCKS
 from flexinfer.messages import shown
 
 MAGIC = b"GGUF"
@@ -27,51 +33,28 @@ MAX_DIMENSIONS = 4
 CHUNK_BYTES = 1 << 18
 MAX_ENTRIES = 1 << 16  # values, and tensors
 MAX_STRINGS = 1 << 22  # of an array: of a vocabulary and its merges there are some hundred thousand
-MAX_KEPT_BYTES = 32 << 20  # strings and numbers, vocabulary and merges among them where they are asked for
+MAX_KEPT_BYTES = 32 << 20  # strings and numbers, with vocabulary and merges where they are asked for
 MAX_KEPT_NUMBERS = 4096  # of an array: one for each layer, or each frequency
 SMALLEST_VALUE_BYTES = 8 + 4 + 1  # a name's length, a type and a value
 SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, dimensions, type and offset
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 PROJECTORS = {"clip"}  # architectures of what turns pictures and sound into tokens
+AGAIN = "damaged; download it again"
 
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 PACKAGES = ("gguf", "transcribe_cpp_native")  # of the extra `ggml`
-INSTALL = "pip install 'flexinfer[ggml]'"
 
-BLOCKS = {  # of ggml's types of weights: elements and bytes of a block
-    2: Encoding("Q4_0", 32, 18),
-    3: Encoding("Q4_1", 32, 20),
-    6: Encoding("Q5_0", 32, 22),
-    7: Encoding("Q5_1", 32, 24),
-    8: Encoding("Q8_0", 32, 34),
-    10: Encoding("Q2_K", 256, 84),
-    11: Encoding("Q3_K", 256, 110),
-    12: Encoding("Q4_K", 256, 144),
-    13: Encoding("Q5_K", 256, 176),
-    14: Encoding("Q6_K", 256, 210),
-    16: Encoding("IQ2_XXS", 256, 66),
-    17: Encoding("IQ2_XS", 256, 74),
-    18: Encoding("IQ3_XXS", 256, 98),
-    19: Encoding("IQ1_S", 256, 50),
-    20: Encoding("IQ4_NL", 32, 18),
-    21: Encoding("IQ3_S", 256, 110),
-    22: Encoding("IQ2_S", 256, 82),
-    23: Encoding("IQ4_XS", 256, 136),
-    29: Encoding("IQ1_M", 256, 56),
-    34: Encoding("TQ1_0", 256, 54),
-    35: Encoding("TQ2_0", 256, 66),
-    39: Encoding("MXFP4", 32, 17),
-    40: Encoding("NVFP4", 64, 36),
-}
-TYPES = BLOCKS | {0: ENCODINGS["F32"], 1: ENCODINGS["F16"], 30: ENCODINGS["BF16"], 28: ENCODINGS["F64"]}
+# ggml's number of a type -> how its numbers are stored
+TYPES = {one.id: Encoding(one.name, one.block_elements, one.block_bytes) for one in BLOCKS.values()}
+TYPES |= {0: ENCODINGS["F32"], 1: ENCODINGS["F16"], 30: ENCODINGS["BF16"], 28: ENCODINGS["F64"]}
 TYPES |= {24: ENCODINGS["I8"], 25: ENCODINGS["I16"], 26: ENCODINGS["I32"], 27: ENCODINGS["I64"]}
 
 
 @dataclass(frozen=True, slots=True)
 class LongArray:
-    """An array of the metadata that was walked over."""
+    """An array of the metadata that was skipped."""
 
     count: int
 
@@ -92,27 +75,30 @@ class GGUF:
         """The value of `key` for this architecture; None where there is none."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
+    def refuse(self, what: str) -> NoReturn:
+        """Raises CheckpointError with the file and `what` is wrong with it."""
+        _refuse(self.files[0], what)
+
 
 def check_installed() -> None:
-    """Raises CheckpointError, with the command that installs them, where packages are missing that GGUF files need."""
+    """Raises CheckpointError, with the command that installs them, where packages for GGUF files are missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError(f"GGUF files need {' and '.join(missing)}: {INSTALL}")
 
 
 def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
-    """The model in `file`, or in the files of which it is one. `arrays`: names of long arrays that are wanted whole.
+    """The model in `file`, or in the files of which it is one. `arrays`: names of long arrays to be read whole.
 
-    Raises CheckpointError when a header does not hold or a part is missing.
+    Raises CheckpointError when a header is damaged or a part is missing.
     """
     files = _parts(file)
     metadata, specs = _read_header(files[0], arrays)
     for number, part in enumerate(files):
+        facts = metadata
         if number:
             facts, more = _read_header(part, ())
             specs = specs + more
-        else:
-            facts = metadata
         no, count = _count(part, facts, "split.no", 0), _count(part, facts, "split.count", 1)
         if no != number or count not in {len(files), 0}:
             _refuse(
@@ -122,7 +108,7 @@ def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
             )
     tensors = {spec.name: spec for spec in specs}
     if len(tensors) < len(specs):
-        _refuse(file, "has two tensors of one name: damaged; download it again")
+        _refuse(file, f"has two tensors of one name: {AGAIN}")
     expected = _count(file, metadata, "split.tensors.count", len(specs))
     if len(files) > 1 and expected != len(specs):
         _refuse(file, f"its parts have {len(specs)} tensors, not {expected}; download them again")
@@ -146,7 +132,7 @@ def _count(file: Path, metadata: dict[str, Any], key: str, default: int) -> int:
     """A whole number of the metadata."""
     value = metadata.get(key, default)
     if type(value) is not int:
-        _refuse(file, f"{key} is {shown(value)}, no whole number: damaged; download it again")
+        _refuse(file, f"{key} is {shown(value)}, no whole number: {AGAIN}")
     return value
 
 
@@ -157,7 +143,7 @@ def part_name(name: str, number: int) -> str:
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
-    """The files of the model that `file` is, or is a part of, in order. Raises CheckpointError when one is missing."""
+    """The files of the model that `file` is a part of, in order. Raises CheckpointError when one is missing."""
     named = SPLIT_NAME.fullmatch(file.name)
     if named is None:
         return (file,)
@@ -166,10 +152,8 @@ def _parts(file: Path) -> tuple[Path, ...]:
         _refuse(file, f"is named as part {int(named[2])} of {count}; give it the name it was published with")
     parts = tuple(file.with_name(part_name(file.name, i)) for i in range(1, count + 1))
     if missing := [part.name for part in parts if not part.is_file()]:
-        _refuse(
-            file,
-            f"{len(missing)} of its {count} parts are not beside it, such as {missing[0]}; download them",
-        )
+        lost = f"{len(missing)} of its {count} parts are not beside it, such as {missing[0]}"
+        _refuse(file, f"{lost}; download them")
     return parts
 
 
@@ -178,48 +162,58 @@ def _refuse(file: Path, what: str) -> NoReturn:
 
 
 def _read_header(file: Path, arrays: Collection[str]) -> tuple[dict[str, Any], list[TensorSpec]]:
-    with file.open("rb", buffering=0) as stream:
+    with file.open("rb", buffering=CHUNK_BYTES) as stream:
+        assert isinstance(stream, BufferedReader)
         source = _Source(file, stream, file.stat().st_size)
-        start = source.take(8, "the first bytes") if source.size_bytes >= 24 else b""
-        if start[:4] != MAGIC:
-            _refuse(file, f"no GGUF file ({source.size_bytes} bytes); download it again")
-        (version,) = struct.unpack("<I", start[4:])
-        if version not in VERSIONS:
-            if version and not version & 0xFFFF:
-                _refuse(file, "big-endian; take the little-endian file of this model, or convert it again")
-            _refuse(
-                file,
-                f"GGUF version {version}, supported are {VERSIONS[0]} and {VERSIONS[1]}; take a newer file of this model, or convert it again",
-            )
+        _check_start(source)
         tensor_count = source.number("Q", "the number of tensors")
         value_count = source.number("Q", "the number of values")
         entries = f"{value_count} values and {tensor_count} tensors"
         source.expect(value_count * SMALLEST_VALUE_BYTES + tensor_count * SMALLEST_TENSOR_BYTES, entries)
         if max(value_count, tensor_count) > MAX_ENTRIES:
-            _refuse(file, f"{entries}, at most {MAX_ENTRIES} are read: damaged; download it again")
+            _refuse(file, f"{entries}, at most {MAX_ENTRIES} are read: {AGAIN}")
         metadata: dict[str, Any] = {}
         for _ in range(value_count):
             key = source.string("the name of a value")
             if key in metadata:
-                _refuse(file, f"{shown(key)} is there twice: damaged; download it again")
+                _refuse(file, f"{shown(key)} is there twice: {AGAIN}")
             metadata[key] = _value(source, shown(key), key in arrays)
         alignment = _count(file, metadata, "general.alignment", DEFAULT_ALIGNMENT)
         if alignment < 1 or alignment & (alignment - 1):
-            _refuse(file, f"general.alignment is {alignment}, no power of two: damaged; download it again")
-        found = [_tensor(source, alignment) for _ in range(tensor_count)]
+            _refuse(file, f"general.alignment is {alignment}, no power of two: {AGAIN}")
+        specs = [_tensor(source, alignment) for _ in range(tensor_count)]
         data_start = -(-source.position // alignment) * alignment
-    return metadata, _placed(file, found, data_start, source.size_bytes)
+    specs = [replace(spec, offset_bytes=data_start + spec.offset_bytes) for spec in specs]
+    specs.sort(key=lambda spec: spec.offset_bytes)
+    _check_places(file, specs, data_start, source.size_bytes)
+    return metadata, specs
+
+
+def _check_start(source: "_Source") -> None:
+    file = source.file
+    start = source.take(8, "the first bytes") if source.size_bytes >= 24 else b""
+    if start[:4] != MAGIC:
+        _refuse(file, f"no GGUF file ({source.size_bytes} bytes); download it again")
+    (version,) = struct.unpack("<I", start[4:])
+    if version and not version & 0xFFFF:
+        _refuse(file, "big-endian; take the little-endian file of this model, or convert it again")
+    if version not in VERSIONS:
+        supported = f"supported are {VERSIONS[0]} and {VERSIONS[1]}"
+        _refuse(
+            file,
+            f"GGUF version {version}, {supported}; take a newer file of this model, or convert it again",
+        )
 
 
 def _value(source: "_Source", key: str, whole: bool) -> Any:
-    """One value of the metadata. An array of strings, or a long one, is built only if `whole`. `key`: as a message shows it."""
+    """One value of the metadata. `key`: as a message shows it. `whole`: build even long arrays."""
     kind = source.number("I", key)
     if kind == STRING:
         return source.string(key)
     if kind in SCALARS:
         return source.number(SCALARS[kind], key)
     if kind != ARRAY:
-        _refuse(source.file, f"{key} is of type {kind}, which there is not: damaged; download it again")
+        _refuse(source.file, f"{key} is of type {kind}, which there is not: {AGAIN}")
     kind, count = source.number("I", key), source.number("Q", key)
     if kind in SCALARS:
         nbytes = count * struct.calcsize(SCALARS[kind])
@@ -231,10 +225,8 @@ def _value(source: "_Source", key: str, whole: bool) -> Any:
     elif kind == STRING:
         source.expect(count * 8, f"the array {key}")
         if count > MAX_STRINGS:
-            _refuse(
-                source.file,
-                f"the array {key} has {count} strings, at most {MAX_STRINGS} are read: damaged; download it again",
-            )
+            most = f"at most {MAX_STRINGS} are read"
+            _refuse(source.file, f"the array {key} has {count} strings, {most}: {AGAIN}")
         if whole:
             return [source.string(key) for _ in range(count)]
         source.skip_strings(count, key)
@@ -243,106 +235,75 @@ def _value(source: "_Source", key: str, whole: bool) -> Any:
     return LongArray(count)
 
 
-def _tensor(source: "_Source", alignment: int) -> tuple[str, tuple[int, ...], Encoding, int]:
-    """Name, shape, encoding and offset of one tensor, each plausible by itself."""
+def _tensor(source: "_Source", alignment: int) -> TensorSpec:
+    """One tensor of the table, plausible by itself; its offset counts from the start of the data."""
     name = source.string("the name of a tensor")
-    named = shown(name)
+    named = f"tensor {shown(name)}"
     dimensions = source.number("I", named)
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        _refuse(
-            source.file,
-            f"tensor {named} has {dimensions} dimensions, not 1 to 4: damaged; download it again",
-        )
+        _refuse(source.file, f"{named} has {dimensions} dimensions, not 1 to 4: {AGAIN}")
     shape = tuple(source.number("Q", named) for _ in range(dimensions))[::-1]
     kind, offset_bytes = source.number("I", named), source.number("Q", named)
-    if kind not in TYPES:
-        known = ", ".join(encoding.name for encoding in TYPES.values())
-        _refuse(
-            source.file,
-            f"tensor {named} is of ggml's type {kind}, supported are {known}; take another file of this model",
-        )
-    if 0 in shape or shape[-1] % TYPES[kind].block_elements:
-        _refuse(
-            source.file,
-            f"tensor {named} of shape {list(shape)} is no whole number of {TYPES[kind].name} blocks: damaged; download it again",
-        )
+    encoding = TYPES.get(kind)
+    if encoding is None:
+        known = ", ".join(one.name for one in TYPES.values())
+        what = f"{named} is of ggml's type {kind}, supported are {known}"
+        _refuse(source.file, f"{what}; take another file of this model")
+    if 0 in shape or shape[-1] % encoding.block_elements:
+        what = f"{named} of shape {list(shape)} is no whole number of {encoding.name} blocks"
+        _refuse(source.file, f"{what}: {AGAIN}")
     if offset_bytes % alignment:
-        _refuse(
-            source.file,
-            f"tensor {named} begins at byte {offset_bytes} of the data, no multiple of {alignment}: damaged; download it again",
-        )
-    return name, shape, TYPES[kind], offset_bytes
+        what = f"{named} begins at byte {offset_bytes} of the data, no multiple of {alignment}"
+        _refuse(source.file, f"{what}: {AGAIN}")
+    nbytes = encoding.nbytes(math.prod(shape))
+    return TensorSpec(name, source.file, offset_bytes, nbytes, encoding, shape)
 
 
-def _placed(
-    file: Path,
-    found: list[tuple[str, tuple[int, ...], Encoding, int]],
-    data_start: int,
-    size_bytes: int,
-) -> list[TensorSpec]:
-    """The tensors in order of offset, none beyond the end of the file or over another."""
-    specs = [
-        TensorSpec(name, file, data_start + offset, encoding.nbytes(math.prod(shape)), encoding, shape)
-        for name, shape, encoding, offset in found
-    ]
-    specs.sort(key=lambda spec: spec.offset_bytes)
+def _check_places(file: Path, specs: list[TensorSpec], data_start: int, size_bytes: int) -> None:
+    """Refuse a tensor beyond the end of the file or over another. `specs`: in order of offset."""
     end_bytes = data_start
     for spec in specs:
         if spec.offset_bytes < end_bytes:
-            _refuse(file, f"tensor {shown(spec.name)} overlaps the one before it: damaged; download it again")
+            _refuse(file, f"tensor {shown(spec.name)} overlaps the one before it: {AGAIN}")
         end_bytes = spec.offset_bytes + spec.nbytes
         if end_bytes > size_bytes:
-            _refuse(
-                file,
-                f"truncated: tensor {shown(spec.name)} ends at byte {end_bytes}, the file at {size_bytes}; download it again",
-            )
-    return specs
+            what = f"tensor {shown(spec.name)} ends at byte {end_bytes}, the file at {size_bytes}"
+            _refuse(file, f"truncated: {what}; download it again")
 
 
 class _Source:
-    """Reads a file forward, a chunk at a time, and never past its end."""
+    """Reads a file forward, never past its end."""
 
-    def __init__(self, file: Path, stream: BinaryIO, size_bytes: int) -> None:
-        self.file, self.size_bytes = file, size_bytes
+    def __init__(self, file: Path, stream: BufferedReader, size_bytes: int) -> None:
+        self.file, self.size_bytes, self.position = file, size_bytes, 0
         self._stream = stream
-        self._chunk, self._at = b"", 0
-        self._chunk_start = 0  # where it lies in the file
         self._kept_bytes = 0
-
-    @property
-    def position(self) -> int:
-        return self._chunk_start + self._at
 
     def expect(self, nbytes: int, what: str) -> None:
         """Raise CheckpointError when the file has no `nbytes` left for `what`."""
         if nbytes > self.size_bytes - self.position:
-            _refuse(
-                self.file,
-                f"truncated or damaged: {what} would take {nbytes} bytes at {self.position}, the file has {self.size_bytes}; download it again",
-            )
+            left = f"{nbytes} bytes at {self.position}, the file has {self.size_bytes}"
+            _refuse(self.file, f"truncated or damaged: {what} would take {left}; download it again")
 
     def keep(self, nbytes: int, what: str) -> None:
         """Count what stays in memory. Raises CheckpointError when that is more than a header has."""
         self._kept_bytes += nbytes
         if self._kept_bytes > MAX_KEPT_BYTES:
-            _refuse(
-                self.file,
-                f"its header has more than {MAX_KEPT_BYTES} bytes of strings and numbers, up to {what}: damaged; download it again",
-            )
+            much = f"more than {MAX_KEPT_BYTES} bytes of strings and numbers, up to {what}"
+            _refuse(self.file, f"its header has {much}: {AGAIN}")
 
     def take(self, nbytes: int, what: str) -> bytes:
-        if self._at + nbytes > len(self._chunk):
-            self.expect(nbytes, what)
-            self._go_to(self.position, max(nbytes, CHUNK_BYTES))
-            if nbytes > len(self._chunk):
-                _refuse(self.file, f"ends within {what}: truncated while it was read?")
-        taken = self._chunk[self._at : self._at + nbytes]
-        self._at += nbytes
+        self.expect(nbytes, what)
+        taken = self._stream.read(nbytes)
+        if len(taken) < nbytes:
+            _refuse(self.file, f"ends within {what}: truncated while it was read?")
+        self.position += nbytes
         return taken
 
     def skip(self, nbytes: int, what: str) -> None:
         self.expect(nbytes, what)
-        self._at += nbytes
+        self._stream.seek(nbytes, os.SEEK_CUR)
+        self.position += nbytes
 
     def number(self, kind: str, what: str) -> Any:
         """One number, in struct's letter for its type."""
@@ -355,23 +316,15 @@ class _Source:
         return self.take(nbytes, what).decode("utf-8", errors="replace")
 
     def skip_strings(self, count: int, what: str) -> None:
-        """Walk over `count` strings: of a vocabulary there are some hundred thousand."""
+        """Skip `count` strings, a vocabulary's hundred thousands: those within what is buffered in one go."""
         length_at = struct.Struct("<Q").unpack_from
         while count:
-            chunk, at, last = self._chunk, self._at, len(self._chunk) - 8
-            while count and at <= last:
+            chunk, at = self._stream.peek(), 0
+            while count and at + 8 <= len(chunk):
                 at += 8 + length_at(chunk, at)[0]
                 count -= 1
-            self.skip(at - self._at, what)
+            self.skip(at, what)
+            # The next string's length may lie across two chunks.
             if count:
-                self.expect(8 * count, what)
-                self._go_to(self.position, CHUNK_BYTES)
-
-    def _go_to(self, position: int, nbytes: int) -> None:
-        """Have `nbytes` from `position` on at hand, or as many as there are."""
-        self._stream.seek(position)
-        parts = []
-        while nbytes > 0 and (part := self._stream.read(nbytes)):
-            parts.append(part)
-            nbytes -= len(part)
-        self._chunk, self._at, self._chunk_start = b"".join(parts), 0, position
+                self.skip(self.number("Q", what), what)
+                count -= 1

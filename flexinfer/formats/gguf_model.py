@@ -1,32 +1,31 @@
-"""What a GGUF file says of its model: config, tokenizer, and which tensor is which parameter.
+"""A GGUF file as a checkpoint: config, tokenizer, and which tensor is which parameter.
 
-By transformers' own mapping (integrations.ggml, modeling_gguf_pytorch_utils) and the name map of the `gguf` package, and completed where they
-leave out what llama.cpp computes with: the width of a head, scaled rotary frequencies, soft caps. Config and tokenizer are kept in
-a small directory, ~/.cache/flexinfer/gguf/<digest>, which then plays the part of a checkpoint's directory; the tokenizer is made
-once, in a process of its own (flexinfer.formats.gguf_tokenizer), because taking a vocabulary apart takes memory that would not come back.
+The config is by the table of families (gguf_config), names of tensors by the map of the `gguf` package. Config and
+tokenizer are kept in a small directory, ~/.cache/flexinfer/gguf/<digest>, which then plays the part of a checkpoint's
+directory; the tokenizer is made once, in a process of its own (gguf_tokenizer), because taking a vocabulary apart takes
+memory that would not come back.
 
-Where llama.cpp stores a weight in another order of rows, or a norm plus one, this is said of the tensor and put right when it is used.
+Where llama.cpp stores a weight in another order of rows, or a norm plus one, the tensor's spec says so, and it is put
+right when it is used.
 """
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from flexinfer.cache_dir import in_cache
 from flexinfer.formats.checkpoint import (
@@ -38,7 +37,9 @@ from flexinfer.formats.checkpoint import (
     is_gguf,
 )
 from flexinfer.formats.experts import Parts, parameters_of, split_stacked
-from flexinfer.formats.gguf import GGUF, LongArray, check_installed, is_model, part_name, read_gguf
+from flexinfer.formats.gguf import AGAIN, GGUF, LongArray, check_installed, is_model, part_name, read_gguf
+from flexinfer.formats.gguf_config import TOKEN_IDS, config_of
+from flexinfer.formats.gguf_families import FAMILIES
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
@@ -46,43 +47,7 @@ from flexinfer.plan import format_size
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MODEL_TYPES = {  # llama.cpp's name of an architecture -> transformers'
-    "falcon": "falcon",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
-    "gpt-oss": "gpt_oss",
-    "gpt2": "gpt2",
-    "granitemoe": "granitemoe",
-    "llama": "llama",
-    "nemotron": "nemotron",
-    "olmoe": "olmoe",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen2moe": "qwen2_moe",
-    "qwen3": "qwen3",
-    "qwen3moe": "qwen3_moe",
-    "stablelm": "stablelm",
-    "starcoder2": "starcoder2",
-}
-MIXTRAL = "mixtral"  # what llama.cpp calls a llama too, with experts
-MIXTURES = {"gpt-oss", "granitemoe", "olmoe", "qwen2moe", "qwen3moe"}
-MAPPED_AS = dict.fromkeys(
-    (MIXTRAL, "granitemoe", "olmoe"), "llama"
-)  # whose headers transformers does not map
-MAPPED_AS |= {"gemma3_text": "gemma3"}
-COMPLETED = {"rope_theta", "head_dim"}  # said here, see `_completed`
-GRANITE_SCALES = {
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "attention.scale": "attention_multiplier",
-    "logit_scale": "logits_scaling",
-}
-CORRECTED_AS = {"granitemoe": "llama"}  # whose rows llama.cpp puts in the same order
-HAVE_HEAD_DIM = {"llama", "qwen3", "qwen3moe", "gpt-oss", "gemma2", "gemma3", "nemotron"}
-ROTATES_A_PART = {"nemotron", "phi3", "stablelm"}  # of each head, by the config
-LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # the size whose attention is scaled in another way
 ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 NAMES_KEY = "flexinfer.names"  # whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json
 MAX_ROWS = 1 << 20  # of a tensor; the largest vocabularies have a quarter of it
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
@@ -191,283 +156,6 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
         )
 
 
-# ---- config
-
-
-def config_of(gguf: GGUF) -> dict[str, Any]:
-    """What config.json would say. Raises CheckpointError for an architecture that cannot be run."""
-    name = gguf.architecture
-    if name not in MODEL_TYPES:
-        raise CheckpointError(
-            f"{gguf.files[0]}: the architecture {shown(name)} cannot be run; {_what_works()}"
-        )
-    model_type = MODEL_TYPES[name]
-    if any("_exps." in tensor for tensor in gguf.tensors):
-        if name == "llama":
-            model_type = MIXTRAL
-        elif name not in MIXTURES:
-            raise CheckpointError(f"{gguf.files[0]}: {name} with experts (a mixture), which cannot be run")
-    if "token_embd.weight" not in gguf.tensors:
-        raise CheckpointError(f"{gguf.files[0]}: has no tensor token_embd.weight; it is incomplete")
-    known = {theirs: _of(gguf, key) for key, theirs in mapped_values(model_type).items()}
-    config = {theirs: value for theirs, value in known.items() if value is not None}
-    return (
-        config
-        | _token_ids(gguf)
-        | {"model_type": model_type, "dtype": "float32"}
-        | {"vocab_size": gguf.tensors["token_embd.weight"].shape[0]}
-        | {"tie_word_embeddings": "output.weight" not in gguf.tensors}
-        | _completed(gguf, model_type)
-        | (_of_experts(gguf) if model_type == MIXTRAL or name in MIXTURES else {})
-    )
-
-
-def mapped_values(model_type: str) -> dict[str, str]:
-    """By transformers' mapping: a key of the architecture in a header, and what it is called in the config of `model_type`."""
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
-    name = MAPPED_AS.get(model_type, model_type)
-    mapping: Mapping[str, str | None] = GGUF_CONFIG_MAPPING[name]  # type: ignore[assignment]
-    return {key: theirs for key, theirs in mapping.items() if theirs and theirs not in COMPLETED}
-
-
-def _token_ids(gguf: GGUF) -> dict[str, int]:
-    keys = {f"tokenizer.ggml.{ours}_token_id": theirs for ours, theirs in TOKEN_IDS.items()}
-    found = {theirs: gguf.metadata[key] for key, theirs in keys.items() if key in gguf.metadata}
-    for name, value in found.items():
-        if type(value) is not int:
-            raise CheckpointError(
-                f"{gguf.files[0]}: {name} is {shown(value)}, no number of a token: damaged; download it again"
-            )
-    return found
-
-
-def _what_works() -> str:
-    return f"these can: {', '.join(sorted(MODEL_TYPES))}"
-
-
-def _of(gguf: GGUF, key: str) -> Any:
-    """A value of the architecture. One for each layer is one for all, or refused."""
-    value = gguf.of_architecture(key)
-    if isinstance(value, list) and len(set(value)) == 1:
-        return value[0]
-    if isinstance(value, list | LongArray):
-        raise CheckpointError(
-            f"{gguf.files[0]}: {gguf.architecture}.{key} differs from layer to layer, which cannot be run yet"
-        )
-    return value
-
-
-def _of_experts(gguf: GGUF) -> dict[str, Any]:
-    """What a mixture has besides, as llama.cpp computes it."""
-    name = gguf.architecture
-    count, used = _needed(gguf, "expert_count"), _needed(gguf, "expert_used_count")
-    if used > count:
-        raise CheckpointError(
-            f"{gguf.files[0]}: {used} of {count} experts are used: damaged; download it again"
-        )
-    local = name in {"gpt-oss", "granitemoe", "llama"}
-    more: dict[str, Any] = {"num_local_experts" if local else "num_experts": count}
-    more["num_experts_per_tok"] = used
-    if name in {"qwen2moe", "qwen3moe"}:
-        more["moe_intermediate_size"] = _width(gguf, "blk.0.ffn_down_exps.weight")
-        more["norm_topk_prob"] = name == "qwen3moe"
-    if name == "qwen2moe":
-        more["shared_expert_intermediate_size"] = _width(gguf, "blk.0.ffn_down_shexp.weight")
-    elif name == "gpt-oss":
-        more["sliding_window"] = _needed(gguf, "attention.sliding_window")
-    elif name == "granitemoe":
-        scales = {theirs: _ratio(gguf, key) for key, theirs in GRANITE_SCALES.items()}
-        more |= {theirs: scale for theirs, scale in scales.items() if scale is not None}
-    return more
-
-
-def _width(gguf: GGUF, name: str) -> int:
-    """The length of the rows of a tensor, which has to be there."""
-    if name not in gguf.tensors:
-        raise CheckpointError(f"{gguf.files[0]}: has no tensor {name}; it is incomplete")
-    return gguf.tensors[name].shape[-1]
-
-
-def _completed(gguf: GGUF, model_type: str) -> dict[str, Any]:
-    """What transformers' mapping leaves out, as llama.cpp reads it."""
-    name = gguf.architecture
-    hidden, heads = _needed(gguf, "embedding_length"), _needed(gguf, "attention.head_count")
-    layers = _needed(gguf, "block_count")
-    width = _size(gguf, "attention.key_length") or hidden // heads
-    rotated = _size(gguf, "rope.dimension_count") or width
-    if not 1 <= rotated <= width:
-        raise CheckpointError(
-            f"{gguf.files[0]}: {rotated} of {width} numbers of a head are rotated: damaged; download it again"
-        )
-    epsilon = _of(gguf, "attention.layer_norm_epsilon")
-    rope = _rope_parameters(gguf, rotated)
-    more: dict[str, Any] = {"rope_parameters": rope}
-    if name in HAVE_HEAD_DIM:
-        more["head_dim"] = width
-    if name in ROTATES_A_PART:
-        more["partial_rotary_factor"] = rope["partial_rotary_factor"] = rotated / width
-    elif rotated != width and name != "gpt2":
-        raise CheckpointError(
-            f"{gguf.files[0]}: {name} with {rotated} of {width} numbers of a head rotated, which cannot be run"
-        )
-    if model_type == "gpt_oss" and rope["rope_type"] == "yarn":
-        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-    elif model_type == "llama":
-        more["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
-        more["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
-    elif name in LAYERS_OF_27B:
-        more["query_pre_attn_scalar"] = hidden // heads if layers == LAYERS_OF_27B[name] else width
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if _of(gguf, key) is not None:
-                more[key] = _ratio(gguf, key)
-        if name == "gemma3":
-            local = {"rope_type": "default", "rope_theta": _ratio(gguf, "rope.freq_base_swa") or 10_000.0}
-            more["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-    elif name == "phi3":
-        original = _size(gguf, "rope.scaling.original_context_length")
-        more |= {"sliding_window": None} | (
-            {"original_max_position_embeddings": original} if original else {}
-        )
-    elif name == "stablelm":
-        more["use_qkv_bias"] = "blk.0.attn_q.bias" in gguf.tensors
-        more["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in gguf.tensors
-    elif name == "nemotron":
-        more["norm_eps"] = epsilon
-    elif name == "gpt2":
-        more = {
-            "n_positions": _needed(gguf, "context_length"),
-            "n_inner": _of(gguf, "feed_forward_length"),
-        }
-    elif name == "falcon":
-        if _of(gguf, "attention.head_count_kv") != 1 or "blk.0.attn_norm_2.weight" in gguf.tensors:
-            raise CheckpointError(
-                f"{gguf.files[0]}: a falcon with several heads of keys (40B), whose rows llama.cpp sorts anew; it cannot be run yet"
-            )
-        more |= {
-            "layer_norm_epsilon": epsilon,
-            "ffn_hidden_size": _of(gguf, "feed_forward_length"),
-        }
-    return more
-
-
-def _needed(gguf: GGUF, key: str) -> int:
-    """A count or a size, which has to be there."""
-    value = _size(gguf, key)
-    if not value:
-        raise CheckpointError(
-            f"{gguf.files[0]}: {gguf.architecture}.{key} is {_of(gguf, key)}, not a number from 1: damaged; download it again"
-        )
-    return value
-
-
-def _size(gguf: GGUF, key: str) -> int:
-    """A count or a size; 0 where there is none."""
-    value = _of(gguf, key)
-    if value is None:
-        return 0
-    if type(value) is not int or value < 0:
-        raise CheckpointError(
-            f"{gguf.files[0]}: {gguf.architecture}.{key} is {shown(value)}, not a number from 1: damaged; download it again"
-        )
-    return value
-
-
-def _ratio(gguf: GGUF, key: str) -> float | None:
-    """A number above 0; None where there is none, or a 0."""
-    value = _of(gguf, key)
-    if value is None or value == 0:
-        return None
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(
-            f"{gguf.files[0]}: {gguf.architecture}.{key} is {shown(value)}, not a number above 0: damaged; download it again"
-        )
-    return float(value)
-
-
-def _rope_parameters(gguf: GGUF, rotated: int) -> dict[str, Any]:
-    """How positions are rotated, in transformers' words."""
-    theta = _ratio(gguf, "rope.freq_base") or 10_000.0
-    kind, factor = _of(gguf, "rope.scaling.type"), _ratio(gguf, "rope.scaling.factor")
-    original = _size(gguf, "rope.scaling.original_context_length")
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if "rope_freqs.weight" in gguf.tensors:
-        return parameters | _llama3(gguf, theta, rotated)
-    if "rope_factors_long.weight" in gguf.tensors:
-        return parameters | {
-            "rope_type": "longrope",
-            "long_factor": _numbers(gguf, "rope_factors_long.weight"),
-            "short_factor": _numbers(gguf, "rope_factors_short.weight"),
-            "original_max_position_embeddings": original or _needed(gguf, "context_length"),
-            "attention_factor": _ratio(gguf, "rope.scaling.attn_factor"),
-        }
-    if kind in {None, "none"} or not factor or factor == 1:
-        return parameters
-    if kind == "linear":
-        return parameters | {"rope_type": "linear", "factor": factor}
-    if kind == "yarn" and original:
-        return parameters | {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-        }
-    raise CheckpointError(f"{gguf.files[0]}: rope.scaling.type {shown(kind)} cannot be run")
-
-
-def _llama3(gguf: GGUF, theta: float, rotated: int) -> dict[str, Any]:
-    """Llama 3's scaling of frequencies, found from the divisors that llama.cpp keeps of it."""
-    divisors = np.array(_numbers(gguf, "rope_freqs.weight"))
-    factor = float(divisors.max())
-    if np.allclose(divisors, 1):
-        return {}
-    if len(divisors) != -(-rotated // 2):
-        raise CheckpointError(
-            f"{gguf.files[0]}: rope_freqs.weight has {len(divisors)} numbers for {rotated} that are rotated: damaged; download it again"
-        )
-    for original in (1 << power for power in range(10, 21)):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": original,
-        }
-        if np.allclose(divisors, llama3_divisors(scaling, theta, rotated), rtol=1e-3):
-            return scaling
-    raise CheckpointError(
-        f"{gguf.files[0]}: rope_freqs.weight scales the rotation in a way that is not Llama 3's; it cannot be run"
-    )
-
-
-def llama3_divisors(scaling: Mapping[str, Any], theta: float, rotated: int) -> npt.NDArray[np.float64]:
-    """What Llama 3's `scaling`, in transformers' words, divides the frequencies of `rotated` numbers of a head by: [rotated / 2]."""
-    lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)  # of each wave, in tokens
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    share = np.clip((scaling["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1)
-    divisors: npt.NDArray[np.float64] = 1 / ((1 - share) / scaling["factor"] + share)
-    return divisors
-
-
-def _numbers(gguf: GGUF, name: str) -> list[float]:
-    """The numbers of a short tensor of float32, all above 0."""
-    spec = gguf.tensors.get(name)
-    if spec is None:
-        raise CheckpointError(f"{gguf.files[0]}: has no tensor {name}; it is incomplete")
-    if spec.dtype != "F32" or len(spec.shape) != 1 or spec.nbytes > 1 << 16:
-        raise CheckpointError(f"{spec.file}: {name} is no short row of F32: damaged; download it again")
-    with spec.file.open("rb") as stream:
-        stream.seek(spec.offset_bytes)
-        numbers = list(struct.unpack(f"<{spec.shape[0]}f", stream.read(spec.nbytes)))
-    if not all(0 < number < math.inf for number in numbers):
-        raise CheckpointError(
-            f"{spec.file}: {name} has numbers that are not above 0: damaged; download it again"
-        )
-    return numbers
-
-
-# ---- tensors
-
-
 def specs_of(
     model: "PreTrainedModel", checkpoint: Checkpoint, experts: Mapping[str, Any]
 ) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
@@ -482,15 +170,11 @@ def specs_of(
         parts |= of_module
         specs |= biases
     name_of = tensor_names(str(checkpoint.architecture), model)
-    processor = processor_of(str(checkpoint.architecture), model.config)
-    orders: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: all layers share them
-    for parameter in model.state_dict():
+    for parameter, value in model.state_dict().items():
         tensor = name_of(parameter)
         if parameter not in parts | specs and tensor in checkpoint.tensors:
-            spec = corrected(checkpoint.tensors[tensor], processor)
-            if spec.row_order is not None:
-                spec = replace(spec, row_order=orders.setdefault(spec.row_order, spec.row_order))
-            specs[parameter] = spec
+            module = model.get_submodule(parameter.rpartition(".")[0])
+            specs[parameter] = _corrected(checkpoint.tensors[tensor], module, value.shape, model.config)
     used = {spec.name for one in specs.values() for spec in (one, one.alternate) if spec} | ROPE_TENSORS
     used |= {spec.name for of_parameter in parts.values() for spec in of_parameter[0]}
     if unused := [name for name in checkpoint.tensors if name not in used]:
@@ -552,37 +236,38 @@ def _experts_of(
     return parts, biases
 
 
-def processor_of(architecture: str, config: "PretrainedConfig") -> Any:
-    """What transformers changes the tensors of `architecture` with."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+def _corrected(spec: TensorSpec, module: Any, shape: Sequence[int], config: "PretrainedConfig") -> TensorSpec:
+    """`spec` with how it differs from its parameter, which has `shape` in `module`."""
+    from transformers.pytorch_utils import Conv1D
 
-    architecture = CORRECTED_AS.get(architecture, architecture)
-    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config.to_dict())
-
-
-def corrected(spec: TensorSpec, processor: Any) -> TensorSpec:
-    """`spec` with what transformers does to its numbers, found by having it done to the numbers of the rows."""
-    if spec.name == "output.weight":
-        return spec
-    if spec.shape[0] > MAX_ROWS:
-        raise CheckpointError(
-            f"{spec.file}: {spec.name} has {spec.shape[0]} rows, at most {MAX_ROWS} can be put in order; this kind of model cannot be run yet"
-        )
-    rows = np.arange(spec.shape[0], dtype=np.float64)
-    column = rows.reshape(-1, *(1 for _ in spec.shape[1:]))  # [rows, 1] or [rows]
-    done: npt.NDArray[np.float64] = processor.process(weights=column, name=spec.name).weights
-    if done.shape == (1, *column.shape):
-        return replace(spec, shape=(1, *spec.shape))
-    if done.shape == column.shape[::-1] and len(spec.shape) == 2 and done.shape != column.shape:
+    family = FAMILIES[config.model_type]
+    if isinstance(module, Conv1D) and len(spec.shape) == 2:
         return replace(spec, transposed=True)
-    if done.shape == column.shape:
-        moved: Sequence[float] = done.ravel().tolist()
-        added = moved[0]
-        if moved == (rows + added).tolist():
-            return replace(spec, added=added)
-        if sorted(moved) == rows.tolist():
-            # A bias is added before the rows are put in order: both are in the file's.
-            return replace(spec, row_order=tuple(map(int, moved))) if len(spec.shape) == 2 else spec
-    raise CheckpointError(
-        f"{spec.file}: {spec.name}: transformers converts it in a way that cannot be streamed"
-    )
+    if spec.name.endswith(family.flat) and (1, *spec.shape) == tuple(shape):
+        return replace(spec, shape=(1, *spec.shape))
+    if family.norms_plus_one and spec.name.endswith("norm.weight"):
+        return replace(spec, added=-1.0)
+    heads = rotated_heads(spec.name, config)
+    # The bias of such a weight is added before the rows are put in order: both are in the file's.
+    if heads and len(spec.shape) == 2:
+        if spec.shape[0] > MAX_ROWS or spec.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{spec.file}: {spec.name} has {spec.shape[0]} rows for {heads} heads: {AGAIN}"
+            )
+        return replace(spec, row_order=_by_halves(spec.shape[0], heads))
+    return spec
+
+
+def rotated_heads(tensor: str, config: "PretrainedConfig") -> int:
+    """The heads of a tensor whose rows llama.cpp has by pairs, transformers by halves; 0 where it is no such tensor."""
+    if not FAMILIES[config.model_type].rows_by_pairs:
+        return 0
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    return int(heads.get(tensor.split(".")[-2], 0))
+
+
+# Once for each shape: all layers share the order.
+@lru_cache
+def _by_halves(rows: int, heads: int) -> tuple[int, ...]:
+    order = np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2)
+    return tuple(order.ravel().tolist())

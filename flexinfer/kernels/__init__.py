@@ -1,10 +1,11 @@
 """How the rows of a weight are seen in memory and multiplied, a module for each encoding. Nothing here knows files or budgets."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # not for the command line and the process that makes a tokenizer
+    import torch
 
-from flexinfer.streaming.memory import Buffer
+    from flexinfer.streaming.memory import Buffer
 
 
 class Kernel(Protocol):
@@ -30,13 +31,13 @@ class Kernel(Protocol):
         """Memory that `multiply` works in, besides its input, its output and copies of the weight."""
         ...
 
-    def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
+    def view(self, buffer: "Buffer", position: int, rows: int) -> "torch.Tensor":
         """`rows` output rows whose bytes begin at `position` of `buffer`; no copy."""
         ...
 
     def multiply(
-        self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, x: "torch.Tensor", view: "torch.Tensor", rows: int, bias: "torch.Tensor | None"
+    ) -> "torch.Tensor":
         """x [..., in_features] times the rows in `view`, plus `bias` [rows]: [..., rows]."""
         ...
 

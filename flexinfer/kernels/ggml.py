@@ -55,7 +55,7 @@ from typing import Any
 
 import torch
 
-from flexinfer.formats.gguf import BLOCKS, INSTALL
+from flexinfer.kernels.types import INSTALL, TYPES, GgmlError, GgmlType
 from flexinfer.streaming.memory import Buffer
 
 PACKAGE = "transcribe_cpp_native"
@@ -72,38 +72,11 @@ CONTEXT_BYTES = 4096  # for the structures of one product, of which ggml 0.26 ta
 KEPT_SHAPES = 64  # products whose graphs are kept: a model has ten or so, for one token and for a few; experts of a layer three each
 ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
 
-
-class GgmlError(ValueError):
-    """ggml is not there, or is asked for what it cannot do."""
-
-
-@dataclass(frozen=True, slots=True)
-class GgmlType:
-    """How numbers lie in a file: `block_elements` of them in `block_bytes` bytes."""
-
-    name: str
-    id: int  # in GGUF files, and in ggml
-    block_elements: int
-    block_bytes: int
-
-    def row_bytes(self, in_features: int) -> int:
-        """Bytes of a row. Raises: GgmlError if the row does not end with a block."""
-        blocks, rest = divmod(in_features, self.block_elements)
-        if rest:
-            raise GgmlError(f"{self.name}: rows of {in_features} are no multiple of {self.block_elements}")
-        return blocks * self.block_bytes
-
-
 # Of a product: in_features, output rows, activation rows, threads, and which it is of those that are computed together.
 Shape = tuple[GgmlType, int, int, int, int, int]
 Job = Callable[
     [int], object
 ]  # what a thread does, with the address of memory to work in; something true says that it failed
-
-TYPES = {
-    blocks.name: GgmlType(blocks.name, number, blocks.block_elements, blocks.block_bytes)
-    for number, blocks in BLOCKS.items()
-}
 
 
 @dataclass(frozen=True, slots=True)

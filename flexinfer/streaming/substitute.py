@@ -25,16 +25,13 @@ import torch
 from flexinfer.cache_dir import in_cache, make_folder
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
-from flexinfer.kernels.ggml import TYPES, GgmlKernel, dequantize_rows, quantize_rows
+from flexinfer.kernels.ggml import GgmlKernel, dequantize_rows, quantize_rows
+from flexinfer.kernels.types import KINDS, TYPES, kind_for
 from flexinfer.plan import Piece, Weight, format_size
 from flexinfer.streaming.locked import LockedRows
 from flexinfer.streaming.memory import PAGE_BYTES, Buffer, round_up
 from flexinfer.streaming.reader import FileReader, padded_bytes
 
-KINDS = ("q2_k", "q3_k", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0", "iq4_nl", "iq4_xs")
-KINDS_OF_32 = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL"} | {
-    "IQ4_XS": "IQ4_NL"
-}
 NUMBERS_AT_ONCE = (
     32_768  # quantised in one call: torch shares larger tensors out to threads, which take memory
 )
@@ -53,17 +50,16 @@ def substitute_kernels(
 
     Raises DraftError for a type that there is not, and a weight whose rows cannot be cut into blocks.
     """
-    if kind.lower() not in KINDS:
-        raise DraftError(f"draft_type={kind!r} does not exist; there are {', '.join(KINDS)}")
+    if kind.upper() not in KINDS:
+        raise DraftError(f"draft_type={kind!r} does not exist; there are {', '.join(KINDS).lower()}")
     found = {}
     for weight in weights:
-        in_features, name = kernels[weight.name].in_features, kind.upper()
-        if in_features % TYPES[name].block_elements:
-            name = KINDS_OF_32.get(name, name)
-        if in_features % TYPES[name].block_elements:
+        in_features = kernels[weight.name].in_features
+        name = kind_for(kind.upper(), in_features)
+        if name is None:
             raise DraftError(
-                f"draft='substitute': rows of {weight.name} have {in_features} numbers, no multiple of "
-                f"{TYPES[name].block_elements}, and cannot be cut into blocks; use draft='lookup' or a small model"
+                f"draft='substitute': rows of {weight.name} have {in_features} numbers, no multiple of 32, "
+                "and cannot be cut into blocks; use draft='lookup' or a small model"
             )
         found[weight.name] = GgmlKernel(in_features, TYPES[name], dtype)
     return found

@@ -412,7 +412,7 @@ STRANGE_MODELS: dict[str, tuple[str, Change, str]] = {
         "Padding_idx must be within",
     ),
     "layers without end": ("llama", says(block_count=10**9), "do not belong together"),
-    "an epsilon in words": ("llama", says(attention__layer_norm_rms_epsilon="many"), "rms_norm_eps"),
+    "an epsilon in words": ("llama", says(attention__layer_norm_rms_epsilon="many"), "rms_epsilon is 'many'"),
     "a name without end": ("llama", has(**{"t" * 9999: [1.0]}), "no place in LlamaForCausalLM"),
 }
 
@@ -425,12 +425,18 @@ def test_gguf_whose_values_make_no_model(tmp_path: Path, case: str) -> None:
 
 
 def test_gguf_with_rows_without_end(tmp_path: Path) -> None:
-    """Their order is found by sorting them: numbers of their own for each."""
+    """Their order is numbers of their own for each."""
     sizes = [number(f"llama.{key}", 32) for key in ("embedding_length", "feed_forward_length")]
     counts = [number(f"llama.{key}", 1) for key in ("block_count", "attention.head_count", "context_length")]
     file = tmp_path / "model.gguf"
     file.write_bytes(
-        file_of([ARCHITECTURE, *sizes, *counts], [tensor("token_embd.weight", (1 << 21, 32), 2, 0)])
+        file_of(
+            [ARCHITECTURE, *sizes, *counts],
+            [
+                tensor("token_embd.weight", (2, 32), 2, 0),
+                tensor("blk.0.attn_q.weight", (1 << 21, 32), 2, 64),
+            ],
+        )
     )
     os.truncate(file, 1 << 26)
     assert "2097152 rows" in refusal(file, lambda: build(file))

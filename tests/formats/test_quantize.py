@@ -11,16 +11,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_models
 import pytest
 import torch
+import transformers
 from conftest import Load, MakeCheckpoint, logits, prompt
 from safetensors import safe_open
 
+import flexinfer.formats.gguf_entries
 import flexinfer.formats.quantize
 from flexinfer.formats.checkpoint import Checkpoint, CheckpointError
-from flexinfer.formats.quantize import KINDS, QuantizeError, Report, kind_for, quantize
+from flexinfer.formats.gguf import read_gguf
+from flexinfer.formats.gguf_families import FAMILIES
+from flexinfer.formats.quantize import QuantizeError, Report, quantize
 from flexinfer.kernels.ggml import TYPES, dequantize_rows
+from flexinfer.kernels.types import KINDS, kind_for
 
 ALL_FAMILIES = gguf_models.FAMILIES | gguf_models.MIXTURES
 
@@ -63,7 +69,6 @@ def test_report_is_the_error_against_the_original(
         weight = load_tensor(originals[tensor.name].file, tensor.name).float()
         difference = blocks_of(tmp_path / "copy", names[tensor.name]) - weight
         assert tensor.relative_error == pytest.approx(float(difference.norm() / weight.norm()))
-        assert tensor.max_error == pytest.approx(float(difference.abs().max()))
         assert 0 < tensor.relative_error < 0.4
     assert report.worst.relative_error == max(tensor.relative_error for tensor in report.packed)
     saved = json.loads((tmp_path / "copy" / "quantize_report.json").read_text())
@@ -133,33 +138,33 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
 ) -> None:
     mixture = gguf_models.write_model(tmp_path, family, ["Q8_0"]).stock if family == "mixtral" else None
     source = mixture or checkpoint(family, torch.bfloat16)
-    monkeypatch.setattr(flexinfer.formats.quantize, "SYNC_BYTES", 1)
     whole = make(source, tmp_path / "whole")
     target, partial = tmp_path / "copy", tmp_path / "copy.partial"
-    write, written = flexinfer.formats.quantize._Job.write, []
+    write: Any = flexinfer.formats.quantize._write
+    written: list[int] = []
 
-    def write_and_die(job: Any, file: Any, entry: Any, *rest: Any) -> Any:
+    def write_and_die(file: Any, entry: Any, offset_bytes: int, *rest: Any) -> Any:
         if len(written) == stop_at:
-            os.pwrite(file.fileno(), b"half a tensor", entry.offset_bytes)
+            os.pwrite(file.fileno(), b"half a tensor", offset_bytes)
             raise KeyboardInterrupt
-        written.append(entry.name)
-        return write(job, file, entry, *rest)
+        written.append(offset_bytes)
+        return write(file, entry, offset_bytes, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(flexinfer.formats.quantize._Job, "write", write_and_die)
+        patched.setattr(flexinfer.formats.quantize, "_write", write_and_die)
         with pytest.raises(KeyboardInterrupt):
             make(source, target)
     assert not target.exists()
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)
 
-    again: list[str] = []
+    again: list[int] = []
 
-    def write_and_count(job: Any, file: Any, entry: Any, *rest: Any) -> Any:
-        again.append(entry.name)
-        return write(job, file, entry, *rest)
+    def write_and_count(file: Any, entry: Any, offset_bytes: int, *rest: Any) -> Any:
+        again.append(offset_bytes)
+        return write(file, entry, offset_bytes, *rest)
 
-    monkeypatch.setattr(flexinfer.formats.quantize._Job, "write", write_and_count)
+    monkeypatch.setattr(flexinfer.formats.quantize, "_write", write_and_count)
     report = make(source, target)
     assert not set(written) & set(again)
     assert not partial.exists()
@@ -169,6 +174,31 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
     for name in names:
         if name != "quantize_report.json":
             assert (target / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_line_of_the_state_that_was_cut_off_costs_its_tensor_alone(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("llama", torch.bfloat16)
+    whole = make(source, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(flexinfer.formats.quantize, "_finish", lambda *_: pytest.fail("enough"))
+        with pytest.raises(pytest.fail.Exception):
+            make(source, tmp_path / "copy")
+    state = tmp_path / "copy.partial" / "quantize_state.json"
+    os.truncate(state, state.stat().st_size - 5)
+    write: Any = flexinfer.formats.quantize._write
+    written: list[str] = []
+
+    def write_and_count(file: Any, entry: Any, *rest: Any) -> Any:
+        written.append(entry.parameter)
+        return write(file, entry, *rest)
+
+    monkeypatch.setattr(flexinfer.formats.quantize, "_write", write_and_count)
+    assert make(source, tmp_path / "copy").packed == whole.packed
+    assert written == ["lm_head.weight"]
+    copies = [(tmp_path / name / "model.gguf").read_bytes() for name in ("copy", "whole")]
+    assert copies[0] == copies[1]
 
 
 def test_what_a_run_with_other_arguments_left_is_not_used(
@@ -192,14 +222,15 @@ def test_the_source_is_read_a_block_at_a_time(
 ) -> None:
     source = checkpoint("qwen2", torch.bfloat16, vocab_size=4096)
     sizes: list[int] = []
-    read = flexinfer.formats.quantize._read
+    read = flexinfer.formats.gguf_entries._read
     monkeypatch.setattr(flexinfer.formats.quantize, "BLOCK_WEIGHTS", 8192)
 
-    def counted(spec: Any, start: int, nbytes: int) -> bytearray:
-        sizes.append(nbytes)
-        return read(spec, start, nbytes)
+    def counted(spec: Any, start: int, stop: int) -> torch.Tensor:
+        rows = read(spec, start, stop)
+        sizes.append(rows.nbytes)
+        return rows
 
-    monkeypatch.setattr(flexinfer.formats.quantize, "_read", counted)
+    monkeypatch.setattr(flexinfer.formats.gguf_entries, "_read", counted)
     make(source, tmp_path / "copy")
     assert sum(sizes) == sum(spec.nbytes for spec in Checkpoint.open(source).tensors.values())
     assert max(sizes) <= 2 * 8192
@@ -217,6 +248,45 @@ def test_a_copy_says_what_the_source_says(family: str, tmp_path: Path, load: Loa
     expected = logits(gguf_models.whole_model(written), prompt())
     assert torch.equal(logits(load(tmp_path / "copy", kv_dtype="float32"), prompt()), expected)
     assert torch.equal(logits(load(alone, kv_dtype="float32"), prompt()), expected)
+
+
+def test_every_family_has_a_name_in_llama_cpp_and_a_config_in_transformers() -> None:
+    assert {family.architecture for family in FAMILIES.values()} <= {*gguf.MODEL_ARCH_NAMES.values()}
+    assert FAMILIES.keys() <= set(transformers.CONFIG_MAPPING.keys())
+    for family in FAMILIES.values():
+        config = transformers.AutoConfig.for_model(family.model_type)
+        of_config = [*family.keys.values(), *family.fixed, *family.present, *family.absent, *family.widths]
+        for key in of_config:
+            assert hasattr(config, key), (family.model_type, key)
+
+
+def test_a_width_that_follows_from_another_is_in_the_header(
+    checkpoint: MakeCheckpoint, tmp_path: Path, load: Load
+) -> None:
+    """GPT-2's own config.json leaves n_inner out."""
+    report = make(checkpoint("gpt2", torch.float32), tmp_path / "copy", "q8_0")
+    assert report.architecture == "gpt2", report.notes
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "copy" / "model.gguf", alone)
+    ids = prompt()
+    assert torch.equal(logits(load(alone), ids), logits(load(tmp_path / "copy"), ids))
+
+
+def test_special_tokens_are_in_the_header_or_missed_in_a_note(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama", torch.bfloat16), source)
+    make(source, tmp_path / "copy")
+    metadata = read_gguf(tmp_path / "copy" / "model.gguf").metadata
+    ids = {name: metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")}
+    assert ids == {"bos": 1, "eos": 2, "padding": 0}
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"pad_token_id": -1}))
+    report = make(source, tmp_path / "without")
+    assert report.architecture == "llama"
+    assert "no special tokens" in report.notes[-1]
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "opt"])
@@ -317,7 +387,6 @@ def test_a_disk_that_becomes_full_is_one_clear_error_and_the_work_goes_on(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, after_bytes: int
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.formats.quantize, "SYNC_BYTES", 1)
     whole = make(source, tmp_path / "whole")
     target, partial = tmp_path / "copy", tmp_path / "copy.partial"
     left, pwrite = [after_bytes], os.pwrite
@@ -339,7 +408,7 @@ def test_a_disk_that_becomes_full_is_one_clear_error_and_the_work_goes_on(
     assert not target.exists()
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)
-    done = json.loads((partial / "quantize_state.json").read_text())["done"]
+    done = (partial / "quantize_state.json").read_text().splitlines()[1:]
     assert (len(done) > 0) == (after_bytes > 10)
     assert make(source, target).packed == whole.packed
     for file in target.iterdir():
@@ -366,7 +435,7 @@ def test_a_disk_that_becomes_full_with_the_last_small_files_costs_no_tensor(
             make(source, target)
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)
-    monkeypatch.setattr(flexinfer.formats.quantize._Job, "write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(flexinfer.formats.quantize, "_write", lambda *_: pytest.fail("written again"))
     make(source, target)
     assert not [file.name for file in target.iterdir() if "unfinished" in file.name]
 
@@ -391,21 +460,21 @@ def test_a_disk_that_is_really_full_names_the_bytes_that_let_it_go_on(
     checkpoint: MakeCheckpoint, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
-    monkeypatch.setattr(flexinfer.formats.quantize, "SYNC_BYTES", 1)
     whole = make(source, tmp_path / "whole")
     target, filler = small_disk / "copy", small_disk / "of another program"
-    write, written = flexinfer.formats.quantize._Job.write, []
+    write: Any = flexinfer.formats.quantize._write
+    written: list[int] = []
 
-    def write_on_a_full_disk(job: Any, file: Any, entry: Any, *rest: Any) -> Any:
+    def write_on_a_full_disk(file: Any, entry: Any, offset_bytes: int, *rest: Any) -> Any:
         if len(written) == 2:  # another program takes all but a part of what is still needed
             with filler.open("wb") as other:
                 os.posix_fallocate(
                     other.fileno(), 0, flexinfer.formats.quantize.free_disk_bytes(small_disk) - 20_480
                 )
-        written.append(entry.name)
-        return write(job, file, entry, *rest)
+        written.append(offset_bytes)
+        return write(file, entry, offset_bytes, *rest)
 
-    monkeypatch.setattr(flexinfer.formats.quantize._Job, "write", write_on_a_full_disk)
+    monkeypatch.setattr(flexinfer.formats.quantize, "_write", write_on_a_full_disk)
     with pytest.raises(
         QuantizeError, match=r"No space left on device: \d+ bytes \(64 MiB\) are missing"
     ) as refused:
@@ -438,5 +507,5 @@ def test_the_copy_of_an_earlier_version_is_refused(
         ValueError, match=r"an earlier version of flexinfer.*flexinfer quantize SRC DST --type q4_k"
     ):
         load(path)
-    with pytest.raises(QuantizeError, match="is quantised already"):
+    with pytest.raises(CheckpointError, match="an earlier version of flexinfer"):
         make(path, tmp_path / "copy")

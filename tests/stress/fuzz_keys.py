@@ -5,7 +5,7 @@ from tests.stress.json_changes import Keys
 
 
 def gguf_keys() -> Keys:
-    from flexinfer.formats.gguf_model import LAYERS_OF_27B, MODEL_TYPES
+    from flexinfer.formats.gguf_families import FAMILIES
 
     numbers = ["context_length", "embedding_length", "feed_forward_length", "rope.dimension_count"]
     numbers += ["attention.head_count", "attention.head_count_kv", "attention.key_length"]
@@ -15,13 +15,13 @@ def gguf_keys() -> Keys:
     ratios += ["attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"]
     ratios += ["attn_logit_softcapping", "final_logit_softcapping"]
     kinds: Keys = {
-        "block_count": [1, 2, 3, 10**9, *LAYERS_OF_27B.values()],
+        "block_count": [1, 2, 3, 10**9, *{family.layers_of_27b for family in FAMILIES.values()}],
         "rope.scaling.type": ["none", "linear", "yarn", "longrope", "bananas"],
         **{name: [0, 1, 8, 16, 32, 64, 10**9, [16, 16], [8, 16]] for name in numbers},
         **{name: [0.0, 1e-5, 0.5, 1.0, 2.0, 10_000.0, [1.0, 1.0]] for name in ratios},
     }
     return {
-        "general.architecture": [*MODEL_TYPES, "bananas", "llama4"],
+        "general.architecture": [*{family.architecture for family in FAMILIES.values()}, "bananas", "llama4"],
         "general.alignment": [1, 8, 64, 2**40, 2**63],
         "general.name": ["owner/name"],
         "split.no": [0, 1, 2],

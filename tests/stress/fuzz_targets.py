@@ -168,7 +168,8 @@ def _build_gguf(path: Path) -> None:
     """
     from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.gguf import read_gguf
-    from flexinfer.formats.gguf_model import config_of, gguf_in, write_config
+    from flexinfer.formats.gguf_config import config_of
+    from flexinfer.formats.gguf_model import gguf_in, write_config
     from flexinfer.formats.gguf_tokenizer import ARRAYS
     from flexinfer.formats.skeleton import build_skeleton
 
