@@ -445,7 +445,6 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
     import flexinfer
     from flexinfer.machine import anonymous_bytes, peak_bytes
     from flexinfer.streaming.cache import ContextError
-    from flexinfer.tokenizer import loading_bytes
 
     torch.ones(8) @ torch.ones(8)
     prepare(case)
@@ -457,19 +456,13 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
     outputs: list[Any] = []
     refusals: list[str | None] = []
     resting: list[int] = []
-    explained, loaded = 0, False
+    explained = 0
     for call in case.calls:
         shape = shape_of(call, case)
         passes = model.flexinfer.stats()["passes"]
-        held = anonymous_bytes() + model.flexinfer.file_bytes
         try:
             outputs.append(CALLS[call.kind](model, call, case))
             refusals.append(None)
-            if call.kind == "tokenize" and not loaded:
-                # Room for it is made first, where there is none; what a pass takes is not taken meanwhile.
-                plan = model.flexinfer.plan
-                at_most = plan.budget_bytes - plan.fixed.activation_bytes - plan.fixed.margin_bytes
-                loaded, explained = True, max(explained, min(held + loading_bytes(path), at_most))
             if shape is not None:  # by the plan as it is now: the first pass has made it anew
                 explained = max(explained, model.flexinfer.planned_bytes(shape))
         except (flexinfer.BudgetError, ContextError) as error:

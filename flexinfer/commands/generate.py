@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import typer
@@ -16,7 +15,6 @@ from flexinfer.commands.text import (
     Nowhere,
     engine_of,
     find,
-    load_tokenizer_of,
     loaded,
     measure,
     speed_line,
@@ -25,6 +23,9 @@ from flexinfer.commands.text import (
 from flexinfer.interrupt import Interrupt
 from flexinfer.options import Options
 
+SPECIAL_TOKENS = (
+    8  # that a tokenizer may put around a prompt; of the prompt itself there is at most one a byte
+)
 Prompt = Annotated[
     str | None,
     typer.Argument(
@@ -47,20 +48,27 @@ def generate(
         raise ValueError("prompt='' is empty; give some text, as an argument or on standard input")
     with logged(verbose), Bars() as bars:
         path = find(model, options, bars)
-        tokenizer = load_tokenizer_of(path)
-        inputs = tokenizer(prompt, return_tensors="pt")
-        prompt_tokens = inputs["input_ids"].shape[1]
-        needed = prompt_tokens + decoding.max_new_tokens + decoding.guessed
-        if options.context is not None and options.context < needed:
-            raise ValueError(
-                f"context={options.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
-                f"leave it out, or give --context {needed}"
-            )
-        options = replace(options, context=options.context or needed)
+        from flexinfer.model import ContextOf
+
+        new_tokens = decoding.max_new_tokens + decoding.guessed
+        context_of = ContextOf(
+            least=new_tokens + 1,
+            most=new_tokens + len(prompt.encode()) + SPECIAL_TOKENS,
+            exact=lambda tokenizer: new_tokens + len(tokenizer(prompt)["input_ids"]),
+        )
         with (
-            loaded(path, options, decoding, tokenizer, bars) as streamed,
+            loaded(path, options, decoding, bars, context_of) as streamed,
             Interrupt(bars.stopping) as interrupt,
         ):
+            tokenizer = engine_of(streamed).tokenizer
+            inputs = tokenizer(prompt, return_tensors="pt")
+            prompt_tokens = inputs["input_ids"].shape[1]
+            needed = prompt_tokens + new_tokens
+            if engine_of(streamed).context < needed:
+                raise ValueError(
+                    f"context={options.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
+                    f"leave it out, or give --context {needed}"
+                )
             writer = Nowhere() if as_json else text_streamer(tokenizer)
             clock = Clock(writer, engine_of(streamed), bars)
             output = cast(Any, streamed).generate(

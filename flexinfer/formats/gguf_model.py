@@ -11,12 +11,8 @@ Where llama.cpp stores a weight in another order of rows, or a norm plus one, th
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 import struct
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +27,7 @@ import numpy.typing as npt
 from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
 from flexinfer.formats.experts import Parts, parameters_of, split_stacked
 from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, check_installed, read_gguf
+from flexinfer.kept import KILLED, cache_dir, make_once, run_apart
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
@@ -120,40 +117,19 @@ def open_gguf(file: Path) -> Checkpoint:
     return Checkpoint(file, gguf.tensors, file.parent if beside else _config_dir(gguf), gguf.architecture)
 
 
-def cache_dir() -> Path:
-    """$FLEXINFER_CACHE, or ~/.cache/flexinfer."""
-    return Path(os.environ.get("FLEXINFER_CACHE", "~/.cache/flexinfer")).expanduser()
-
-
 def _config_dir(gguf: GGUF) -> Path:
     """The directory of config.json and the tokenizer: written whole or not at all, whoever else asks for it now."""
     facts = [str(CACHE_VERSION), version("transformers")]
     for file in gguf.files:
         stat = file.stat()
         facts.append(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
-    kept = cache_dir() / "gguf" / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
-    if (kept / "config.json").is_file():
-        return kept
-    config = config_of(gguf)
-    unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{unfinished}: config and tokenizer of {gguf.files[0]} cannot be kept there ({error.strerror}); "
-            "set FLEXINFER_CACHE to a directory that can be written to"
-        ) from error
-    try:
-        write_config(config, unfinished)
-        _make_tokenizer(gguf, unfinished)
-        try:
-            unfinished.rename(kept)
-        except OSError:
-            if not (kept / "config.json").is_file():  # nobody else has made it
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return kept
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+    def make(directory: Path) -> None:
+        write_config(config_of(gguf), directory)
+        _make_tokenizer(gguf, directory)
+
+    return make_once(f"gguf/{digest}", lambda kept: (kept / "config.json").is_file(), make)
 
 
 def write_config(config: dict[str, Any], directory: Path) -> None:
@@ -171,20 +147,17 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
         return
     needed_bytes = TOKENIZER_BYTES + TOKEN_BYTES * tokens.count
     spare_bytes = available_bytes() - anonymous_bytes()
-    if spare_bytes < needed_bytes:
-        raise CheckpointError(
-            f"{gguf.files[0]}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
-            f"to spare; run `flexinfer plan {gguf.files[0]}` where there is more: it is kept in {directory.parent}"
-        )
-    program = [sys.executable, "-P", "-m", "flexinfer.formats.gguf_tokenizer"]
-    done = subprocess.run(
-        [*program, str(gguf.files[0].resolve()), str(directory.resolve())],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # the modules of this process
-        capture_output=True,
-        text=True,
-        check=False,
+    too_little = CheckpointError(
+        f"{gguf.files[0]}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
+        f"to spare; run `flexinfer plan {gguf.files[0]}` where there is more: it is kept in {cache_dir()}"
     )
+    if spare_bytes < needed_bytes:
+        raise too_little
+    done = run_apart(
+        "flexinfer.formats.gguf_tokenizer", str(gguf.files[0].resolve()), str(directory.resolve())
+    )
+    if done.returncode == KILLED:
+        raise too_little
     if done.stdout:
         warnings.warn(f"{gguf.files[0]}: {one_line(done.stdout)}", RuntimeWarning, stacklevel=2)
     if done.returncode:
