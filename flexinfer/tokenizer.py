@@ -24,7 +24,7 @@ from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line
 from flexinfer.plan import format_size
 from flexinfer.streaming.memory import return_freed_memory, trim_heap
-from flexinfer.tokenizer_form import FACTS, load
+from flexinfer.tokenizer_form import FACTS, OF_GGUF, load
 
 with deferred():
     from transformers import PreTrainedTokenizerBase
@@ -139,7 +139,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _read_files(path: Path) -> tuple[str, int]:
     """A fingerprint of the files and of what reads them, and the memory that reading them takes, about."""
-    digest = hashlib.blake2b(json.dumps([FORM_VERSION, _versions()]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([FORM_VERSION, _versions(), (path / OF_GGUF).is_file()]).encode(), digest_size=16)
     needed_bytes = MAKING_BYTES
     for file in _files(path):
         digest.update(f"\n{file.relative_to(path)} {file.stat().st_size}\n".encode())

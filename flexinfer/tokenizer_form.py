@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FACTS, STATE, WORDS, REST, WHOLE = "facts.json", "state.json", "words.bin", "rest.json", "tokenizer.json"
+OF_GGUF = "of_gguf"  # a file beside the tokenizer of a GGUF file, which it names
 KEPT_IN_BACKEND = (
     "_tokenizer",
     "_vocab",
@@ -228,9 +229,12 @@ def make(source: Path, form: Path) -> None:
 
 
 def stock_tokenizer(source: Path) -> Any:
-    """AutoTokenizer's, or, where that cannot be made, what tokenizer.json says."""
+    """AutoTokenizer's, or, where that cannot be made, what tokenizer.json says: of a GGUF file too, whose header says more than the
+    class of its model."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if (source / OF_GGUF).is_file():
+        return PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:

@@ -31,6 +31,7 @@ from flexinfer.kept import KILLED, cache_dir, make_once, run_apart
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
+from flexinfer.tokenizer_form import OF_GGUF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -75,7 +76,7 @@ TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token
 NAMES_KEY = "flexinfer.names"  # whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json
 MAX_ROWS = 1 << 20  # of a tensor; the largest vocabularies have a quarter of it
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
-CACHE_VERSION = 1  # of what is kept
+CACHE_VERSION = 2  # of what is kept
 TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100  # of the process that makes a tokenizer, and for each token
 
 
@@ -127,6 +128,7 @@ def _config_dir(gguf: GGUF) -> Path:
 
     def make(directory: Path) -> None:
         write_config(config_of(gguf), directory)
+        (directory / OF_GGUF).write_text(str(gguf.files[0].resolve()))
         _make_tokenizer(gguf, directory)
 
     return make_once(f"gguf/{digest}", lambda kept: (kept / "config.json").is_file(), make)

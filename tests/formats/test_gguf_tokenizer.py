@@ -1,5 +1,6 @@
 """The tokenizer that is made of a GGUF file: as transformers reads it, but for digits, which llama.cpp cuts apart for some vocabularies."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,16 @@ def test_where_memory_is_too_little_for_it_this_is_said_first(
         Checkpoint.open(made(tmp_path, byte_level))
 
 
-def test_a_cache_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cache_cannot_be_written_to_a_temporary_place_serves_and_this_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(flexinfer.formats.gguf_model, "cache_dir", lambda: tmp_path / "file")
-    with pytest.raises(CheckpointError, match="set FLEXINFER_CACHE"):
-        Checkpoint.open(made(tmp_path, byte_level))
+    monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path / "file"))
+    file = made(tmp_path, byte_level)
+    with pytest.warns(RuntimeWarning, match="set FLEXINFER_CACHE to a directory"):
+        directory = Checkpoint.open(file).config_dir
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Checkpoint.open(file).config_dir == directory
+    with pytest.warns(RuntimeWarning, match="set FLEXINFER_CACHE to a directory"):
+        assert load_tokenizer(directory)("ab")["input_ids"] == load_tokenizer(directory)("ab")["input_ids"]
