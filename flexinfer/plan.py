@@ -29,7 +29,7 @@ from flexinfer.mixture import CacheShape, ExpertPlan, Mixture, expert_plan
 Kind = Literal["attention", "ffn", "head"]
 
 DEFAULT_WINDOW_BYTES = 20 << 20  # four pieces: one computed on, two being read, one ready
-SLACK_BYTES = 1 << 20  # between processes of the same program, 20 runs each (docs/log.md)
+SLACK_BYTES = 6 << 20  # between processes of the same program; a server's differ by up to 4 MiB (docs/log.md)
 MIN_SLOTS = 2  # one computed on, one filled
 TABLE_BYTES = 4096  # a page of tables
 MAPPED_BYTES = 2 << 20  # that it maps

@@ -139,7 +139,9 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _read_files(path: Path) -> tuple[str, int]:
     """A fingerprint of the files and of what reads them, and the memory that reading them takes, about."""
-    digest = hashlib.blake2b(json.dumps([FORM_VERSION, _versions(), (path / OF_GGUF).is_file()]).encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        json.dumps([FORM_VERSION, _versions(), (path / OF_GGUF).is_file()]).encode(), digest_size=16
+    )
     needed_bytes = MAKING_BYTES
     for file in _files(path):
         digest.update(f"\n{file.relative_to(path)} {file.stat().st_size}\n".encode())

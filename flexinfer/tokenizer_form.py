@@ -234,13 +234,13 @@ def stock_tokenizer(source: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (source / OF_GGUF).is_file():
-        return PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(source)
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source)
     except Exception as error:
         if not (source / WHOLE).is_file():
             raise
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
         print(
             f"AutoTokenizer cannot make it ({type(error).__name__}: {error}): tokenizer.json is taken as it is"
         )
@@ -378,6 +378,7 @@ def _status(field: str) -> int:
 def main(role: str, source: str, form: str) -> int:
     """In a process of its own: the first to go where memory runs out, and without torch, which no tokenizer needs."""
     first_to_go()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers.utils import logging
 

@@ -29,15 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 from flexinfer.bench.limits import Limits
 from flexinfer.bench.provenance import provenance
+from flexinfer.bench.real import TOKENIZERS, real_tokenizer
 from flexinfer.bench.synth import default_cache_dir
 
 if TYPE_CHECKING:
     from flexinfer.plan import PassShape
 
 TIMEOUT_S = 900
-REFUSED_LOADS = (
-    3  # times in a row that a process may be larger than the one before, which named the smallest budget
-)
 BAD = ("killed", "wrong", "hung", "leak", "error")
 FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, and what a shape does not say
     "llama": {"config": "LlamaConfig"},
@@ -61,6 +59,7 @@ MIXTURES = ("mixtral", "qwen3_moe")  # of which no substitute is made
 BLOCKS = (None, None, "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl")  # what a checkpoint is quantised to
 DRAFTS_BY = ("substitute", "substitute", "lookup", "auto")  # from_pretrained(draft=...)
 DRAFTED_SHARE = 0.4  # of cases
+REAL_SHARE = 0.5  # of cases with a tokenizer
 NEAR = {
     "float32": 1e-3,
     "float16": 0.05,
@@ -101,7 +100,9 @@ class Case:
     direct: bool
     context: int
     logits_to_keep: int
-    tokenizer: bool  # whether the checkpoint has one, and it is used
+    tokenizer: (
+        bool | str
+    )  # whether the checkpoint has one, and it is used; the name of a published one (flexinfer.bench.real)
     share: float  # of the weights, on top of the smallest budget
     calls: tuple[Call, ...]
     blocks: str | None = None  # ggml's type, of a GGUF file
@@ -118,7 +119,7 @@ def draw(seed: int, number: int) -> Case:
     hidden = chance.choice((512, 768, 1024))
     context = chance.choice((96, 256, 768)) if computes_in == "float32" else chance.choice((64, 160))
     keep = chance.choice((1, 4, 12))
-    tokenizer = chance.random() < 0.5
+    tokenizer: bool | str = chance.random() < 0.5
     calls = []
     for i in range(CALLS_OF_A_CASE):
         kind = chance.choice(tuple(CALLS))
@@ -152,6 +153,9 @@ def draw(seed: int, number: int) -> Case:
         blocks=chance.choice(BLOCKS),
     )
     larger = case.blocks in (None, "q5_k", "q6_k", "q8_0")  # than substitutes of 4.5 bits
+    if case.tokenizer and chance.random() < REAL_SHARE:
+        name = chance.choice(sorted(TOKENIZERS))
+        case = replace(case, tokenizer=name, vocab=TOKENIZERS[name])
     drafts = DRAFTS_BY if larger and family not in MIXTURES else ("lookup", "auto")
     return replace(case, draft=chance.choice(drafts) if chance.random() < DRAFTED_SHARE else None)
 
@@ -381,7 +385,9 @@ def make_floats(case: Case, path: Path) -> None:
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(path)
-    if case.tokenizer:
+    if isinstance(case.tokenizer, str):
+        shutil.copytree(real_tokenizer(case.tokenizer), path, dirs_exist_ok=True)
+    elif case.tokenizer:
         make_tokenizer(case, path)
 
 
@@ -451,7 +457,7 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
     holdings_before = _holdings()
     try:
         model: Any = flexinfer.from_pretrained(path, memory, **load_options(case), draft=case.draft)
-    except flexinfer.BudgetError as error:  # a process is not always of the same size before it loads
+    except flexinfer.BudgetError as error:
         return {"needed_bytes": needed_bytes(error)}
     outputs: list[Any] = []
     refusals: list[str | None] = []
@@ -561,29 +567,27 @@ def run_case(case: Case, scratch: Path, verbose: bool = False) -> dict[str, Any]
             return record | {"message": "reference: " + done.stderr[-2000:]}
         expected = json.loads(done.stdout.splitlines()[-1])
         spare = int(case.share * expected["weights_bytes"] * 1.02)
-        smallest, report = expected["smallest_bytes"], None
-        for _ in range(REFUSED_LOADS):
-            memory = (smallest + (1 << 20) + spare) // 4096 * 4096
-            record |= {"memory_bytes": memory, "smallest_bytes": smallest}
-            with Limits(memory_bytes=memory) as limits:
-                try:
-                    done = _process("child", case, path, memory, limits)
-                except subprocess.TimeoutExpired:
-                    return record | {"outcome": "hung"}
-                usage = limits.usage()
-            record |= {"group_peak_bytes": usage.peak_memory_bytes, "oom_kills": usage.oom_kills}
-            if verbose:
-                print(done.stderr, file=sys.stderr)
-            if usage.oom_kills or done.returncode == -9:
-                return record | {"outcome": "killed"}
-            if done.returncode != 0:
-                return record | {"message": done.stderr[-2000:]}
-            report = json.loads(done.stdout.splitlines()[-1])
-            if "needed_bytes" not in report:
-                break
-            smallest = report["needed_bytes"]
-        else:
-            return record | {"message": f"refused {REFUSED_LOADS} times the budget that it had named"}
+        smallest = expected["smallest_bytes"]
+        memory = (smallest + spare) // 4096 * 4096
+        record |= {"memory_bytes": memory, "smallest_bytes": smallest}
+        with Limits(memory_bytes=memory) as limits:
+            try:
+                done = _process("child", case, path, memory, limits)
+            except subprocess.TimeoutExpired:
+                return record | {"outcome": "hung"}
+            usage = limits.usage()
+        record |= {"group_peak_bytes": usage.peak_memory_bytes, "oom_kills": usage.oom_kills}
+        if verbose:
+            print(done.stderr, file=sys.stderr)
+        if usage.oom_kills or done.returncode == -9:
+            return record | {"outcome": "killed"}
+        if done.returncode != 0:
+            return record | {"message": done.stderr[-2000:]}
+        report = json.loads(done.stdout.splitlines()[-1])
+        if "needed_bytes" in report:
+            return record | {
+                "message": f"refused the budget that was named, and named {report['needed_bytes']}"
+            }
         outcome, outcomes = judge(case, expected, report)
         del report["outputs"]
         planned = report["plan"]["budget_bytes"] - report["plan"]["unused_bytes"]

@@ -145,6 +145,8 @@ class Prospect:
             undrafted = fixed_memory(skeleton, process, context)
         everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
         everything_bytes += skeleton.mixture.slots().nbytes if skeleton.mixture is not None else 0
+        smallest_bytes = smallest_budget_bytes(skeleton.weights, undrafted, skeleton.mixture)
+        everything_bytes = max(everything_bytes, named_budget_bytes(smallest_bytes))
         return cls(
             skeleton,
             options,
@@ -153,7 +155,7 @@ class Prospect:
             undrafted,
             drafts,
             budget_bytes=min(given_bytes, everything_bytes) if spare else given_bytes,
-            smallest_bytes=smallest_budget_bytes(skeleton.weights, undrafted, skeleton.mixture),
+            smallest_bytes=smallest_bytes,
             everything_bytes=everything_bytes,
         )
 
@@ -233,7 +235,7 @@ class Prospect:
     def budgets(self) -> list[int]:
         """The smallest budget, everything in memory, steps between them, and what is asked for."""
         smallest_bytes = named_budget_bytes(self.smallest_bytes)
-        wide = max(0, self.everything_bytes - smallest_bytes)
+        wide = self.everything_bytes - smallest_bytes
         steps = {smallest_bytes + wide * step // STEPS for step in range(STEPS + 1)}
         return sorted(nbytes for nbytes in steps | {self.budget_bytes} if nbytes >= self.smallest_bytes)
 
