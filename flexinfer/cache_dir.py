@@ -48,9 +48,14 @@ def in_cache(*parts: str) -> Path:
         _use(place.parent)
         return place
     except OSError as error:
-        place = _temporary(folder, error.strerror or str(error)).joinpath(*parts)
+        place = temporary_cache(error.strerror or str(error)).joinpath(*parts)
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
+
+
+def temporary_cache(problem: str) -> Path:
+    """A directory of this process that stands in for the cache directory, as `problem` is with that; said once."""
+    return _temporary(cache_dir(), problem)
 
 
 def _use(folder: Path) -> None:

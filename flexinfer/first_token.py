@@ -12,6 +12,7 @@ STAGES = {  # what each is, in a line for people
     "header": "headers and skeleton",
     "verify": "checksums",
     "rehearsal": "measuring the process",
+    "tokenizer": "tokenizer",
     "costs": "measuring disk and kernels",
     "load": "what stays, modules",
     "program": "the program meanwhile",

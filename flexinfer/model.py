@@ -37,7 +37,7 @@ from flexinfer.assistant import Drafts
 from flexinfer.cache_dir import user_path
 from flexinfer.draft import DEFAULT_TYPE, DraftCosts, Pace, acceptance_of, plan_draft, rough_costs
 from flexinfer.follow import Follower
-from flexinfer.formats.checkpoint import Checkpoint, TensorSpec
+from flexinfer.formats.checkpoint import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.formats.experts import parameters_of
 from flexinfer.formats.skeleton import (
     NotStreamableError,
@@ -76,8 +76,11 @@ from flexinfer.plan import (
     Weight,
     format_size,
     make_plan,
+    name_budget,
+    named_budget_bytes,
     parse_size,
     smallest_budget_bytes,
+    whole_mib,
     with_page_tables,
 )
 from flexinfer.rehearsal import rehearse_once
@@ -106,7 +109,7 @@ from flexinfer.streaming.substitute import (
     substitute_bytes,
     substitute_kernels,
 )
-from flexinfer.tokenizer import load_tokenizer, loading_bytes, tokenizer_bytes
+from flexinfer.tokenizer import PreparedTokenizer, TokenizerMemory, prepare_tokenizer
 from flexinfer.trace import MAX_EVENTS, Trace
 
 with deferred():
@@ -159,8 +162,19 @@ def from_pretrained(
 from_pretrained.__signature__ = Options.signature_of(from_pretrained)  # type: ignore[attr-defined]  # for help() and notebooks
 
 
-def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
-    """`from_pretrained`, with options that are made already."""
+@dataclass(frozen=True, slots=True)
+class ContextOf:
+    """The context that a prompt needs, which its tokenizer tells."""
+
+    least: int  # before that
+    most: int
+    exact: Callable[[PreTrainedTokenizerBase], int]
+
+
+def load(
+    path_or_hub_id: str | Path, options: Options, context_of: ContextOf | None = None
+) -> PreTrainedModel:
+    """`from_pretrained`, with options that are made already, and with the context of a prompt where none is given."""
     progress = TqdmBars() if options.progress is True else options.progress or None
     # Before the process is measured: its memory is part of it.
     trace = Trace(max_events=MAX_EVENTS if options.trace else 0, progress=progress)
@@ -182,14 +196,16 @@ def load(path_or_hub_id: str | Path, options: Options) -> PreTrainedModel:
     if drafts is not None:
         logits_to_keep = max(logits_to_keep, drafts.fit(budget_bytes) + 1)
     in_blocks = drafts is not None and bool(drafts.kernels)
-    measured = MemoryOfProcess.measure(
-        skeleton, with_tokenizer=options.tokenizer is None, in_blocks=in_blocks
-    )
+    prepared = prepare_tokenizer(checkpoint.config_dir) if options.tokenizer is None else None
+    measured = MemoryOfProcess.measure(skeleton, prepared, in_blocks=in_blocks)
     trace.first_token.reached("rehearsal")
-    context = options.context or default_context(skeleton, measured, budget_bytes, logits_to_keep, drafts)
+    context_of = context_of if options.context is None else None
+    context = options.context or (context_of and context_of.least)
+    context = context or default_context(skeleton, measured, budget_bytes, logits_to_keep, drafts)
     options = replace(options, context=context, logits_to_keep=logits_to_keep)
     engine = Engine(skeleton, measured, options, checksums, trace, drafts, undrafted_logits)
     try:
+        engine.load_tokenizer(budget_bytes, prepared, context_of)
         engine.load(budget_bytes)
     except BaseException:
         engine.close()
@@ -252,13 +268,10 @@ class Engine:
         self._config_dir, self._config = skeleton.checkpoint.config_dir, skeleton.config
         self._layers, self._meter = skeleton.cache_layers, skeleton.meter
         self._itemsize = skeleton.dtype.itemsize
-        self._fixed = fixed_memory(skeleton, measured, self.context, self._logits_to_keep, drafts)
-        self._undrafted = self._fixed, self._logits_to_keep  # what "auto" goes back to where no draft pays
-        if drafts is not None and drafts.auto:
-            fixed = fixed_memory(skeleton, measured, self.context, undrafted_logits)
-            self._undrafted = fixed, undrafted_logits
+        self._undrafted_logits = undrafted_logits
+        self._plan_for(self.context, measured)
         self._libraries, self.file_bytes = measured.libraries, measured.file_bytes
-        self._tokenizer = options.tokenizer
+        self._tokenizer, self._no_tokenizer = options.tokenizer, ""  # why there is none
         self._linears: dict[str, StreamedLinear] = {}
         self._locked: dict[str, list[LockedPieces]] = {}
         self._reader: FileReader | None = None
@@ -271,17 +284,56 @@ class Engine:
         self._follower: Follower | None = None
         self._closed = False
 
+    def _plan_for(self, context: int, measured: "MemoryOfProcess") -> None:
+        """Size everything for `context` tokens."""
+        skeleton, drafts = self._skeleton, self._drafts
+        assert skeleton is not None
+        self.context, self._measured = context, measured
+        self._fixed = fixed_memory(skeleton, measured, context, self._logits_to_keep, drafts)
+        self._undrafted = self._fixed, self._logits_to_keep  # what "auto" goes back to where no draft pays
+        if drafts is not None and drafts.auto:
+            fixed = fixed_memory(skeleton, measured, context, self._undrafted_logits)
+            self._undrafted = fixed, self._undrafted_logits
+
+    def load_tokenizer(
+        self, budget_bytes: int, prepared: PreparedTokenizer | None, context_of: ContextOf | None = None
+    ) -> None:
+        """Load the tokenizer beside the weights, before anything else takes memory, and take the context that it tells.
+
+        Raises BudgetError before it is loaded.
+        """
+        try:
+            self._check(budget_bytes)
+        except BudgetError:
+            if context_of is not None:  # what is named has to be enough for the prompt
+                self._plan_for(context_of.most, self._measured)
+                self._check(budget_bytes)
+            raise
+        if prepared is not None and prepared.problem is not None:
+            self._no_tokenizer = prepared.problem
+        elif prepared is not None:
+            before_bytes = anonymous_bytes()
+            self._tokenizer = prepared.load()
+            self._plan_for(self.context, self._measured.with_loaded(anonymous_bytes() - before_bytes))
+            self._trace.first_token.reached("tokenizer")
+        if context_of is not None:
+            self._plan_for(context_of.exact(self.tokenizer), self._measured)
+
+    def _check(self, budget_bytes: int) -> None:
+        """Raise BudgetError where `budget_bytes` cannot work."""
+        self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
+        if self._drafts is not None and not self._drafts.auto:
+            self._substitutes = self._drafts.substitutes
+        self._make_plan(budget_bytes, self._skeleton, fixed=self._undrafted[0])
+
     def load(self, budget_bytes: int) -> None:
         """Plan `budget_bytes`, read the parameters that stay, and put the streamed modules in place. Called once.
 
         Raises BudgetError before anything is read.
         """
+        self._check(budget_bytes)
         skeleton, self._skeleton = self._skeleton, None
         assert skeleton is not None
-        self._costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
-        if self._drafts is not None and not self._drafts.auto:
-            self._substitutes = self._drafts.substitutes
-        self._make_plan(budget_bytes, skeleton, fixed=self._undrafted[0])
         self._libraries.lock()
         reset_peak()
         self._reader = FileReader(
@@ -774,7 +826,13 @@ class Engine:
             raise RuntimeError(CLOSED)
         trim_heap()
         grown_bytes = anonymous_bytes() - self._loaded_bytes
-        self._fixed = replace(self._fixed, tokenizer_bytes=0)
+        used_bytes = min(max(0, grown_bytes), self._fixed.tokenizer_bytes)  # as was planned for
+        self._fixed = replace(
+            self._fixed,
+            process_bytes=self._fixed.process_bytes + used_bytes,
+            tokenizer_bytes=self._fixed.tokenizer_bytes - used_bytes,
+        )
+        grown_bytes -= used_bytes
         self._apply(self._plan_grown(grown_bytes if grown_bytes > GROWTH_BYTES else 0))
 
     def _prepare(
@@ -884,7 +942,7 @@ class Engine:
                 "let go of the KV cache of an earlier call (this one gets its own beside it), or pass use_cache=False"
             )
         remedies.append(
-            f"plan for it: flexinfer.from_pretrained(..., memory={format_size(larger_bytes + (1 << 20))!r}, "
+            f"plan for it: flexinfer.from_pretrained(..., memory={whole_mib(named_budget_bytes(larger_bytes))!r}, "
             f"context={max(self.context, shape.total_tokens)}, logits_to_keep={max(kept, self._logits_to_keep)})"
         )
         return (
@@ -896,23 +954,13 @@ class Engine:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer beside the weights, loaded when it is first asked for, in a small way (flexinfer.tokenizer).
+        """The tokenizer beside the weights, which was loaded with the model (flexinfer.tokenizer), or the program's own.
 
         Raises CheckpointError where there is none.
         """
-        with self._lock:
-            if self._tokenizer is None:
-                if self._rest_bytes is None:
-                    self._tokenizer = load_tokenizer(self._config_dir)
-                else:  # memory is full by now: make room for the loading, then see what it took
-                    loading = replace(self._fixed, tokenizer_bytes=loading_bytes(self._config_dir))
-                    self._apply(self._make_plan(self.plan.budget_bytes, fixed=loading))
-                    start = self._expected_bytes()
-                    self._tokenizer = load_tokenizer(self._config_dir)
-                    taken = max(0, self._expected_bytes() - start)
-                    self._fixed = replace(self._fixed, process_bytes=self._fixed.process_bytes + taken)
-                    self._apply(self._make_plan(self.plan.budget_bytes))
-            return self._tokenizer
+        if self._tokenizer is None:
+            raise CheckpointError(self._no_tokenizer)
+        return self._tokenizer
 
     def stats(self) -> dict[str, Any]:
         """Counters since loading: passes over the weights, tokens (rows) that went through, bytes and seconds; of a mixture also
@@ -1184,12 +1232,12 @@ class MemoryOfProcess:
     anonymous_bytes: int
     libraries: LibraryPages  # that a pass touches; the others can be had again from disk
     file_bytes: int  # of those pages
-    tokenizer_bytes: int  # what the tokenizer beside the weights will take, if it is not loaded yet
-    tokenizer_loading_bytes: int  # and at most while it is loaded
+    tokenizer: TokenizerMemory  # of the one beside the weights, if it is not loaded yet
+    margin_bytes: int = MARGIN_BYTES
 
     @classmethod
     def measure(
-        cls, skeleton: Skeleton, *, with_tokenizer: bool, in_blocks: bool = False
+        cls, skeleton: Skeleton, prepared: PreparedTokenizer | None = None, *, in_blocks: bool = False
     ) -> "MemoryOfProcess":
         """Measured after what every run does once, on a model of a few kilobytes, has been done."""
         libraries = rehearse_once(
@@ -1200,13 +1248,18 @@ class MemoryOfProcess:
         )
         gc.collect()  # the dry run's model
         trim_heap()
-        process = cls(anonymous_bytes(), libraries, libraries.nbytes or file_bytes(), 0, 0)
-        return process.with_tokenizer_in(skeleton.checkpoint.config_dir) if with_tokenizer else process
+        tokenizer = prepared.memory if prepared is not None else TokenizerMemory()
+        return cls(anonymous_bytes(), libraries, libraries.nbytes or file_bytes(), tokenizer)
 
-    def with_tokenizer_in(self, path: Path) -> "MemoryOfProcess":
-        """The same process, with the tokenizer of the checkpoint in `path` to come."""
+    def with_loaded(self, taken_bytes: int) -> "MemoryOfProcess":
+        """The same process with its tokenizer, which took `taken_bytes`. The sum stays what it was before, so that what was accepted
+        still is: what was taken too much is a part of the margin."""
+        planned_bytes = self.tokenizer.stays_bytes + self.tokenizer.use_bytes
         return replace(
-            self, tokenizer_bytes=tokenizer_bytes(path), tokenizer_loading_bytes=loading_bytes(path)
+            self,
+            anonymous_bytes=self.anonymous_bytes + taken_bytes,
+            tokenizer=TokenizerMemory(use_bytes=max(0, planned_bytes - taken_bytes)),
+            margin_bytes=max(0, self.margin_bytes - max(0, taken_bytes - planned_bytes)),
         )
 
 
@@ -1250,9 +1303,7 @@ def _resident_or_refused(
         anonymous_bytes() + with_page_tables(resident_bytes(checkpoint, dtype, context)) + MARGIN_BYTES
     )
     if budget_bytes < smallest_bytes:
-        raise BudgetError(
-            f"{why}; resident it needs at least memory={smallest_bytes} bytes ({format_size(smallest_bytes + (1 << 20))})"
-        ) from None
+        raise BudgetError(f"{why}; resident it needs at least {name_budget(smallest_bytes)}") from None
     warnings.warn(f"{why}; it is kept in memory whole", RuntimeWarning, stacklevel=3)
     return load_resident(checkpoint, dtype)
 
@@ -1270,16 +1321,15 @@ def fixed_memory(
         skeleton.cache_layers, context, skeleton.kv_dtype, skeleton.dtype
     )
     activation_bytes = skeleton.meter.planned_bytes(context, logits_to_keep)
-    # It is loaded before the first pass as a rule, when the room of cache and activations is free.
-    loading_bytes = measured.tokenizer_loading_bytes - kv_bytes - activation_bytes
     return Fixed(
         process_bytes=measured.anonymous_bytes + measured.file_bytes,
-        tokenizer_bytes=max(measured.tokenizer_bytes, loading_bytes),
+        tokenizer_bytes=measured.tokenizer.stays_bytes + measured.tokenizer.use_bytes,
         resident_bytes=sum(state[name].numel() * state[name].dtype.itemsize for name in skeleton.resident),
         kv_bytes=kv_bytes,
         activation_bytes=activation_bytes,
-        margin_bytes=MARGIN_BYTES,
+        margin_bytes=measured.margin_bytes,
         context_tokens=context,
         draft_bytes=drafts.bytes_beside(context) if drafts is not None else 0,
         attention_bytes=attention_bytes,
+        loading_bytes=measured.tokenizer.peak_bytes,
     )

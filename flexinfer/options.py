@@ -107,8 +107,7 @@ class Options:
     )
     tokenizer: "PreTrainedTokenizerBase | None" = option(
         None,
-        "one that the program has loaded already; otherwise room is kept for the one beside the weights, which `model.flexinfer.tokenizer` "
-        "loads",
+        "one that the program has loaded already; otherwise the one beside the weights is loaded with the model, as `model.flexinfer.tokenizer`",
         on_line=False,
     )
     dtype: "str | torch.dtype" = option(

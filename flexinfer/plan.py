@@ -29,6 +29,7 @@ from flexinfer.mixture import CacheShape, ExpertPlan, Mixture, expert_plan
 Kind = Literal["attention", "ffn", "head"]
 
 DEFAULT_WINDOW_BYTES = 20 << 20  # four pieces: one computed on, two being read, one ready
+SLACK_BYTES = 6 << 20  # between processes of the same program; a server's differ by up to 4 MiB (docs/log.md)
 MIN_SLOTS = 2  # one computed on, one filled
 TABLE_BYTES = 4096  # a page of tables
 MAPPED_BYTES = 2 << 20  # that it maps
@@ -98,10 +99,13 @@ class Fixed:
     activation_bytes: int  # the largest pass, and the layers of sliding windows
     margin_bytes: int  # what cannot be known: allocator, threads, page tables
     context_tokens: int = 0  # what the KV cache and the activations are sized for
-    tokenizer_bytes: int = 0  # kept free for a tokenizer that has not been loaded yet
+    tokenizer_bytes: int = 0  # kept free for a tokenizer that is yet to be loaded, and for its first use
     draft_bytes: int = 0  # a draft model, and the scores of candidates
     attention_bytes: int = (
         0  # some heads of keys and values as attention takes them, where the cache keeps another dtype
+    )
+    loading_bytes: int = (
+        0  # at most while a tokenizer is loaded, before anything else but the process is there
     )
 
     @property
@@ -261,7 +265,29 @@ def smallest_budget_bytes(
     substitutes of all weights where there are some."""
     slot_bytes = mixture.slots().slot_bytes if mixture is not None else 0
     held_bytes = MIN_SLOTS * (_slot_bytes(weights) + slot_bytes) + _all_bytes(substitutes)
-    return fixed.nbytes + with_page_tables(held_bytes)
+    return max(fixed.nbytes + with_page_tables(held_bytes), _loading_bytes(fixed))
+
+
+def _loading_bytes(fixed: Fixed) -> int:
+    """What the process holds at most while a tokenizer is loaded: nothing else is there yet."""
+    return fixed.process_bytes + with_page_tables(fixed.loading_bytes) + fixed.margin_bytes
+
+
+def named_budget_bytes(smallest_bytes: int) -> int:
+    """The budget that a message names where `smallest_bytes` would do: whole MiB, and so much more that the next process, which is
+    not always of the same size before it loads a model, accepts it too. What is accepted is decided by `smallest_bytes` alone."""
+    return -(-(smallest_bytes + SLACK_BYTES) >> 20) << 20
+
+
+def name_budget(smallest_bytes: int) -> str:
+    """That budget as every message names it: in bytes, and as it can be given."""
+    named_bytes = named_budget_bytes(smallest_bytes)
+    return f"{named_bytes} bytes ({whole_mib(named_bytes)})"
+
+
+def whole_mib(nbytes: int) -> str:
+    """A budget to be given: `format_size` rounds to the hundredth of a GiB, which may be too little."""
+    return f"{-(-nbytes >> 20)} MiB"
 
 
 def page_table_bytes(nbytes: int) -> int:
@@ -308,6 +334,7 @@ def make_plan(
     pieces = [piece for weight in weights for piece in weight.pieces]
     dense_bytes = sum(piece.nbytes for piece in pieces)
     smallest_bytes = smallest_budget_bytes(weights, fixed, mixture, substitutes)
+    loadable = budget_bytes >= _loading_bytes(fixed)
     tables_bytes = page_table_bytes(budget_bytes - fixed.nbytes)
     fixed = replace(fixed, process_bytes=fixed.process_bytes + tables_bytes)
     spare_bytes = budget_bytes - fixed.nbytes
@@ -320,7 +347,7 @@ def make_plan(
         most_bytes = spare_bytes - MIN_SLOTS * slot_bytes
         slots_of_cache = _small_cache(cache, window_bytes or DEFAULT_WINDOW_BYTES, most_bytes)
         spare_bytes -= slots_of_cache * cache.slot_bytes
-    all_fits = to_lock_bytes <= spare_bytes
+    all_fits = to_lock_bytes <= spare_bytes and loadable
     if all_fits and (policy != "none" or not pieces):
         slots, locked = 0, {weight.name: len(weight.pieces) for weight in weights}
         if cache is not None:
@@ -407,9 +434,10 @@ def _too_little(
     others = f", experts {format_size(MIN_SLOTS * cache.slot_bytes)}" if cache is not None else ""
     draft_bytes = in_few_bits + fixed.draft_bytes
     others += f", draft {format_size(draft_bytes)}" if draft_bytes else ""
+    loading = f" ({format_size(fixed.loading_bytes)} while it is loaded)" if fixed.loading_bytes else ""
     return (
-        f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {smallest_bytes} bytes "
-        f"({format_size(smallest_bytes + (1 << 20))}): process {format_size(fixed.process_bytes)}, tokenizer {format_size(fixed.tokenizer_bytes)}, parameters that stay "
+        f"memory={format_size(budget_bytes)} is too little for this model: it needs at least {name_budget(smallest_bytes)}: "
+        f"process {format_size(fixed.process_bytes)}, tokenizer {format_size(fixed.tokenizer_bytes)}{loading}, parameters that stay "
         f"{format_size(fixed.resident_bytes)}, KV cache {format_size(fixed.kv_bytes + fixed.attention_bytes)}, activations "
         f"{format_size(fixed.activation_bytes)}, margin {format_size(fixed.margin_bytes)}, window "
         f"{format_size(MIN_SLOTS * slot_bytes)}{others}. A smaller context makes the KV cache and activations smaller."

@@ -13,6 +13,7 @@ from flexinfer.batches import best_batch, counts_up_to, plan_batches
 from flexinfer.cli import main
 from flexinfer.model import MemoryOfProcess
 from flexinfer.plan import Costs, Fixed, Piece, Plan, Weight, make_plan
+from flexinfer.tokenizer import TokenizerMemory
 
 MIB = 1 << 20
 BUDGET = 400 * MIB
@@ -64,7 +65,7 @@ def told(
 
     def measured(*args: Any, **options: Any) -> MemoryOfProcess:
         found = measure(*args, **options)
-        return MemoryOfProcess(300 * MIB, found.libraries, 20 * MIB, 0, 0)
+        return MemoryOfProcess(300 * MIB, found.libraries, 20 * MIB, TokenizerMemory())
 
     monkeypatch.setattr(flexinfer.model.MemoryOfProcess, "measure", measured)
     return path, {"window": 3 * 16_384}

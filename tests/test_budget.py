@@ -95,20 +95,14 @@ def test_smallest_budget_is_enough_in_a_cgroup_of_that_size(
     new_tokens = context - prompt_tokens
     expected = run(big, 0, context, prompt_tokens, new_tokens, system="stock")
     memory = run(big, 1 << 20, context, prompt_tokens, new_tokens)["refused"]
-    for _ in range(
-        5
-    ):  # a process is not always of the same size before it loads; the refusal names the new size
-        with Limits(memory_bytes=memory) as limits:
-            assert limits.applied.memory_bytes is not None
-            memory = limits.applied.memory_bytes  # whole pages
-            report = run(big, memory, context, prompt_tokens, new_tokens, limits=limits)
-            usage = limits.usage()
-        if "refused" not in report:
-            break
-        memory = report["refused"]
+    with Limits(memory_bytes=memory) as limits:
+        assert limits.applied.memory_bytes == memory, "whole pages"
+        report = run(big, memory, context, prompt_tokens, new_tokens, limits=limits)
+        usage = limits.usage()
+    assert "refused" not in report, "the budget that a refusal names is accepted"
     spare_bytes = report["total_bytes"] - report["streamed_bytes"]
-    assert spare_bytes < 8 << 20, (
-        "the smallest budget streams all but what the process is smaller by this time"
+    assert spare_bytes < 12 << 20, (
+        "the budget that is named streams all but its slack and what the process is smaller by this time"
     )
     assert report["tokens"] == expected["tokens"]
     assert usage.oom_kills == 0
@@ -134,15 +128,10 @@ def test_smallest_budget_is_enough_with_a_draft(
         small = ModelConfig(name="test-budget-draft", kind="synthetic", formats=["bf16"], shape=shape)
         told = str(make_checkpoint(small, "bf16", progress=False))
     memory = run(big, 1 << 20, context, prompt_tokens, new_tokens, draft=told)["refused"]
-    for _ in range(5):
-        with Limits(memory_bytes=memory) as limits:
-            assert limits.applied.memory_bytes is not None
-            memory = limits.applied.memory_bytes
-            report = run(big, memory, context, prompt_tokens, new_tokens, limits=limits, draft=told)
-            usage = limits.usage()
-        if "refused" not in report:
-            break
-        memory = report["refused"]
+    with Limits(memory_bytes=memory) as limits:
+        report = run(big, memory, context, prompt_tokens, new_tokens, limits=limits, draft=told)
+        usage = limits.usage()
+    assert "refused" not in report, "the budget that a refusal names is accepted"
     assert len(report["tokens"]) == new_tokens
     assert report["drafted"] >= 8
     assert usage.oom_kills == 0
@@ -228,16 +217,13 @@ def test_a_mixture_generates_200_tokens_in_a_cgroup_of_its_budget(more_bytes: in
     path = make_gguf(ModelConfig("test-mixture", shape=MIXTURE), "q4_k", default_cache_dir())
     expected = run_many_prompts(path, 4 << 30, [])
     memory = run_many_prompts(path, 1 << 20, [])["refused"]
-    for _ in range(5):
-        with Limits(memory_bytes=memory + more_bytes) as limits:
-            assert limits.applied.memory_bytes is not None
-            budget = limits.applied.memory_bytes
-            smaller = budget - more_bytes // 2
-            report = run_many_prompts(path, budget, [smaller, budget] if more_bytes else [], limits)
-            usage = limits.usage()
-        if "refused" not in report:
-            break
-        memory = report["refused"]
+    with Limits(memory_bytes=memory + more_bytes) as limits:
+        assert limits.applied.memory_bytes is not None
+        budget = limits.applied.memory_bytes
+        smaller = budget - more_bytes // 2
+        report = run_many_prompts(path, budget, [smaller, budget] if more_bytes else [], limits)
+        usage = limits.usage()
+    assert "refused" not in report, "the budget that a refusal names is accepted"
     assert report["texts"] == expected["texts"]
     assert sum(map(len, report["texts"])) == 200
     assert report["expert_misses"] > expected["expert_misses"], "experts were read again"

@@ -15,7 +15,6 @@ from flexinfer.commands.text import (
     at_context,
     engine_of,
     find,
-    load_tokenizer_of,
     loaded,
     measure,
     speed_line,
@@ -40,10 +39,10 @@ def chat(
     """
     with logged(verbose), Bars() as bars:
         path = find(model, options, bars)
-        tokenizer = load_tokenizer_of(path)
-        if not tokenizer.chat_template:
-            raise ValueError(f"{model} has no chat template; use `flexinfer generate`")
-        with loaded(path, options, decoding, tokenizer, bars) as streamed:
+        with loaded(path, options, decoding, bars) as streamed:
+            tokenizer = engine_of(streamed).tokenizer
+            if not tokenizer.chat_template:
+                raise ValueError(f"{model} has no chat template; use `flexinfer generate`")
             if sys.stdin.isatty():
                 for line in plan_lines(path, engine_of(streamed).plan):
                     note(line)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import typer
@@ -17,7 +16,6 @@ from flexinfer.commands.text import (
     at_context,
     engine_of,
     find,
-    load_tokenizer_of,
     loaded,
     measure,
     speed_line,
@@ -26,6 +24,9 @@ from flexinfer.commands.text import (
 from flexinfer.interrupt import Interrupt
 from flexinfer.options import Options
 
+SPECIAL_TOKENS = (
+    8  # that a tokenizer may put around a prompt; of the prompt itself there is at most one a byte
+)
 Prompt = Annotated[
     str | None,
     typer.Argument(
@@ -48,23 +49,29 @@ def generate(
         raise ValueError("prompt='' is empty; give some text, as an argument or on standard input")
     with logged(verbose), Bars() as bars:
         path = find(model, options, bars)
-        tokenizer = load_tokenizer_of(path)
-        inputs = tokenizer(prompt, return_tensors="pt")
-        prompt_tokens = inputs["input_ids"].shape[1]
-        needed = prompt_tokens + decoding.new_tokens + decoding.guessed
-        least = needed if decoding.max_new_tokens is not None else prompt_tokens + decoding.guessed + 1
-        if options.context is not None and options.context < least:
-            raise ValueError(
-                f"context={options.context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
-                f"leave it out, or give --context {needed}"
-            )
-        options = replace(options, context=options.context or needed)
-        assert options.context is not None
-        room = options.context - prompt_tokens - decoding.guessed
+        from flexinfer.model import ContextOf
+
+        new_tokens = decoding.new_tokens + decoding.guessed
+        context_of = ContextOf(
+            least=new_tokens + 1,
+            most=new_tokens + len(prompt.encode()) + SPECIAL_TOKENS,
+            exact=lambda tokenizer: new_tokens + len(tokenizer(prompt)["input_ids"]),
+        )
         with (
-            loaded(path, options, decoding, tokenizer, bars) as streamed,
+            loaded(path, options, decoding, bars, context_of) as streamed,
             Interrupt(bars.stopping) as interrupt,
         ):
+            tokenizer = engine_of(streamed).tokenizer
+            inputs = tokenizer(prompt, return_tensors="pt")
+            prompt_tokens = inputs["input_ids"].shape[1]
+            context, needed = engine_of(streamed).context, prompt_tokens + new_tokens
+            least = needed if decoding.max_new_tokens is not None else prompt_tokens + decoding.guessed + 1
+            if context < least:
+                raise ValueError(
+                    f"context={context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
+                    f"leave it out, or give --context {needed}"
+                )
+            room = context - prompt_tokens - decoding.guessed
             writer = Nowhere() if as_json else text_streamer(tokenizer)
             clock = Clock(writer, engine_of(streamed), bars)
             output = cast(Any, streamed).generate(
@@ -77,7 +84,7 @@ def generate(
         print(json.dumps({"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result))
     else:
         if room < decoding.new_tokens and len(token_ids) >= room:
-            note(at_context(options.context))
+            note(at_context(context))
         note(("stopped; " if interrupt.pressed else "") + speed_line(result))
         if result["draft_that_pays"] is not None:
             note(f"--draft auto may give {result['draft_that_pays']:.3g} tokens/s, with the same output")

@@ -22,7 +22,7 @@ from flexinfer.commands.plan import Prospect
 from flexinfer.commands.terminal import console, table
 from flexinfer.interrupt import held_back
 from flexinfer.options import Options
-from flexinfer.plan import Costs, format_size
+from flexinfer.plan import Costs, format_size, whole_mib
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +91,8 @@ def ls(
     made = table("model", "weights", "kind", "smallest budget", "tokens/s", "in a budget of")
     for one in found:
         if one.smallest_bytes is not None:
-            sizes = map(_size, (one.weights_bytes, one.smallest_bytes, one.budget_bytes))
-            weights, smallest, budget = sizes
+            weights, budget = _size(one.weights_bytes), _size(one.budget_bytes)
+            smallest = whole_mib(one.smallest_bytes)
             speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:.3g}"
             made.add_row(one.name, weights, one.encoding, smallest, speed, budget)
     if made.row_count:
@@ -170,6 +170,7 @@ class Speeds:
     def __init__(self, anew: bool = False) -> None:
         with held_back():
             from flexinfer.doctor import cpu_name
+
         self.process: MemoryOfProcess | None = (
             None  # before its first model; later ones leave something behind
         )

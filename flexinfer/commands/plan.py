@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +23,10 @@ from flexinfer.plan import (
     Weight,
     format_size,
     make_plan,
+    named_budget_bytes,
     parse_size,
     smallest_budget_bytes,
+    whole_mib,
 )
 from flexinfer.report import PART_COLOURS, budget_parts
 
@@ -124,6 +126,7 @@ class Prospect:
         from flexinfer.formats.skeleton import build_skeleton
         from flexinfer.machine import available_bytes
         from flexinfer.model import MemoryOfProcess, default_context, fixed_memory
+        from flexinfer.tokenizer import prepare_tokenizer
 
         skeleton = build_skeleton(checkpoint, options.dtype, options.kv_dtype)
         spare = options.memory == "auto"
@@ -132,17 +135,20 @@ class Prospect:
         if choice is not None:
             drafts = Drafts(choice, skeleton, skeleton.dtype)
             logits_to_keep = drafts.fit(given_bytes) + 1
+        prepared = prepare_tokenizer(checkpoint.config_dir)
         if process is None:
             in_blocks = drafts is not None and bool(drafts.kernels)
-            process = MemoryOfProcess.measure(skeleton, with_tokenizer=True, in_blocks=in_blocks)
+            process = MemoryOfProcess.measure(skeleton, prepared, in_blocks=in_blocks)
         else:
-            process = process.with_tokenizer_in(checkpoint.config_dir)
+            process = replace(process, tokenizer=prepared.memory)
         context = options.context or default_context(skeleton, process, given_bytes, logits_to_keep, drafts)
         fixed = undrafted = fixed_memory(skeleton, process, context, logits_to_keep, drafts)
         if drafts is not None and drafts.auto:
             undrafted = fixed_memory(skeleton, process, context)
         everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
         everything_bytes += skeleton.mixture.slots().nbytes if skeleton.mixture is not None else 0
+        smallest_bytes = smallest_budget_bytes(skeleton.weights, undrafted, skeleton.mixture)
+        everything_bytes = max(everything_bytes, named_budget_bytes(smallest_bytes))
         return cls(
             skeleton,
             options,
@@ -151,7 +157,7 @@ class Prospect:
             undrafted,
             drafts,
             budget_bytes=min(given_bytes, everything_bytes) if spare else given_bytes,
-            smallest_bytes=smallest_budget_bytes(skeleton.weights, undrafted, skeleton.mixture),
+            smallest_bytes=smallest_bytes,
             everything_bytes=everything_bytes,
         )
 
@@ -226,12 +232,13 @@ class Prospect:
         skeleton = self.skeleton
         context = min(SMALLEST_DEFAULT_CONTEXT, context_limit(skeleton.config))
         fixed = fixed_memory(skeleton, self.process, self.options.context or context)
-        return smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture)
+        return named_budget_bytes(smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture))
 
     def budgets(self) -> list[int]:
         """The smallest budget, everything in memory, steps between them, and what is asked for."""
-        wide = self.everything_bytes - self.smallest_bytes
-        steps = {self.smallest_bytes + wide * step // STEPS for step in range(STEPS + 1)}
+        smallest_bytes = named_budget_bytes(self.smallest_bytes)
+        wide = self.everything_bytes - smallest_bytes
+        steps = {smallest_bytes + wide * step // STEPS for step in range(STEPS + 1)}
         return sorted(nbytes for nbytes in steps | {self.budget_bytes} if nbytes >= self.smallest_bytes)
 
 
@@ -401,7 +408,8 @@ def speed_table(plan: Plan, plans: list[Plan], bars: bool) -> "Table":
     for other in plans:
         here = other.budget_bytes == plan.budget_bytes
         row = [
-            ("* " if here else "") + format_size(other.budget_bytes),
+            ("* " if here else "")
+            + (format_size if here or made.row_count else whole_mib)(other.budget_bytes),
             format_size(other.streamed_bytes),
             f"{other.predicted_tokens_per_s:.3g}",
             f"{other.bound_tokens_per_s:.3g}",

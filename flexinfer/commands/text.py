@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from flexinfer.model import Engine
+    from flexinfer.model import ContextOf, Engine
 
 NEW_TOKENS = 256  # of a text, where nothing is said
 DRAFT_STATS = ("draft", "drafted", "accepted", "acceptance", "draft_s", "draft_predicted_tokens_per_s")
@@ -93,25 +93,17 @@ def find(model: str, options: Options, bars: Bars) -> Path:
     return path
 
 
-def load_tokenizer_of(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer; loaded before the model, so that its memory counts as the process's."""
-    from transformers.utils import logging
-
-    from flexinfer.formats.checkpoint import Checkpoint
-    from flexinfer.tokenizer import load_tokenizer
-
-    logging.set_verbosity_error()
-    return load_tokenizer(Checkpoint.open(path).config_dir)
-
-
 @contextlib.contextmanager
 def loaded(
-    path: Path, options: Options, decoding: Decoding, tokenizer: "PreTrainedTokenizerBase", bars: Bars
+    path: Path, options: Options, decoding: Decoding, bars: Bars, context_of: "ContextOf | None" = None
 ) -> "Iterator[PreTrainedModel]":
-    """The model of a checkpoint, closed at the end of the block."""
+    """The model of a checkpoint with its tokenizer, closed at the end of the block."""
     import torch
+    from transformers.utils import logging
 
     from flexinfer.model import load
+
+    logging.set_verbosity_error()
 
     if decoding.seed is not None:
         torch.manual_seed(decoding.seed)
@@ -122,9 +114,9 @@ def loaded(
             options,
             gguf_file=None,  # `path` names it
             logits_to_keep=decoding.guessed + 1,
-            tokenizer=tokenizer,
             progress=bars.progress,
         ),
+        context_of,
     )
     bars.stop()
     with engine_of(model):

@@ -239,6 +239,8 @@ def _what_it_is(file: Path) -> str:
         f"not part of the checkpoint in {file.parent}, which is in {SINGLE_FILE} or the files that {INDEX_FILE} names; "
         "name the directory, or give the file that name"
     )
+
+
 def _adapter_refusal(path: Path) -> str:
     """What to do about an adapter, which transformers would apply to the weights in `path`, or to others."""
     try:

@@ -11,11 +11,7 @@ right when it is used.
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexinfer.cache_dir import in_cache
+from flexinfer.cache_dir import cache_dir
 from flexinfer.formats.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -40,9 +36,11 @@ from flexinfer.formats.experts import Parts, parameters_of, split_stacked
 from flexinfer.formats.gguf import AGAIN, GGUF, LongArray, check_installed, is_model, part_name, read_gguf
 from flexinfer.formats.gguf_config import TOKEN_IDS, config_of
 from flexinfer.formats.gguf_families import FAMILIES
+from flexinfer.kept import KILLED, make_once, run_apart
 from flexinfer.machine import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
 from flexinfer.plan import format_size
+from flexinfer.tokenizer_form import OF_GGUF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -51,7 +49,7 @@ ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 NAMES_KEY = "flexinfer.names"  # whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json
 MAX_ROWS = 1 << 20  # of a tensor; the largest vocabularies have a quarter of it
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
-CACHE_VERSION = 1  # of what is kept
+CACHE_VERSION = 2  # of what is kept
 TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100  # of the process that makes a tokenizer, and for each token
 
 
@@ -98,23 +96,14 @@ def _config_dir(gguf: GGUF) -> Path:
     for file in gguf.files:
         stat = file.stat()
         facts.append(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
-    kept = in_cache("gguf", hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32])
-    if (kept / "config.json").is_file():
-        return kept
-    config = config_of(gguf)
-    unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
-    unfinished.mkdir(exist_ok=True)
-    try:
-        write_config(config, unfinished)
-        _make_tokenizer(gguf, unfinished)
-        try:
-            unfinished.rename(kept)
-        except OSError:
-            if not (kept / "config.json").is_file():  # nobody else has made it
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return kept
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+    def make(directory: Path) -> None:
+        write_config(config_of(gguf), directory)
+        (directory / OF_GGUF).write_text(str(gguf.files[0].resolve()))
+        _make_tokenizer(gguf, directory)
+
+    return make_once(f"gguf/{digest}", lambda kept: (kept / "config.json").is_file(), make)
 
 
 def write_config(config: dict[str, Any], directory: Path) -> None:
@@ -132,20 +121,17 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
         return
     needed_bytes = TOKENIZER_BYTES + TOKEN_BYTES * tokens.count
     spare_bytes = available_bytes() - anonymous_bytes()
-    if spare_bytes < needed_bytes:
-        raise CheckpointError(
-            f"{gguf.files[0]}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
-            f"to spare; run `flexinfer plan {gguf.files[0]}` where there is more: it is kept in {directory.parent}"
-        )
-    program = [sys.executable, "-P", "-m", "flexinfer.formats.gguf_tokenizer"]
-    done = subprocess.run(
-        [*program, str(gguf.files[0].resolve()), str(directory.resolve())],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # the modules of this process
-        capture_output=True,
-        text=True,
-        check=False,
+    too_little = CheckpointError(
+        f"{gguf.files[0]}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
+        f"to spare; run `flexinfer plan {gguf.files[0]}` where there is more: it is kept in {cache_dir()}"
     )
+    if spare_bytes < needed_bytes:
+        raise too_little
+    done = run_apart(
+        "flexinfer.formats.gguf_tokenizer", str(gguf.files[0].resolve()), str(directory.resolve())
+    )
+    if done.returncode == KILLED:
+        raise too_little
     if done.stdout:
         warnings.warn(f"{gguf.files[0]}: {one_line(done.stdout)}", RuntimeWarning, stacklevel=2)
     if done.returncode:

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import pre_tokenizers, processors
 
 from flexinfer.formats.gguf import read_gguf
+from flexinfer.kept import FULL, NO_ROOM, first_to_go
 
 ARRAYS = ("tokens", "scores", "token_type", "merges", "precompiled_charsmap")
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -85,5 +86,17 @@ def make_tokenizer(file: Path, directory: Path) -> None:
     generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": sorted(ends)}))
 
 
+def main(file: str, directory: str) -> int:
+    """In a process of its own."""
+    first_to_go()
+    try:
+        make_tokenizer(Path(file), Path(directory))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        return FULL
+    return 0
+
+
 if __name__ == "__main__":
-    make_tokenizer(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main(*sys.argv[1:]))

@@ -175,7 +175,9 @@ def _equal(one: TensorSpec, other: TensorSpec) -> bool:
         for start in range(0, elements, BLOCK_WEIGHTS):
             count = min(BLOCK_WEIGHTS, elements - start)
             numbers = [
-                torch.frombuffer(bytearray(file.read(spec.encoding.nbytes(count))), dtype=spec.torch_dtype).float()
+                torch.frombuffer(
+                    bytearray(file.read(spec.encoding.nbytes(count))), dtype=spec.torch_dtype
+                ).float()
                 for file, spec in ((mine, one), (theirs, other))
             ]
             if not torch.equal(*numbers):

@@ -2,8 +2,7 @@
 
 transformers' app and handlers (transformers.cli.serving), with flexinfer's model in their ModelManager, behind a gate (flexinfer.serve.gate).
 
-The budget is that of the whole process: the libraries of the server and the tokenizer are loaded, and a request of each kind has gone through the
-handlers, before the process is measured for the plan; `ROOM_BYTES` more, for what requests take beside their passes, are held meanwhile. Then a first
+The budget is that of the whole process: the libraries of the server are loaded, and a request of each kind has gone through the handlers, before the process is measured for the plan; `ROOM_BYTES` more, for what requests take beside their passes, are held meanwhile. Then a first
 text fills memory, so that what does not work fails before the port is open.
 """
 
@@ -29,7 +28,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import flexinfer
-from flexinfer.formats.checkpoint import Checkpoint, local_checkpoint
+from flexinfer.formats.checkpoint import local_checkpoint
 from flexinfer.formats.skeleton import resolve
 from flexinfer.messages import cause
 from flexinfer.report import plan_line
@@ -60,7 +60,6 @@ from flexinfer.serve.requests import (
     settings,
     text_of,
 )
-from flexinfer.tokenizer import load_tokenizer
 
 ROOM_BYTES = 8 << 20  # bodies, connections, prompts in the making, pieces of answers; our choice
 SPARE_CONNECTIONS = 64  # beside those that generate or wait: to be told to come back later, or to look
@@ -73,6 +72,9 @@ REHEARSED: dict[str, dict[str, Any]] = {  # one request of each kind
     COMPLETIONS: {"prompt": "a"},
     RESPONSES: {"input": "a"},
 }
+REHEARSED_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+)
 OF_THE_REQUEST = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError)
 logger = logging.getLogger("flexinfer.serve")
 
@@ -118,20 +120,18 @@ def serve(
     with listen(host, port) as listener, _logged():
         transformers_logging.set_verbosity_error()
         path, name = resolve(model, gguf_file), name_of(model)
-        tokenizer: Any = load_tokenizer(Checkpoint.open(path).config_dir)
-        if not hasattr(tokenizer, "_tokenizer"):
-            raise ValueError(
-                f"{name}: its tokenizer, {type(tokenizer).__name__}, is none of the tokenizers library"
-            )
         generation = Generation()
         try:
-            asyncio.run(rehearse(generation, tokenizer))
+            asyncio.run(rehearse(generation, small_tokenizer()))
             room = [bytearray(b"\1") * ROOM_BYTES]
             # On the thread that will generate: torch keeps some memory by thread.
-            loaded = generation.submit(
-                flexinfer.from_pretrained, path, memory, tokenizer=tokenizer, **options
-            ).result()
+            loaded = generation.submit(flexinfer.from_pretrained, path, memory, **options).result()
             with loaded.flexinfer as engine:
+                tokenizer: Any = engine.tokenizer
+                if not hasattr(tokenizer, "_tokenizer"):
+                    raise ValueError(
+                        f"{name}: its tokenizer, {type(tokenizer).__name__}, is none of the tokenizers library"
+                    )
                 asyncio.run(first_text(loaded, tokenizer, generation))
                 room.clear()
                 line, metrics = Line(queue), Metrics()
@@ -305,6 +305,16 @@ def build_app(model: Any, tokenizer: Any, generation: Generation, metrics: Metri
 
 
 # ---- before the port is open
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """One of single bytes, to rehearse with: that of the model is loaded with it, when its memory has been planned."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=REHEARSED_TEMPLATE, **names)
 
 
 async def rehearse(generation: Generation, tokenizer: Any) -> None:

@@ -7,6 +7,8 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+from experiments.real import TOKENIZERS
+
 FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, and what a shape does not say
     "llama": {"config": "LlamaConfig"},
     "mistral": {"config": "MistralConfig", "sliding_window": 64},
@@ -33,6 +35,7 @@ MIXTURES = ("mixtral", "qwen3_moe")  # of which no substitute is made
 BLOCKS = (None, None, "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl")  # what a checkpoint is quantised to
 DRAFTS_BY = ("substitute", "substitute", "lookup", "auto")  # from_pretrained(draft=...)
 DRAFTED_SHARE = 0.4  # of cases
+REAL_SHARE = 0.5  # of cases with a tokenizer
 SHARES = (0.0, 0.15, 0.5, 0.8, 1.0)
 LARGE_SEED = -1  # of the cases that are not drawn
 
@@ -67,7 +70,8 @@ class Case:
     direct: bool
     context: int
     logits_to_keep: int
-    tokenizer: bool  # whether the checkpoint has one, and it is used
+    # Whether the checkpoint has one, and it is used; or the name of a published one (experiments.real).
+    tokenizer: bool | str
     share: float  # of the weights, on top of the smallest budget
     calls: tuple[Call, ...]
     blocks: str | None = None  # ggml's type, of a GGUF file
@@ -84,7 +88,7 @@ def draw(seed: int, number: int) -> Case:
     hidden = chance.choice((512, 768, 1024))
     context = chance.choice((96, 256, 768)) if computes_in == "float32" else chance.choice((64, 160))
     keep = chance.choice((1, 4, 12))
-    tokenizer = chance.random() < 0.5
+    tokenizer: bool | str = chance.random() < 0.5
     calls = []
     for i in range(CALLS_OF_A_CASE):
         kind = chance.choice(KINDS)
@@ -118,6 +122,9 @@ def draw(seed: int, number: int) -> Case:
         blocks=chance.choice(BLOCKS),
     )
     larger = case.blocks in (None, "q5_k", "q6_k", "q8_0")  # than substitutes of 4.5 bits
+    if case.tokenizer and chance.random() < REAL_SHARE:
+        name = chance.choice(sorted(TOKENIZERS))
+        case = replace(case, tokenizer=name, vocab=TOKENIZERS[name])
     drafts = DRAFTS_BY if larger and family not in MIXTURES else ("lookup", "auto")
     return replace(case, draft=chance.choice(drafts) if chance.random() < DRAFTED_SHARE else None)
 

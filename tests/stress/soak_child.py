@@ -83,21 +83,20 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
     holdings_before = _holdings()
     try:
         model: Any = flexinfer.from_pretrained(path, memory, **load_options(case), draft=case.draft)
-    except flexinfer.BudgetError as error:  # a process is not always of the same size before it loads
+    except flexinfer.BudgetError as error:
         return {"needed_bytes": needed_bytes(error)}
     outputs: list[Any] = []
     refusals: list[str | None] = []
     resting: list[int] = []
-    explained, loaded = 0, False
+    explained = 0
     for call in case.calls:
-        held = anonymous_bytes() + model.flexinfer.file_bytes
         output, refusal = _ask(model, call, case)
         outputs.append(output)
         refusals.append(refusal)
-        if refusal is None:
-            first = call.kind == "tokenize" and not loaded
-            explained = max(explained, _explained_bytes(model, call, case, path, held if first else None))
-            loaded = loaded or first
+        shape = shape_of(call, case)
+        # By the plan as it is now: the first pass has made it anew.
+        if refusal is None and shape is not None:
+            explained = max(explained, model.flexinfer.planned_bytes(shape))
         gc.collect()
         resting.append(anonymous_bytes())
     stats, plan = model.flexinfer.stats(), model.flexinfer.plan
@@ -134,22 +133,6 @@ def _ask(model: Any, call: Call, case: Case) -> tuple[Any, str | None]:
         if model.flexinfer.stats()["passes"] != passes and call.kind.startswith("score"):
             raise RuntimeError(f"refused after it ran: {error}") from error
         return None, str(error)[:300]
-
-
-def _explained_bytes(model: Any, call: Call, case: Case, path: Path, held: int | None) -> int:
-    """What the plan allows a call that ran.
-
-    `held`: before the tokenizer was loaded, which this call did.
-    """
-    from flexinfer.tokenizer import loading_bytes
-
-    plan, shape, explained = model.flexinfer.plan, shape_of(call, case), 0
-    if held is not None:
-        # Room for it is made first, where there is none; what a pass takes is not taken meanwhile.
-        at_most = plan.budget_bytes - plan.fixed.activation_bytes - plan.fixed.margin_bytes
-        explained = min(held + loading_bytes(path), at_most)
-    # by the plan as it is now: the first pass has made it anew
-    return max(explained, model.flexinfer.planned_bytes(shape)) if shape is not None else explained
 
 
 def shape_of(call: Call, case: Case) -> "PassShape | None":

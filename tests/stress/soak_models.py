@@ -4,6 +4,7 @@ import random
 import shutil
 from pathlib import Path
 
+from experiments.real import real_tokenizer
 from tests.stress.soak_cases import FAMILIES, Case
 
 
@@ -79,5 +80,7 @@ def make_floats(case: Case, path: Path) -> None:
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(path)
-    if case.tokenizer:
+    if isinstance(case.tokenizer, str):
+        shutil.copytree(real_tokenizer(case.tokenizer), path, dirs_exist_ok=True)
+    elif case.tokenizer:
         make_tokenizer(case, path)
