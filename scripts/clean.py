@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from flexinfer.bench.runner import checkpoints, delete_checkpoints, size_bytes
-from flexinfer.plan import format_size
+from flexinfer.sizes import format_size
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexinfer.bench.limits import Limits
-from flexinfer.plan import format_size
+from flexinfer.sizes import format_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

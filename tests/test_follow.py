@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_budget import make_big
 
 from flexinfer.bench.limits import Limits, find_place
-from flexinfer.follow import CALM_POLLS, HYSTERESIS, Follower, next_budget
+from flexinfer.memory.follow import CALM_POLLS, HYSTERESIS, Follower, next_budget
 
 MIB = 1 << 20
 

@@ -9,24 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexinfer.plan import (
+from flexinfer.plan.budget import (
     DEFAULT_WINDOW_BYTES,
     MIN_SLOTS,
-    POLICIES,
-    BudgetError,
     Costs,
     Fixed,
-    Kind,
-    Piece,
     Plan,
-    Weight,
-    format_size,
     make_plan,
     page_table_bytes,
-    parse_size,
     parse_window,
     smallest_budget_bytes,
 )
+from flexinfer.plan.preservation import POLICIES
+from flexinfer.plan.weights import Kind, Piece, Weight
+from flexinfer.sizes import BudgetError, format_size, parse_size
 
 FIXED = Fixed(process_bytes=1000, resident_bytes=200, kv_bytes=300, activation_bytes=400, margin_bytes=100)
 COSTS = Costs(bandwidth_bytes_per_s=1e6, compute_s=1e-3)

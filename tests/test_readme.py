@@ -17,7 +17,7 @@ import pytest
 from served import serving
 from small_model import CONFIG, add_tokenizer
 
-from flexinfer.cli import main
+from flexinfer.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

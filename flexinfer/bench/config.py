@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
 
 from flexinfer.options import Options
-from flexinfer.plan import parse_size
+from flexinfer.sizes import parse_size
 
 TEXT_KINDS = ("edit", "code", "chat")
 MODEL_KINDS = ("synthetic", "real", "path")

@@ -33,7 +33,7 @@ from flexinfer.bench.records import (
     say_none,
     with_common_costs,
 )
-from flexinfer.notebook import draw_pass, last_pass
+from flexinfer.observe.notebook import draw_pass, last_pass
 
 GIB = 2**30
 Shown = TypeVar("Shown")  # what a panel shows

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from flexinfer.bench.records import QUALITY, Record, load_lines
-from flexinfer.expert_policies import HINDSIGHT
+from flexinfer.streaming.expert_policies import HINDSIGHT
 
 COMMAND = "python -m flexinfer.bench.routing MODEL --record results/quality/routing.jsonl"
 STYLES = {

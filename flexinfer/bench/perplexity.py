@@ -22,8 +22,8 @@ import flexinfer
 from flexinfer.bench.agreement import documentation
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.synth import default_cache_dir
-from flexinfer.formats.quantize import KINDS, Report, quantize
-from flexinfer.formats.skeleton import resolve
+from flexinfer.convert.quantize import KINDS, Report, quantize
+from flexinfer.formats.hub import resolve
 
 WINDOW_TOKENS = 512
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from flexinfer.bench.limits import Limits
 from flexinfer.bench.provenance import provenance
-from flexinfer.plan import parse_size
+from flexinfer.sizes import parse_size
 
 BEFORE_S, HELD_S, AFTER_S = 20.0, 30.0, 45.0
 TAKING_BYTES_PER_S = 200 << 20  # how fast the neighbour takes
@@ -87,7 +87,7 @@ def follow(model_path: str, context: int) -> None:
     import torch
 
     import flexinfer
-    from flexinfer.machine import anonymous_bytes
+    from flexinfer.memory.process import anonymous_bytes
 
     done = threading.Event()
 

@@ -25,7 +25,7 @@ import flexinfer
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.synth import default_cache_dir
 from flexinfer.bench.systems import prompt_ids
-from flexinfer.expert_policies import HINDSIGHT, POLICIES, fewest_misses, misses
+from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES, fewest_misses, misses
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 

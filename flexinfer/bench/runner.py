@@ -43,8 +43,8 @@ from flexinfer.bench.records import (
     load_records,
     with_common_costs,
 )
-from flexinfer.notebook import last_pass
-from flexinfer.plan import format_size
+from flexinfer.observe.notebook import last_pass
+from flexinfer.sizes import format_size
 
 RunCell = Callable[[CellConfig], Record]
 BUSY = 0.1  # of all cores' time: above it what a cell measured is not only its own

@@ -31,8 +31,8 @@ import httpx
 from flexinfer.bench.limits import Limits
 from flexinfer.bench.provenance import provenance
 from flexinfer.bench.smollm2 import make_smollm2
-from flexinfer.interrupt import terminable
-from flexinfer.plan import format_size
+from flexinfer.cli.interrupt import terminable
+from flexinfer.sizes import format_size
 
 RUDE_SHARE = 0.4
 HUNG_S = 900.0  # for one answer, the wait for a turn included

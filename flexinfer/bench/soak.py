@@ -32,7 +32,7 @@ from flexinfer.bench.provenance import provenance
 from flexinfer.bench.synth import default_cache_dir
 
 if TYPE_CHECKING:
-    from flexinfer.plan import PassShape
+    from flexinfer.plan.budget import PassShape
 
 TIMEOUT_S = 900
 REFUSED_LOADS = (
@@ -335,7 +335,7 @@ def make_checkpoint(case: Case, path: Path) -> None:
     if case.blocks is None:
         make_floats(case, path)
         return
-    from flexinfer.formats.quantize import quantize
+    from flexinfer.convert.quantize import quantize
 
     floats = path.with_name(path.name + "-floats")
     try:
@@ -443,9 +443,9 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
     import torch
 
     import flexinfer
-    from flexinfer.machine import anonymous_bytes, peak_bytes
-    from flexinfer.streaming.cache import ContextError
-    from flexinfer.tokenizer import loading_bytes
+    from flexinfer.formats.tokenizer import loading_bytes
+    from flexinfer.memory.process import anonymous_bytes, peak_bytes
+    from flexinfer.streaming.kv_cache import ContextError
 
     torch.ones(8) @ torch.ones(8)
     prepare(case)
@@ -506,7 +506,7 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
 
 def shape_of(call: Call, case: Case) -> "PassShape | None":
     """The largest pass of a call: its prompt."""
-    from flexinfer.plan import PassShape
+    from flexinfer.plan.budget import PassShape
 
     if call.kind in ("tokenize", "resize"):
         return None

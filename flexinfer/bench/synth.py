@@ -31,7 +31,7 @@ from rich.progress import (
 
 from flexinfer.bench.config import ModelConfig, ShapeConfig, require
 from flexinfer.bench.gguf import check_free_disk, shape_digest
-from flexinfer.formats.checkpoint import INDEX_FILE
+from flexinfer.formats.safetensors import INDEX_FILE
 
 POOL_BYTES = 64 * 2**20
 SHARD_BYTES = 2 * 10**9

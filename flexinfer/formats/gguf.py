@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from flexinfer.formats.checkpoint import ENCODINGS, CheckpointError, Encoding, TensorSpec
+from flexinfer.formats.tensors import ENCODINGS, CheckpointError, Encoding, TensorSpec
 from flexinfer.messages import shown
 
 MAGIC = b"GGUF"

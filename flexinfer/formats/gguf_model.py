@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError, TensorSpec
-from flexinfer.formats.experts import Parts, parameters_of, split_stacked
+from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.gguf import GGUF, SPLIT_NAME, LongArray, check_installed, read_gguf
-from flexinfer.machine import anonymous_bytes, available_bytes
+from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE
+from flexinfer.formats.tensors import CheckpointError, TensorSpec
+from flexinfer.memory.process import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
-from flexinfer.plan import format_size
+from flexinfer.model.experts import Parts, parameters_of, split_stacked
+from flexinfer.sizes import format_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from flexinfer.streaming.memory import Buffer
+from flexinfer.memory.buffer import Buffer
 
 
 class Kernel(Protocol):

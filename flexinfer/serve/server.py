@@ -41,15 +41,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import flexinfer
 from flexinfer.formats.checkpoint import Checkpoint
-from flexinfer.formats.skeleton import resolve
+from flexinfer.formats.hub import resolve
+from flexinfer.formats.tokenizer import load_tokenizer
 from flexinfer.messages import cause
-from flexinfer.report import plan_line
+from flexinfer.observe.report import plan_line
 from flexinfer.serve.gate import Gate
 from flexinfer.serve.generation import Failed, Generation, OneGeneration, Turn
 from flexinfer.serve.line import Line
 from flexinfer.serve.metrics import CONTENT_TYPE, EngineCollector, Metrics
 from flexinfer.serve.requests import CHAT, COMPLETIONS, RESPONSES, Limits, Refusal, error_body, samples
-from flexinfer.tokenizer import load_tokenizer
 
 ROOM_BYTES = 8 << 20  # bodies, connections, prompts in the making, pieces of answers; our choice
 SPARE_CONNECTIONS = 64  # beside those that generate or wait: to be told to come back later, or to look

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
-from flexinfer.streaming.memory import PAGE_BYTES, Buffer
+from flexinfer.memory.buffer import PAGE_BYTES, Buffer
 
 CACHE = Path("~/.cache/flexinfer/checksums")
 MAKING_BYTES = 4 << 20  # read at a time

@@ -11,7 +11,7 @@ import pytest
 
 from flexinfer.bench import fuzz
 from flexinfer.bench.fuzz import KEPT, TARGETS, Target, judge
-from flexinfer.formats.checkpoint import CheckpointError
+from flexinfer.formats.tensors import CheckpointError
 
 CHANGES = {"header": 300, "index": 300, "config": 60, "gguf": 200, "records": 150}
 

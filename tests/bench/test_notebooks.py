@@ -29,8 +29,8 @@ from flexinfer.bench.config import (
 from flexinfer.bench.records import QUALITY, RELIABILITY, Record, RecordError, load_records
 from flexinfer.bench.runner import save
 from flexinfer.bench.soak import draw
-from flexinfer.expert_policies import HINDSIGHT, POLICIES
-from flexinfer.notebook import last_pass
+from flexinfer.observe.notebook import last_pass
+from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES
 
 ALL_NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOKS = [file for file in ALL_NOTEBOOKS if file.stem != "use"]  # those that draw records

@@ -15,7 +15,7 @@ from flexinfer.bench.cell import _describe, run_child
 from flexinfer.bench.config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
 from flexinfer.bench.gguf import deviations, file_bytes, make_gguf
 from flexinfer.bench.records import load_records
-from flexinfer.expert_policies import HINDSIGHT, POLICIES
+from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES
 
 
 def shape(

@@ -10,11 +10,11 @@ import gguf
 import numpy as np
 import pytest
 
-from flexinfer import cli
 from flexinfer.bench import systems
 from flexinfer.bench.cell import _describe, run_child
 from flexinfer.bench.config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
 from flexinfer.bench.gguf import file_bytes, make_gguf, write_synthetic
+from flexinfer.cli import main as cli
 
 SHAPE = ShapeConfig(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import flexinfer.formats.gguf_model
 from flexinfer import CheckpointError
 from flexinfer.formats.checkpoint import Checkpoint
-from flexinfer.tokenizer import load_tokenizer, tokenizer_bytes
+from flexinfer.formats.tokenizer import load_tokenizer, tokenizer_bytes
 
 TEXTS = ("hello world", "  two  spaces", "abab 12345\n<end>ab", "caf\u00e9")
 

@@ -15,7 +15,7 @@ from conftest import Load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexinfer.bench.soak import Case, make_tokenizer
-from flexinfer.formats.quantize import quantize
+from flexinfer.convert.quantize import quantize
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama.cpp is not installed: make baselines"

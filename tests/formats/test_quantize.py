@@ -11,15 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import flexinfer.formats.quantize
 import gguf_models
 import pytest
 import torch
 from conftest import Load, MakeCheckpoint, logits, prompt
 from safetensors import safe_open
 
-import flexinfer.formats.quantize
-from flexinfer.formats.checkpoint import Checkpoint, CheckpointError
-from flexinfer.formats.quantize import KINDS, QuantizeError, Report, kind_for, quantize
+from flexinfer.convert.quantize import KINDS, QuantizeError, Report, kind_for, quantize
+from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.tensors import CheckpointError
 from flexinfer.kernels.ggml import TYPES, dequantize_rows
 
 ALL_FAMILIES = gguf_models.FAMILIES | gguf_models.MIXTURES
