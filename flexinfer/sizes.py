@@ -1,4 +1,4 @@
-"""TODO"""
+"""Memory sizes as people write and read them, and how a budget is named."""
 
 UNITS_BYTES = {"": 1, "B": 1}
 

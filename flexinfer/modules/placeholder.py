@@ -1,4 +1,4 @@
-"""TODO"""
+"""What stands for a weight that is on disk: a parameter with its shape, dtype and device, and no numbers."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast

@@ -1,0 +1,1 @@
+"""Loading a model, and running passes over its weights inside the budget."""
