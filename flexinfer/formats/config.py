@@ -14,11 +14,9 @@ from typing import Any
 
 from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.tensors import CheckpointError, read_json
-from flexinfer.imports import deferred
 from flexinfer.messages import cause, shown
 
-with deferred():
-    from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
