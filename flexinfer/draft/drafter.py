@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from flexinfer.draft.drafts import Drafts
+from flexinfer.draft.drafts import Drafts, Option
 from flexinfer.draft.economics import (
     DEFAULT_TYPE,
     DraftCosts,
@@ -45,33 +45,40 @@ MAKING_PASSES = 2
 logger = logging.getLogger("flexinfer")
 
 
-def choose_draft(
+def draft_options(
     drafts: Drafts, drafted: Planner, undrafted: Planner, budget_bytes: int, measure: Callable[[], DraftCosts]
-) -> tuple[Planner, DraftCosts]:
-    """The draft that was asked for, or with "auto" the one of most tokens per second; sets `drafts.kind` and `type`.
+) -> list[Option]:
+    """The draft that was asked for, or with "auto" all that the budget has room for, no draft among them.
 
     Args:
         drafted: plans with the overheads of a draft.
         undrafted: plans without.
         measure: costs with the kernels of `drafts.type`.
 
-    Returns:
-        The planner for that draft, and what it costs.
-
     Raises:
         BudgetError: there is no room for the one that was asked for.
     """
 
-    def planner_with(substitutes: Substitutes | None) -> Planner:
-        return undrafted if drafts.kind is None else replace(drafted, substitutes=substitutes)
+    def plan_with(substitutes: Substitutes | None) -> Plan:
+        planner = undrafted if drafts.kind is None else replace(drafted, substitutes=substitutes)
+        return planner.plan(budget_bytes)
 
-    found = drafts.options(lambda given: planner_with(given).plan(budget_bytes), drafted.costs, measure)
+    return drafts.options(plan_with, drafted.costs, measure)
+
+
+def choose_draft(
+    drafts: Drafts, drafted: Planner, undrafted: Planner, budget_bytes: int, measure: Callable[[], DraftCosts]
+) -> tuple[Planner, DraftCosts]:
+    """Of `draft_options` the one of most tokens per second: sets `drafts.kind` and `type`. Returns its planner, and what it costs."""
+    found = draft_options(drafts, drafted, undrafted, budget_bytes, measure)
     best = max(found, key=lambda option: option.tokens_per_s)
     drafts.kind, drafts.type = best.kind, best.type
     if drafts.auto:
         speeds = ", ".join(f"{one.kind or 'none'} {one.type} {one.tokens_per_s:.3g}" for one in found)
         logger.info("draft %s: tokens/s expected: %s", best.kind or "none", speeds)
-    return planner_with(drafts.substitutes if best.kind == "substitute" else None), best.costs
+    if best.kind is None:
+        return undrafted, best.costs
+    return replace(drafted, substitutes=drafts.substitutes if best.kind == "substitute" else None), best.costs
 
 
 def substitute_source(

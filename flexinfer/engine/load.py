@@ -148,9 +148,7 @@ def _choose_draft(
     def measure() -> Any:
         return measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype, room_bytes)
 
-    drafted = replace(planner, overheads=prepared.overheads())
-    undrafted = replace(planner, overheads=prepared.overheads(drafted=False), substitutes=None)
-    planner, costs = choose_draft(drafts, drafted, undrafted, prepared.budget_bytes, measure)
+    planner, costs = choose_draft(drafts, *prepared.drafted_planners(planner), prepared.budget_bytes, measure)
     drafter = Drafter(drafts, costs, trace)
     return replace(planner, draft=drafter.planned), drafter
 

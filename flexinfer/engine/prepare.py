@@ -138,6 +138,12 @@ class Prepared:
         )
 
 
+    def drafted_planners(self, planner: Planner) -> tuple[Planner, Planner]:
+        """`planner` with the overheads of a draft, and without."""
+        undrafted = replace(planner, overheads=self.overheads(drafted=False), substitutes=None)
+        return replace(planner, overheads=self.overheads()), undrafted
+
+
 def prepare(
     checkpoint: Checkpoint,
     options: Options,
