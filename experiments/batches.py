@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.figures import BOUND, GIB, finish
+from experiments.figures import GIB
+from experiments.figures.captions import finish
+from experiments.figures.style import BOUND
 from experiments.records import Record
 
 MEASURED, PLANNED = "#0072B2", "#E69F00"

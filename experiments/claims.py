@@ -31,7 +31,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.figures import frame, summary
+from experiments.figures.tables import frame, summary
 from experiments.records import Record
 
 NOISE = 0.03

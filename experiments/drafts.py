@@ -14,7 +14,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.figures import BOUND, GIB, finish
+from experiments.figures import GIB
+from experiments.figures.captions import finish
+from experiments.figures.style import BOUND
 from experiments.records import Record
 
 PLAIN = "flexinfer"  # the system without a draft

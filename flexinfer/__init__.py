@@ -11,26 +11,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexinfer.engine.load import from_pretrained
     from flexinfer.formats.tensors import CheckpointError
-    from flexinfer.model.engine import from_pretrained
     from flexinfer.options import Options
-    from flexinfer.plan.budget import Plan
+    from flexinfer.plan.plan import Plan
     from flexinfer.sizes import BudgetError
 
 __version__ = "0.2.0"
 
 __all__ = ["BudgetError", "CheckpointError", "Options", "Plan", "from_pretrained"]
 
+MODULES = {
+    "BudgetError": "sizes",
+    "CheckpointError": "formats.tensors",
+    "Options": "options",
+    "Plan": "plan.plan",
+    "from_pretrained": "engine.load",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: torch and transformers take seconds, `flexinfer --help` should not."""
-    home = {
-        "CheckpointError": "formats.checkpoint",
-        "from_pretrained": "model",
-        "Options": "options",
-        "BudgetError": "plan",
-        "Plan": "plan",
-    }
-    if name not in home:
+    """Import a name when it is first used: torch and transformers take seconds, `flexinfer --help` should not."""
+    if name not in MODULES:
         raise AttributeError(f"module 'flexinfer' has no attribute {name!r}")
-    return getattr(import_module(f"flexinfer.{home[name]}"), name)
+    return getattr(import_module(f"flexinfer.{MODULES[name]}"), name)

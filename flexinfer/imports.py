@@ -2,28 +2,28 @@
 
 transformers' modelling code imports parts of `torch.distributed` (with sympy), `torch._dynamo` and, where it is installed,
 `scipy.optimize`: for sharded models, for compiled graphs, for the losses of object detectors. Inside a memory budget that is a third of
-what a process holds before its first weight. While the block of `deferred()` imports transformers, these modules get their places
-in `sys.modules` without being run, and what transformers takes from them are stand-ins: a decorator that leaves a
-function as it is while nothing is compiled, a class that nothing is an instance of before it exists. Anything else that asks one of them for a name has all of them
-imported as usual, and the stand-ins then pass on to the real things.
+what a process holds before its first weight. After `defer()` these modules get their places in `sys.modules` without being run, and what
+transformers takes from them are stand-ins: a decorator that leaves a function as it is while nothing is compiled, a class that nothing is
+an instance of before it exists. Anything else that asks one of them for a name has all of them imported as usual, and the stand-ins
+then pass on to the real things.
 
-What it costs: the first such use (`torch.compile`, a `DTensor`, continuous batching) waits a second or two and takes the memory that was
-spared, outside the plan. No class or function of anybody is replaced, and what is already imported stays as it is.
+The commands and the server call it, and so may a program that wants the memory; importing the library does not. What it costs: the
+first such use (`torch.compile`, a `DTensor`) waits a second or two and takes the memory that was spared, outside the plan. No class or
+function of anybody is replaced, and what is already imported stays as it is.
 """
 
 import importlib
 import importlib.machinery
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from importlib.abc import Loader
 from types import ModuleType
 from typing import Any, cast
 
-DEFERRED = (  # these modules and all below them
+# These modules and all below them.
+DEFERRED = (
     "scipy.optimize",
     "sympy",
     "torch._dynamo",
@@ -48,26 +48,12 @@ OF_PLAIN_NUMBERS: dict[str, Callable[..., Any]] = {
 }
 
 
-@contextmanager
-def deferred() -> Iterator[None]:
-    """While the block imports transformers, put off what it does not need."""
-    _import_tqdm()
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        if not any(isinstance(one, _Return) for one in sys.meta_path):
-            sys.meta_path.insert(0, _Return())
-
-
-def _import_tqdm() -> None:
-    """Before transformers does: in a notebook without ipywidgets it warns, and bars are text, as they should be."""
-    if "IPython" in sys.modules and "tqdm.auto" not in sys.modules:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module("tqdm.auto")
+def defer() -> None:
+    """From now on put off what transformers imports and a run on a CPU does not need. For the entry point of a program."""
+    # torch itself is imported as usual.
+    importlib.import_module("torch")
+    if not any(isinstance(one, _Finder) for one in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 def are_deferred() -> list[str]:
@@ -78,7 +64,8 @@ def are_deferred() -> list[str]:
 class _Finder:
     """Finds the modules of DEFERRED where they are, and makes them without running them."""
 
-    given_up = False  # once one of them has been used, all are imported as usual
+    # Once one of them has been used, all are imported as usual.
+    given_up = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -123,46 +110,10 @@ class _Deferred(ModuleType):
 
 
 def _import(name: str) -> ModuleType:
-    """The module itself: everything that was put off makes way, then the import is an ordinary one."""
-    _make_way()
+    """The module itself: everything that was put off is imported as usual from now on."""
+    for deferred in are_deferred():
+        sys.modules.pop(deferred).__finder__.given_up = True
     return importlib.import_module(name)
-
-
-def _make_way() -> list[str]:
-    """Have everything that was put off imported as usual by whoever asks next. Returns what that was."""
-    names = are_deferred()
-    for name in names:
-        sys.modules.pop(name).__finder__.given_up = True
-    return names
-
-
-class _Return:
-    """Sees, outside of `deferred()`, that one of DEFERRED is imported that was not put off: it may need those that were, so these make way
-    before its code runs."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if any(isinstance(one, _Finder) for one in sys.meta_path) or not _is_deferred(name):
-            return None
-        parent = name.rpartition(".")[0]
-        if parent in _make_way():
-            importlib.import_module(parent)
-            if name in sys.modules:  # by its package
-                return importlib.machinery.ModuleSpec(name, cast(Loader, _There(sys.modules[name])))
-        return None
-
-
-class _There:
-    """Gives a module that has been imported."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return self._module
-
-    def exec_module(self, module: ModuleType) -> None: ...
 
 
 def _is_deferred(name: str) -> bool:

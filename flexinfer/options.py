@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexinfer.draft.economics import DEFAULT_TYPE, DRAFTS, MOST_CANDIDATES, DraftChoice
 from flexinfer.observe.perfetto import check_trace
-from flexinfer.plan.budget import DEFAULT_WINDOW_BYTES, parse_window
+from flexinfer.plan.planner import DEFAULT_WINDOW_BYTES, parse_window
 from flexinfer.plan.preservation import POLICIES
 from flexinfer.sizes import parse_size
 from flexinfer.streaming.expert_policies import DEFAULT as DEFAULT_EXPERT_POLICY

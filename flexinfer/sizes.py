@@ -1,4 +1,4 @@
-"""TODO"""
+"""Memory sizes as people write and read them, and how a budget is named."""
 
 SLACK_BYTES = 6 << 20  # between processes of the same program; a server's differ by up to 4 MiB (docs/log.md)
 

@@ -171,7 +171,9 @@ def draw(records: "list[Record]") -> "Figure":
     """Four panels, a bar for each system: speed, bytes read per token, peak memory, achieved / bound."""
     import matplotlib.pyplot as plt
 
-    from experiments.figures import BOUND, LOOKS, finish
+    from experiments.figures import LOOKS
+    from experiments.figures.captions import finish
+    from experiments.figures.style import BOUND
 
     panels: list[tuple[str, Callable[[Record], float], float | None, str]] = [
         (

@@ -11,9 +11,10 @@ from small_model import CONFIG, add_tokenizer
 import flexinfer.model
 from flexinfer.cli.main import main
 from flexinfer.formats.tokenizer import TokenizerMemory
-from flexinfer.model.engine import MemoryOfProcess
+from flexinfer.engine.prepare import ProcessMemory as MemoryOfProcess
 from flexinfer.plan.batches import best_batch, counts_up_to, plan_batches
-from flexinfer.plan.budget import Costs, Fixed, Plan, make_plan
+from flexinfer.plan.plan import Costs, Overheads as Fixed, Plan
+from flexinfer.plan.budget import make_plan
 from flexinfer.plan.weights import Piece, Weight
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 import flexinfer
 from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.model.skeleton import build_skeleton
-from flexinfer.plan.budget import PassShape
+from flexinfer.plan.plan import PassShape
 
 LARGE = {"vocab_size": 65_536, "num_hidden_layers": 2}
 

@@ -23,7 +23,7 @@ from flexinfer.cli.chat import Conversation
 from flexinfer.cli.doctor_facts import Facts, advice, better_threads
 from flexinfer.cli.main import main
 from flexinfer.cli.text import Decoding, engine_of, speed_line
-from flexinfer.plan.budget import DEFAULT_WINDOW_BYTES
+from flexinfer.plan.planner import DEFAULT_WINDOW_BYTES
 from flexinfer.sizes import format_size
 
 MEMORY = "2GiB"

@@ -20,8 +20,9 @@ from flexinfer.draft.economics import DraftCosts, Pace, best_candidates, expecte
 from flexinfer.draft.substitute import DraftError
 from flexinfer.formats.tokenizer import TokenizerMemory
 from flexinfer.memory.libraries import LibraryPages
-from flexinfer.model.engine import MemoryOfProcess
-from flexinfer.plan.budget import Costs, DraftPlan, Fixed, make_plan
+from flexinfer.engine.prepare import ProcessMemory as MemoryOfProcess
+from flexinfer.plan.plan import Costs, DraftPlan, Overheads as Fixed
+from flexinfer.plan.budget import make_plan
 from flexinfer.plan.weights import Piece, Weight
 from flexinfer.streaming.kv_cache import ContextError
 

@@ -9,7 +9,7 @@ from conftest import Load, MakeCheckpoint, prompt, resize_to_share, stock
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from flexinfer.plan.budget import PassShape
+from flexinfer.plan.plan import PassShape
 from flexinfer.streaming.kv_cache import ContextError
 
 MODES: dict[str, dict[str, Any]] = {

@@ -30,7 +30,7 @@ import flexinfer.kernels.ggml
 from flexinfer import CheckpointError
 from flexinfer.cli.main import main
 from flexinfer.formats.gguf import BLOCKS
-from flexinfer.kernels.ggml import GgmlError
+from flexinfer.kernels.types import GgmlError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

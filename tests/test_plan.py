@@ -10,17 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexinfer.plan.budget import (
-    DEFAULT_WINDOW_BYTES,
-    MIN_SLOTS,
-    Costs,
-    Fixed,
-    Plan,
-    make_plan,
-    page_table_bytes,
-    parse_window,
-    smallest_budget_bytes,
-)
+from flexinfer.plan.planner import DEFAULT_WINDOW_BYTES, MIN_SLOTS, page_table_bytes, parse_window
+from flexinfer.plan.plan import Costs, Overheads as Fixed, Plan
+from flexinfer.plan.budget import make_plan, smallest_budget_bytes
 from flexinfer.plan.preservation import POLICIES
 from flexinfer.plan.weights import Kind, Piece, Weight
 from flexinfer.sizes import (

@@ -9,7 +9,7 @@ import pytest
 from conftest import Load, MakeCheckpoint, prompt
 
 from flexinfer.observe.report import bottleneck, memory_stall_s, plan_line
-from flexinfer.plan.budget import Costs, Fixed, Plan
+from flexinfer.plan.plan import Costs, Overheads as Fixed, Plan
 
 GIB = 1 << 30
 PLAN = Plan(

@@ -18,7 +18,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from experiments.limits import Limits, find_place
+from experiments.limits import Limits
+from experiments.cgroups import find_place
 from experiments.real import as_gguf, real_tokenizer, with_tokenizer
 from experiments.smollm2 import DownloadError
 from flexinfer import CheckpointError

@@ -22,7 +22,7 @@ from flexinfer.cli.text import (
     text_streamer,
 )
 from flexinfer.options import Options
-from flexinfer.plan.budget import Plan
+from flexinfer.plan.plan import Plan
 from flexinfer.sizes import format_size
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def plan_lines(path: Path, plan: Plan) -> tuple[str, str]:
         speed = f"{plan.predicted_tokens_per_s:.2g} tokens/s, at most {plan.bound_tokens_per_s:.2g} in this budget"
     return (
         f"{weights}, {stay}; budget {format_size(plan.budget_bytes)}",
-        f"about {speed}; context {plan.fixed.context_tokens} tokens",
+        f"about {speed}; context {plan.overheads.context_tokens} tokens",
     )
 
 

@@ -22,7 +22,8 @@ import torch
 
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
-from flexinfer.kernels.ggml import TYPES, GgmlError, GgmlKernel, library
+from flexinfer.kernels.ggml import TYPES, GgmlKernel, library
+from flexinfer.kernels.types import GgmlError
 from flexinfer.memory.buffer import Buffer
 from flexinfer.memory.process import CGROUP_ROOT, available_bytes
 from flexinfer.sizes import format_size

@@ -49,7 +49,7 @@ def generate(
         raise ValueError("prompt='' is empty; give some text, as an argument or on standard input")
     with logged(verbose), Bars() as bars:
         path = find(model, options, bars)
-        from flexinfer.model.engine import ContextOf
+        from flexinfer.engine.prepare import ContextOf
 
         new_tokens = decoding.new_tokens + decoding.guessed
         context_of = ContextOf(

@@ -1,66 +1,58 @@
-"""flexinfer ls: the models on this disk, the smallest budget of each, and how fast it would be here.
+"""flexinfer ls: the models on this disk, the smallest budget of each, and what a token would read.
 
-Headers are read and no weights. The speed is that of the plan, from costs that are measured apart: reading a scratch file on the disk that
-the model lies on, and the kernels on zeros. They are kept in ~/.cache/flexinfer/speeds.json for the next time, with the name of the
-processor; `--measure` takes them anew.
+Headers are read and no weights; `flexinfer plan` measures how fast that is.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexinfer.cache_dir import in_cache, user_path
+from flexinfer.cache_dir import user_path
 from flexinfer.cli.bars import Bars
-from flexinfer.cli.interrupt import held_back
 from flexinfer.cli.parameters import Json
-from flexinfer.cli.plan import Prospect
+from flexinfer.cli.plan import useful_bytes
 from flexinfer.cli.terminal import console, table
 from flexinfer.options import Options
-from flexinfer.plan.budget import Costs
-from flexinfer.sizes import format_size, whole_mib
+from flexinfer.sizes import format_size, named_budget_bytes, whole_mib
 
 if TYPE_CHECKING:
-    import torch
+    from flexinfer.engine.prepare import ProcessMemory
 
-    from flexinfer.kernels import Kernel
-    from flexinfer.model.engine import MemoryOfProcess
-
-SCRATCH_BYTES = 128 << 20  # written and read once for each disk
-SPLIT = "-00001-of-"  # in the name of the first part of a GGUF file in parts; of the others only `-of-`
+# In the name of the first part of a GGUF file in parts; of the others only "-of-".
+SPLIT = "-00001-of-"
 
 Folders = Annotated[
     list[Path] | None,
     typer.Argument(metavar="[DIR]...", help="look there (the Hub cache if left out)", show_default=False),
 ]
-Measure = Annotated[bool, typer.Option("--measure", help="measure disk and kernels again")]
-Memory = Annotated[str, typer.Option(help="the budget to tell the speed for; auto: what is to spare")]
+Memory = Annotated[str, typer.Option(help="the budget to plan for; auto: what is to spare")]
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """A model on this disk. What could not be found out is None, and `problem` says why."""
 
-    name: str  # what the other commands take
+    # What the other commands take.
+    name: str
     path: str
-    weights_bytes: int | None = None  # all of its files of weights
-    encoding: str = ""  # how most of its weights are stored
+    # All of its files of weights.
+    weights_bytes: int | None = None
+    # How most of its weights are stored.
+    encoding: str = ""
     smallest_bytes: int | None = None
-    budget_bytes: int | None = None  # that the speed is told for
-    tokens_per_s: float | None = None
-    bound_tokens_per_s: float | None = None
+    # What a token reads in a budget of so much.
+    budget_bytes: int | None = None
+    streamed_bytes: int | None = None
     problem: str = ""
 
 
-def ls(
-    folders: Folders = None, memory: Memory = "auto", measure: Measure = False, as_json: Json = False
-) -> int:
-    """Models here: smallest budget, expected speed.
+def ls(folders: Folders = None, memory: Memory = "auto", as_json: Json = False) -> int:
+    """Models here: their smallest budget, and what a token would read.
 
     Reads headers and no weights.
     """
@@ -70,38 +62,39 @@ def ls(
         if not folder.is_dir():
             problem = "not a directory" if folder.exists() else "no such directory"
             raise ValueError(f"{folder}: {problem}; name one that holds models, or none for the Hub cache")
+    found: list[Found] = []
     with Bars() as bars:
         bars.spin("looking for models")
-        places = (
-            [place for folder in folders for place in in_folder(folder)] if folders else list(in_hub_cache())
-        )
-        speeds = Speeds(measure)
-        found: list[Found] = []
+        places = [place for folder in folders for place in in_folder(folder)] if folders else in_hub_cache()
+        # The process before its first model; later ones leave something behind.
+        process: ProcessMemory | None = None
         for name, path in places:
             bars.spin(f"reading headers of {name}")
-            found.append(look_at(name, path, options, speeds))
+            one, process = look_at(name, path, options, process)
+            found.append(one)
     if as_json:
         print(json.dumps([asdict(one) for one in found]))
-        return 0
+    else:
+        show(found, ", ".join(map(str, folders)) if folders else "the Hub cache")
+    return 0
+
+
+def show(found: list[Found], where: str) -> None:
+    """`flexinfer ls` for people."""
     if not found:
-        where = ", ".join(map(str, folders)) if folders else "the Hub cache"
         print(
             f"no models in {where}; `flexinfer chat owner/name` fetches one, `flexinfer ls DIR` looks elsewhere"
         )
-        return 0
-    made = table("model", "weights", "kind", "smallest budget", "tokens/s", "in a budget of")
+    made = table("model", "weights", "kind", "smallest budget", "read per token", "in a budget of")
     for one in found:
         if one.smallest_bytes is not None:
-            weights, budget = _size(one.weights_bytes), _size(one.budget_bytes)
-            smallest = whole_mib(one.smallest_bytes)
-            speed = "" if one.tokens_per_s is None else f"{one.tokens_per_s:.3g}"
-            made.add_row(one.name, weights, one.encoding, smallest, speed, budget)
+            weights, read, budget = map(_size, (one.weights_bytes, one.streamed_bytes, one.budget_bytes))
+            made.add_row(one.name, weights, one.encoding, whole_mib(one.smallest_bytes), read, budget)
     if made.row_count:
         console().print(made)
     for one in found:
         if one.problem:
             print(f"{one.name}: {one.problem}")
-    return 0
 
 
 def _size(nbytes: int | None) -> str:
@@ -135,8 +128,11 @@ def in_folder(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield str(here / name), here / name
 
 
-def look_at(name: str, path: Path, options: Options, speeds: "Speeds") -> Found:
-    """What headers tell of a model."""
+def look_at(
+    name: str, path: Path, options: Options, process: "ProcessMemory | None"
+) -> "tuple[Found, ProcessMemory | None]":
+    """What headers tell of a model, and what the process held before the first one."""
+    from flexinfer.engine.prepare import SMALLEST_DEFAULT_CONTEXT, context_limit, prepare
     from flexinfer.formats.checkpoint import Checkpoint
 
     found: dict[str, Any] = {"name": name, "path": str(path)}
@@ -146,71 +142,12 @@ def look_at(name: str, path: Path, options: Options, speeds: "Speeds") -> Found:
         for spec in checkpoint.tensors.values():
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
         found |= {"weights_bytes": sum(sizes.values()), "encoding": max(sizes, key=lambda kind: sizes[kind])}
-        prospect = Prospect.of(checkpoint, options, speeds.process)
-        speeds.process = prospect.process
-        found["smallest_bytes"] = prospect.least_bytes()
-        if prospect.budget_bytes < prospect.smallest_bytes:
-            return Found(
-                **found,
-                problem=f"memory={format_size(prospect.budget_bytes)} is less than the smallest budget",
-            )
-        plan = prospect.plan(prospect.budget_bytes, speeds.costs(prospect))
+        prepared = prepare(checkpoint, options, process=process)
+        process = prepared.process
+        least = min(SMALLEST_DEFAULT_CONTEXT, context_limit(prepared.skeleton.config))
+        smallest = replace(prepared.planner(), overheads=prepared.overheads(context=least)).smallest_bytes
+        found["smallest_bytes"] = named_budget_bytes(smallest)
+        plan = prepared.planner().plan(useful_bytes(prepared))
     except (ValueError, OSError, ImportError) as error:
-        return Found(**found, problem=str(error).partition("; ")[0])
-    return Found(
-        **found,
-        budget_bytes=plan.budget_bytes,
-        tokens_per_s=plan.predicted_tokens_per_s,
-        bound_tokens_per_s=plan.bound_tokens_per_s,
-    )
-
-
-class Speeds:
-    """What this machine was measured to do, each thing when it is first asked for, and kept."""
-
-    def __init__(self, anew: bool = False) -> None:
-        with held_back():
-            from flexinfer.cli.doctor_facts import cpu_name
-
-        self.process: MemoryOfProcess | None = (
-            None  # before its first model; later ones leave something behind
-        )
-        self._file = in_cache("speeds.json")
-        self._kept: dict[str, Any] = {"cpu": cpu_name(), "disks": {}, "kernels": {}}
-        with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or not ours: measured anew
-            kept = json.loads(self._file.read_text())
-            if not anew and kept["cpu"] == self._kept["cpu"]:
-                self._kept = {name: kept[name] for name in self._kept}
-
-    def costs(self, prospect: Prospect) -> Costs:
-        """Those of a model's passes. Raises OSError where its disk cannot be written to and has not been measured yet."""
-        skeleton = prospect.skeleton
-        seconds = sum(
-            weight.nbytes / self._kernel(kernel, skeleton.dtype) for weight, kernel in skeleton.used
-        )
-        return Costs(self._disk(skeleton.checkpoint.files[0].resolve().parent), seconds)
-
-    def _disk(self, folder: Path) -> float:
-        from flexinfer.cli.doctor_facts import disk_speed
-
-        return self._once("disks", str(folder.stat().st_dev), lambda: disk_speed(folder, SCRATCH_BYTES))
-
-    def _kernel(self, kernel: "Kernel", dtype: "torch.dtype") -> float:
-        from flexinfer.cli.doctor_facts import kernel_times
-        from flexinfer.kernels.ggml import GgmlKernel
-
-        name = kernel.type.name if isinstance(kernel, GgmlKernel) else str(dtype).removeprefix("torch.")
-
-        def measure() -> float:
-            nbytes, by_rows = kernel_times(name)
-            return nbytes / by_rows[1]
-
-        return self._once("kernels", name, measure)
-
-    def _once(self, group: str, name: str, measure: Any) -> float:
-        kept: dict[str, float] = self._kept[group]
-        if name not in kept:
-            kept[name] = measure()
-            with contextlib.suppress(OSError):  # of somebody else: measured anew the next time
-                self._file.write_text(json.dumps(self._kept))
-        return kept[name]
+        return Found(**found, problem=str(error).partition("; ")[0]), process
+    return Found(**found, budget_bytes=plan.budget_bytes, streamed_bytes=plan.streamed_bytes), process

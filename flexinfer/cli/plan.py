@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexinfer.cache_dir import user_path
 from flexinfer.cli.bars import Bars
 from flexinfer.cli.parameters import Json, Model
 from flexinfer.cli.terminal import console, table
@@ -16,21 +14,22 @@ from flexinfer.cli.text import find
 from flexinfer.observe.report import PART_COLOURS, budget_parts
 from flexinfer.options import Options
 from flexinfer.plan.batches import Batch, best_batch, counts_up_to, plan_batches
-from flexinfer.plan.budget import Costs, Fixed, Plan, Substitutes, make_plan, smallest_budget_bytes
+from flexinfer.plan.plan import Costs, Plan
+from flexinfer.plan.planner import Planner
 from flexinfer.plan.weights import Weight
-from flexinfer.sizes import format_size, named_budget_bytes, parse_size, whole_mib
+from flexinfer.sizes import format_size, named_budget_bytes, whole_mib
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from flexinfer.draft.assistant import Drafts, Option
-    from flexinfer.formats.checkpoint import Checkpoint
-    from flexinfer.model.engine import MemoryOfProcess
+    from flexinfer.draft.drafts import Option
+    from flexinfer.engine.prepare import Prepared
     from flexinfer.model.skeleton import Skeleton
 
-STEPS = 8  # between the smallest budget and everything in memory
+# Budgets between the smallest and everything in memory.
+STEPS = 8
 BAR_COLUMNS = 32
 BatchOption = Annotated[
     int | None,
@@ -38,12 +37,9 @@ BatchOption = Annotated[
         "--batch", metavar="N", help="tokens/s for 1, 2, 4, ... N sequences at a time, each of the context"
     ),
 ]
-Png = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="draw it into a PNG file as well")]
 
 
-def plan(
-    model: Model, options: Options, batch: BatchOption = None, png: Png = None, as_json: Json = False
-) -> int:
+def plan(model: Model, options: Options, batch: BatchOption = None, as_json: Json = False) -> int:
     """Where a budget would go, and how fast.
 
     Reads no weights but a sample.
@@ -51,185 +47,107 @@ def plan(
     counts = counts_up_to(batch) if batch is not None else []
     if counts and options.draft is not None:
         raise ValueError(f"batch={batch}: batches go without a draft; leave one of --batch and --draft out")
-    if png is not None:
-        from flexinfer.cli.picture import check_png
-
-        png = user_path(png)
-        check_png(png)
     with Bars() as bars:
         path = find(model, options, bars)
         bars.spin(f"reading {model}")
+        from flexinfer.engine.prepare import prepare
         from flexinfer.formats.checkpoint import Checkpoint
-        from flexinfer.streaming.costs import measure_costs
-        from flexinfer.streaming.reader import FileReader
 
-        prospect = Prospect.of(Checkpoint.open(path), options)
-        skeleton = prospect.skeleton
+        prepared = prepare(Checkpoint.open(path), options)
         bars.spin("measuring disk and kernels")
-        reader = FileReader(skeleton.checkpoint.files, direct=options.direct)
-        try:
-            costs = measure_costs(skeleton.used, reader, skeleton.dtype, max(1, options.io_threads))
-        finally:
-            reader.close()
-        drafted = prospect.drafted(costs)
-        batches = prospect.batches(costs, counts)
-    if drafted:
-        chosen = max(drafted, key=lambda one: one.tokens_per_s).plan
-    else:
-        chosen = prospect.plan(prospect.budget_bytes, costs)
-    plans = [prospect.plan(nbytes, costs) for nbytes in prospect.budgets()]
-    if png is not None:
-        from flexinfer.cli.picture import draw_plan
-
-        draw_plan(png, skeleton.checkpoint.path.name, chosen, plans)
+        costs = _measured(prepared)
+        planner, budget_bytes = prepared.planner(costs), useful_bytes(prepared)
+        drafted = _drafted(prepared, planner, budget_bytes)
+        batches = _batches(prepared, planner, budget_bytes, counts)
+    best = max(drafted, key=lambda one: one.tokens_per_s, default=None)
+    chosen = best.plan if best is not None else planner.plan(budget_bytes)
+    plans = [planner.plan(nbytes) for nbytes in _budgets(planner, budget_bytes)]
     if as_json:
-        facts = plan_facts(skeleton, chosen, plans) | {"drafts": [draft_facts(one) for one in drafted]}
+        facts = plan_facts(prepared.skeleton, chosen, plans) | {
+            "drafts": [draft_facts(one) for one in drafted]
+        }
         print(json.dumps(facts | ({"batches": batch_facts(batches)} if batches else {})))
-    else:
-        show(console(), skeleton, chosen, plans, drafted)
-        if batches:
-            console().print(f"Several sequences at a time, of {chosen.fixed.context_tokens} tokens each")
-            console().print(batch_table(batches))
+        return 0
+    show(console(), prepared.skeleton, chosen, plans, drafted)
+    if batches:
+        console().print(f"Several sequences at a time, of {chosen.overheads.context_tokens} tokens each")
+        console().print(batch_table(batches))
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Prospect:
-    """What a model would take in this process, before anything of it is read."""
+def useful_bytes(prepared: "Prepared") -> int:
+    """The budget that is given; of what the machine has to spare, no more than can be used."""
+    if prepared.options.memory != "auto":
+        return prepared.budget_bytes
+    return min(prepared.budget_bytes, _everything_bytes(prepared.planner()))
 
-    skeleton: "Skeleton"
-    options: Options
-    process: "MemoryOfProcess"
-    fixed: Fixed
-    undrafted: Fixed  # where no draft is chosen: with draft="auto" less than `fixed`
-    drafts: "Drafts | None"
-    budget_bytes: int  # what is asked for; of what is to spare no more than can be used
-    smallest_bytes: int
-    everything_bytes: int  # with every weight in memory
 
-    @classmethod
-    def of(
-        cls, checkpoint: "Checkpoint", options: Options, process: "MemoryOfProcess | None" = None
-    ) -> "Prospect":
-        """From headers alone. Raises DraftError for a draft that cannot be made. `process`: what it held before its first model, where this is another."""
-        from flexinfer.draft.assistant import Drafts
-        from flexinfer.formats.tokenizer import prepare_tokenizer
-        from flexinfer.memory.process import available_bytes
-        from flexinfer.model.engine import MemoryOfProcess, default_context, fixed_memory
-        from flexinfer.model.skeleton import build_skeleton
+def _everything_bytes(planner: Planner) -> int:
+    """A budget that holds every weight."""
+    experts_bytes = planner.mixture.slots().nbytes if planner.mixture is not None else 0
+    return planner.overheads.nbytes + sum(weight.locked_bytes for weight in planner.weights) + experts_bytes
 
-        skeleton = build_skeleton(checkpoint, options.dtype, options.kv_dtype)
-        spare = options.memory == "auto"
-        given_bytes = available_bytes() if spare else parse_size(options.memory)
-        drafts, logits_to_keep, choice = None, 1, options.draft_choice
-        if choice is not None:
-            drafts = Drafts(choice, skeleton, skeleton.dtype)
-            logits_to_keep = drafts.fit(given_bytes) + 1
-        prepared = prepare_tokenizer(checkpoint.config_dir)
-        if process is None:
-            in_blocks = drafts is not None and bool(drafts.kernels)
-            process = MemoryOfProcess.measure(skeleton, prepared, in_blocks=in_blocks)
-        else:
-            process = replace(process, tokenizer=prepared.memory)
-        context = options.context or default_context(skeleton, process, given_bytes, logits_to_keep, drafts)
-        fixed = undrafted = fixed_memory(skeleton, process, context, logits_to_keep, drafts)
-        if drafts is not None and drafts.auto:
-            undrafted = fixed_memory(skeleton, process, context)
-        everything_bytes = fixed.nbytes + sum(weight.locked_bytes for weight in skeleton.weights)
-        everything_bytes += skeleton.mixture.slots().nbytes if skeleton.mixture is not None else 0
-        smallest_bytes = smallest_budget_bytes(skeleton.weights, undrafted, skeleton.mixture)
-        everything_bytes = max(everything_bytes, named_budget_bytes(smallest_bytes))
-        return cls(
-            skeleton,
-            options,
-            process,
-            fixed,
-            undrafted,
-            drafts,
-            budget_bytes=min(given_bytes, everything_bytes) if spare else given_bytes,
-            smallest_bytes=smallest_bytes,
-            everything_bytes=everything_bytes,
+
+def _budgets(planner: Planner, budget_bytes: int) -> list[int]:
+    """The smallest budget, everything in memory, steps between them, and the one that is given."""
+    smallest_bytes = named_budget_bytes(planner.smallest_bytes)
+    span_bytes = max(0, _everything_bytes(planner) - smallest_bytes)
+    steps = {smallest_bytes + span_bytes * step // STEPS for step in range(STEPS + 1)}
+    return sorted(nbytes for nbytes in steps | {budget_bytes} if nbytes >= planner.smallest_bytes)
+
+
+def _measured(prepared: "Prepared") -> Costs:
+    """What reading and computing cost."""
+    from flexinfer.streaming.costs import measure_costs
+    from flexinfer.streaming.reader import FileReader
+
+    skeleton, options = prepared.skeleton, prepared.options
+    reader = FileReader(skeleton.checkpoint.files, direct=options.direct)
+    try:
+        return measure_costs(skeleton.used, reader, skeleton.dtype, max(1, options.io_threads))
+    finally:
+        reader.close()
+
+
+def _drafted(prepared: "Prepared", planner: Planner, budget_bytes: int) -> "list[Option]":
+    """The plan with each draft that is possible; none where no draft is asked for. Measures what they cost."""
+    from flexinfer.draft.drafter import draft_options
+    from flexinfer.streaming.costs import measure_draft_costs
+
+    drafts, skeleton = prepared.drafts, prepared.skeleton
+    if drafts is None:
+        return []
+    drafted, undrafted = prepared.drafted_planners(planner)
+    return draft_options(
+        drafts,
+        drafted,
+        undrafted,
+        budget_bytes,
+        lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype),
+    )
+
+
+def _batches(prepared: "Prepared", planner: Planner, budget_bytes: int, counts: Sequence[int]) -> list[Batch]:
+    """What so many sequences at a time give, each of the context. Measures what passes of so many rows cost.
+
+    As `from_pretrained(..., context=sequences * context, logits_to_keep=sequences)` plans it. Raises ValueError for a mixture.
+    """
+    from flexinfer.streaming.costs import measure_rows
+
+    skeleton = prepared.skeleton
+    if not counts:
+        return []
+    if skeleton.mixture is not None:
+        raise ValueError(
+            "batch: this is a mixture of experts, whose reads depend on what sequences are routed to; plan it without --batch"
         )
-
-    def plan(
-        self,
-        budget_bytes: int,
-        costs: Costs,
-        substitutes: Substitutes | None = None,
-        fixed: Fixed | None = None,
-    ) -> Plan:
-        """Raises BudgetError below the smallest budget."""
-        return make_plan(
-            self.skeleton.weights,
-            fixed or self.undrafted,
-            budget_bytes,
-            costs,
-            policy=self.options.policy,
-            window=self.options.window,
-            mixture=self.skeleton.mixture,
-            substitutes=substitutes,
-        )
-
-    def drafted(self, costs: Costs) -> "list[Option]":
-        """What the budget is with each draft that comes into question; none where no draft is asked for. Measures what they cost."""
-        from flexinfer.streaming.costs import measure_draft_costs
-
-        drafts, skeleton = self.drafts, self.skeleton
-        if drafts is None:
-            return []
-
-        def plan_with(substitutes: Substitutes | None) -> Plan:
-            fixed = self.undrafted if drafts.kind is None else self.fixed
-            return self.plan(self.budget_bytes, costs, substitutes, fixed)
-
-        return drafts.options(
-            plan_with,
-            costs,
-            lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype),
-        )
-
-    def batches(self, costs: Costs, counts: Sequence[int]) -> list[Batch]:
-        """What so many sequences at a time give, each of the context. Measures what passes of so many rows cost.
-
-        As `from_pretrained(..., context=sequences * context, logits_to_keep=sequences)` plans it. Raises ValueError for a mixture.
-        """
-        from flexinfer.model.engine import fixed_memory
-        from flexinfer.streaming.costs import measure_rows
-
-        skeleton = self.skeleton
-        if not counts:
-            return []
-        if skeleton.mixture is not None:
-            raise ValueError(
-                "batch: this is a mixture of experts, whose reads depend on what sequences are routed to; plan it without --batch"
-            )
-
-        def fixed_of(count: int) -> Fixed:
-            return fixed_memory(skeleton, self.process, count * self.fixed.context_tokens, count)
-
-        return plan_batches(
-            counts,
-            fixed_of,
-            lambda fixed, costs: self.plan(self.budget_bytes, costs, fixed=fixed),
-            costs,
-            measure_rows(skeleton.used, counts, skeleton.dtype),
-        )
-
-    def least_bytes(self) -> int:
-        """The smallest budget that `from_pretrained` takes where no context is asked for."""
-        from flexinfer.model.engine import SMALLEST_DEFAULT_CONTEXT, context_limit, fixed_memory
-
-        skeleton = self.skeleton
-        context = min(SMALLEST_DEFAULT_CONTEXT, context_limit(skeleton.config))
-        fixed = fixed_memory(skeleton, self.process, self.options.context or context)
-        return named_budget_bytes(smallest_budget_bytes(skeleton.weights, fixed, skeleton.mixture))
-
-    def budgets(self) -> list[int]:
-        """The smallest budget, everything in memory, steps between them, and what is asked for."""
-        smallest_bytes = named_budget_bytes(self.smallest_bytes)
-        wide = self.everything_bytes - smallest_bytes
-        steps = {smallest_bytes + wide * step // STEPS for step in range(STEPS + 1)}
-        return sorted(nbytes for nbytes in steps | {self.budget_bytes} if nbytes >= self.smallest_bytes)
+    return plan_batches(
+        counts,
+        planner,
+        budget_bytes,
+        lambda count: prepared.overheads(context=count * prepared.context, logits_to_keep=count),
+        measure_rows(skeleton.used, counts, skeleton.dtype),
+    )
 
 
 def locked_by_role(weights: list[Weight], plan: Plan) -> list[dict[str, Any]]:
@@ -276,8 +194,8 @@ def batch_facts(batches: Sequence[Batch]) -> list[dict[str, Any]]:
             "compute_s": one.plan.costs.compute_s if one.plan is not None else None,
             "locked_bytes": one.plan.locked_bytes if one.plan is not None else None,
             "streamed_bytes": one.plan.streamed_bytes if one.plan is not None else None,
-            "kv_bytes": one.fixed.kv_bytes,
-            "activation_bytes": one.fixed.activation_bytes,
+            "kv_bytes": one.overheads.kv_bytes,
+            "activation_bytes": one.overheads.activation_bytes,
             "best": one is best_batch(batches),
         }
         for one in batches
@@ -289,7 +207,7 @@ def batch_table(batches: Sequence[Batch]) -> "Table":
     made = table("sequences", "KV and activations", "read per pass", "compute", "tokens/s predicted", left=0)
     for one in batches:
         best = one is best_batch(batches)
-        sizes = format_size(one.fixed.kv_bytes + one.fixed.activation_bytes)
+        sizes = format_size(one.overheads.kv_bytes + one.overheads.activation_bytes)
         number = ("* " if best else "") + str(one.sequences)
         if one.plan is None:
             made.add_row(number, sizes, "", "", "does not fit")
@@ -304,7 +222,7 @@ def plan_facts(skeleton: "Skeleton", plan: Plan, plans: list[Plan]) -> dict[str,
     return {
         "model": str(skeleton.checkpoint.path),
         "policy": plan.policy,
-        "context_tokens": plan.fixed.context_tokens,
+        "context_tokens": plan.overheads.context_tokens,
         "costs": asdict(plan.costs),
         "budget_bytes": plan.budget_bytes,
         "parts_bytes": budget_parts(plan),
@@ -333,7 +251,7 @@ def show(
     """`flexinfer plan` for people: a bar of the budget and tables; bars only where a terminal sees them."""
     name, parts = skeleton.checkpoint.path.name, budget_parts(plan)
     screen.print(
-        f"{name}: where {format_size(plan.budget_bytes)} go, for a context of {plan.fixed.context_tokens} tokens"
+        f"{name}: where {format_size(plan.budget_bytes)} go, for a context of {plan.overheads.context_tokens} tokens"
     )
     if screen.is_terminal:
         screen.print()
@@ -397,9 +315,9 @@ def speed_table(plan: Plan, plans: list[Plan], bars: bool) -> "Table":
     most = max(other.bound_tokens_per_s for other in plans)
     for other in plans:
         here = other.budget_bytes == plan.budget_bytes
+        size = format_size if here or made.row_count else whole_mib
         row = [
-            ("* " if here else "")
-            + (format_size if here or made.row_count else whole_mib)(other.budget_bytes),
+            ("* " if here else "") + size(other.budget_bytes),
             format_size(other.streamed_bytes),
             f"{other.predicted_tokens_per_s:.3g}",
             f"{other.bound_tokens_per_s:.3g}",

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from flexinfer.model.engine import ContextOf, Engine
+    from flexinfer.engine.engine import Engine
+    from flexinfer.engine.prepare import ContextOf
 
 NEW_TOKENS = 256  # of a text, where nothing is said
 DRAFT_STATS = ("draft", "drafted", "accepted", "acceptance", "draft_s", "draft_predicted_tokens_per_s")
@@ -101,7 +102,7 @@ def loaded(
     import torch
     from transformers.utils import logging
 
-    from flexinfer.model.engine import load
+    from flexinfer.engine.load import load
 
     logging.set_verbosity_error()
 

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Copies of a checkpoint in fewer bits."""

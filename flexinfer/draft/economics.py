@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexinfer.cache_dir import user_path
-from flexinfer.plan.budget import Costs, DraftPlan, Plan
+from flexinfer.plan.batches import at_rows
+from flexinfer.plan.plan import Costs, DraftPlan, Plan
 
 DRAFTS = ("substitute", "lookup", "auto")  # beside small models
 
@@ -80,19 +81,6 @@ class DraftCosts:
     def pass_s(self, rows: int) -> float:
         """A pass of so many rows."""
         return at_rows(self.rows_s, rows)
-
-
-def at_rows(rows_s: Sequence[tuple[int, float]], rows: int) -> float:
-    """Seconds of a pass of so many rows, between those that were measured: (rows, seconds), by rows."""
-    before = rows_s[0]
-    for after in rows_s:
-        if after[0] >= rows:
-            if after[0] == before[0]:
-                return after[1]
-            share = (rows - before[0]) / (after[0] - before[0])
-            return before[1] + share * (after[1] - before[1])
-        before = after
-    return before[1] * rows / before[0]
 
 
 def rough_costs(compute_s: float) -> DraftCosts:

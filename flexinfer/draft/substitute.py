@@ -30,7 +30,7 @@ from flexinfer.kernels.types import KINDS, TYPES, kind_for
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
 from flexinfer.plan.weights import Piece, Weight
 from flexinfer.sizes import format_size
-from flexinfer.streaming.locked import LockedRows
+from flexinfer.streaming.locked import Rows
 from flexinfer.streaming.reader import FileReader, padded_bytes
 
 NUMBERS_AT_ONCE = (
@@ -101,7 +101,7 @@ class Substitute:
 
     def __init__(
         self,
-        rows: LockedRows,
+        rows: Rows,
         pieces: Sequence[Piece],
         pack: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
         memory: Buffer | None = None,
@@ -131,7 +131,9 @@ class SubstituteMaker:
         kernel = self._substitutes[weight.name]
         count = weight.pieces[-1].row_stop - weight.pieces[first].row_start
         packed = kernel.view(Buffer(count * kernel.row_bytes, lock=True), 0, count)
-        return Substitute(_as_rows(weight, first, packed), weight.pieces[first:], partial(self._pack, weight))
+        return Substitute(
+            _as_rows(weight, first, packed, kernel), weight.pieces[first:], partial(self._pack, weight)
+        )
 
     def complete(self, weight: Weight, substitute: Substitute) -> None:
         """Read and make what no pass has made. Raises ReadError."""
@@ -140,6 +142,9 @@ class SubstituteMaker:
         for piece in list(substitute.missing.values()):
             position = self._read(piece, scratch)
             substitute.add(piece, kernel.view(scratch, position, piece.row_stop - piece.row_start))
+
+    def close(self) -> None:
+        """Nothing to close: the reader is the store's."""
 
     def seconds_per_number(self, weight: Weight) -> float:
         """Of quantising, all cores at work: measured on as few rows as are quantised in one call. Reading is not in it."""
@@ -172,15 +177,11 @@ class SubstituteMaker:
             packed[start:stop] = quantize_rows(substitute.type, true_rows(kernel, view, start, stop))
 
 
-def _as_rows(weight: Weight, first: int, packed: torch.Tensor) -> LockedRows:
+def _as_rows(weight: Weight, first: int, packed: torch.Tensor, kernel: GgmlKernel) -> Rows:
+    """The rows of the pieces of `weight` from number `first` on, `packed` [rows, row_bytes] uint8."""
     pieces = weight.pieces[first:]
-    return LockedRows(
-        pieces[0].row_start,
-        len(packed),
-        max(piece.row_stop - piece.row_start for piece in pieces),
-        packed.numel(),
-        packed,
-    )
+    step = max(piece.row_stop - piece.row_start for piece in pieces)
+    return Rows(pieces[0].row_start, len(packed), step, packed.numel(), packed, kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +276,9 @@ class SubstituteFile:
         offset, nbytes = self._span(weight, first)
         buffer = Buffer(padded_bytes(offset, nbytes), lock=True)
         count = nbytes // self._substitutes[weight.name].row_bytes
-        packed = self._substitutes[weight.name].view(buffer, offset % PAGE_BYTES, count)
-        return Substitute(_as_rows(weight, first, packed), weight.pieces[first:], memory=buffer)
+        kernel = self._substitutes[weight.name]
+        packed = kernel.view(buffer, offset % PAGE_BYTES, count)
+        return Substitute(_as_rows(weight, first, packed, kernel), weight.pieces[first:], memory=buffer)
 
     def complete(self, weight: Weight, substitute: Substitute) -> None:
         """Read it from the file. Raises ReadError."""

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from flexinfer.streaming.kv_cache import ContextError
 
 if TYPE_CHECKING:
-    from flexinfer.model.engine import Engine
+    from flexinfer.engine.runner import PassRunner
 
 LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
 
@@ -42,8 +42,8 @@ class _Call(threading.local):
 class Lengths:
     """Sees to the length of the texts of one model."""
 
-    def __init__(self, model: PreTrainedModel, engine: "Engine") -> None:
-        self._engine, self._call = engine, _Call()
+    def __init__(self, model: PreTrainedModel, runner: "PassRunner") -> None:
+        self._runner, self._call = runner, _Call()
         for name, method in (
             ("_prepare_generation_config", self._config),
             ("_prepare_generated_length", self._length),
@@ -84,7 +84,7 @@ class Lengths:
             call.beside = max(0, call.mask_tokens - prompt_tokens) if cache is not None else 0
         own_memory = cache is None and config.cache_implementation not in IN_RESERVE
         call.longest = partial(
-            self._engine.longest_text, rows, cache, own_memory, config.use_cache is not False
+            self._runner.longest_text, rows, cache, own_memory, config.use_cache is not False
         )
         which = "max_new_tokens" if config.max_new_tokens is not None else "max_length"
         wanted = config.max_length if which in call.asked else 0
@@ -102,7 +102,7 @@ class Lengths:
         return config
 
     def _refuse(self, rows: int, fed_tokens: int, room_tokens: int, prompt_tokens: int) -> None:
-        context = self._engine.context
+        context = self._runner.context
         less = room_tokens + 1 - prompt_tokens
         raise ContextError(
             f"the KV cache is sized for context={context} tokens in all ({rows} x {room_tokens}) and this text needs "
@@ -123,7 +123,7 @@ class Lengths:
                 generation_config.max_length = min(wanted, limit)
             if limit < wanted:
                 ends = (generation_config._eos_token_tensor, generation_config._pad_token_tensor)
-                criteria.append(_AtContext(limit, self._engine.context, [t for t in ends if t is not None]))
+                criteria.append(_AtContext(limit, self._runner.context, [t for t in ends if t is not None]))
         return criteria
 
 

@@ -12,13 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
 from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.tensors import CheckpointError, read_json
-from flexinfer.imports import deferred
 from flexinfer.messages import cause, shown
-
-with deferred():
-    from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Where a checkpoint is: a local path, or a model of the Hugging Face Hub."""
 
 from collections.abc import Callable
 from pathlib import Path

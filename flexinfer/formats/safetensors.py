@@ -1,4 +1,7 @@
-"""TODO"""
+"""safetensors files: their headers, and the index of a checkpoint in shards. Checked before anything is read.
+
+Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, JSON header, data).
+"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Where tensors lie in files, and how their numbers are stored."""
 
 import importlib
 import json

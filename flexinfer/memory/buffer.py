@@ -1,4 +1,10 @@
-"""TODO"""
+"""Page-aligned memory: buffers that hold locked weights, and the slots of the window.
+
+Each buffer is a private anonymous mapping, in huge pages where the kernel has them (fewer pages to pin for a direct read, fewer
+TLB misses for a kernel that streams through it: docs/log.md), and begins at the boundary of one; locked with mlock so that
+the kernel cannot take back what the plan counted on. A buffer lives as long as something refers to it or to a tensor
+made from it; there is nothing to free by hand, and the end of one can be released while the rest is in use.
+"""
 
 import contextlib
 import ctypes
@@ -14,7 +20,7 @@ HUGE_PAGE_BYTES = 2 << 20
 
 MADV_POPULATE_WRITE = 23
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:
@@ -54,7 +60,7 @@ class Buffer:
     def _call(self, function: str, start: int, nbytes: int, *arguments: int) -> bool:
         """mlock, munlock or madvise on bytes of the buffer; whether it worked."""
         address = ctypes.c_void_p(self.address + start)
-        return getattr(_LIBC, function)(address, ctypes.c_size_t(nbytes), *arguments) == 0
+        return getattr(LIBC, function)(address, ctypes.c_size_t(nbytes), *arguments) == 0
 
     def _mlock(self) -> bool:
         if self._call("mlock", 0, self.nbytes):

@@ -1,9 +1,9 @@
-"""TODO"""
+"""glibc's heap, kept small: freed memory goes back to the system."""
 
 import ctypes
 from pathlib import Path
 
-from flexinfer.memory.buffer import _LIBC
+from flexinfer.memory.buffer import LIBC
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -16,14 +16,14 @@ def return_freed_memory() -> None:
     By default it learns to keep them, and the activations of a long prompt leave a heap several times their size behind
     (measured: 100 MB for 1,000 tokens of a 135M model, 10 MB so). Without glibc this does nothing.
     """
-    mallopt = getattr(_LIBC, "mallopt", None)
+    mallopt = getattr(LIBC, "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
 
 def trim_heap() -> None:
     """Give back what glibc's heap holds and nobody uses, and keep large blocks out of it. Without glibc this does nothing."""
-    malloc_trim = getattr(_LIBC, "malloc_trim", None)
+    malloc_trim = getattr(LIBC, "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
         _plug_heap()
@@ -42,11 +42,11 @@ def _plug_heap() -> None:
     if heap is None:
         return
     start, stop = (int(address, 16) for address in heap.split(maxsplit=1)[0].split("-"))
-    _LIBC.malloc.restype, _LIBC.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    _LIBC.free.restype, _LIBC.free.argtypes = None, [ctypes.c_void_p]
+    LIBC.malloc.restype, LIBC.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    LIBC.free.restype, LIBC.free.argtypes = None, [ctypes.c_void_p]
     nbytes = 1 << (stop - start).bit_length()
     while nbytes >= MMAP_THRESHOLD_BYTES // 2:
-        block = _LIBC.malloc(nbytes)
+        block = LIBC.malloc(nbytes)
         if block is None or not start <= block < stop:  # no hole of this size is left
-            _LIBC.free(block)
+            LIBC.free(block)
             nbytes //= 2

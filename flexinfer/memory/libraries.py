@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexinfer.memory.buffer import _LIBC, PAGE_BYTES
+from flexinfer.memory.buffer import LIBC, PAGE_BYTES
 
 MADV_PAGEOUT = 21  # asm-generic/mman-common.h; Python names it from 3.13 on
 
@@ -56,7 +56,7 @@ def _libraries() -> Iterator[_Library]:
 
 def _advise(library: _Library, advice: int) -> None:
     """Where it is not known or not allowed nothing happens."""
-    _LIBC.madvise(ctypes.c_void_p(library.start), ctypes.c_size_t(library.stop - library.start), advice)
+    LIBC.madvise(ctypes.c_void_p(library.start), ctypes.c_size_t(library.stop - library.start), advice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class LibraryPages:
 
     def _call(self, function: str) -> None:
         for start, stop in self.ranges:
-            getattr(_LIBC, function)(ctypes.c_void_p(start), ctypes.c_size_t(stop - start))
+            getattr(LIBC, function)(ctypes.c_void_p(start), ctypes.c_size_t(stop - start))
 
 
 _lockers: list[LibraryPages] = []  # of this process, as its pages are: the system counts no locks

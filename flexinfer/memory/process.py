@@ -1,4 +1,4 @@
-"""TODO"""
+"""How much memory this process has, and may have."""
 
 import contextlib
 import os

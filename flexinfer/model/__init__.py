@@ -1,1 +1,1 @@
-"""TODO"""
+"""The empty model: what transformers builds without weights, and where each weight lies."""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""One pass on the meta device: the order in which linears run, what a cache layer keeps, and how tokens come to experts."""
 
 from collections.abc import Collection
 from functools import partial
@@ -15,7 +15,7 @@ from flexinfer.modules.experts import expert_modules
 from flexinfer.streaming.kv_cache import LayerShape
 
 
-def _dry_run(
+def dry_run(
     model: PreTrainedModel, linears: Collection[str]
 ) -> tuple[list[str], list[list[str]], list[LayerShape], dict[str, Route]]:
     """One pass on the meta device: the order in which the linears run, which of them are given the same input, what a token keeps in

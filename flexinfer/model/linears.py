@@ -1,4 +1,4 @@
-"""TODO"""
+"""The linears that can be streamed, cut into pieces of a few MiB, and the kernels that multiply them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ PIECE_BYTES = 4 << 20  # large enough for the disk, small enough that a window o
 ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
 
 
-def _row_orders(specs: dict[str, TensorSpec], weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
+def row_orders_of(specs: dict[str, TensorSpec], weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
     """An index of rows for each weight that wants one. Layers share them."""
     orders = {weight.name: specs[weight.name].row_order for weight in weights}
     indices = {order: torch.tensor(order) for order in set(orders.values()) if order is not None}
@@ -41,7 +41,7 @@ def decoder_of(spec: TensorSpec) -> Callable[[Buffer, int], torch.Tensor]:
     return decode
 
 
-def _kernel(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel:
+def kernel_for(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel:
     """What multiplies rows of `spec`."""
     if spec.encoding.is_float:
         return DenseKernel(in_features, spec.torch_dtype, dtype)
@@ -79,7 +79,7 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     Subclasses of `nn.Linear` may compute something else, so
     only `nn.Linear` itself, `Conv1D` and what is known to be the same are taken.
     """
-    stack_name, stack = _decoder_stack(model)
+    stack_name, stack = decoder_stack(model)
     found = []
     for layer, decoder_layer in enumerate(stack):
         for role, module in decoder_layer.named_modules():
@@ -93,7 +93,7 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     return found
 
 
-def _decoder_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def decoder_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The `nn.ModuleList` with the most parameters, and its name."""
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
@@ -108,7 +108,7 @@ def _multiplies_alike(module: nn.Module) -> bool:
     return type(module).__name__ == "FalconLinear" and module.bias is None
 
 
-def _weight_of(linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype) -> tuple[Weight, Kernel]:
+def weight_of(linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype) -> tuple[Weight, Kernel]:
     name = linear.name + ".weight"
     spec = specs[name]
     out_features, in_features = linear.features
@@ -117,7 +117,7 @@ def _weight_of(linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype)
         kernel: Kernel = Conv1DKernel(in_features, spec.torch_dtype, dtype)
         rows = out_features
     else:
-        kernel = _kernel(spec, in_features, dtype)
+        kernel = kernel_for(spec, in_features, dtype)
         count = -(-out_features * row_bytes // PIECE_BYTES)
         rows = round_up(-(-out_features // count), ROW_MULTIPLE)
     pieces = []

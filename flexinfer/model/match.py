@@ -1,4 +1,4 @@
-"""TODO"""
+"""Which tensor of a checkpoint is which parameter of the model, by transformers' own renaming rules."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,7 +31,7 @@ from flexinfer.model.experts import (
     parameters_of,
     split_stacked,
 )
-from flexinfer.model.linears import PIECE_BYTES, ROW_MULTIPLE, _decoder_stack, _kernel
+from flexinfer.model.linears import PIECE_BYTES, ROW_MULTIPLE, decoder_stack, kernel_for
 from flexinfer.modules.experts import expert_modules
 
 
@@ -39,7 +39,7 @@ class NotStreamableError(CheckpointError):
     """A checkpoint whose weights transformers has to convert before use. Names the first of them."""
 
 
-def _experts(
+def experts_of(
     model: PreTrainedModel, parts: dict[str, Parts], routes: dict[str, Route], dtype: torch.dtype
 ) -> Experts | None:
     """The experts of `model`, if it has some."""
@@ -47,7 +47,7 @@ def _experts(
     def kernel_of(matrix: Matrix) -> Kernel:
         if matrix.by_columns:
             return ColumnsKernel(matrix.in_features, matrix.spec.torch_dtype, dtype)
-        kernel = _kernel(matrix.spec, matrix.in_features, dtype)
+        kernel = kernel_for(matrix.spec, matrix.in_features, dtype)
         return replace(kernel, aligned=matrix.joined) if isinstance(kernel, DenseKernel) else kernel
 
     modules = expert_modules(model)
@@ -57,14 +57,16 @@ def _experts(
         modules,
         parts,
         routes,
-        _decoder_stack(model)[0],
+        decoder_stack(model)[0],
         kernel_of,
         piece_bytes=PIECE_BYTES,
         row_multiple=ROW_MULTIPLE,
     )
 
 
-def _match(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
+def match_tensors(
+    model: PreTrainedModel, checkpoint: Checkpoint
+) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
     """The tensor of each parameter and persistent buffer; and by parameter those of each expert."""
     state = model.state_dict()
     modules = expert_modules(model)

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from flexinfer.kernels import Kernel
 from flexinfer.modules.linear import JOINED_OUTPUT_BYTES
-from flexinfer.plan.budget import PassShape
+from flexinfer.plan.plan import PassShape
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.kv_cache import LayerShape, ReservedLayer
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Models that cannot be streamed, loaded whole by transformers: what they take, and how they are loaded."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.config import load_config, refusing
-from flexinfer.model.dry_run import _dry_run
+from flexinfer.model.dry_run import dry_run
 from flexinfer.model.pass_memory import PassMeter, meta_model
-from flexinfer.model.skeleton import Skeleton, _compute_dtype
+from flexinfer.model.skeleton import Skeleton, compute_dtype_of
 from flexinfer.streaming.kv_cache import LayerShape
 
 
@@ -32,9 +32,9 @@ def _resident_facts(
     checkpoint: Checkpoint, dtype: str | torch.dtype
 ) -> tuple[PretrainedConfig, torch.dtype, list[LayerShape]]:
     config = load_config(checkpoint)
-    compute_dtype = _compute_dtype(dtype, config, checkpoint)
+    compute_dtype = compute_dtype_of(dtype, config, checkpoint)
     with refusing(checkpoint.config_file, "no causal LM"):
-        return config, compute_dtype, _dry_run(meta_model(config, torch.bfloat16), ())[2]
+        return config, compute_dtype, dry_run(meta_model(config, torch.bfloat16), ())[2]
 
 
 def _resident_meter(config: PretrainedConfig, dtype: torch.dtype, layers: Sequence[LayerShape]) -> PassMeter:

@@ -20,10 +20,10 @@ from flexinfer.formats.tensors import CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, DenseKernel
 from flexinfer.messages import shown
-from flexinfer.model.dry_run import _dry_run
+from flexinfer.model.dry_run import dry_run
 from flexinfer.model.experts import Experts
-from flexinfer.model.linears import _row_orders, _weight_of, find_linears
-from flexinfer.model.match import _experts, _match
+from flexinfer.model.linears import find_linears, row_orders_of, weight_of
+from flexinfer.model.match import experts_of, match_tensors
 from flexinfer.model.pass_memory import PassMeter, Product, meta_model
 from flexinfer.modules.experts import IMPLEMENTATION, register
 from flexinfer.plan.experts import Mixture
@@ -106,7 +106,7 @@ def build_skeleton(
     file = checkpoint.config_file
     config = load_config(checkpoint)
     _refuse_quantized(config, file)
-    compute_dtype = _compute_dtype(dtype, config, checkpoint)
+    compute_dtype = compute_dtype_of(dtype, config, checkpoint)
     kept_dtype = _dtype(kv_dtype) or (torch.float16 if checkpoint.in_gguf else compute_dtype)
     if kept_dtype.itemsize > compute_dtype.itemsize:
         kept_dtype = compute_dtype
@@ -115,18 +115,18 @@ def build_skeleton(
     with refusing(file, "no causal LM"):
         shapes = meta_model(config, compute_dtype)
     with refusing(file, "a model that cannot be streamed"):
-        specs, expert_parts = _match(shapes, checkpoint)
+        specs, expert_parts = match_tensors(shapes, checkpoint)
         _check_tables(shapes, checkpoint, file)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, trust_remote_code=False)
         model.eval().requires_grad_(False)
         set_generation_config(model, checkpoint)
         linears = {linear.name: linear for linear in find_linears(model)}
-        order, together, cache_layers, routes = _dry_run(shapes, linears.keys())
-        experts = _experts(shapes, expert_parts, routes, compute_dtype)
-        parts = [_weight_of(linears[name], specs, compute_dtype) for name in order]
+        order, together, cache_layers, routes = dry_run(shapes, linears.keys())
+        experts = experts_of(shapes, expert_parts, routes, compute_dtype)
+        parts = [weight_of(linears[name], specs, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
-    row_orders = _row_orders(specs, weights)
+    row_orders = row_orders_of(specs, weights)
     products = [Product(weight, kernel, weight.name in row_orders) for weight, kernel in parts]
     if experts is not None:
         products.extend(Product(weight, kernel, False) for weight, kernel in experts.of_a_token())
@@ -183,7 +183,9 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return named
 
 
-def _compute_dtype(dtype: str | torch.dtype, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+def compute_dtype_of(
+    dtype: str | torch.dtype, config: PretrainedConfig, checkpoint: Checkpoint
+) -> torch.dtype:
     if (asked := _dtype(dtype)) is not None:
         return asked
     if isinstance(config.dtype, torch.dtype):

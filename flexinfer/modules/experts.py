@@ -15,7 +15,6 @@ computed out of turn is held until its turn to be added comes.
 On the meta device the same operations run for the worst routing: all tokens to one expert.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,11 +29,11 @@ from transformers.integrations.moe import ExpertsInterface
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.ggml import GgmlKernel, multiply_each, multiply_rows
 from flexinfer.kernels.gradients import Sum, multiply, records_gradients
-from flexinfer.modules.linear import NOT_READ
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.experts import ExpertLayer
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.expert_cache import ExpertCache
+from flexinfer.streaming.store import WeightStore
 
 IMPLEMENTATION = "flexinfer"
 
@@ -44,7 +43,6 @@ FEW_TOKENS = 16  # of a pass whose next experts are foretold: one, or the candid
 
 # Which expert, the first of its pieces, and the weights and kernels that follow one another from there.
 Where = tuple[int, int, Sequence[Weight], Sequence[Kernel]]
-
 Products = Callable[[torch.Tensor], torch.Tensor]  # [n, in] -> [n, out], without bias
 
 
@@ -109,82 +107,63 @@ def expert_output(
 
 
 class StreamedExperts:
-    """The experts of one layer; `attach` says from where. May be called from several threads, as `StreamedLinear` may."""
+    """The experts of one layer. May be called from several threads, as `StreamedLinear` may.
+
+    Args:
+        layer: its experts.
+        kernels: of the weights of any of them.
+        first: the number of this layer's first expert, over all layers.
+        alternate: the model interleaves the outputs of gate and up, the file has one after the other.
+    """
 
     def __init__(
         self,
         layer: ExpertLayer,
         kernels: Sequence[Kernel],
         first: int,
+        store: WeightStore,
         trace: Trace,
-        lock: threading.RLock,
-        see_to_memory: Callable[[], None],
         *,
         alternate: bool = False,
     ) -> None:
-        self._alternate = (
-            alternate  # the model has the outputs of gate and up in turns, the file one after another
-        )
-        self._layer, self._kernels = layer, kernels
-        self._first = first  # the number of this layer's first expert, over all layers
-        self._trace, self._lock, self._see_to_memory = trace, lock, see_to_memory
+        self._alternate = alternate
+        self._layer, self._kernels, self._first = layer, kernels, first
+        self._store, self._trace = store, trace
+        # Whether `_outputs_together` can compute them, if their module is as plain.
         self._goes_together = not alternate and all(
             isinstance(kernel, GgmlKernel) and kernel.dtype == torch.float32 and len(weight.pieces) == 1
             for kernel, weight in zip(kernels, layer.experts[0], strict=True)
-        )  # whether `_outputs_together` can compute them, if their module is as plain
-        self._foretell: Callable[[torch.Tensor], Sequence[int]] | None = None
+        )
+        self._hints: Callable[[torch.Tensor], Sequence[int]] | None = None
         self._note: Callable[[list[int]], object] | None = None
-        self.detach(NOT_READ)
 
-    def look_ahead(self, foretell: Callable[[torch.Tensor], Sequence[int]]) -> None:
-        """Have what `foretell` makes of hidden states [tokens, hidden], experts numbered over all layers, read ahead."""
-        self._foretell = foretell
+    def look_ahead(self, hints: Callable[[torch.Tensor], Sequence[int]]) -> None:
+        """Have what `hints` makes of hidden states [tokens, hidden], experts numbered over all layers, read ahead."""
+        self._hints = hints
 
     def record(self, note: Callable[[list[int]], object]) -> None:
         """Call `note` with the experts of each pass, numbered over all layers."""
         self._note = note
 
-    def attach(self, cache: ExpertCache) -> None:
-        """Take weights from `cache`."""
-        self._cache: ExpertCache | None = cache
-        self._detached: str | None = None
-
-    def detach(self, why: str) -> None:
-        """Let go of the cache; a forward pass raises RuntimeError saying `why`."""
-        self._cache, self._detached = None, why
-
     def forward(
         self, module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
-        with self._lock:
-            self._see_to_memory()
-            cache = self._use_cache()
+        with self._store.lock:
+            self._store.before_use()
+            cache = self._cache()
             groups = group(top_k_index, len(self._layer.experts))
-            numbers = [self._first + one.expert for one in groups]
+            group_of = {self._first + one.expert: one for one in groups}
+            numbers = list(group_of)
             held_bytes = top_k_index.numel() * hidden.shape[-1] * hidden.element_size()
-            cache.judge(numbers)
-            order = cache.want(numbers, those_here_first=held_bytes <= HELD_BYTES)
-            if self._foretell is not None and len(hidden) <= FEW_TOKENS and cache.looks_ahead():
-                cache.foretell(self._foretell(hidden))
-            if self._note is not None:
-                self._note(numbers)
-            group_of = dict(zip(numbers, groups, strict=True))
+            order = self._request(cache, hidden, numbers, held_bytes)
+            few = len(hidden) == 1 and held_bytes <= HELD_BYTES and not records_gradients(hidden)
+            held = self._outputs_in_memory(module, hidden, group_of, top_k_weights, order) if few else {}
             turns = iter(numbers)
             turn = next(turns, None)
             output = torch.zeros_like(hidden)
-            held: dict[int, torch.Tensor] = {}
-            plain = self._goes_together and not (module.has_bias or module.has_post_expert_norm)
-            few = len(hidden) == 1 and held_bytes <= HELD_BYTES and not records_gradients(hidden)
-            here = list(takewhile(cache.holds, order)) if plain and few else []
-            if len(here) < 2:
-                here = []
-            else:
-                places = [cast(int, group_of[number].places) for number in here]
-                y = self._outputs_together(module, hidden, here) * top_k_weights[0, places, None]
-                held.update(zip(here, y.split(1), strict=True))
             for number in order:
-                if number not in here:
+                if number not in held:
                     one = group_of[number]
                     y = self._output(module, one.take(hidden), one.expert)
                     held[number] = one.weigh(y, top_k_weights)
@@ -193,14 +172,43 @@ class StreamedExperts:
                     turn = next(turns, None)
             return output
 
-    def _use_cache(self) -> ExpertCache:
-        if self._cache is None:
-            raise RuntimeError(f"{self._layer.name}: {self._detached}")
-        return self._cache
+    def _cache(self) -> ExpertCache:
+        assert self._store.cache is not None
+        return self._store.cache
+
+    def _request(
+        self, cache: ExpertCache, hidden: torch.Tensor, numbers: list[int], held_bytes: int
+    ) -> list[int]:
+        """Have the experts `numbers` read, and those that the next layer may want. Returns the order to compute them in."""
+        cache.score_hints(numbers)
+        order = cache.want(numbers, those_here_first=held_bytes <= HELD_BYTES)
+        if self._hints is not None and len(hidden) <= FEW_TOKENS and cache.uses_hints():
+            cache.hint(self._hints(hidden))
+        if self._note is not None:
+            self._note(numbers)
+        return order
+
+    def _outputs_in_memory(
+        self,
+        module: Any,
+        hidden: torch.Tensor,
+        group_of: dict[int, Group],
+        top_k_weights: torch.Tensor,
+        order: Sequence[int],
+    ) -> dict[int, torch.Tensor]:
+        """Weighed outputs [1, hidden] of the experts in memory for one token, in one call where their modules allow that."""
+        if not self._goes_together or module.has_bias or module.has_post_expert_norm:
+            return {}
+        here = list(takewhile(self._cache().holds, order))
+        if len(here) < 2:
+            return {}
+        places = [cast(int, group_of[number].places) for number in here]
+        y = self._outputs_together(module, hidden, here) * top_k_weights[0, places, None]
+        return dict(zip(here, y.split(1), strict=True))
 
     def _outputs_together(self, module: Any, hidden: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
         """hidden [1, hidden] -> [experts, hidden] of the experts `numbers`, all of them in memory, not weighted yet."""
-        cache, start_s = self._use_cache(), perf_counter()
+        cache, start_s = self._cache(), perf_counter()
         kernels = cast(Sequence[GgmlKernel], self._kernels)
         weights = self._layer.experts[numbers[0] - self._first]
         rows = [weight.pieces[0].row_stop - weight.pieces[0].row_start for weight in weights]
@@ -232,7 +240,8 @@ class StreamedExperts:
             return multiply(x, None, partial(self._product, where), partial(self._input_gradient, where))
 
         def up(x: torch.Tensor) -> torch.Tensor:
-            y = product(x, slice(0, len(weights) - 1))  # [n, gate and up]
+            # [n, gate and up]
+            y = product(x, slice(0, len(weights) - 1))
             return y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if self._alternate else y
 
         def down(x: torch.Tensor) -> torch.Tensor:
@@ -243,7 +252,7 @@ class StreamedExperts:
     def _product(self, where: Where, x: torch.Tensor) -> torch.Tensor:
         """x [n, in] times the rows of some weights of an expert, one after another: [n, rows]."""
         expert, i, weights, kernels = where
-        number, cache = self._first + expert, self._use_cache()
+        number, cache = self._first + expert, self._cache()
         if len(weights) == len(weights[0].pieces) == 1:
             return self._multiply(cache, number, i, x, weights[0], 0, kernels[0])
         y = x.new_empty(len(x), weights[-1].pieces[-1].row_stop)
@@ -258,10 +267,11 @@ class StreamedExperts:
         """gradient [n, rows] of what `_product` made -> [n, in]."""
         expert, i, weights, kernels = where
         number = self._first + expert
-        with self._lock:
-            self._see_to_memory()
-            cache = self._use_cache()
-            cache.want([], those_here_first=False)  # each is read when it is acquired
+        with self._store.lock:
+            self._store.before_use()
+            cache = self._cache()
+            # Each is read when it is acquired.
+            cache.want([], those_here_first=False)
             total = Sum(gradient)
             for weight, kernel in zip(weights, kernels, strict=True):
                 for piece in weight.pieces:
@@ -296,7 +306,7 @@ class StreamedExperts:
         return y
 
 
-def foretold(router: nn.Module, place: int, first: int, hidden: torch.Tensor) -> list[int]:
+def routed_next(router: nn.Module, place: int, first: int, hidden: torch.Tensor) -> list[int]:
     """The experts that `router` of the next layer would choose for hidden states [tokens, hidden] of this one, most likely first; numbered
     from `first`. Their norms differ, so it is a guess."""
     index: torch.Tensor = type(router).forward(router, hidden)[

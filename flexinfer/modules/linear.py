@@ -1,117 +1,65 @@
-"""Linears whose weight is elsewhere: its first pieces locked in memory, the rest passing through the window.
+"""Linears whose weight is elsewhere: locked in memory in part, the rest passing through the window.
 
-A `StreamedLinear` stands where the model had an `nn.Linear` (or GPT-2's `Conv1D`). It computes each piece with the very
-kernel the stock module would use on the whole weight and joins the outputs: output rows do not depend on one another, so
-the bits are the same. Weights in ggml's blocks differ in the kernel alone (flexinfer.kernels.ggml).
-
-It knows neither files nor budgets: it is handed buffers (flexinfer.streaming.memory) and asks the window (flexinfer.streaming.prefetch).
+A `StreamedLinear` stands where the model had an `nn.Linear` (or GPT-2's `Conv1D`). It asks the store for the rows of its weight, block by
+block, and multiplies each with the very kernel that the stock module would use on the whole weight: output rows do not depend on one
+another, so the bits are the same. Weights in ggml's blocks differ in the kernel alone (flexinfer.kernels.ggml). It knows neither files
+nor budgets.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing
 from time import perf_counter
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import nn
 
-from flexinfer.kernels import Kernel
 from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
 from flexinfer.kernels.gradients import Sum, multiply
-from flexinfer.modules.placeholder import _refuse_state_dict, streamed_weight
+from flexinfer.modules.placeholder import refuse_state_dict, streamed_weight
 from flexinfer.observe.trace import Trace
-from flexinfer.plan.weights import Piece, Weight
-from flexinfer.streaming.locked import Filler, LockedPieces, LockedRows
-from flexinfer.streaming.prefetch import Prefetcher
+from flexinfer.plan.weights import Weight
+from flexinfer.streaming.locked import Rows
+from flexinfer.streaming.store import WeightStore
 
-NOT_READ = "its weights have not been read yet"
-
-JOINED_OUTPUT_BYTES = 8 << 20  # outputs of locked rows are made at once up to so much
-
-
-@dataclass(slots=True)
-class Drafting:
-    """Whether candidates are drafted now, for all linears of a model: then rows that are streamed are computed from their substitute."""
-
-    now: bool = False
-
-
-class Draft(Protocol):
-    """Streamed rows in few bits, from which candidates are drafted."""
-
-    rows: LockedRows
-
-    def add(self, piece: Piece, view: torch.Tensor) -> None:
-        """A pass has the true rows of `piece` in memory."""
-        ...
+# Outputs of locked rows are made at once up to so much.
+JOINED_OUTPUT_BYTES = 8 << 20
+# Weights that are computed in one call.
+MOST_TOGETHER = 8
 
 
 class StreamedLinear(nn.Module):
-    """A linear whose weight is locked in part and streamed for the rest; `attach` says which.
+    """A linear that multiplies the rows of `weight` as the store has them. May be called from several threads.
 
-    It may be called from several threads; `lock`, which all linears of a model share, lets one at a time use the window.
+    Args:
+        weight: what the store calls it.
+        stock: the module that it replaces.
+        dtype: what the model computes in.
+        row_order: [out_features], where row i of the output is row row_order[i] of the file.
     """
 
     def __init__(
         self,
         weight: Weight,
-        kernel: Kernel,
         stock: nn.Module,
         dtype: torch.dtype,
+        store: WeightStore,
         trace: Trace,
-        lock: threading.RLock,
-        see_to_memory: Callable[[], None],
         row_order: torch.Tensor | None = None,
-        drafting: Drafting | None = None,
-        substitute_kernel: Kernel | None = None,
     ) -> None:
         super().__init__()
-        self._row_order = row_order  # [out_features]: row i of the output is row row_order[i] of the file
-        self._see_to_memory = see_to_memory  # called before each use: it may attach other memory
-        self.spec = weight
-        self.kernel = kernel
         assert isinstance(stock.weight, torch.Tensor)
+        self.spec = weight
         self.weight = streamed_weight(weight.name, stock.weight.shape, dtype)
         self.bias = cast(nn.Parameter | None, stock.bias)
-        self._out_features = weight.pieces[-1].row_stop
-        self._trace = trace
-        self._lock = lock
-        self._drafting, self._substitute_kernel = drafting or Drafting(), substitute_kernel
-        self._together: Sequence[StreamedLinear] = ()
-        self.detach(NOT_READ)
-        self.register_state_dict_pre_hook(_refuse_state_dict)
+        self.out_features = weight.pieces[-1].row_stop
+        self._store, self._trace, self._row_order = store, trace, row_order
+        self._group: Group | None = None
+        self.register_state_dict_pre_hook(refuse_state_dict)
 
-    def lead(self, others: Sequence["StreamedLinear"]) -> None:
-        """Compute `others` too, which are given the same input next, where all are in memory and there are few rows: one call of a
-        kernel for all. Only for weights in ggml's blocks."""
-        self._together = (self, *others)
-
-    def attach(
-        self,
-        locked: list[LockedPieces],
-        streamed: list[tuple[int, Piece]],
-        prefetcher: Prefetcher | None,
-        filler: Filler | None = None,
-        substitute: Draft | None = None,
-    ) -> None:
-        """Take the leading rows from `locked`, which `filler` fills, and the others, at their places in the schedule, from
-        `prefetcher`, or while a draft is made from their `substitute`, which passes fill."""
-        assert prefetcher is not None or not streamed
-        self._substitute: Draft | None = substitute
-        self._blocks, self._filler = locked, filler
-        self._locked = [block.rows() for block in locked if block.filled]
-        self._streamed, self._prefetcher = streamed, prefetcher
-        self._detached: str | None = None
-
-    def detach(self, why: str) -> None:
-        """Let go of all memory; a forward pass raises RuntimeError saying `why`."""
-        self._blocks, self._locked, self._streamed = [], [], []
-        self._filler = self._prefetcher = None
-        self._substitute, self._detached = None, why
-        self._ahead: tuple[torch.Tensor, int, torch.Tensor] | None = (
-            None  # an input, its version, and its output
-        )
+    def join(self, group: "Group") -> None:
+        """Be computed with others that get the same input, where that pays."""
+        self._group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -119,133 +67,110 @@ class StreamedLinear(nn.Module):
         return y if self._row_order is None else y.gather(-1, self._row_order.expand(y.shape))
 
     def _in_file_order(self, x: torch.Tensor) -> torch.Tensor:
-        with self._lock:
-            self._see_to_weights()
-            if self._ahead is not None:
-                (seen, version, y), self._ahead = self._ahead, None
-                if seen is x and x._version == version:
-                    return y
-            as_one_matrix = folds(x)
-            if as_one_matrix and self._is_locked:
-                if self._together and x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_inference():
-                    return self._multiply_together(x)
-                return self._multiply(x, self._locked[0].view, 0, self._out_features, self.spec.nbytes)
-            substitute = self._substitute.rows if self._substitute and self._drafting.now else None
-            if substitute is not None and not self._locked:
-                return self._from_substitute(x, substitute)
-            y = x.new_empty(*x.shape[:-1], self._out_features)
-            row_bytes = x.numel() // x.shape[-1] * x.element_size()  # of one output row, all positions
-            for rows in self._locked:
-                at_once = as_one_matrix and rows.count * row_bytes <= JOINED_OUTPUT_BYTES
-                step = rows.count if at_once else rows.step
-                for first in range(0, rows.count, step):
-                    count = min(step, rows.count - first)
-                    view = rows.view if count == rows.count else rows.view[first : first + count]
-                    start, nbytes = rows.row_start + first, rows.nbytes * count // rows.count
-                    y[..., start : start + count] = self._multiply(x, view, start, start + count, nbytes)
-            if substitute is not None:
-                y[..., substitute.row_start :] = self._from_substitute(x, substitute)
-                return y
-            for piece, view in self._stream():
-                part = self._multiply(x, view, piece.row_start, piece.row_stop, piece.nbytes)
-                if self._substitute is not None:
-                    self._substitute.add(piece, view)
-                y[..., piece.row_start : piece.row_stop] = part
-            return y
+        """The output, its columns in the order of the file's rows."""
+        with self._store.lock:
+            self._store.before_use()
+            y = self._group.output(self, x) if self._group is not None else None
+            return self._multiply(x) if y is None else y
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """For each block of rows, multiply."""
+        y: torch.Tensor | None = None
+        with closing(self._store.rows(self.spec)) as blocks:
+            for block in blocks:
+                for rows in block.parts(self._rows_at_once(x, block)):
+                    start_s = perf_counter()
+                    bias = None if self.bias is None else self.bias[rows.row_start : rows.row_stop]
+                    part = rows.kernel.multiply(x, rows.view, rows.count, bias)
+                    self._trace.add("compute", self.spec.name, self.spec.layer, start_s, rows.nbytes)
+                    if rows.count == self.out_features:
+                        return part
+                    if y is None:
+                        y = x.new_empty(*x.shape[:-1], self.out_features)
+                    y[..., rows.row_start : rows.row_stop] = part
+        assert y is not None
+        return y
 
     def _input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """gradient [..., out_features] of the output, in the file's order -> [..., in_features]."""
-        with self._lock:
-            self._see_to_weights()
-            total = Sum(gradient)
-            for rows in self._locked:
-                in_steps = isinstance(self.kernel, GgmlKernel)  # others need no copy of the whole
-                views = rows.view.split(rows.step) if in_steps else (rows.view,)
-                for i, view in enumerate(views):
-                    total.add(rows.row_start + i * rows.step, self.kernel.matrix(view))
-            for piece, view in self._stream():
-                total.add(piece.row_start, self.kernel.matrix(view))
-            return total.value
+        total = Sum(gradient)
+        with self._store.lock, closing(self._store.rows(self.spec)) as blocks:
+            for block in blocks:
+                # Floats need no copy of the whole.
+                step = block.step if isinstance(block.kernel, GgmlKernel) else block.count
+                for rows in block.parts(step):
+                    total.add(rows.row_start, rows.kernel.matrix(rows.view))
+        return total.value
 
-    def _see_to_weights(self) -> None:
-        """Called with the lock, before each use."""
-        self._see_to_memory()
-        if self._detached is not None:
-            raise RuntimeError(f"{self.spec.name}: {self._detached}")
-        if len(self._locked) < len(self._blocks):
-            self._fill()
-
-    def _stream(self) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """The pieces that are not locked, as they come. A view is good until the next is asked for."""
-        for place, piece in self._streamed:
-            assert self._prefetcher is not None
-            buffer, position, release = self._prefetcher.acquire(place)
-            try:
-                yield piece, self.kernel.view(buffer, position, piece.row_stop - piece.row_start)
-            finally:
-                release()
-
-    def _fill(self) -> None:
-        """Wait until all that stays has been read."""
-        assert self._filler is not None
-        for block in self._blocks:
-            if not block.filled:
-                self._filler.wait_for(block)
-        self._locked = [block.rows() for block in self._blocks]
-
-    @property
-    def _is_locked(self) -> bool:
-        return len(self._locked) == len(self._blocks) == 1 and not self._streamed
-
-    def _multiply_together(self, x: torch.Tensor) -> torch.Tensor:
-        """The output for `x`, those of the others kept until they are asked for the same."""
-        linears = [linear for linear in self._together if linear._is_locked]
-        start_s = perf_counter()
-        parts = [
-            (
-                cast(GgmlKernel, linear.kernel),
-                linear._locked[0].view.data_ptr(),
-                linear._out_features,
-                linear.bias,
-            )
-            for linear in linears
-        ]
-        first, *others = multiply_each(x, parts)
-        for linear, y in zip(linears[1:], others, strict=True):
-            linear._ahead = x, x._version, y
-        nbytes = sum(linear.spec.nbytes for linear in linears)
-        self._trace.add("compute", self.spec.name, self.spec.layer, start_s, nbytes)
-        return first
-
-    def _from_substitute(self, x: torch.Tensor, rows: LockedRows) -> torch.Tensor:
-        return self._multiply(
-            x, rows.view, rows.row_start, self._out_features, rows.nbytes, self._substitute_kernel
-        )
-
-    def _multiply(
-        self,
-        x: torch.Tensor,
-        view: torch.Tensor,
-        row_start: int,
-        row_stop: int,
-        nbytes: int,
-        kernel: Kernel | None = None,
-    ) -> torch.Tensor:
-        start_s = perf_counter()
-        bias = None if self.bias is None else self.bias[row_start:row_stop]
-        y = (kernel or self.kernel).multiply(x, view, row_stop - row_start, bias)
-        self._trace.add("compute", self.spec.name, self.spec.layer, start_s, nbytes)
-        return y
+    def _rows_at_once(self, x: torch.Tensor, block: Rows) -> int:
+        """How many rows of a block are multiplied in one call: all, unless that takes much memory for a copy or a part of the output."""
+        if not folds(x):
+            return block.step
+        output_bytes = block.count * (x.numel() // x.shape[-1]) * x.element_size()
+        whole = block.count == self.out_features
+        return block.count if whole or output_bytes <= JOINED_OUTPUT_BYTES else block.step
 
     def extra_repr(self) -> str:
-        locked_bytes = sum(block.nbytes for block in self._blocks)
+        locked_bytes = self._store.locked_bytes(self.spec)
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, locked={locked_bytes} of {self.spec.nbytes} bytes"
+
+
+class Group:
+    """Linears that get the same input, one after another, their weights in ggml's blocks: while all rows are locked and activation rows are
+    few, one call computes all of them, and threads are woken once."""
+
+    def __init__(
+        self,
+        linears: Sequence[StreamedLinear],
+        kernels: Sequence[GgmlKernel],
+        store: WeightStore,
+        trace: Trace,
+    ) -> None:
+        self._linears, self._kernels = linears[:MOST_TOGETHER], kernels
+        self._store, self._trace = store, trace
+        self._input: tuple[torch.Tensor, int] | None = None
+        self._outputs: dict[StreamedLinear, torch.Tensor] = {}
+
+    def output(self, linear: StreamedLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """What `linear` makes of x; None where it has to be computed by itself."""
+        seen, y = self._input, self._outputs.pop(linear, None)
+        if not self._outputs:
+            self._input = None
+        if y is not None and seen is not None and seen[0] is x and seen[1] == x._version:
+            return y
+        if (
+            linear is self._linears[0]
+            and folds(x)
+            and x.numel() <= FEW_ROWS * x.shape[-1]
+            and not x.is_inference()
+        ):
+            return self._compute(x)
+        return None
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The output of the first, those of the others kept until they get the same input."""
+        blocks = [self._store.locked_rows(linear.spec) for linear in self._linears]
+        found = [
+            (one, kernel, rows)
+            for one, kernel, rows in zip(self._linears, self._kernels, blocks, strict=False)
+            if rows
+        ]
+        if blocks[0] is None:
+            return None
+        start_s = perf_counter()
+        parts = [(kernel, rows.view.data_ptr(), one.out_features, one.bias) for one, kernel, rows in found]
+        first, *others = multiply_each(x, parts)
+        self._outputs = {one: y for (one, _, _), y in zip(found[1:], others, strict=True)}
+        self._input = (x, x._version) if self._outputs else None
+        weight, nbytes = self._linears[0].spec, sum(one.spec.nbytes for one, _, _ in found)
+        self._trace.add("compute", weight.name, weight.layer, start_s, nbytes)
+        return first
 
 
 def folds(x: torch.Tensor) -> bool:
     """Whether torch multiplies `x` [..., in_features] as one matrix.
 
     Where it does not, as with the last position of a longer tensor (`x[:, -1:, :]`), its batched product may lay the whole weight out
-    anew: 1 GiB for a large vocabulary. Then weights are multiplied a piece at a time, and so the copy is one of a piece.
+    again: 1 GiB for a large vocabulary. Then weights are multiplied a piece at a time, so that the copy is of one piece.
     """
     return all(x.stride(i) == x.stride(i + 1) * x.size(i + 1) for i in range(x.dim() - 2))

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What stands for a weight that is on disk: a parameter with its shape, dtype and device, and no numbers."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
@@ -64,7 +64,7 @@ def streamed_weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> nn.P
     return cast(nn.Parameter, weight)
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
+def refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
     raise RuntimeError(
         f"{prefix}weight is streamed from disk and not part of a state dict; the checkpoint on disk is unchanged, copy that instead "
         "(to save another precision, load it with transformers)"

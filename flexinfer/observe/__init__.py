@@ -1,1 +1,1 @@
-"""TODO"""
+"""What a run did: counters, timelines, and what they mean."""

@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from flexinfer.observe.report import PART_COLOURS, TITLES, budget_parts
-from flexinfer.plan.budget import Plan
+from flexinfer.plan.plan import Plan
 from flexinfer.sizes import format_size
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def engine_html(plan: Plan, stats: dict[str, Any]) -> str:
     rows += [
         ("<b>read per token</b>", format_size(plan.streamed_bytes), f"of {format_size(plan.total_bytes)}"),
         ("<b>tokens/s predicted</b>", speed, "one token a pass"),
-        ("<b>context</b>", f"{plan.fixed.context_tokens} tokens", f"policy {escape(plan.policy)}"),
+        ("<b>context</b>", f"{plan.overheads.context_tokens} tokens", f"policy {escape(plan.policy)}"),
     ]
     if plan.draft is not None:
         drafted = (

@@ -6,11 +6,15 @@ does to both. It does not look for causes outside this process.
 """
 
 import contextlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexinfer.plan.budget import Plan
+from flexinfer.plan.plan import Plan
 from flexinfer.sizes import format_size
+
+logger = logging.getLogger("flexinfer")
 
 MEMORY_SHARE = 0.2  # of the time, from which on memory is named first; our choice
 
@@ -54,19 +58,19 @@ PART_COLOURS = {  # of the parts of a budget, on a terminal and in a picture
 
 def budget_parts(plan: Plan) -> dict[str, int]:
     """Where the budget goes, in bytes; the parts add up to it."""
-    fixed = plan.fixed
+    overheads = plan.overheads
     parts = {
-        "process": fixed.process_bytes,
-        "tokenizer": fixed.tokenizer_bytes,
-        "parameters that stay": fixed.resident_bytes,
-        "KV cache": fixed.kv_bytes + fixed.attention_bytes,
-        "activations": fixed.activation_bytes,
-        "margin": fixed.margin_bytes,
+        "process": overheads.process_bytes,
+        "tokenizer": overheads.tokenizer_bytes,
+        "parameters that stay": overheads.unstreamed_bytes,
+        "KV cache": overheads.kv_bytes + overheads.attention_bytes,
+        "activations": overheads.activation_bytes,
+        "margin": overheads.margin_bytes,
         "window": plan.window_bytes,
         "unused": plan.unused_bytes,
     }
-    if plan.substitute_bytes or fixed.draft_bytes:
-        parts["draft"] = plan.substitute_bytes + fixed.draft_bytes
+    if plan.substitute_bytes or overheads.draft_bytes:
+        parts["draft"] = plan.substitute_bytes + overheads.draft_bytes
     if plan.experts is not None:
         parts["cache of experts"] = plan.experts.cache_bytes
     return parts | {"locked weights": plan.budget_bytes - sum(parts.values())}
@@ -137,6 +141,29 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
     return f"kernels: computing {spent['compute_s'] / pass_s:.0%} of the time" + (
         f", {reads}" if plan.streamed_bytes else ", nothing to read"
     )
+
+
+class Explainer:
+    """Says why passes took as long as they did, and logs it for each text.
+
+    stats and plan: as they are now.
+    """
+
+    def __init__(self, stats: Callable[[], dict[str, Any]], plan: Callable[[], Plan]) -> None:
+        self._stats, self._plan = stats, plan
+        self._before = stats()
+
+    def explain(self) -> str:
+        """Of the passes since the last call, or since loading: "disk: ..." (kernels, memory, order). Also logged."""
+        before, self._before = self._before, self._stats()
+        text = bottleneck(before, self._before, self._plan())
+        logger.info("%s", text)
+        return text
+
+    def explain_last_text(self, least_passes: int = 2) -> None:
+        """The same, if there were so many passes."""
+        if self._stats()["passes"] >= self._before["passes"] + least_passes:
+            self.explain()
 
 
 def memory_stall_s(root: Path = Path("/")) -> float:

@@ -11,12 +11,12 @@ Cost: about two microseconds an event. A sample of the memory in use is taken wi
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
 from flexinfer.memory.process import resident_bytes
-from flexinfer.observe.first_token import FirstToken
 
 Kind = Literal["read", "wait", "compute", "pass", "budget", "locked", "window", "resident"]
 
@@ -113,13 +113,12 @@ class Trace:
     expert_misses: int = 0
     experts_foretold: int = 0  # of those that were to be read ahead, because the layer before thought so
     experts_foretold_right: int = 0  # and were wanted
-    first_token: FirstToken = field(default_factory=FirstToken)
+    # From loading on to the end of the first whole pass; 0 before.
+    first_token_s: float = 0.0
+    _began_s: float = field(default_factory=perf_counter)
     _memory_bytes: tuple[int, int, int] = (0, 0, 0)  # budget, locked, window
     _total_bytes: int = 0
-    _pass_start_s: float = 0.0
-    _pass_first_token: int = 0
     _pass_bytes: int = 0
-    _pass_wait_s: float = 0.0  # waited before it
     _sampled_s: float = float("-inf")
     _ring: Ring | None = field(init=False)
 
@@ -139,25 +138,20 @@ class Trace:
             if stop_s - self._sampled_s > SAMPLE_S:
                 self._sample(self._ring, stop_s)
 
-    def begin_pass(self) -> None:
-        """A pass over the weights begins now; its tokens are those counted until it ends."""
-        self.first_token.reached("memory")
-        self._pass_start_s, self._pass_first_token, self._pass_bytes = perf_counter(), self.tokens, 0
-        self._pass_wait_s = self.wait_s
-
-    def came_to_its_end(self) -> bool:
-        """The pass was not cut short. Whether it is the first such."""
-        first = not self.first_token.total_s
-        self.first_token.came(self.wait_s - self._pass_wait_s)
-        return first
-
-    def end_pass(self) -> None:
-        """The pass ends now."""
-        stop_s, tokens = perf_counter(), self.tokens - self._pass_first_token
-        self.passes += 1
-        self.pass_s += stop_s - self._pass_start_s
-        if self._ring is not None:
-            self._ring.add("pass", "", 0, self._pass_start_s, stop_s, tokens)
+    @contextmanager
+    def one_pass(self, rows: int) -> Iterator[None]:
+        """A pass over the weights runs in this block, with `rows` tokens."""
+        start_s, self._pass_bytes = perf_counter(), 0
+        try:
+            yield
+            self.first_token_s = self.first_token_s or perf_counter() - self._began_s
+        finally:
+            stop_s = perf_counter()
+            self.passes += 1
+            self.tokens += rows
+            self.pass_s += stop_s - start_s
+            if self._ring is not None:
+                self._ring.add("pass", "", 0, start_s, stop_s, rows)
 
     def set_memory(self, budget_bytes: int, locked_bytes: int, window_bytes: int, total_bytes: int) -> None:
         """What a plan made of the budget, from now on; `total_bytes` are the weights of a pass."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Where a memory budget goes. Pure functions: no files, no clock, no torch."""

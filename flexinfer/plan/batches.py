@@ -10,8 +10,8 @@ than for one. Attention over the cache is not in the cost, as it is not in that 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from flexinfer.draft.economics import at_rows
-from flexinfer.plan.budget import Costs, Fixed, Plan
+from flexinfer.plan.plan import Overheads, Plan
+from flexinfer.plan.planner import Planner
 from flexinfer.sizes import BudgetError
 
 
@@ -20,8 +20,10 @@ class Batch:
     """So many sequences at a time, in one budget."""
 
     sequences: int
-    fixed: Fixed  # with KV cache and activations for all of them
-    plan: Plan | None  # of a pass over the weights; None where the budget is too small
+    # With KV cache and activations for all of them.
+    overheads: Overheads
+    # Of a pass over the weights; None where the budget is too small.
+    plan: Plan | None
 
     @property
     def tokens_per_s(self) -> float:
@@ -38,27 +40,43 @@ def counts_up_to(most: int) -> list[int]:
 
 def plan_batches(
     counts: Sequence[int],
-    fixed_of: Callable[[int], Fixed],
-    make: Callable[[Fixed, Costs], Plan],
-    costs: Costs,
+    planner: Planner,
+    budget_bytes: int,
+    overheads_of: Callable[[int], Overheads],
     rows_s: Sequence[tuple[int, float]],
 ) -> list[Batch]:
     """A plan for each of `counts`.
 
-    fixed_of: what the process holds besides weights, with so many sequences. make: divides the budget, or raises BudgetError.
-    rows_s: (rows, seconds of computing a pass of so many rows), by rows.
+    Args:
+        planner: of one sequence.
+        overheads_of: what the process holds besides weights, with so many sequences.
+        rows_s: (rows, seconds of computing a pass of so many rows), by rows.
     """
     found = []
     for count in counts:
-        fixed = fixed_of(count)
+        overheads = overheads_of(count)
+        costs = replace(planner.costs, compute_s=at_rows(rows_s, count))
         try:
-            plan = make(fixed, replace(costs, compute_s=at_rows(rows_s, count)))
+            plan = replace(planner, overheads=overheads, costs=costs).plan(budget_bytes)
         except BudgetError:
             plan = None
-        found.append(Batch(count, fixed, plan))
+        found.append(Batch(count, overheads, plan))
     return found
 
 
 def best_batch(batches: Sequence[Batch]) -> Batch | None:
     """The one of most tokens per second, the smallest of them; None where none fits."""
     return max((one for one in batches if one.plan), key=lambda one: one.tokens_per_s, default=None)
+
+
+def at_rows(rows_s: Sequence[tuple[int, float]], rows: int) -> float:
+    """Seconds of a pass of so many rows, between those that were measured: (rows, seconds), by rows."""
+    before = rows_s[0]
+    for after in rows_s:
+        if after[0] >= rows:
+            if after[0] == before[0]:
+                return after[1]
+            share = (rows - before[0]) / (after[0] - before[0])
+            return before[1] + share * (after[1] - before[1])
+        before = after
+    return before[1] * rows / before[0]

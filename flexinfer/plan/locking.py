@@ -1,13 +1,17 @@
-"""TODO"""
+"""Balanced memory locking (paper, section 3.2): the same share of every weight stays in memory.
+
+Memory beyond the window keeps weights resident. Locking whole leading layers leaves layers without reads followed by layers with
+all of them: computing and reading wait for one another in turn (the paper's figure 3a). Spreading the same bytes evenly keeps the reads of
+every layer equal, so that the overlap holds (figure 3b). The paper balances whole tensors over layers; here it is pieces over weights, which
+leaves less than one piece of the budget unused.
+"""
 
 from collections.abc import Sequence
 
 from flexinfer.plan.weights import Weight
 
-# ---- policies: (weights in order of use, bytes for locking) -> how many pieces of each weight are locked
 
-
-def _balanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+def balanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """The same share of every weight; rounding errors are carried along the pass, so that they cannot pile up."""
     share = lock_bytes / sum(weight.locked_bytes for weight in weights)
     locked: dict[str, int] = {}
@@ -24,7 +28,7 @@ def _balanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
 
 def _fill(weights: Sequence[Weight], locked: dict[str, int], left_bytes: int) -> dict[str, int]:
     """Lock further pieces, a weight at a time from all over the pass, until none fits."""
-    by_spread = [weights[i] for i in _spread(len(weights))]
+    by_spread = [weights[i] for i in spread(len(weights))]
     grown = True
     while grown:
         grown = False
@@ -37,13 +41,13 @@ def _fill(weights: Sequence[Weight], locked: dict[str, int], left_bytes: int) ->
     return locked
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """0 to count - 1 in an order whose every beginning is spread evenly (bit-reversal, the van der Corput sequence)."""
     bits = max(count - 1, 1).bit_length()
     reversed_ = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
     return [i for i in reversed_ if i < count]
 
 
-def _none(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+def none(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """Lock nothing: prefetching alone."""
     return {}

@@ -1,12 +1,18 @@
-"""TODO"""
+"""Flexible tensor preservation (paper, section 3.3): which tensors stay in memory, given the budget. The policies, by name.
+
+`balanced` (flexinfer.plan.locking) is our choice. The others are the paper's variants (figures 3 and 5, Algorithm 1). They lock whole
+weights, and keep what is not in a decoder layer (lm_head) in memory first, as the paper does.
+
+A policy takes the weights in order of use and the bytes for locking, and returns how many pieces of each weight are locked.
+"""
 
 from collections.abc import Callable, Sequence
 
-from flexinfer.plan.locking import _balanced, _none, _spread
+from flexinfer.plan.locking import balanced, none, spread
 from flexinfer.plan.weights import Kind, Weight
 
 
-def _unbalanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+def unbalanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """Whole leading layers (the paper's figure 3a)."""
     locked, left_bytes = _head_first(weights, lock_bytes)
     for layer in dict.fromkeys(w.layer for w in weights if w.kind != "head"):
@@ -19,7 +25,7 @@ def _unbalanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     return locked
 
 
-def _attention_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+def attention_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """Attention weights of all layers, smallest first, then those of the FFN."""
     locked, left_bytes = _head_first(weights, lock_bytes)
     left_bytes = _lock_roles(weights, _roles(weights, "attention"), locked, left_bytes)
@@ -27,7 +33,7 @@ def _attention_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, in
     return locked
 
 
-def _ffn_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+def ffn_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """FFN weights of all layers, then those of the attention."""
     locked, left_bytes = _head_first(weights, lock_bytes)
     left_bytes = _lock_roles(weights, _roles(weights, "ffn"), locked, left_bytes)
@@ -35,7 +41,7 @@ def _ffn_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     return locked
 
 
-def _algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+def algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """The paper's Algorithm 1 as printed: FFN weights only as whole roles by its thresholds, then attention.
 
     Its 3 FFN tensors are F here, so that it speaks of models with two as well: all F from F f N + 2 a N bytes on, else as
@@ -75,18 +81,19 @@ def _lock_roles(
     """Lock each role in all layers; the one that does not fit everywhere, in evenly spread layers. Returns what is left."""
     for role in roles:
         of_role = [w for w in weights if w.role == role]
-        for i in _spread(len(of_role)):
+        for i in spread(len(of_role)):
             if of_role[i].locked_bytes <= left_bytes:
                 left_bytes -= of_role[i].locked_bytes
                 locked[of_role[i].name] = len(of_role[i].pieces)
     return left_bytes
 
 
+# By the name that `policy=` takes.
 POLICIES: dict[str, Callable[[Sequence[Weight], int], dict[str, int]]] = {
-    "balanced": _balanced,
-    "unbalanced": _unbalanced,
-    "attention-first": _attention_first,
-    "ffn-first": _ffn_first,
-    "algorithm1": _algorithm1,
-    "none": _none,
+    "balanced": balanced,
+    "unbalanced": unbalanced,
+    "attention-first": attention_first,
+    "ffn-first": ffn_first,
+    "algorithm1": algorithm1,
+    "none": none,
 }

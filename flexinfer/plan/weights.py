@@ -1,4 +1,7 @@
-"""TODO"""
+"""Weights, and the pieces that they are cut into: the unit of reading, locking and computing.
+
+The output rows of a product do not depend on one another, so cutting a weight by rows leaves every bit unchanged.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +14,20 @@ Kind = Literal["attention", "ffn", "head"]
 class Piece:
     """Some consecutive rows of a weight, and where their bytes lie."""
 
-    name: str  # of the weight
+    # Of the weight.
+    name: str
     layer: int
     row_start: int
     row_stop: int
     file: Path
     offset_bytes: int
     nbytes: int
-    memory_bytes: int  # nbytes and the padding a direct read needs around them
-    locked_bytes: int  # memory it takes when it stays, in the dtype that is computed in
-    copied_bytes: int = 0  # memory that its kernel may take for a copy of it while it is multiplied
+    # nbytes and the padding that a direct read needs around them.
+    memory_bytes: int
+    # Memory that it takes when it is locked, in the compute dtype.
+    locked_bytes: int
+    # Memory that its kernel may take for a copy of it while it is multiplied.
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +35,19 @@ class Weight:
     """The weight of one linear, as pieces that follow one another in the file."""
 
     name: str
-    role: str  # its name within a layer, such as "self_attn.q_proj"; all layers share it
-    layer: int  # the decoder layer; the number of layers for what comes after them
+    # Its name within a layer, such as "self_attn.q_proj"; all layers share it.
+    role: str
+    # The decoder layer; the number of layers for what comes after them.
+    layer: int
     kind: Kind
     pieces: tuple[Piece, ...]
 
     @property
     def nbytes(self) -> int:
+        """In the file."""
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
     def locked_bytes(self) -> int:
-        """Memory it takes when locked whole."""
+        """Memory that it takes when it is locked whole."""
         return sum(piece.locked_bytes for piece in self.pieces)

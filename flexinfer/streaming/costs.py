@@ -17,7 +17,7 @@ import torch
 from flexinfer.draft.economics import DraftCosts
 from flexinfer.kernels import Kernel
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
-from flexinfer.plan.budget import Costs
+from flexinfer.plan.plan import Costs
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.reader import FileReader
 

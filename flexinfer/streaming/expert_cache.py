@@ -2,10 +2,10 @@
 
 A layer says which experts it wants, in the order in which it will use them. Those that are there are safe from then until they
 are used; the others are read at once, before anything else, into free slots or those of the experts that are worth least
-(flexinfer.expert_policies). When the disk is idle, what a layer before foretold is read, and takes the place of others likewise.
+(flexinfer.expert_policies). When the disk is idle, what a layer before hinted is read, and takes the place of others likewise.
 An expert is read at most once while its layer runs, unless the cache is smaller than what the layer uses at a time.
 
-Looking ahead stops where it does not pay: when more than half of what was read because it was foretold has gone again before anybody wanted it,
+Looking ahead stops where it does not pay: when more than half of what was read because it was hinted has gone again before anybody wanted it,
 as in a cache of a few slots. Now and then it is tried again.
 
 All pieces have slots of one size. Where even the safe pieces fill the cache, the compute thread's next piece takes the place
@@ -14,7 +14,6 @@ of the one that it will use last; so two slots are enough for any layer.
 
 from collections import deque
 from collections.abc import Sequence
-from time import perf_counter
 
 from flexinfer.memory.buffer import Buffer
 from flexinfer.observe.trace import Trace
@@ -64,9 +63,9 @@ class ExpertCache:
         self._reading: set[int] = set()
         self._wanted: dict[int, None] = {}  # by the layer that runs, and not used yet, in order of use
         self._needed: deque[int] = deque()  # those that have to be read
-        self._foretold: deque[int] = deque()  # may be wanted by the next layer
+        self._hinted: deque[int] = deque()  # may be wanted by the next layer
         self._guessed: set[int] = set()  # experts in there, until their layer comes
-        self._unused: set[int] = set()  # pieces that were read because they were foretold, and not wanted yet
+        self._unused: set[int] = set()  # pieces that were read because they were hinted, and not wanted yet
         self._worth = 1.0  # the share of pieces read ahead that was wanted in the end, a moving average
         self._not_ahead = 0  # layers that have not looked ahead
         self._failed: dict[int, BaseException] = {}
@@ -82,7 +81,7 @@ class ExpertCache:
         return self._there.get(expert, 0) == len(self._experts[expert])
 
     def attach(self, queue: ReadQueue) -> None:
-        """Have the readers of `queue` fill the cache. The owner has it serve `take` and `take_foretold`."""
+        """Have the readers of `queue` fill the cache. The owner has it serve `take` and `take_hinted`."""
         self._queue = queue
 
     def detach(self) -> None:
@@ -138,8 +137,8 @@ class ExpertCache:
                 self._queue.changed.notify_all()
         return list(experts)
 
-    def looks_ahead(self) -> bool:
-        """Whether it is worth foretelling what the next layer wants. Called once a layer."""
+    def uses_hints(self) -> bool:
+        """Whether it is worth hinting what the next layer wants. Called once a layer."""
         all_here = len(self._slot_of) == len(self._pieces)
         if self._queue is None or self._queue.synchronous or all_here:
             return False
@@ -152,20 +151,20 @@ class ExpertCache:
         """A piece that was read ahead has been wanted, or has gone before it was."""
         self._worth += (wanted - self._worth) / RECENT
 
-    def foretell(self, experts: Sequence[int]) -> None:
+    def hint(self, experts: Sequence[int]) -> None:
         """`experts` may be what the next layer wants: read them when there is nothing else to read."""
         assert self._queue is not None
         with self._queue.changed:
             self._guessed = set(experts)
             self._trace.experts_foretold += len(experts)
-            self._foretold.clear()
+            self._hinted.clear()
             for expert in experts:
-                self._foretold.extend(n for n in self._experts[expert] if n not in self._slot_of)
-            if self._foretold:
+                self._hinted.extend(n for n in self._experts[expert] if n not in self._slot_of)
+            if self._hinted:
                 self._queue.changed.notify_all()
 
-    def judge(self, experts: Sequence[int]) -> None:
-        """What the layer that was foretold turned out to want."""
+    def score_hints(self, experts: Sequence[int]) -> None:
+        """What the layer that was hinted turned out to want."""
         self._trace.experts_foretold_right += len(self._guessed.intersection(experts))
         self._guessed = set()
 
@@ -191,50 +190,28 @@ class ExpertCache:
     def _wait_for(self, number: int) -> int:
         queue, piece = self._queue, self._pieces[number]
         assert queue is not None
-        start_s = perf_counter()
-        if queue.synchronous:
-            self._read_here(queue, number)
         with queue.changed:
             self._blocked = number
-            queue.changed.notify_all()  # there may be a slot for it that there was not for what is used later
-            tried_again = False
+            if number not in self._reading and number not in self._needed and number not in self._failed:
+                self._needed.appendleft(number)
+            # There may be a slot for it that there was not for what is used later.
+            queue.changed.notify_all()
             try:
-                while number not in self._slot_of:
-                    error = self._failed.pop(number, None)
-                    if error is None and (number in self._reading or number in self._needed):
-                        queue.wait(piece, start_s)
-                        continue
-                    self._needed.appendleft(number)
-                    queue.changed.notify_all()
-                    if error is not None and tried_again:
-                        raise error
-                    tried_again = error is not None
+                queue.wait_for(self, number, piece, self._take_blocked if queue.synchronous else self.take)
             finally:
                 self._blocked = None
-            slot = self._slot_of[number]
-        self._trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
-        return slot
+            return self._slot_of[number]
 
-    def _read_here(self, queue: ReadQueue, number: int) -> None:
-        """Read a piece in this thread."""
-        self._blocked = number
-        slot = self._slot_for(number)
-        assert slot is not None
-        buffer, start = self._slots[slot]
-        try:
-            position = queue.read(self._pieces[number], buffer.memory(start, self._slot_bytes))
-        except BaseException:
-            self._free.append(slot)
-            raise
-        finally:
-            self._blocked = None
-        self._keep(number, slot, position)
+    def _take_blocked(self) -> Read | None:
+        """What the compute thread waits for, where it reads itself."""
+        assert self._blocked is not None
+        return self._take(deque([self._blocked]))
 
     def _forget(self) -> None:
         """Forget what was wanted: it has been used, or a pass was cut short."""
         self._wanted.clear()
         self._needed.clear()
-        self._foretold.clear()
+        self._hinted.clear()
         self._failed.clear()
 
     # ---- slots
@@ -292,9 +269,9 @@ class ExpertCache:
         """What the layer that runs has to wait for, in the order of use."""
         return self._take(self._needed)
 
-    def take_foretold(self) -> Read | None:
+    def take_hinted(self) -> Read | None:
         """What the next layer may want."""
-        read = self._take(self._foretold)
+        read = self._take(self._hinted)
         if read is not None:
             self._unused.add(read.key)
         return read
@@ -321,13 +298,25 @@ class ExpertCache:
         else:
             self._keep(read.key, read.slot, outcome)
 
-    def give_up(self, read: Read) -> None:
+    def on_timeout(self, read: Read) -> None:
         """Have the piece read again, into another slot, if it is wanted."""
         self._reading.discard(read.key)
         if read.key in self._wanted:
             self._needed.appendleft(read.key)
 
-    def come_back(self, read: Read) -> None:
-        """Free the slot of a read that was given up, unless it came back after its queue was closed."""
+    def on_late_read(self, read: Read) -> None:
+        """Free the slot of a read that had timed out, unless its queue has been closed since."""
         if self._queue is not None:
             self._free.append(read.slot)
+
+    def is_ready(self, key: int) -> bool:
+        """Whether the piece is in memory."""
+        return key in self._slot_of
+
+    def failure(self, key: int) -> BaseException | None:
+        """Why it could not be read."""
+        return self._failed.pop(key, None)
+
+    def request(self, key: int) -> None:
+        """Have it read next."""
+        self._needed.appendleft(key)

@@ -193,7 +193,7 @@ class KVReserve:
         dtype: torch.dtype,
         compute_dtype: torch.dtype | None = None,  # None: the same
     ) -> None:
-        self._context, self._dtype, self._layers = context, dtype, layers
+        self._context, self._dtype, self.layers = context, dtype, layers
         self._starts = list(accumulate((one.nbytes(context, dtype.itemsize) for one in layers), initial=0))
         self._wide_dtype = compute_dtype or dtype
         self._kept_bytes, self._wide_bytes = reserved_bytes(layers, context, dtype, self._wide_dtype)
@@ -236,7 +236,7 @@ class KVReserve:
             if isinstance(layer, ReservedLayer):
                 return layer.room or self._context // rows
         free = self._user is None or self._user() is None or (takes_back and self._lent)
-        full = any(layer.window is None for layer in self._layers)
+        full = any(layer.window is None for layer in self.layers)
         return self._context // rows if free and full and (cache is None or self._may_adopt(cache)) else None
 
     def check(self, cache: object | None, rows: int, new_tokens: int) -> None:
@@ -259,13 +259,13 @@ class KVReserve:
         """Give an empty stock cache the reserved memory, unless another cache that is still alive has it."""
         if self._buffer is None or not self._may_adopt(cache):
             return
-        if not cache.layers and all(layer.window is None for layer in self._layers):
-            cache.layers.extend(DynamicLayer() for _ in self._layers)
-        if len(cache.layers) != len(self._layers):
+        if not cache.layers and all(layer.window is None for layer in self.layers):
+            cache.layers.extend(DynamicLayer() for _ in self.layers)
+        if len(cache.layers) != len(self.layers):
             return
         adopted = False
         for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer and self._layers[i].window is None:
+            if type(layer) is DynamicLayer and self.layers[i].window is None:
                 cache.layers[i] = ReservedLayer(self._reserver(i), self._scratch())
                 adopted = True
         if adopted:
@@ -282,7 +282,7 @@ class KVReserve:
         def reserve(states: torch.Tensor, is_key: bool) -> torch.Tensor:
             assert self._buffer is not None
             batch, heads, _, head_dim = states.shape
-            shape = self._layers[layer]
+            shape = self.layers[layer]
             assert (heads, head_dim) == (shape.key if is_key else shape.value)
             start = self._starts[layer]
             if not is_key:
@@ -290,6 +290,10 @@ class KVReserve:
             return self._buffer.tensor(start, self._dtype, (batch, heads, self._context // batch, head_dim))
 
         return reserve
+
+    def stock_bytes(self, tokens: int) -> int:
+        """What a cache of transformers' own takes that holds so many tokens, over all its sequences."""
+        return sum(layer.nbytes(tokens, self._wide_dtype.itemsize) for layer in self.layers)
 
     def close(self) -> None:
         """Free the memory, once no cache refers to it."""

@@ -1,4 +1,4 @@
-"""Memory that keeps weights, filled by the first pass that uses it: each byte is read once, straight to where it stays.
+"""Memory that keeps weights, filled by the first pass that uses it: each byte is read once, straight to its place.
 
 The readers that fill the window (flexinfer.streaming.prefetch) fill this memory too, in the order of use, whenever the window is full; the
 compute thread waits for a block when it comes to it. So the first pass reads what is streamed and what stays, computing meanwhile, and loading
@@ -9,10 +9,9 @@ After an error, or a pass that was cut short, blocks that are filled stay so, an
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from time import perf_counter
 
 import torch
 
@@ -24,14 +23,32 @@ from flexinfer.streaming.reader import padded_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class LockedRows:
-    """Output rows that stay in memory, ready to be multiplied."""
+class Rows:
+    """Consecutive output rows of a weight in memory, ready to be multiplied by `kernel`."""
 
     row_start: int
     count: int
-    step: int  # rows that are multiplied at a time where all at once would take too much memory
-    nbytes: int  # in the file
+    # Rows that are multiplied at a time where all at once would take too much memory.
+    step: int
+    # In the file.
+    nbytes: int
     view: torch.Tensor
+    kernel: Kernel
+
+    @property
+    def row_stop(self) -> int:
+        """The row after the last."""
+        return self.row_start + self.count
+
+    def parts(self, step: int) -> "Iterator[Rows]":
+        """These rows, at most `step` at a time."""
+        if step >= self.count:
+            yield self
+            return
+        for first in range(0, self.count, step):
+            count = min(step, self.count - first)
+            nbytes, view = self.nbytes * count // self.count, self.view[first : first + count]
+            yield Rows(self.row_start + first, count, self.step, nbytes, view, self.kernel)
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +62,7 @@ class LockedPieces:
     kernel: Kernel
     filled: bool = False
     _buffer: Buffer | None = None
+    _rows: Rows | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,17 +99,13 @@ class LockedPieces:
             self._buffer = Buffer(self._memory_bytes, lock=True)
         return self._buffer
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Leave its memory to a read that may yet write to it."""
         self._buffer = None
 
     def read(self, read: Callable[[Piece, memoryview], int]) -> None:
-        """Read the pieces into its memory. Raises ReadError."""
+        """Read the pieces into its memory, converted to the dtype of `kernel.resident`. Raises ReadError."""
         buffer, resident = self.allocate(), self.kernel.resident
-        if self.as_in_file:
-            position = read(self.as_one(), buffer.memory(0, buffer.nbytes))
-            assert position == self._begin
-            return
         scratch = Buffer(max(piece.memory_bytes for piece in self.pieces), lock=False)
         for piece in self.pieces:
             count = piece.row_stop - piece.row_start
@@ -106,55 +120,45 @@ class LockedPieces:
 
     def keep(self, count: int) -> None:
         """Keep the first `count` pieces; the memory of the others goes back to the system."""
-        self.pieces = self.pieces[:count]
+        self.pieces, self._rows = self.pieces[:count], None
         if not self.filled:
             self._buffer = None
         elif self._buffer is not None:
             last = self.pieces[-1]
             self._buffer.release_from(self._position(last) + self.kernel.resident_bytes(last.nbytes))
 
-    def rows(self) -> LockedRows:
+    def rows(self) -> Rows:
         """What there is to multiply, all of it as one. Only when it is filled."""
-        assert self.filled
-        assert self._buffer is not None
-        counts = [piece.row_stop - piece.row_start for piece in self.pieces]
-        view = self.kernel.resident.view(self._buffer, self._begin, sum(counts))
-        return LockedRows(self.pieces[0].row_start, sum(counts), max(counts), self.nbytes, view)
+        if self._rows is None:
+            assert self.filled
+            assert self._buffer is not None
+            counts = [piece.row_stop - piece.row_start for piece in self.pieces]
+            view = self.kernel.resident.view(self._buffer, self._begin, sum(counts))
+            first = self.pieces[0].row_start
+            self._rows = Rows(first, sum(counts), max(counts), self.nbytes, view, self.kernel)
+        return self._rows
 
 
 class Filler:
-    """Has the readers of `queue`, once it serves `take`, fill `blocks`, which are in the order of use."""
+    """Has the readers of `queue` fill `blocks`, which are in the order of use."""
 
     def __init__(self, blocks: Sequence[LockedPieces], queue: ReadQueue) -> None:
         self._blocks, self._queue = blocks, queue
         self._number = {id(block): number for number, block in enumerate(blocks)}
-        self._next = deque(range(len(blocks)))  # to be read, the one that is wanted next first
+        # To be read, the one that is wanted next first.
+        self._next = deque(range(len(blocks)))
         self._failed: dict[int, BaseException] = {}
 
     def wait_for(self, block: LockedPieces) -> None:
         """Return when `block` is filled. Raises ReadError if it could not be read, now and not when it was read ahead."""
-        queue, number, piece = self._queue, self._number[id(block)], block.as_one()
-        start_s = perf_counter()
-        if queue.synchronous:
-            block.read(queue.read)
-            block.filled = True
-        with queue.changed:
-            if number in self._next:  # a pass that begins elsewhere, or goes on after memory was changed
+        number = self._number[id(block)]
+        with self._queue.changed:
+            # A pass that begins elsewhere, or goes on after memory was changed.
+            if number in self._next:
                 self._next.rotate(-self._next.index(number))
-            tried_again = False
-            while not block.filled:
-                error = self._failed.pop(number, None)
-                if error is None:
-                    queue.wait(piece, start_s)
-                    continue
-                self._next.appendleft(number)
-                queue.changed.notify_all()
-                if tried_again:
-                    raise error
-                tried_again = True  # it may have been read long ago: what was wrong then may be mended
-        queue.trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
+            self._queue.wait_for(self, number, block.as_one(), self.take)
 
-    # ---- what the readers call, holding the lock
+    # ---- what the queue calls, holding the lock
 
     def take(self) -> Read | None:
         """The next block in order of use."""
@@ -164,24 +168,37 @@ class Filler:
         block = self._blocks[number]
         try:
             buffer = block.allocate()
-        except Exception as error:  # no memory to be had: said where the block is waited for
+        except Exception as error:
+            # No memory left: raised where the block is waited for.
             self._failed[number] = error
             self._queue.changed.notify_all()
             return None
         job = None if block.as_in_file else partial(block.read, self._queue.read)
         return Read(self, number, block.as_one(), 0, buffer.memory(0, buffer.nbytes), job)
 
+    def is_ready(self, key: int) -> bool:
+        """Whether the block is filled."""
+        return self._blocks[key].filled
+
+    def failure(self, key: int) -> BaseException | None:
+        """Why it could not be read."""
+        return self._failed.pop(key, None)
+
+    def request(self, key: int) -> None:
+        """Have it read next."""
+        self._next.appendleft(key)
+
     def finish(self, read: Read, outcome: int | BaseException) -> None:
-        """The block is there, or failed."""
+        """The block is filled, or failed."""
         if isinstance(outcome, BaseException):
             self._failed[read.key] = outcome
         else:
             self._blocks[read.key].filled = True
 
-    def give_up(self, read: Read) -> None:
+    def on_timeout(self, read: Read) -> None:
         """Have the block read again, into other memory."""
-        self._blocks[read.key].let_go()
+        self._blocks[read.key].release()
         self._next.appendleft(read.key)
 
-    def come_back(self, read: Read) -> None:
+    def on_late_read(self, read: Read) -> None:
         """The memory of the read goes with it."""

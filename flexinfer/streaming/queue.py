@@ -1,12 +1,13 @@
-"""Reader threads, and what they read next: the first thing that any of their sources wants, asked in the order of priority.
+"""Reader threads, and what they read next: the first read that any source wants, sources asked in order of priority.
 
-A source decides what is read and where it goes: the window of dense weights (flexinfer.streaming.prefetch), the cache of
-experts (flexinfer.streaming.expert_cache), memory that keeps weights (flexinfer.streaming.locked). What a pass waits for comes from the source that is asked first, what will surely be needed from the next, what may be
-needed from the last. A reader that is free asks; nothing is planned ahead, so a source may change its mind until then. A read
-that is under way is not broken off.
+A source decides what is read and where it goes: the window of dense weights (flexinfer.streaming.prefetch), the cache of experts
+(flexinfer.streaming.expert_cache), memory that keeps weights (flexinfer.streaming.locked). What a pass waits for comes from the
+source that is asked first, what will surely be needed from the next, what may be needed from the last. A free reader
+asks; nothing is queued in advance, so a source may change its mind until then. A read in progress is not cancelled.
 
-One lock, `changed`, guards the sources too: readers hold it while they ask and report, the compute thread while it
-changes what is wanted. With no threads (`io_threads=0`) sources read in the caller, by `read`.
+Waiting, trying again and giving up are here and nowhere else (`wait_for`). One lock, `changed`, guards the sources too:
+readers hold it while they ask and report, the compute thread while it changes what is wanted. With no threads
+(`io_threads=0`) the caller that waits does the reads itself: the paper's synchronous baseline.
 """
 
 import logging
@@ -21,21 +22,24 @@ from flexinfer.observe.trace import Trace
 from flexinfer.plan.weights import Piece
 from flexinfer.streaming.reader import FileReader, padded_bytes
 
-SAY_AFTER_S = 10.0  # a wait for one read that is worth a line in the log, and again each time as long
+# A wait for one read that is worth a line in the log, and again each time as long.
+LOG_AFTER_S = 10.0
+CLOSED = "this model is closed; load it again with flexinfer.from_pretrained()"
 
 logger = logging.getLogger("flexinfer")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """A piece that is to be read into memory, for a source that calls it `key` and has set aside `slot` for it."""
+    """A piece to be read into memory: `source` calls it `key` and has reserved `slot` for it."""
 
     source: "Source"
     key: int
     piece: Piece
     slot: int
     into: memoryview
-    job: Callable[[], object] | None = None  # what reads it, where that is not one read of `piece` as it is
+    # What reads it, where that is not one read of `piece` as it is.
+    job: Callable[[], object] | None = None
 
 
 class Source(Protocol):
@@ -45,40 +49,78 @@ class Source(Protocol):
         """It has been read, its first byte at position `outcome` of the slot, or failed."""
         ...
 
-    def give_up(self, read: Read) -> None:
+    def on_timeout(self, read: Read) -> None:
         """It has taken too long, and is wanted again; its slot may yet be written to."""
         ...
 
-    def come_back(self, read: Read) -> None:
-        """A read that was given up has ended: its slot can be used again."""
+    def on_late_read(self, read: Read) -> None:
+        """A read that had timed out has ended: its slot can be used again."""
+        ...
+
+    def is_ready(self, key: int) -> bool:
+        """Whether what it calls `key` is in memory."""
+        ...
+
+    def failure(self, key: int) -> BaseException | None:
+        """Why the last read of `key` failed, once; then it can be asked for again."""
+        ...
+
+    def request(self, key: int) -> None:
+        """Have `key` read next, unless it is being read."""
         ...
 
 
-Take = Callable[
-    [], Read | None
-]  # the read that is wanted most, its slot set aside; None if there is none now
+# The read that is wanted most, its slot reserved; None if there is none now.
+Take = Callable[[], Read | None]
 
 
 class ReadQueue:
-    """Threads that read what they are asked for, until `close`."""
+    """Threads that read what sources want, until `close`."""
 
     def __init__(self, reader: FileReader, trace: Trace, *, io_threads: int) -> None:
         self.trace = trace
-        self.changed = threading.Condition(threading.Lock())  # held by one only: see closes_here
+        # Held by one thread only, and not reentrant: see closes_here.
+        self.changed = threading.Condition(threading.Lock())
         self.synchronous = io_threads == 0
         self._reader = reader
         self._takes: list[Take] = []
         self._stop = False
         self._threads: list[threading.Thread] = []
-        self._under_way: dict[threading.Thread, tuple[Read, float]] = {}  # since when
+        # By thread: what it reads, and since when.
+        self._in_progress: dict[threading.Thread, tuple[Read, float]] = {}
         for i in range(io_threads):
             self._start_reader(i)
 
     def serve(self, take: Take) -> None:
-        """Read what `take` asks for too, after what those before it ask for. It is called with the lock held."""
+        """Read what `take` returns too, after what those served before it return. It is called with the lock held."""
         with self.changed:
             self._takes.append(take)
             self.changed.notify_all()
+
+    def wait_for(self, source: Source, key: int, piece: Piece, take: Take) -> None:
+        """Return when what `source` calls `key` is in memory: `piece`, or all that it stands for.
+
+        The caller holds the lock. A failed read is tried once more, for it may have been read long ago, and what was wrong then
+        may be repaired; its second error is raised here, in the thread that needs it. `take` does the reads where there are no threads.
+
+        Raises:
+            ReadError: it could not be read, or took longer than the reader's `timeout_s`.
+            RuntimeError: the queue has been closed.
+        """
+        start_s, tried_again = perf_counter(), False
+        while not source.is_ready(key):
+            error = source.failure(key)
+            if error is not None:
+                source.request(key)
+                self.changed.notify_all()
+                if tried_again:
+                    raise error
+                tried_again = True
+            elif self.synchronous:
+                self._read_here(take)
+            else:
+                self._wait(piece, start_s)
+        self.trace.add("wait", piece.name, piece.layer, start_s, piece.nbytes)
 
     def read(self, piece: Piece, into: memoryview) -> int:
         """Read `piece` now, in this thread; the position of its first byte. Raises ReadError."""
@@ -90,75 +132,8 @@ class ReadQueue:
         self.trace.add("read", piece.name, piece.layer, start_s, piece.nbytes)
         return position
 
-    def wait(self, piece: Piece, start_s: float) -> None:
-        """Wait until something has changed, for a caller that holds the lock and has wanted `piece` since `start_s`.
-
-        Every while say so; past the time that a read may take, give up the readers that are stuck and raise ReadError.
-        Raises RuntimeError once the queue is closed.
-        """
-        if self._stop:
-            raise RuntimeError("this model is closed; load it again with flexinfer.from_pretrained()")
-        limit_s = self._reader.timeout_s
-        left_s = math.inf if limit_s is None else limit_s - (perf_counter() - start_s)
-        if left_s > 0:
-            if not self.changed.wait(min(left_s, SAY_AFTER_S)) and left_s > SAY_AFTER_S:
-                logger.warning(
-                    "still waiting for %s at byte %d, %.0f s",
-                    piece.file,
-                    piece.offset_bytes,
-                    perf_counter() - start_s,
-                )
-            return
-        assert limit_s is not None
-        now_s = perf_counter()
-        for thread, (read, since_s) in self._under_way.items():
-            if now_s - since_s >= limit_s / 2 and thread in self._threads:
-                self._threads.remove(thread)  # it ends when its read comes back, and gives its slot back then
-                self._start_reader(len(self._threads))
-                read.source.give_up(read)
-        self.changed.notify_all()
-        raise self._reader.too_slow(piece.file, piece.offset_bytes, piece.nbytes)
-
-    def _start_reader(self, number: int) -> None:
-        thread = threading.Thread(target=self._run, name=f"flexinfer-io-{number}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _run(self) -> None:
-        me = threading.current_thread()
-        while True:
-            with self.changed:
-                while (read := self._next(me)) is None:
-                    if self._stop or me not in self._threads:
-                        return
-                    self.changed.wait()
-                self._under_way[me] = (read, perf_counter())
-            try:
-                outcome: int | BaseException = 0
-                if read.job is not None:
-                    read.job()
-                else:
-                    outcome = self.read(read.piece, read.into)
-            except BaseException as error:
-                outcome = error
-            with self.changed:
-                del self._under_way[me]
-                if me in self._threads:
-                    read.source.finish(read, outcome)
-                else:
-                    read.source.come_back(read)
-                self.changed.notify_all()
-
-    def _next(self, me: threading.Thread) -> Read | None:
-        if self._stop or me not in self._threads:
-            return None
-        for take in self._takes:
-            if (read := take()) is not None:
-                return read
-        return None
-
     def closes_here(self) -> bool:
-        """Whether this thread may call `close` now: no, where the garbage collector came by while it held the lock."""
+        """Whether this thread may call `close` now: no, where the garbage collector runs while the thread holds the lock."""
         if threading.current_thread() in self._threads or not self.changed.acquire(blocking=False):
             return False
         self.changed.release()
@@ -173,3 +148,88 @@ class ReadQueue:
             if thread is not threading.current_thread():
                 thread.join()
         self._takes.clear()
+
+    # ---- waiting
+
+    def _read_here(self, take: Take) -> None:
+        """One read of `take` in this thread, which holds the lock."""
+        if self._stop:
+            raise RuntimeError(CLOSED)
+        read = take()
+        assert read is not None, "a source that is waited for has a read"
+        self.changed.release()
+        try:
+            outcome = self._outcome(read)
+        finally:
+            self.changed.acquire()
+        read.source.finish(read, outcome)
+
+    def _wait(self, piece: Piece, start_s: float) -> None:
+        """Wait until something has changed, for a caller that holds the lock and has wanted `piece` since `start_s`."""
+        if self._stop:
+            raise RuntimeError(CLOSED)
+        limit_s = self._reader.timeout_s
+        left_s = math.inf if limit_s is None else limit_s - (perf_counter() - start_s)
+        if left_s > 0:
+            if not self.changed.wait(min(left_s, LOG_AFTER_S)) and left_s > LOG_AFTER_S:
+                waited_s = perf_counter() - start_s
+                logger.warning(
+                    "still waiting for %s at byte %d, %.0f s", piece.file, piece.offset_bytes, waited_s
+                )
+            return
+        assert limit_s is not None
+        self._replace_stuck_readers(limit_s / 2)
+        raise self._reader.too_slow(piece.file, piece.offset_bytes, piece.nbytes)
+
+    def _replace_stuck_readers(self, limit_s: float) -> None:
+        """Start a new thread for each that has been reading for `limit_s`. The old one ends when its read does."""
+        now_s = perf_counter()
+        for thread, (read, since_s) in self._in_progress.items():
+            if now_s - since_s >= limit_s and thread in self._threads:
+                self._threads.remove(thread)
+                self._start_reader(len(self._threads))
+                read.source.on_timeout(read)
+        self.changed.notify_all()
+
+    # ---- the readers
+
+    def _start_reader(self, number: int) -> None:
+        thread = threading.Thread(target=self._run, name=f"flexinfer-io-{number}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self) -> None:
+        me = threading.current_thread()
+        while True:
+            with self.changed:
+                while (read := self._next(me)) is None:
+                    if self._stop or me not in self._threads:
+                        return
+                    self.changed.wait()
+                self._in_progress[me] = (read, perf_counter())
+            outcome = self._outcome(read)
+            with self.changed:
+                del self._in_progress[me]
+                if me in self._threads:
+                    read.source.finish(read, outcome)
+                else:
+                    read.source.on_late_read(read)
+                self.changed.notify_all()
+
+    def _outcome(self, read: Read) -> int | BaseException:
+        """The position of the first byte, or what went wrong."""
+        try:
+            if read.job is None:
+                return self.read(read.piece, read.into)
+            read.job()
+        except BaseException as error:
+            return error
+        return 0
+
+    def _next(self, me: threading.Thread) -> Read | None:
+        if self._stop or me not in self._threads:
+            return None
+        for take in self._takes:
+            if (read := take()) is not None:
+                return read
+        return None

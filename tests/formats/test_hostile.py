@@ -25,7 +25,7 @@ from flexinfer.formats.config import refusing
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.safetensors import INDEX_FILE, read_header
 from flexinfer.formats.tensors import CheckpointError
-from flexinfer.model.engine import context_limit
+from flexinfer.engine.prepare import context_limit
 from flexinfer.model.resident import load_resident
 from flexinfer.model.skeleton import build_skeleton
 

@@ -13,7 +13,7 @@ from tests.stress.soak_calls import CALLS, prepare
 from tests.stress.soak_cases import Call, Case
 
 if TYPE_CHECKING:
-    from flexinfer.plan.budget import PassShape
+    from flexinfer.plan.plan import PassShape
 
 RESIDENT_MEMORY = "12GiB"  # holds any case whole
 
@@ -137,7 +137,7 @@ def _ask(model: Any, call: Call, case: Case) -> tuple[Any, str | None]:
 
 def shape_of(call: Call, case: Case) -> "PassShape | None":
     """The largest pass of a call: its prompt."""
-    from flexinfer.plan.budget import PassShape
+    from flexinfer.plan.plan import PassShape
 
     if call.kind in ("tokenize", "resize"):
         return None
