@@ -5,7 +5,7 @@ best in hindsight.
 
 A routing is what each layer of each token is routed to (`Engine.record_routing`), decoding the text
 of a prompt token by token. For caches of several shares of all experts the misses of each policy
-are counted (flexinfer.expert_policies), and those of Belady's rule; the first quarter of the tokens
+are counted (flexinfer.streaming.expert_policies), and those of Belady's rule; the first quarter of the tokens
 warms the cache up. One JSON line for a routing. `--simulate` needs no model: it draws a routing in
 which a token keeps each expert of the one before it with a probability, as consecutive tokens of a
 text do (Jiang et al. 2024, Mixtral of Experts, section 5, find such repetitions, in higher layers

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import flexinfer.formats.skeleton
 import pytest
 import torch
 import transformers
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 
 import flexinfer
 import flexinfer.cache_dir
+import flexinfer.model.pieces
 
 settings.register_profile("flexinfer", deadline=None)  # a busy machine is no failure
 settings.load_profile("flexinfer")
@@ -108,8 +108,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of a few tens of KiB in several pieces."""
-    monkeypatch.setattr(flexinfer.formats.skeleton, "PIECE_BYTES", 8192)
-    monkeypatch.setattr(flexinfer.formats.skeleton, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(flexinfer.model.pieces, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(flexinfer.model.pieces, "ROW_MULTIPLE", 16)
 
 
 @pytest.fixture

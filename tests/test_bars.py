@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flexinfer.bars
 import pytest
 from rich.progress import Progress
 from small_model import CONFIG, add_tokenizer
 
+import flexinfer.cli.bars
 from flexinfer.cli.bars import Bars
 
 HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = b"\x1b[?25l", b"\x1b[?25h", b"\x1b[2K"
@@ -41,7 +41,7 @@ def at_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that Bars sees: the one element, to be changed."""
     now = [100.0]
-    monkeypatch.setattr(flexinfer.bars, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(flexinfer.cli.bars, "perf_counter", lambda: now[0])
     return now
 
 

@@ -8,13 +8,13 @@ import pytest
 from conftest import Load, MakeCheckpoint
 from small_model import CONFIG, add_tokenizer
 
-import flexinfer.model
+import flexinfer.engine.prepare
 from flexinfer.cli.main import main
+from flexinfer.engine.prepare import ProcessMemory
 from flexinfer.formats.tokenizer import TokenizerMemory
-from flexinfer.engine.prepare import ProcessMemory as MemoryOfProcess
 from flexinfer.plan.batches import best_batch, counts_up_to, plan_batches
-from flexinfer.plan.plan import Costs, Overheads as Fixed, Plan
-from flexinfer.plan.budget import make_plan
+from flexinfer.plan.plan import Costs, Overheads
+from flexinfer.plan.planner import Planner
 from flexinfer.plan.weights import Piece, Weight
 
 MIB = 1 << 20
@@ -22,19 +22,18 @@ BUDGET = 400 * MIB
 PIECES = tuple(Piece("w", 0, i, i + 1, Path("f"), i * MIB, MIB, MIB, locked_bytes=MIB) for i in range(100))
 
 
-def fixed_of(count: int) -> Fixed:
-    return Fixed(
-        process_bytes=MIB, resident_bytes=0, kv_bytes=8 * MIB * count, activation_bytes=0, margin_bytes=0
+def overheads_of(count: int) -> Overheads:
+    return Overheads(
+        process_bytes=MIB, unstreamed_bytes=0, kv_bytes=8 * MIB * count, activation_bytes=0, margin_bytes=0
     )
 
 
-def make(fixed: Fixed, costs: Costs) -> Plan:
-    return make_plan([Weight("w", "w", 0, "ffn", PIECES)], fixed, 80 * MIB, costs, window=4 * MIB)
+WEIGHT = Weight("w", "w", 0, "ffn", PIECES)
+PLANNER = Planner([WEIGHT], overheads_of(1), Costs(100 * MIB, 0.1), window=4 * MIB)
 
 
 def test_more_sequences_pay_until_their_cache_or_their_computing_costs_more() -> None:
-    costs = Costs(bandwidth_bytes_per_s=100 * MIB, compute_s=0.1)
-    found = plan_batches((1, 2, 4, 8, 16), fixed_of, make, costs, ((1, 0.1), (16, 0.1)))
+    found = plan_batches((1, 2, 4, 8, 16), PLANNER, 80 * MIB, overheads_of, ((1, 0.1), (16, 0.1)))
     assert [one.sequences for one in found] == [1, 2, 4, 8, 16]
     locked = [one.plan.locked_bytes // MIB for one in found[:4] if one.plan is not None]
     assert locked == [66, 58, 42, 10], "8 MiB less for each sequence, and less than one for page tables"
@@ -43,10 +42,12 @@ def test_more_sequences_pay_until_their_cache_or_their_computing_costs_more() ->
     assert found[4].plan is None
     assert found[4].tokens_per_s == 0, "128 MiB of cache in a budget of 80"
     assert best_batch(found) is found[3]
-    slow = plan_batches((1, 2, 4, 8), fixed_of, make, costs, ((1, 0.1), (2, 0.2), (4, 0.5), (8, 2.0)))
+    slow = plan_batches(
+        (1, 2, 4, 8), PLANNER, 80 * MIB, overheads_of, ((1, 0.1), (2, 0.2), (4, 0.5), (8, 2.0))
+    )
     assert best_batch(slow) is slow[2]
     assert slow[3].tokens_per_s == pytest.approx(8 / 2.0)
-    assert best_batch(plan_batches((16,), fixed_of, make, costs, ((1, 0.1),))) is None
+    assert best_batch(plan_batches((16,), PLANNER, 80 * MIB, overheads_of, ((1, 0.1),))) is None
 
 
 def test_counts_are_powers_of_two_and_what_is_asked_for() -> None:
@@ -63,13 +64,13 @@ def told(
 ) -> tuple[Path, dict[str, Any]]:
     """A model, and the keywords of its loading, in a process that is always of the same size."""
     path = add_tokenizer(checkpoint("llama", **CONFIG), tmp_path / "model")
-    measure = MemoryOfProcess.measure
+    measure = ProcessMemory.measure
 
-    def measured(*args: Any, **options: Any) -> MemoryOfProcess:
+    def measured(*args: Any, **options: Any) -> ProcessMemory:
         found = measure(*args, **options)
-        return MemoryOfProcess(300 * MIB, found.libraries, 20 * MIB, TokenizerMemory())
+        return ProcessMemory(300 * MIB, found.libraries, 20 * MIB, TokenizerMemory())
 
-    monkeypatch.setattr(flexinfer.model.MemoryOfProcess, "measure", measured)
+    monkeypatch.setattr(flexinfer.engine.prepare.ProcessMemory, "measure", measured)
     return path, {"window": 3 * 16_384}
 
 
@@ -100,7 +101,7 @@ def test_it_agrees_with_what_the_engine_plans(
         plan = model.flexinfer.plan
         assert one["locked_bytes"] == plan.locked_bytes
         assert one["streamed_bytes"] == plan.streamed_bytes
-        assert (one["kv_bytes"], one["activation_bytes"]) == (plan.kv_bytes, plan.fixed.activation_bytes)
+        assert (one["kv_bytes"], one["activation_bytes"]) == (plan.kv_bytes, plan.overheads.activation_bytes)
     assert batches[-1]["locked_bytes"] < batches[0]["locked_bytes"] or batches[0]["streamed_bytes"] == 0
     assert sum(one["best"] for one in batches) == 1
 

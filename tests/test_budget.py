@@ -43,7 +43,7 @@ report = {"tokens": text[0, prompt_tokens:].tolist(), "resident_bytes": resident
 if system == "flexinfer":
     plan = model.flexinfer.plan
     report |= {"peak_bytes": model.flexinfer.stats()["peak_bytes"], "streamed_bytes": plan.streamed_bytes,
-               "total_bytes": plan.total_bytes, "drafted": model.flexinfer.stats().get("drafted"), "fixed": repr(plan.fixed), "window_bytes": plan.window_bytes}
+               "total_bytes": plan.total_bytes, "drafted": model.flexinfer.stats().get("drafted"), "fixed": repr(plan.overheads), "window_bytes": plan.window_bytes}
 print(json.dumps(report))
 """
 
@@ -142,7 +142,7 @@ def test_smallest_budget_is_enough_with_a_draft(
 
 LENGTHS = """
 import gc, json, sys, flexinfer, torch
-from flexinfer.machine import anonymous_bytes
+from flexinfer.memory.process import anonymous_bytes
 from flexinfer.streaming.memory import trim_heap
 model = flexinfer.from_pretrained(sys.argv[1], "2GiB", context=256)
 

@@ -64,7 +64,7 @@ def test_scoring_again_and_again_uses_the_memory_set_aside(checkpoint: MakeCheck
         with torch.no_grad():
             kept.append(model(prompt(seed=seed)))
             assert torch.equal(kept[-1].logits, reference(prompt(seed=seed)).logits)
-    assert model.flexinfer._kv.holds(kept[-1].cache)
+    assert model.flexinfer.store.kv.holds(kept[-1].cache)
     with torch.no_grad():
         following = torch.tensor([[5]])
         ours = model(following, cache=kept[-1].cache).logits
@@ -82,7 +82,7 @@ def test_a_cache_by_its_older_name_gets_the_memory_set_aside(checkpoint: MakeChe
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model(prompt(), **{name: cache})
-        assert model.flexinfer._kv.holds(cache)
+        assert model.flexinfer.store.kv.holds(cache)
         assert cache.get_seq_length() == prompt().shape[1]
         del cache
 
@@ -119,7 +119,7 @@ def test_a_process_that_grows_where_nothing_is_locked_takes_of_the_margin_and_no
     model = load(checkpoint())
     expected = logits(model, prompt())
     resize_to_share(model, 0.0)
-    margin_bytes = model.flexinfer.plan.fixed.margin_bytes
+    margin_bytes = model.flexinfer.plan.overheads.margin_bytes
     ballast = [bytearray(b"x") * (margin_bytes * 3 // 4)]
     with pytest.warns(RuntimeWarning, match="the process has grown by"):
         assert torch.equal(logits(model, prompt()), expected)

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flexinfer.commands.chat
-import flexinfer.commands.generate
 import gguf_models
 import pytest
 import torch
 from small_model import CONFIG, add_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import flexinfer.cli.chat
+import flexinfer.cli.generate
 from flexinfer.cli.bars import Bars
 from flexinfer.cli.chat import Conversation
 from flexinfer.cli.doctor_facts import Facts, advice, better_threads
@@ -363,7 +363,7 @@ def test_json_of_a_run_that_sigterm_stopped_is_complete(
     model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(flexinfer.commands.generate, "Nowhere", lambda: Presses(1, signal.SIGTERM))
+    monkeypatch.setattr(flexinfer.cli.generate, "Nowhere", lambda: Presses(1, signal.SIGTERM))
     assert main(["generate", str(model_dir), "abc", "--max-new-tokens", "20", "--json"]) == 143
     result = json.loads(capsys.readouterr().out)
     assert len(result["token_ids"]) == result["tokens"] <= 3
@@ -373,7 +373,7 @@ def test_json_of_a_run_that_sigterm_stopped_is_complete(
 def test_a_second_sigterm_ends_a_chat_at_once(
     model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flexinfer.commands.chat, "text_streamer", lambda *_, **__: Presses(2, signal.SIGTERM))
+    monkeypatch.setattr(flexinfer.cli.chat, "text_streamer", lambda *_, **__: Presses(2, signal.SIGTERM))
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nnever asked"))
     assert main(["chat", str(model_dir), "--max-new-tokens", "20"]) == 143
     assert capsys.readouterr().err.splitlines() == ["stopped"]
@@ -388,7 +388,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     streamers = [Presses(times), Presses(0)]
-    monkeypatch.setattr(flexinfer.commands.chat, "text_streamer", lambda *args, **options: streamers.pop(0))
+    monkeypatch.setattr(flexinfer.cli.chat, "text_streamer", lambda *args, **options: streamers.pop(0))
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n/exit\n"))
     assert main(["chat", str(model_dir), "--max-new-tokens", "20"]) == 0
     shown = capsys.readouterr().err

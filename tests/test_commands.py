@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flexinfer.formats.skeleton
 import pytest
 from small_model import CONFIG, add_tokenizer
 from test_bars import run_at_terminal
 
 import flexinfer
+import flexinfer.formats.hub
 from flexinfer.cli.chat import plan_lines
 from flexinfer.cli.ls import in_folder, in_hub_cache
 from flexinfer.cli.main import main
@@ -126,7 +126,7 @@ def test_chat_fetches_what_is_not_there_says_so_and_answers(
             raise FileNotFoundError("not in the cache")
         return str(home if home.is_dir() else put_into(hub_cache, model_dir))
 
-    monkeypatch.setattr(flexinfer.formats.skeleton, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(flexinfer.formats.hub, "snapshot_download", snapshot_download)
     for fetched in (True, False):
         monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
         assert main(["chat", ID, "--memory", "auto", "--max-new-tokens", "4"]) == 0
@@ -142,7 +142,7 @@ def test_what_cannot_be_had_is_one_line(
     def snapshot_download(*_: Any, **__: Any) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr(flexinfer.formats.skeleton, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(flexinfer.formats.hub, "snapshot_download", snapshot_download)
     assert main(["chat", "nobody/nothing"]) == 2
     *before, error = capsys.readouterr().err.splitlines()
     assert len(before) == 1  # that it is fetched

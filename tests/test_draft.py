@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 import flexinfer
-import flexinfer.model
+import flexinfer.engine.load
 from flexinfer.draft.economics import DraftCosts, Pace, best_candidates, expected_tokens, looked_up
 from flexinfer.draft.substitute import DraftError
+from flexinfer.engine.prepare import ProcessMemory
 from flexinfer.formats.tokenizer import TokenizerMemory
 from flexinfer.memory.libraries import LibraryPages
-from flexinfer.engine.prepare import ProcessMemory as MemoryOfProcess
-from flexinfer.plan.plan import Costs, DraftPlan, Overheads as Fixed
-from flexinfer.plan.budget import make_plan
+from flexinfer.plan.plan import Costs, DraftPlan, Overheads
+from flexinfer.plan.planner import Planner
 from flexinfer.plan.weights import Piece, Weight
 from flexinfer.streaming.kv_cache import ContextError
 
@@ -49,7 +49,9 @@ def draft_passes_read(model: PreTrainedModel) -> int:
     each weight."""
     engine = model.flexinfer
     locked = sum(count > 0 for count in engine.plan.locked_pieces.values())
-    pieces = sum(len(w.pieces) - engine.plan.locked_pieces.get(w.name, 0) for w in engine._weights)
+    pieces = sum(
+        len(w.pieces) - engine.plan.locked_pieces.get(w.name, 0) for w in engine.runner.planner.weights
+    )
     return engine.stats()["reads"] - locked - engine.stats()["passes"] * pieces
 
 
@@ -147,15 +149,15 @@ FEW_ROWS_COST_LITTLE = DraftCosts(((1, 1e-4), (17, 1e-3)), 1e-4, 1e-4)
 
 def machine(monkeypatch: pytest.MonkeyPatch, costs: Costs, draft_costs: DraftCosts) -> None:
     """Have models that are loaded from now on find that reading, computing and drafting cost so much."""
-    monkeypatch.setattr(flexinfer.model, "measure_costs", lambda *_: costs)
-    monkeypatch.setattr(flexinfer.model, "measure_draft_costs", lambda *_: draft_costs)
+    monkeypatch.setattr(flexinfer.engine.load, "measure_costs", lambda *_: costs)
+    monkeypatch.setattr(flexinfer.engine.load, "measure_draft_costs", lambda *_: draft_costs)
 
 
 @pytest.fixture
 def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process holds is what it held at the first load: it grows by more than the weights of these models."""
-    measured = MemoryOfProcess(400 << 20, LibraryPages(), 0, TokenizerMemory())
-    monkeypatch.setattr(MemoryOfProcess, "measure", lambda *_, **__: measured)
+    measured = ProcessMemory(400 << 20, LibraryPages(), 0, TokenizerMemory())
+    monkeypatch.setattr(ProcessMemory, "measure", lambda *_, **__: measured)
 
 
 @pytest.mark.usefixtures("steady_process")
@@ -172,12 +174,11 @@ def test_auto_takes_a_substitute_where_reading_is_slow_and_lets_go_of_one_that_d
     assert (engine.stats()["draft"], plan.draft.kind) == ("substitute", "substitute")
     assert plan.substitute_bytes > 0
     for _ in range(50):
-        engine._pace.saw(8, 0)
-        engine._pace.took(pass_s=1e9, rows=9)
+        engine.drafter.pace.saw(8, 0)
+        engine.drafter.pace.took(pass_s=1e9, rows=9)
     assert torch.equal(model.generate(prompt(), **GREEDY), expected)
     assert engine.stats()["draft"] == "lookup"
     assert engine.plan.substitute_bytes == 0
-    assert not engine._in_few_bits
     assert torch.equal(model.generate(prompt(), **GREEDY), expected)
     machine(monkeypatch, Costs(1e12, 1.0), DraftCosts(((1, 1.0), (17, 17.0)), 1.0, 1.0))
     fast_disk = load(path, substitute + (1 << 20), draft="auto").flexinfer
@@ -270,7 +271,7 @@ def test_substitutes_are_made_once_and_a_killed_run_goes_on(
     whole = file.read_bytes()
     assert [stage for stage in told if stage[0] == "draft"][-1][1:] in {
         (len(whole),) * 2,
-        (sum(w.nbytes for w in model.flexinfer._weights),) * 2,
+        (sum(w.nbytes for w in model.flexinfer.runner.planner.weights),) * 2,
     }
     (made,) = {one[2] for one in told if one[0] == "draft" and one[2] == len(whole)}
     assert made == len(whole)
@@ -295,9 +296,8 @@ def test_resize_and_close_with_a_draft(checkpoint: MakeCheckpoint, load: Load) -
         held.append((plan.substitute_bytes, plan.streamed_bytes))
         assert (plan.substitute_bytes > 0) == (plan.streamed_bytes > 0)
     assert held[0] > held[2] > held[1] > held[3] == (0, 0)
-    assert smallest_budget(model) > model.flexinfer.plan.fixed.nbytes + held[0][0]
+    assert smallest_budget(model) > model.flexinfer.plan.overheads.nbytes + held[0][0]
     model.flexinfer.close()
-    assert not model.flexinfer._in_few_bits
     with pytest.raises(RuntimeError, match="closed"):
         model.generate(prompt(), **GREEDY)
 
@@ -361,15 +361,16 @@ def test_lookup_takes_the_longest_and_latest_run() -> None:
 def test_a_plan_with_substitutes_adds_up() -> None:
     pieces = tuple(Piece("w", 0, i, i + 1, Path("f"), i * 100, 100, 100, locked_bytes=100) for i in range(10))
     weight = Weight("w", "w", 0, "ffn", pieces)
-    fixed = Fixed(0, 0, 0, 0, 0)
+    overheads = Overheads(0, 0, 0, 0, 0)
+    planner = Planner([weight], overheads, Costs(1.0, 1.0), window=200, substitutes={"w": [30] * 10})
     for budget in range(200 + 300, 1400, 7):
-        plan = make_plan([weight], fixed, budget, Costs(1.0, 1.0), window=200, substitutes={"w": [30] * 10})
+        plan = planner.plan(budget)
         locked = plan.locked_pieces["w"]
         assert plan.substitute_bytes == 30 * (10 - locked)
         assert plan.unused_bytes == budget - plan.window_bytes - 100 * locked - plan.substitute_bytes >= 0
         assert locked == 10 or plan.unused_bytes < 70
     with pytest.raises(flexinfer.BudgetError, match="at least"):
-        make_plan([weight], fixed, 499, Costs(1.0, 1.0), window=200, substitutes={"w": [30] * 10})
+        planner.plan(499)
 
 
 def test_a_substitute_is_made_of_what_the_first_pass_reads(checkpoint: MakeCheckpoint, load: Load) -> None:
@@ -379,13 +380,13 @@ def test_a_substitute_is_made_of_what_the_first_pass_reads(checkpoint: MakeCheck
         model = load(path, draft="substitute", draft_type="q8_0", draft_tokens=4, io_threads=0)
         resize_to_share(model, 0.4)
         engine, reads = model.flexinfer, list[int]()
-        read_now = engine._reader.read_now
+        read_now = engine.store.reader.read_now
 
         def read(file: Path, offset: int, *rest: Any, read_now: Any = read_now, reads: Any = reads) -> int:
             reads.append(offset)
             return read_now(file, offset, *rest)
 
-        engine._reader.read_now = read
+        engine.store.reader.read_now = read
         if cut:
             layer = model.model.layers[2]
             hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -396,14 +397,14 @@ def test_a_substitute_is_made_of_what_the_first_pass_reads(checkpoint: MakeCheck
             model(prompt())
         streamed = [
             p.offset_bytes
-            for w in engine._weights
+            for w in engine.runner.planner.weights
             for p in w.pieces[engine.plan.locked_pieces.get(w.name, 0) :]
         ]
         seen = [offset for offset in reads if offset in streamed]
         assert len(seen) == len(set(seen)) < len(streamed) + 1
         assert (set(seen) < set(streamed)) == cut
         reads.clear()
-        with engine._while_drafting():
+        with engine.store.running_drafts():
             assert {offset for offset in reads if offset in streamed} == set(streamed) - set(seen)
         reads.clear()
         assert torch.equal(model.generate(prompt(), **GREEDY), stock(path).generate(prompt(), **GREEDY))

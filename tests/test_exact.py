@@ -149,7 +149,7 @@ def test_pieces_of_true_size(checkpoint: MakeCheckpoint, dtype: torch.dtype, thr
     torch.set_num_threads(threads)
     try:
         model, reference = flexinfer.from_pretrained(path, "8GiB", context=256, window="8MiB"), stock(path)
-        assert max(len(weight.pieces) for weight in model.flexinfer._weights) > 1
+        assert max(len(weight.pieces) for weight in model.flexinfer.runner.planner.weights) > 1
         resize_to_share(model, 0.5)
         for tokens in (1, 2, 5, 65):
             assert torch.equal(logits(model, prompt(1, tokens), 1), logits(reference, prompt(1, tokens), 1))

@@ -22,7 +22,7 @@ from flexinfer.streaming.reader import FileReader, ReadError
 
 def with_faults(model: PreTrainedModel, before: Callable[[int], None], *, in_thread: str = "") -> None:
     """Call `before` with its number in front of every read, of threads of this name; it may raise or wait."""
-    reader = model.flexinfer._reader
+    reader = model.flexinfer.store.reader
     read_now, numbers = reader.read_now, itertools.count(1)
 
     def read(file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
@@ -75,7 +75,7 @@ def test_a_fault_while_reading_ahead_that_has_passed_when_the_piece_is_needed_is
 def test_a_slow_read_is_waited_for(
     checkpoint: MakeCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(flexinfer.streaming.read_queue, "SAY_AFTER_S", 0.05)
+    monkeypatch.setattr(flexinfer.streaming.queue, "LOG_AFTER_S", 0.05)
     model = load(checkpoint(), policy="none")
     with_faults(model, lambda number: time.sleep(0.5 if number == 3 else 0), in_thread="flexinfer-io")
     with caplog.at_level(logging.WARNING, "flexinfer"):

@@ -159,7 +159,7 @@ def test_passes_and_tokens_are_counted(checkpoint: MakeCheckpoint, load: Load) -
     assert stats["tokens"] == 2 * (7 + 3)
     assert stats["resyncs"] == 0
     events = model.flexinfer.events()
-    pieces = [p for w in model.flexinfer._weights for p in w.pieces]
+    pieces = [p for w in model.flexinfer.runner.planner.weights for p in w.pieces]
     computed = [event for event in events if event["kind"] == "compute"]
     assert [event["tensor"] for event in computed] == [p.name for p in pieces] * 4
     assert [event["layer"] for event in computed[: len(pieces)]] == [p.layer for p in pieces]
@@ -179,9 +179,9 @@ def test_a_prompt_as_long_as_the_context_is_one_pass_or_one_for_each_chunk(
     assert torch.equal(model.generate(ids, **options), expected)
     stats, plan = model.flexinfer.stats(), model.flexinfer.plan
     assert stats["passes"] == (1 if chunk is None else 4)
-    pieces = sum(len(weight.pieces) for weight in model.flexinfer._weights)
+    pieces = sum(len(weight.pieces) for weight in model.flexinfer.runner.planner.weights)
     assert stats["reads"] == stats["passes"] * pieces
     assert stats["tokens"] == 63
-    assert plan.fixed.activation_bytes >= model.flexinfer._meter.extra_bytes(PassShape(1, 63), 64)
+    assert plan.overheads.activation_bytes >= model.flexinfer.runner.meter.extra_bytes(PassShape(1, 63), 64)
     with pytest.raises(ContextError, match="context=64"):
         model.generate(prompt(tokens=66), **options)

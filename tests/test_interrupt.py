@@ -101,8 +101,8 @@ class Slow(FileReader):
         time.sleep(1 if os.path.exists(sys.argv[1]) else 0)
         return super().read_now(*wanted)
 
-import flexinfer.model
-flexinfer.model.FileReader = Slow
+import flexinfer.engine.load
+flexinfer.engine.load.FileReader = Slow
 sys.exit(main(sys.argv[2:]))
 """
 

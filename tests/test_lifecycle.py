@@ -66,7 +66,7 @@ def test_library_pages_that_a_pass_needs_are_locked_while_a_model_is_loaded(
     streamed = [load(checkpoint(), policy="none"), load(checkpoint(), policy="none", dtype="float32")]
     streamed[0](prompt())
     for model in streamed:
-        libraries = model.flexinfer._libraries
+        libraries = model.flexinfer.store.libraries
         assert model.flexinfer.file_bytes == libraries.nbytes > 8 << 20
         assert status_bytes("VmLck") - before >= libraries.nbytes
         model.flexinfer.close()
@@ -117,7 +117,7 @@ def test_collecting_a_model_inside_its_own_reader_locks_nothing_up(
         model = flexinfer.from_pretrained(checkpoint(), "8GiB", context=64, policy="none")
         model(prompt())
         engine = model.flexinfer
-        queue = engine._queue
+        queue = engine.store.queue
         del model
         if held:
             with queue.changed:
@@ -131,7 +131,7 @@ def test_collecting_a_model_inside_its_own_reader_locks_nothing_up(
             if thread.name == "flexinfer-close":
                 thread.join(timeout=60)
                 assert not thread.is_alive(), "locked up"
-        assert engine._closed
+        assert engine.store.closed
         del engine, queue
         assert holdings() == before
 
@@ -312,13 +312,15 @@ def test_bytes_read_in_a_pass_are_those_of_the_plan(
 ) -> None:
     """Each piece with the pages at its ends, and one row of the embedding: no more, no less."""
     model = load(checkpoint(), io_threads=io_threads)
-    if not model.flexinfer._reader.direct:
+    if not model.flexinfer.store.reader.direct:
         pytest.skip(
             "no direct reads on this file system, and those through the page cache are counted otherwise"
         )
     resize_to_share(model, share)
     engine = model.flexinfer
-    streamed = [p for w in engine._weights for p in w.pieces[engine.plan.locked_pieces.get(w.name, 0) :]]
+    streamed = [
+        p for w in engine.runner.planner.weights for p in w.pieces[engine.plan.locked_pieces.get(w.name, 0) :]
+    ]
     assert sum(p.nbytes for p in streamed) == engine.plan.streamed_bytes > 0
     with_pages = sum(p.memory_bytes for p in streamed)
     assert with_pages <= engine.plan.streamed_bytes + 2 * PAGE_BYTES * len(streamed)

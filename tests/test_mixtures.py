@@ -120,10 +120,10 @@ def test_experts_are_found_and_budgeted(checkpoint: MakeCheckpoint, load: Load) 
     assert experts.hit_rate == 1.0
     assert engine.plan.bound_tokens_per_s >= engine.plan.predicted_tokens_per_s
     smallest = smallest_budget(model)
-    dense = sum(weight.locked_bytes for weight in engine._weights)
+    dense = sum(weight.locked_bytes for weight in engine.runner.planner.weights)
     engine.resize(smallest + dense + experts.cache_bytes // 2)
     plan = engine.plan
-    assert plan.locked_bytes == sum(weight.nbytes for weight in engine._weights), (
+    assert plan.locked_bytes == sum(weight.nbytes for weight in engine.runner.planner.weights), (
         "what every token needs comes first"
     )
     assert 0.4 < plan.experts.hit_rate == plan.experts.slots / experts.slots < 0.7
@@ -187,7 +187,7 @@ def test_what_fits_is_read_once_and_what_does_not_at_most_once_a_pass(
     logits(model, ids, steps=0)
     read = model.flexinfer.stats()["bytes_read"] - before
     pieces = sum(len(one) for one in model.flexinfer.mixture.pieces())
-    dense = sum(p.memory_bytes + 4096 for w in model.flexinfer._weights for p in w.pieces)
+    dense = sum(p.memory_bytes + 4096 for w in model.flexinfer.runner.planner.weights for p in w.pieces)
     assert read <= pieces * experts.slot_bytes + 2 * dense + ids.numel() * 8192
 
 
@@ -234,7 +234,7 @@ def test_a_read_that_fails_is_raised_and_the_next_pass_is_right(
     path = checkpoint("mixtral")
     model, expected = load(path), logits(eager(path), prompt())
     resize_to_share(model, 0.3)
-    reader = model.flexinfer._reader
+    reader = model.flexinfer.store.reader
     experts = {piece.offset_bytes for pieces in model.flexinfer.mixture.pieces() for piece in pieces}
     real = reader.read_now
 

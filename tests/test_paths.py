@@ -272,7 +272,7 @@ def test_bars_in_a_notebook_without_ipywidgets_are_text_and_nothing_warns(tmp_pa
         "import sys, types; "
         "sys.modules['IPython'] = ipython = types.ModuleType('IPython'); "
         "ipython.get_ipython = lambda: types.SimpleNamespace(config={'IPKernelApp': 1}); "
-        f"{'import flexinfer.model; ' if ours else ''}"
+        f"{'import flexinfer.engine.load; ' if ours else ''}"
         "import tqdm.auto, tqdm.std; print([one.__module__ for one in tqdm.auto.tqdm.__mro__])"
     )
     done = subprocess.run(

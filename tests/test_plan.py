@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexinfer.plan.planner import DEFAULT_WINDOW_BYTES, MIN_SLOTS, page_table_bytes, parse_window
-from flexinfer.plan.plan import Costs, Overheads as Fixed, Plan
-from flexinfer.plan.budget import make_plan, smallest_budget_bytes
+from flexinfer.plan.plan import Costs, Overheads, Plan
+from flexinfer.plan.planner import DEFAULT_WINDOW_BYTES, MIN_SLOTS, Planner, page_table_bytes, parse_window
 from flexinfer.plan.preservation import POLICIES
 from flexinfer.plan.weights import Kind, Piece, Weight
 from flexinfer.sizes import (
@@ -25,7 +24,9 @@ from flexinfer.sizes import (
     whole_mib,
 )
 
-FIXED = Fixed(process_bytes=1000, resident_bytes=200, kv_bytes=300, activation_bytes=400, margin_bytes=100)
+OVERHEADS = Overheads(
+    process_bytes=1000, unstreamed_bytes=200, kv_bytes=300, activation_bytes=400, margin_bytes=100
+)
 COSTS = Costs(bandwidth_bytes_per_s=1e6, compute_s=1e-3)
 Role = tuple[str, Kind, int]  # name, kind, pieces of a page each
 LLAMA: list[Role] = [
@@ -76,9 +77,8 @@ def plan_for(
     """The plan when `lock_bytes` are left for locking."""
     slot_bytes = max(piece.memory_bytes for w in weights for piece in w.pieces)
     window_bytes = window_slots * slot_bytes
-    return make_plan(
-        weights, FIXED, FIXED.nbytes + window_bytes + lock_bytes, COSTS, policy=policy, window=window_bytes
-    )
+    planner = Planner(weights, OVERHEADS, COSTS, policy=policy, window=window_bytes)
+    return planner.plan(OVERHEADS.nbytes + window_bytes + lock_bytes)
 
 
 def whole(plan: Plan, weights: list[Weight]) -> set[str]:
@@ -117,17 +117,17 @@ def test_every_byte_is_accounted_for(
 ) -> None:
     total_memory = sum(w.locked_bytes for w in weights)
     slot_bytes = max(piece.memory_bytes for w in weights for piece in w.pieces)
-    budget = smallest_budget_bytes(weights, FIXED) + int(share * total_memory)
-    plan = make_plan(weights, FIXED, budget, COSTS, policy=policy, window=window)
-    tables = page_table_bytes(budget - FIXED.nbytes)
+    budget = Planner(weights, OVERHEADS).smallest_bytes + int(share * total_memory)
+    plan = Planner(weights, OVERHEADS, COSTS, policy=policy, window=window).plan(budget)
+    tables = page_table_bytes(budget - OVERHEADS.nbytes)
     locked_memory = sum(
         p.memory_bytes for w in weights for p in w.pieces[: plan.locked_pieces.get(w.name, 0)]
     )
 
     assert plan.locked_bytes + plan.streamed_bytes == plan.total_bytes == sum(w.nbytes for w in weights)
     assert plan.unused_bytes >= 0
-    assert plan.fixed == replace(FIXED, process_bytes=FIXED.process_bytes + tables)
-    assert plan.fixed.nbytes + plan.window_bytes + locked_memory + plan.unused_bytes == budget
+    assert plan.overheads == replace(OVERHEADS, process_bytes=OVERHEADS.process_bytes + tables)
+    assert plan.overheads.nbytes + plan.window_bytes + locked_memory + plan.unused_bytes == budget
     assert plan.budget_bytes == budget
     assert all(0 <= plan.locked_pieces.get(w.name, 0) <= len(w.pieces) for w in weights)
     if plan.streamed_bytes:
@@ -190,9 +190,9 @@ def test_more_memory_never_streams_more(weights: list[Weight], share: float, mor
 
 def test_more_memory_never_streams_more_page_by_page() -> None:
     weights = stack(LLAMA, layers=5, head_pieces=30)
-    smallest = FIXED.nbytes + MIN_SLOTS * PAGE
+    smallest = OVERHEADS.nbytes + MIN_SLOTS * PAGE
     streamed = [
-        make_plan(weights, FIXED, smallest + i * PAGE, COSTS, window=16 * PAGE).streamed_bytes
+        Planner(weights, OVERHEADS, COSTS, window=16 * PAGE).plan(smallest + i * PAGE).streamed_bytes
         for i in range(5 * 80 + 40)
     ]
     assert streamed == sorted(streamed, reverse=True)
@@ -323,7 +323,7 @@ def test_none_locks_nothing_even_when_all_would_fit() -> None:
 def test_window_of_layers_holds_that_many_whole_layers() -> None:
     weights = stack(LLAMA, layers=6, head_pieces=30)
     for layers in (1, 2, 3):
-        plan = make_plan(weights, FIXED, 10**8, COSTS, policy="none", window=f"{layers} layers")
+        plan = Planner(weights, OVERHEADS, COSTS, policy="none", window=f"{layers} layers").plan(10**8)
         assert plan.window_layers == layers
         assert plan.slots == layers * 80
 
@@ -331,13 +331,13 @@ def test_window_of_layers_holds_that_many_whole_layers() -> None:
 @given(any_weights(), st.sampled_from(sorted(POLICIES)))
 def test_refused_budget_names_the_smallest_that_works(weights: list[Weight], policy: str) -> None:
     with pytest.raises(BudgetError, match=r"memory=1 B is too little.* at least \d+ bytes") as refused:
-        make_plan(weights, FIXED, 1, COSTS, policy=policy)
-    named, smallest = named_bytes(refused.value), smallest_budget_bytes(weights, FIXED)
+        Planner(weights, OVERHEADS, COSTS, policy=policy).plan(1)
+    named, smallest = named_bytes(refused.value), Planner(weights, OVERHEADS).smallest_bytes
     assert SLACK_BYTES <= named - smallest < SLACK_BYTES + (1 << 20), "accepted by the next process too"
     for budget in (named, smallest):
-        make_plan(weights, FIXED, budget, COSTS, policy=policy)
+        Planner(weights, OVERHEADS, COSTS, policy=policy).plan(budget)
     with pytest.raises(BudgetError, match=f"at least {named} bytes"):
-        make_plan(weights, FIXED, smallest - 1, COSTS, policy=policy)
+        Planner(weights, OVERHEADS, COSTS, policy=policy).plan(smallest - 1)
 
 
 @given(st.integers(1, 1 << 38))
@@ -350,15 +350,15 @@ def test_a_budget_is_named_as_it_can_be_given(smallest: int) -> None:
 def test_the_smallest_budget_holds_a_tokenizer_while_it_is_loaded() -> None:
     """Nothing else is there meanwhile, so the larger of both counts, not their sum."""
     weights = stack(LLAMA, layers=2)
-    without = smallest_budget_bytes(weights, FIXED)
-    rest = without - FIXED.process_bytes - FIXED.margin_bytes
-    assert smallest_budget_bytes(weights, replace(FIXED, loading_bytes=rest // 2)) == without
-    loading = replace(FIXED, loading_bytes=rest + (1 << 30))
-    smallest = smallest_budget_bytes(weights, loading)
+    without = Planner(weights, OVERHEADS).smallest_bytes
+    rest = without - OVERHEADS.process_bytes - OVERHEADS.margin_bytes
+    assert Planner(weights, replace(OVERHEADS, loading_bytes=rest // 2)).smallest_bytes == without
+    loading = replace(OVERHEADS, loading_bytes=rest + (1 << 30))
+    smallest = Planner(weights, loading).smallest_bytes
     assert 1 << 30 <= smallest - without < (1 << 30) + (4 << 20)  # with its tables of pages
-    make_plan(weights, loading, smallest, COSTS)
+    Planner(weights, loading, COSTS).plan(smallest)
     with pytest.raises(BudgetError, match="while it is loaded"):
-        make_plan(weights, loading, smallest - 1, COSTS)
+        Planner(weights, loading, COSTS).plan(smallest - 1)
 
 
 def test_speeds_are_those_of_the_cost_model() -> None:
@@ -368,9 +368,9 @@ def test_speeds_are_those_of_the_cost_model() -> None:
     plan = plan_for(weights, 100 * PAGE)
     assert plan.streamed_bytes == total - 100 * PAGE
     assert plan.predicted_tokens_per_s == pytest.approx(1e6 / (total - 100 * PAGE))
-    at_best = plan.budget_bytes - FIXED.process_bytes - FIXED.kv_bytes
+    at_best = plan.budget_bytes - OVERHEADS.process_bytes - OVERHEADS.kv_bytes
     assert plan.bound_tokens_per_s == pytest.approx(1e6 / (total - at_best))
-    slow = make_plan(weights, FIXED, plan.budget_bytes, replace(COSTS, compute_s=9.0), window=2 * PAGE)
+    slow = Planner(weights, OVERHEADS, replace(COSTS, compute_s=9.0), window=2 * PAGE).plan(plan.budget_bytes)
     assert slow.predicted_tokens_per_s == slow.bound_tokens_per_s == pytest.approx(1 / 9)
     assert plan_for(weights, total).predicted_tokens_per_s == pytest.approx(1e3)
 
@@ -477,24 +477,26 @@ def test_policy_that_does_not_exist() -> None:
 
 
 def test_a_model_with_nothing_to_stream_has_a_plan_under_every_policy() -> None:
-    fixed = Fixed(process_bytes=10, resident_bytes=20, kv_bytes=5, activation_bytes=5, margin_bytes=1)
+    overheads = Overheads(
+        process_bytes=10, unstreamed_bytes=20, kv_bytes=5, activation_bytes=5, margin_bytes=1
+    )
     costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=0.0)
     for policy in POLICIES:
-        plan = make_plan([], fixed, 100, costs, policy=policy)
+        plan = Planner([], overheads, costs, policy=policy).plan(100)
         assert (plan.streamed_bytes, plan.locked_bytes, plan.slots, plan.unused_bytes) == (0, 0, 0, 59)
         with pytest.raises(BudgetError, match="at least"):
-            make_plan([], fixed, 40, costs, policy=policy)
+            Planner([], overheads, costs, policy=policy).plan(40)
 
 
 @pytest.mark.parametrize("mib", [1, 30, 700])
 def test_tables_of_pages_are_in_the_budget(mib: int) -> None:
     weights = [weight(str(i), "q", i, "attention", [mib << 20] * 4) for i in range(3)]
-    smallest = smallest_budget_bytes(weights, FIXED)
-    make_plan(weights, FIXED, smallest, COSTS)
+    smallest = Planner(weights, OVERHEADS).smallest_bytes
+    Planner(weights, OVERHEADS, COSTS).plan(smallest)
     with pytest.raises(BudgetError, match=f"at least {named_budget_bytes(smallest)} bytes"):
-        make_plan(weights, FIXED, smallest - 1, COSTS)
+        Planner(weights, OVERHEADS, COSTS).plan(smallest - 1)
     budget = smallest + 5 * (mib << 20)
-    plan = make_plan(weights, FIXED, budget, COSTS)
-    tables = plan.fixed.process_bytes - FIXED.process_bytes
+    plan = Planner(weights, OVERHEADS, COSTS).plan(budget)
+    tables = plan.overheads.process_bytes - OVERHEADS.process_bytes
     assert tables >= (plan.held_bytes + plan.unused_bytes) // 512 - PAGE
-    assert plan.fixed.nbytes + plan.held_bytes + plan.unused_bytes == budget
+    assert plan.overheads.nbytes + plan.held_bytes + plan.unused_bytes == budget

@@ -9,12 +9,12 @@ import pytest
 from conftest import Load, MakeCheckpoint, prompt
 
 from flexinfer.observe.report import bottleneck, memory_stall_s, plan_line
-from flexinfer.plan.plan import Costs, Overheads as Fixed, Plan
+from flexinfer.plan.plan import Costs, Overheads, Plan
 
 GIB = 1 << 30
 PLAN = Plan(
     budget_bytes=4 * GIB,
-    fixed=Fixed(0, 0, 0, 0, 0),
+    overheads=Overheads(0, 0, 0, 0, 0),
     policy="balanced",
     window_layers=None,
     slots=5,

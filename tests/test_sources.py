@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flexinfer.formats.skeleton
 import pytest
 import torch
 import transformers
@@ -14,6 +13,7 @@ from conftest import SHAPE, TOKENS, MakeCheckpoint
 from transformers import AutoModelForCausalLM
 
 import flexinfer
+import flexinfer.formats.hub
 from flexinfer import BudgetError, CheckpointError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -106,7 +106,7 @@ def test_a_part_of_a_snapshot_is_completed(
         asked.append(local_files_only)
         return str(part if local_files_only else whole)
 
-    monkeypatch.setattr(flexinfer.formats.skeleton, "snapshot_download", download)
+    monkeypatch.setattr(flexinfer.formats.hub, "snapshot_download", download)
     with flexinfer.from_pretrained("someone/tiny", memory="2GiB", context=32).flexinfer as engine:
         assert engine.plan.total_bytes > 0
     assert asked == [True, False]

@@ -13,13 +13,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import flexinfer.tokenizer
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from experiments.limits import Limits
+import flexinfer.formats.tokenizer
 from experiments.cgroups import find_place
+from experiments.limits import Limits
 from experiments.real import as_gguf, real_tokenizer, with_tokenizer
 from experiments.smollm2 import DownloadError
 from flexinfer import CheckpointError
@@ -176,7 +176,7 @@ def test_a_full_disk_and_a_process_that_was_killed(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = made(tmp_path / "model", byte_pairs())
-    run_apart = flexinfer.tokenizer.run_apart
+    run_apart = flexinfer.formats.tokenizer.run_apart
 
     def full(module: str, *arguments: str) -> Any:
         if str(cache) in arguments[-1]:
@@ -186,11 +186,11 @@ def test_a_full_disk_and_a_process_that_was_killed(
     def killed(module: str, *arguments: str) -> Any:
         return subprocess.CompletedProcess([], -9, "", "")
 
-    monkeypatch.setattr(flexinfer.tokenizer, "run_apart", killed)
+    monkeypatch.setattr(flexinfer.formats.tokenizer, "run_apart", killed)
     with pytest.raises(CheckpointError, match=r"takes \d+ MiB of memory, once.*run `flexinfer plan`"):
         prepare_tokenizer(path)
     assert not list((cache / "tokenizers").iterdir())
-    monkeypatch.setattr(flexinfer.tokenizer, "run_apart", full)
+    monkeypatch.setattr(flexinfer.formats.tokenizer, "run_apart", full)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         prepared = prepare_tokenizer(path)
     assert prepared.load()("ab")["input_ids"]

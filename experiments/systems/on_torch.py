@@ -89,6 +89,8 @@ class FlexInfer(TorchSystem):
         self.predicted = {"batches": json.loads(told.stdout)["batches"]}
 
     def load(self) -> None:
+        # As the commands do.
+        importlib.import_module("flexinfer.imports").defer()
         flexinfer = importlib.import_module("flexinfer")
         batch = self.job["batch"]
         told: dict[str, Any] = {"memory": self.job["budget_bytes"], "context": self.job["context"] * batch}

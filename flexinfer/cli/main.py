@@ -17,13 +17,14 @@ from flexinfer import __version__
 from flexinfer.cli.chat import chat
 from flexinfer.cli.doctor import doctor
 from flexinfer.cli.generate import generate
-from flexinfer.cli.interrupt import INTERRUPTED, Terminated, exit_code, terminable
+from flexinfer.cli.interrupt import INTERRUPTED, Terminated, exit_code, held_back, terminable
 from flexinfer.cli.ls import ls
 from flexinfer.cli.parameters import parsed
 from flexinfer.cli.plan import plan
 from flexinfer.cli.quantize import quantize
 from flexinfer.cli.serve import serve
 from flexinfer.cli.terminal import error, note, note_warning
+from flexinfer.imports import defer
 
 # Turns a thread of libgomp spins before it sleeps. Its default is milliseconds: cores burnt while the disk is awaited (0.9 of a CPU at
 # 1 GB/s, now 0.15), and ten times the time for a token on a busy machine, where spinning threads keep the one they wait for off the
@@ -42,7 +43,12 @@ def main(argv: list[str] | None = None) -> int:
             run: Any = command.main(given or ["--help"], prog_name="flexinfer", standalone_mode=False)
             if run == INTERRUPTED:  # while the line was read
                 raise KeyboardInterrupt
-            code: int = run() if callable(run) else run or 0  # not callable: a help text was shown
+            # A help text was shown.
+            if not callable(run):
+                return run or 0
+            with held_back():
+                defer()
+            code: int = run()
             return code
     except (KeyboardInterrupt, Terminated) as stop:
         note("stopped")

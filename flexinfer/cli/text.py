@@ -82,7 +82,8 @@ def find(model: str, options: Options, bars: Bars) -> Path:
     """The checkpoint on this disk, fetched from the Hub if it is not there yet; with the Hub's own bars meanwhile."""
     bars.spin(f"loading {model}")
     with held_back():
-        import flexinfer.model  # noqa: F401  (all libraries that a run needs)
+        # All libraries that a run needs.
+        import flexinfer.engine.load  # noqa: F401
         from flexinfer.formats.hub import resolve
 
     def fetching() -> None:

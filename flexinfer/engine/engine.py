@@ -48,7 +48,7 @@ class Engine:
         self.mixture, self.context = skeleton.mixture, prepared.context
         # Pages of libraries that a pass touches, part of the plan's process_bytes.
         self.file_bytes = prepared.process.file_bytes
-        self._store, self._trace, self._experts, self._drafter = store, trace, experts, drafter
+        self.store, self._trace, self._experts, self.drafter = store, trace, experts, drafter
         self._kernels, self._trace_file = skeleton.kernels, prepared.options.trace
         self._follower: Follower | None = None
         self._explainer = Explainer(self.stats, lambda: self.plan)
@@ -69,16 +69,16 @@ class Engine:
         model.flexinfer = self  # type: ignore[assignment]
         model.forward = wraps(model.forward)(partial(self.runner.run, model.forward))
         Lengths(model, self.runner)
-        if self._drafter is not None:
+        if self.drafter is not None:
             stock: Any = model.generate
-            drafted = partial(self._drafter.generate, self.runner, model, stock)
+            drafted = partial(self.drafter.generate, self.runner, model, stock)
             model.generate = wraps(stock)(drafted)  # type: ignore[assignment]
         return model
 
     @property
     def plan(self) -> Plan:
         """Where the budget goes, and the speed to expect."""
-        return self._store.plan
+        return self.store.plan
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -104,8 +104,8 @@ class Engine:
             facts |= {name: getattr(trace, name) for name in names}
         names = ("passes", "tokens", "bytes_read", "reads", "pass_s", "wait_s", "resyncs", "wasted_bytes")
         facts |= {name: getattr(trace, name) for name in names}
-        if self._drafter is not None:
-            facts |= self._drafter.stats(self.plan)
+        if self.drafter is not None:
+            facts |= self.drafter.stats(self.plan)
         if trace.first_token_s:
             facts["first_token_s"] = trace.first_token_s
         return facts | {
@@ -118,7 +118,7 @@ class Engine:
     def draft_that_pays(self) -> DraftPlan | None:
         """The draft that would give at least half as many tokens per second again; None with a draft, or where none would."""
         return (
-            draft_that_pays(self.runner.planner, self.plan, self._kernels) if self._drafter is None else None
+            draft_that_pays(self.runner.planner, self.plan, self._kernels) if self.drafter is None else None
         )
 
     def explain(self) -> str:
@@ -166,7 +166,7 @@ class Engine:
         if self._follower is None:
             self._follower = Follower(
                 self.resize,
-                budget=lambda: self._store.proposed_plan.budget_bytes,
+                budget=lambda: self.store.proposed_plan.budget_bytes,
                 smallest=lambda: self.runner.planner.smallest_bytes,
                 spare=available_bytes,
                 largest_bytes=self.plan.budget_bytes,
@@ -174,7 +174,7 @@ class Engine:
 
     def close_when_collected(self) -> None:
         """`close`, called by the garbage collector: in whatever thread it runs, and wherever that thread is."""
-        if self._store.closes_here():
+        if self.store.closes_here():
             self.close()
         else:
             threading.Thread(target=self.close, name="flexinfer-close", daemon=True).start()
@@ -183,10 +183,10 @@ class Engine:
         """End the threads, close the files, free the weights. The model cannot run any more. Safe to call twice."""
         if self._follower is not None:
             self._follower.close()
-        already = self._store.closed
-        self._store.close()
-        if self._drafter is not None:
-            self._drafter.drafts.model = None
+        already = self.store.closed
+        self.store.close()
+        if self.drafter is not None:
+            self.drafter.drafts.model = None
         if already:
             return
         self._explainer.explain_last_text(least_passes=1)

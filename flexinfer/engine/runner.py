@@ -68,7 +68,7 @@ class PassRunner:
     ) -> None:
         self.planner, self.store, self.text = planner, store, Text()
         self.context, self.logits_to_keep = context, logits_to_keep
-        self._config, self._meter = config, meter
+        self._config, self.meter = config, meter
         self._trace, self._explainer = trace, explainer
         self._pid = os.getpid()
         self._loaded_bytes = anonymous_bytes()
@@ -137,7 +137,7 @@ class PassRunner:
         """What this process holds by plan while a pass of `shape` runs, without the margin. Reads and computes nothing."""
         plan = self.store.plan
         without = plan.overheads.activation_bytes + plan.overheads.margin_bytes + plan.unused_bytes
-        return plan.budget_bytes - without + self._meter.extra_bytes(shape, self.context)
+        return plan.budget_bytes - without + self.meter.extra_bytes(shape, self.context)
 
     def longest_text(
         self, rows: int, cache: object | None, own_memory: bool, uses_cache: bool, tokens: int
@@ -159,7 +159,7 @@ class PassRunner:
         def too_long(tokens: int) -> bool:
             last = (1, tokens - 1) if uses_cache else (tokens, 0)
             shape = PassShape(rows, *last, cached=not uses_cache)
-            if self._meter.extra_bytes(shape, self.context) > self._room_bytes():
+            if self.meter.extra_bytes(shape, self.context) > self._room_bytes():
                 return True
             kept_bytes = kv.stock_bytes(rows * tokens) if uses_cache else 0
             return self.planner.smallest_bytes + kept_bytes > self.store.plan.budget_bytes
@@ -242,7 +242,7 @@ class PassRunner:
         grown_bytes = store.held_bytes() - store.idle_bytes
         if planned and grown_bytes <= GROWTH_BYTES:
             return
-        needed_bytes = self._meter.extra_bytes(shape, self.context)
+        needed_bytes = self.meter.extra_bytes(shape, self.context)
         room_bytes = self._room_bytes()
         if needed_bytes + grown_bytes <= room_bytes:
             return

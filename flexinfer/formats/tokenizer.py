@@ -1,7 +1,7 @@
 """The tokenizer beside the weights, in little memory.
 
 What AutoTokenizer makes of its files is kept in the cache directory, once for the same files, in a form that loads in half the memory
-(flexinfer.tokenizer_form), with the memory that this takes, as measured. A plan can count on those numbers, and the tokenizer is loaded
+(flexinfer.formats.tokenizer_form), with the memory that this takes, as measured. A plan can count on those numbers, and the tokenizer is loaded
 before the process is measured for its plan. What comes out is a stock transformers tokenizer all the same, of the same class.
 """
 
@@ -181,7 +181,7 @@ def _make(path: Path, form: Path, needed_bytes: int) -> None:
     if spare_bytes < needed_bytes:
         raise too_little
     for role in ("make", "measure"):
-        done = run_apart("flexinfer.tokenizer_form", role, str(path), str(form))
+        done = run_apart("flexinfer.formats.tokenizer_form", role, str(path), str(form))
         if done.returncode == KILLED:
             raise too_little
         if done.returncode:

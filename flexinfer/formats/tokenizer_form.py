@@ -1,9 +1,9 @@
 """The form in which a tokenizer is kept: it loads in half the memory, and is what AutoTokenizer made, attribute by attribute.
 
-`python -m flexinfer.tokenizer_form make SOURCE FORM` has AutoTokenizer build the tokenizer of directory SOURCE, in a process of its own and
+`python -m flexinfer.formats.tokenizer_form make SOURCE FORM` has AutoTokenizer build the tokenizer of directory SOURCE, in a process of its own and
 without torch, and writes to directory FORM the class, the attributes and the backend of what came out. It then reads the form and compares
 both on awkward texts; where they differ, or the tokenizer has no backend of the tokenizers library, facts.json says that the stock one
-has to be used. `... measure SOURCE FORM` loads it as flexinfer.tokenizer will and adds to facts.json what that takes.
+has to be used. `... measure SOURCE FORM` loads it as flexinfer.formats.tokenizer will and adds to facts.json what that takes.
 
 tokenizer.json holds a vocabulary and its merges as text that the library parses into a tree first: 340 MB at the peak for 262,000
 tokens. Byte-pair vocabularies are kept as words and numbers instead, and handed over one merge after the other: 170 MB.
@@ -328,7 +328,7 @@ def difference(expected: dict[str, Any], ours: dict[str, Any]) -> str | None:
 
 
 def load(source: Path, form: Path, stock: bool) -> Any:
-    """The tokenizer, as flexinfer.tokenizer loads it."""
+    """The tokenizer, as flexinfer.formats.tokenizer loads it."""
     return stock_tokenizer(source) if stock else read_form(source, form)
 
 

@@ -1,6 +1,6 @@
 """A budget that follows the machine: memory is given back while others need it, and taken again when they are done.
 
-A thread looks four times a second at what the machine and the process's control groups have to spare (flexinfer.machine), and at once when
+A thread looks four times a second at what the machine and the process's control groups have to spare (flexinfer.memory.process), and at once when
 the kernel reports that tasks wait for memory (pressure stall information, where there is any). Shrinking is immediate: others
 are waiting. Growing waits until the room has been there for a while and is worth the reading, so that a program which comes and
 goes does not make the model read its weights again and again. Between the two lies a share of the budget in which nothing is done.

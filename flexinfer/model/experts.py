@@ -17,10 +17,9 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from flexinfer.formats.tensors import CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
-from flexinfer.memory.buffer import round_up
+from flexinfer.model import pieces
 from flexinfer.plan.experts import ExpertLayer, Mixture, even_piece_bytes
-from flexinfer.plan.weights import Piece, Weight
-from flexinfer.streaming.reader import padded_bytes
+from flexinfer.plan.weights import Weight
 
 Parts = list[list[TensorSpec]]  # of each expert of a parameter, one after another along its rows
 
@@ -158,9 +157,6 @@ def build_experts(
     routes: Mapping[str, Route],
     stack_name: str,
     kernel_of: KernelOf,
-    *,
-    piece_bytes: int,
-    row_multiple: int,
 ) -> Experts:
     """The mixture of `modules`. `parts` by parameter, `routes` by module.
 
@@ -170,42 +166,40 @@ def build_experts(
     sizes = Counter(
         m.spec.nbytes for experts in matrices.values() for expert in experts for m in expert if m.spec.nbytes
     )
-    piece_bytes = even_piece_bytes(sizes, piece_bytes)
+    piece_bytes = even_piece_bytes(sizes, pieces.PIECE_BYTES)
     layers, kernels = [], {}
     for name in modules:
         place = re.match(re.escape(stack_name) + r"\.(\d+)\.", name)
         if place is None:
             raise CheckpointError(f"{name}: experts outside of the decoder layers cannot be streamed")
-        whole = matrices[name][0][0].by_columns  # a cut would change the order of sums
-        encodings = {tuple(m.spec.encoding for m in expert) for expert in matrices[name]}
-        if len(encodings) > 1:
+        if len({tuple(m.spec.encoding for m in expert) for expert in matrices[name]}) > 1:
             raise CheckpointError(
                 f"{name}: its experts have different encodings, which cannot be streamed yet"
             )
         kernels[name] = tuple(kernel_of(m) for m in matrices[name][0])
+        prefix, layer = name[place.end() :], int(place[1])
+        # A cut by columns would change the order of sums.
+        largest_bytes = None if matrices[name][0][0].by_columns else piece_bytes
         experts = tuple(
             tuple(
-                _weight(
-                    Weight(
-                        f"{name}.{number}.{m.role}",
-                        f"{name[place.end() :]}.{m.role}",
-                        int(place[1]),
-                        "ffn",
-                        (),
-                    ),
-                    m,
-                    kernel,
-                    None if whole else piece_bytes,
-                    row_multiple,
-                )
+                _weight(m, kernel, f"{name}.{number}.{m.role}", f"{prefix}.{m.role}", layer, largest_bytes)
                 for m, kernel in zip(expert, kernels[name], strict=True)
             )
             for number, expert in enumerate(matrices[name])
         )
-        layers.append(ExpertLayer(name, int(place[1]), routes[name].used, experts))
+        layers.append(ExpertLayer(name, layer, routes[name].used, experts))
     alternate = {n for n, module in modules.items() if not module.is_concatenated and len(matrices[n][0]) > 2}
     routers = {n: r.router for n, r in routes.items() if r.router}
     return Experts(Mixture(tuple(layers)), kernels, routers, frozenset(alternate))
+
+
+def _weight(
+    matrix: Matrix, kernel: Kernel, name: str, role: str, layer: int, piece_bytes: int | None
+) -> Weight:
+    cuts = pieces.cut(
+        matrix.spec, matrix.rows, kernel, piece_bytes, name=name, layer=layer, row_start=matrix.row_start
+    )
+    return Weight(name, role, layer, "ffn", cuts)
 
 
 def _matrices(name: str, module: Any, parts: Mapping[str, Parts]) -> list[list[Matrix]]:
@@ -222,35 +216,3 @@ def _matrices(name: str, module: Any, parts: Mapping[str, Parts]) -> list[list[M
                 found.append(Matrix(role, spec, rows, width, start, by_columns, joined))
                 start += rows
     return experts
-
-
-def _weight(
-    empty: Weight, matrix: Matrix, kernel: Kernel, piece_bytes: int | None, row_multiple: int
-) -> Weight:
-    """`empty` with the pieces of one expert's weight: even, of about `piece_bytes`; None: one."""
-    spec = matrix.spec
-    rows = matrix.rows
-    if piece_bytes is not None:
-        rows = -(-rows // -(-spec.nbytes // piece_bytes))
-        rows = min(matrix.rows, round_up(rows, row_multiple))
-    row_bytes = spec.nbytes // matrix.rows
-    pieces = []
-    for start in range(0, matrix.rows, rows):
-        stop = min(start + rows, matrix.rows)
-        offset_bytes, nbytes = spec.offset_bytes + start * row_bytes, (stop - start) * row_bytes
-        memory_bytes = padded_bytes(offset_bytes, nbytes)
-        pieces.append(
-            Piece(
-                empty.name,
-                empty.layer,
-                matrix.row_start + start,
-                matrix.row_start + stop,
-                spec.file,
-                offset_bytes,
-                nbytes,
-                memory_bytes,
-                memory_bytes,
-                kernel.copied_bytes(nbytes),
-            )
-        )
-    return replace(empty, pieces=tuple(pieces))

@@ -11,13 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from flexinfer.formats.tensors import FLOAT_NAMES, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
-from flexinfer.memory.buffer import Buffer, round_up
-from flexinfer.plan.weights import Kind, Piece, Weight
-from flexinfer.streaming.reader import padded_bytes
-
-PIECE_BYTES = 4 << 20  # large enough for the disk, small enough that a window of several is little memory
-
-ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
+from flexinfer.memory.buffer import Buffer
+from flexinfer.model import pieces
+from flexinfer.plan.weights import Kind, Weight
 
 
 def row_orders_of(specs: dict[str, TensorSpec], weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
@@ -109,35 +105,16 @@ def _multiplies_alike(module: nn.Module) -> bool:
 
 
 def weight_of(linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype) -> tuple[Weight, Kernel]:
+    """The weight of `linear` as pieces, and what multiplies it."""
     name = linear.name + ".weight"
     spec = specs[name]
-    out_features, in_features = linear.features
-    row_bytes = spec.encoding.nbytes(in_features)
+    rows, in_features = linear.features
+    piece_bytes: int | None = pieces.PIECE_BYTES
     if isinstance(linear.module, Conv1D) and not spec.transposed:
+        # Its rows in the file are inputs: a cut would change the order of sums.
         kernel: Kernel = Conv1DKernel(in_features, spec.torch_dtype, dtype)
-        rows = out_features
+        piece_bytes = None
     else:
         kernel = kernel_for(spec, in_features, dtype)
-        count = -(-out_features * row_bytes // PIECE_BYTES)
-        rows = round_up(-(-out_features // count), ROW_MULTIPLE)
-    pieces = []
-    for start in range(0, out_features, rows):
-        stop = min(start + rows, out_features)
-        offset_bytes, nbytes = spec.offset_bytes + start * row_bytes, (stop - start) * row_bytes
-        memory_bytes = padded_bytes(offset_bytes, nbytes)
-        stays = kernel.resident is kernel
-        pieces.append(
-            Piece(
-                name,
-                linear.layer,
-                start,
-                stop,
-                spec.file,
-                offset_bytes,
-                nbytes,
-                memory_bytes,
-                locked_bytes=memory_bytes if stays else round_up(kernel.resident_bytes(nbytes)),
-                copied_bytes=kernel.copied_bytes(nbytes),
-            )
-        )
-    return Weight(name, linear.role, linear.layer, linear.kind, tuple(pieces)), kernel
+    cuts = pieces.cut(spec, rows, kernel, piece_bytes, name=name, layer=linear.layer)
+    return Weight(name, linear.role, linear.layer, linear.kind, cuts), kernel

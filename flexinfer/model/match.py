@@ -31,7 +31,7 @@ from flexinfer.model.experts import (
     parameters_of,
     split_stacked,
 )
-from flexinfer.model.linears import PIECE_BYTES, ROW_MULTIPLE, decoder_stack, kernel_for
+from flexinfer.model.linears import decoder_stack, kernel_for
 from flexinfer.modules.experts import expert_modules
 
 
@@ -59,8 +59,6 @@ def experts_of(
         routes,
         decoder_stack(model)[0],
         kernel_of,
-        piece_bytes=PIECE_BYTES,
-        row_multiple=ROW_MULTIPLE,
     )
 
 

@@ -7,7 +7,7 @@ sliding window need no formula of their own, in any family. What the meta device
 of one piece of a weight while it is joined to the others, a piece that the kernel copies, and what sampling makes of the logits.
 
 Attention by `scaled_dot_product_attention` runs block by block on a CPU and keeps no T x T matrix; on the meta device it would,
-so it is replaced by its result. Not here: the KV cache of full-attention layers, which is set aside (flexinfer.streaming.cache).
+so it is replaced by its result. Not here: the KV cache of full-attention layers, which is reserved (flexinfer.streaming.kv_cache).
 """
 
 import copy

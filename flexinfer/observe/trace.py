@@ -1,6 +1,6 @@
 """What a run did: counters that are always on, and a timeline that is kept on request.
 
-The timeline is the raw material of the paper's figure 3 and of `trace=` (flexinfer.perfetto): when each tensor was read,
+The timeline is the raw material of the paper's figure 3 and of `trace=` (flexinfer.observe.perfetto): when each tensor was read,
 how long the compute thread waited for it, how long its kernel ran, and what memory held meanwhile. An event is a record
 of fixed size in a ring that is set aside, and touched, when the engine is made: a plan that measures the process
 counts it, and it never grows. The oldest events go first.

@@ -2,7 +2,7 @@
 
 A layer says which experts it wants, in the order in which it will use them. Those that are there are safe from then until they
 are used; the others are read at once, before anything else, into free slots or those of the experts that are worth least
-(flexinfer.expert_policies). When the disk is idle, what a layer before hinted is read, and takes the place of others likewise.
+(flexinfer.streaming.expert_policies). When the disk is idle, what a layer before hinted is read, and takes the place of others likewise.
 An expert is read at most once while its layer runs, unless the cache is smaller than what the layer uses at a time.
 
 Looking ahead stops where it does not pay: when more than half of what was read because it was hinted has gone again before anybody wanted it,

@@ -8,7 +8,7 @@ reading and computing overlap.
         y[block.rows] = kernel(x, block) # meanwhile readers fill the next slots
 
 Locked memory is filled by the first pass as it comes to each weight (flexinfer.streaming.locked), so that until then it is free for what a program
-loads besides. Not here: what is locked (flexinfer.plan), and when a pass may run (flexinfer.model.runner).
+loads besides. Not here: what is locked (flexinfer.plan), and when a pass may run (flexinfer.engine.runner).
 """
 
 import threading
@@ -126,9 +126,10 @@ class WeightStore:
         self.idle_bytes = 0
         self._pending: Plan | None = plan
         self._placements = {w.name: _Placement(w, kernels[w.name]) for w in weights}
-        self._substitutes, self._libraries, self._trace = substitutes, libraries, trace
+        self.libraries = libraries
+        self._substitutes, self._trace = substitutes, trace
         self._io_threads, self._read_ahead = io_threads, read_ahead
-        self._queue: ReadQueue | None = None
+        self.queue: ReadQueue | None = None
         self._prefetcher: Prefetcher | None = None
         self._filler: Filler | None = None
         libraries.lock()
@@ -265,16 +266,16 @@ class WeightStore:
 
     def held_bytes(self) -> int:
         """Anonymous memory of this process, with what is yet to be taken for weights that stay."""
-        if self._queue is None:
+        if self.queue is None:
             return anonymous_bytes()
         # No reader takes memory while the lock is held.
-        with self._queue.changed:
+        with self.queue.changed:
             blocks = (block for p in self._placements.values() for block in p.locked)
             return anonymous_bytes() + sum(block.missing_bytes for block in blocks)
 
     def closes_here(self) -> bool:
         """Whether this thread may call `close` now."""
-        return self._queue is None or self._queue.closes_here()
+        return self.queue is None or self.queue.closes_here()
 
     def close(self) -> None:
         """End the threads, close the files, free the memory. A pass of another thread ends at its next weight. Safe to call twice."""
@@ -290,12 +291,12 @@ class WeightStore:
             self.cache = None
             self.kv.close()
             self.reader.close()
-            self._libraries.unlock()
+            self.libraries.unlock()
 
     # ---- parts of apply
 
     def _stop_readers(self) -> None:
-        queue, self._queue = self._queue, None
+        queue, self.queue = self.queue, None
         if queue is not None:
             queue.close()
             self._prefetcher = self._filler = None
@@ -315,7 +316,7 @@ class WeightStore:
         blocks = [block for p in self._placements.values() for block in p.locked if not block.filled]
         if self.closed or not (schedule or blocks or self.cache is not None):
             return
-        self._queue = queue = ReadQueue(self.reader, self._trace, io_threads=self._io_threads)
+        self.queue = queue = ReadQueue(self.reader, self._trace, io_threads=self._io_threads)
         if self.cache is not None:
             queue.serve(self.cache.take)
         if schedule:

@@ -20,12 +20,12 @@ from test_gguf import ARCHITECTURE, ONE, file_of, string, tensor, value
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MixtralConfig
 
 from flexinfer.convert.quantize import quantize
+from flexinfer.engine.prepare import context_limit
 from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.config import refusing
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.safetensors import INDEX_FILE, read_header
 from flexinfer.formats.tensors import CheckpointError
-from flexinfer.engine.prepare import context_limit
 from flexinfer.model.resident import load_resident
 from flexinfer.model.skeleton import build_skeleton
 

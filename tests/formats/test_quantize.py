@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import flexinfer.formats.quantize
 import gguf
 import gguf_models
 import pytest
@@ -20,6 +19,7 @@ import transformers
 from conftest import Load, MakeCheckpoint, logits, prompt
 from safetensors import safe_open
 
+import flexinfer.convert.quantize
 import flexinfer.formats.gguf_entries
 from flexinfer.convert.quantize import QuantizeError, Report, quantize
 from flexinfer.formats.checkpoint import Checkpoint

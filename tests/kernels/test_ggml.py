@@ -15,7 +15,17 @@ import pytest
 import torch
 
 from flexinfer.kernels import ggml
-from flexinfer.kernels.ggml import FEW_ROWS, KEPT_SHAPES, TYPES, WORK_ROWS, GgmlKernel, dequantize_rows, library, multiply_rows, quantize_rows
+from flexinfer.kernels.ggml import (
+    FEW_ROWS,
+    KEPT_SHAPES,
+    TYPES,
+    WORK_ROWS,
+    GgmlKernel,
+    dequantize_rows,
+    library,
+    multiply_rows,
+    quantize_rows,
+)
 from flexinfer.kernels.types import GgmlError, GgmlType
 from flexinfer.memory.buffer import Buffer
 

@@ -61,7 +61,7 @@ class Reading:
     def attach(self) -> None:
         self.queue = ReadQueue(self.reader, self.trace, io_threads=self.io_threads)
         self.queue.serve(self.cache.take)
-        self.queue.serve(self.cache.take_foretold)
+        self.queue.serve(self.cache.take_hinted)
         self.cache.attach(self.queue)
 
     def detach(self) -> None:
@@ -103,8 +103,8 @@ def test_whatever_is_wanted_is_delivered(
 ) -> None:
     with reading(slots, io_threads, policy) as one:
         for wanted, guessed in zip(wants, guesses, strict=False):
-            one.cache.foretell(guessed)
-            one.cache.judge(wanted)
+            one.cache.hint(guessed)
+            one.cache.score_hints(wanted)
             assert sorted(one.use(wanted, first)) == sorted(wanted)
 
 
@@ -187,9 +187,9 @@ def test_what_was_foretold_is_read_before_it_is_wanted() -> None:
     reader = MemoryReader()
     with reading(PIECES * 6, reader=reader) as one:
         one.use([0])
-        one.cache.foretell([4, 5])
+        one.cache.hint([4, 5])
         wait_until_quiet(reader)
-        one.cache.judge([5, 6])
+        one.cache.score_hints([5, 6])
         one.use([5, 6])
         assert one.trace.experts_foretold == 2
         assert one.trace.experts_foretold_right == 1
@@ -206,14 +206,14 @@ def test_looking_ahead_stops_while_it_does_not_pay() -> None:
     with reading(3 * PIECES, reader=reader) as one:
 
         def layer(step: int, wanted: list[int], guessed: list[int]) -> bool:
-            ahead = one.cache.looks_ahead()
+            ahead = one.cache.uses_hints()
             if ahead:
-                one.cache.foretell(guessed)
+                one.cache.hint(guessed)
                 while one.cache.slots and any(
                     not one.cache.holds(expert) for expert in guessed
                 ):  # until it has been read
                     threading.Event().wait(0.001)
-            one.cache.judge(wanted)
+            one.cache.score_hints(wanted)
             one.use(wanted)
             return ahead
 
@@ -231,7 +231,7 @@ def test_what_is_needed_goes_before_what_was_foretold() -> None:
     reader = MemoryReader()
     reader.gate.clear()
     with reading(PIECES * 6, io_threads=1, reader=reader) as one:
-        one.cache.foretell([4, 5])
+        one.cache.hint([4, 5])
         wait_until_quiet(reader)  # the first piece of 4 is under way
         one.cache.want([0], those_here_first=False)
         reader.gate.set()

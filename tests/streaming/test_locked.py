@@ -18,7 +18,7 @@ Read = tuple[Path, int, int]
 
 def watched(model: PreTrainedModel, before: Callable[[int], None] = lambda offset: None) -> list[Read]:
     """The reads of weights from now on, in the order in which they begin; `before` each, with its offset."""
-    reader, reads, lock = model.flexinfer._reader, list[Read](), threading.Lock()
+    reader, reads, lock = model.flexinfer.store.reader, list[Read](), threading.Lock()
     read_now = reader.read_now
 
     def read(file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
@@ -43,7 +43,7 @@ def half(checkpoint: MakeCheckpoint, load: Load, **options: object) -> PreTraine
 def of_weights(model: PreTrainedModel, reads: list[Read]) -> "Counter[tuple[str, int]]":
     """How often each row of each weight was read."""
     rows: Counter[tuple[str, int]] = Counter()
-    for weight in model.flexinfer._weights:
+    for weight in model.flexinfer.runner.planner.weights:
         for piece in weight.pieces:
             for file, offset, nbytes in reads:
                 if file == piece.file and offset <= piece.offset_bytes < offset + nbytes:
@@ -66,17 +66,20 @@ def test_the_first_pass_reads_every_weight_once(
         logits(model, prompt(), steps=0), logits(stock(checkpoint("llama")), prompt(), steps=0)
     )
     rows = of_weights(model, reads)
-    assert set(rows) == {(w.name, p.row_start) for w in engine._weights for p in w.pieces}
+    assert set(rows) == {(w.name, p.row_start) for w in engine.runner.planner.weights for p in w.pieces}
     locked = {
         (w.name, p.row_start)
-        for w in engine._weights
+        for w in engine.runner.planner.weights
         for p in w.pieces[: engine.plan.locked_pieces.get(w.name, 0)]
     }
     assert {rows[row] for row in locked} == {1}
     again = sum(rows.values()) - len(rows)
     assert again <= engine.plan.slots if io_threads else again == 0
     starts = [
-        offset for w in engine._weights for offset in [w.pieces[0].offset_bytes] if (w.name, 0) in locked
+        offset
+        for w in engine.runner.planner.weights
+        for offset in [w.pieces[0].offset_bytes]
+        if (w.name, 0) in locked
     ]
     begun = [offset for _, offset, _ in reads if offset in set(starts)]
     if io_threads < 2:
@@ -100,7 +103,7 @@ def test_it_computes_before_all_has_been_read(checkpoint: MakeCheckpoint, load: 
     resize_to_share(model, share)
     ran = threading.Event()
     model.model.layers[0].register_forward_hook(lambda *_: ran.set())
-    last = {piece.offset_bytes for piece in model.flexinfer._weights[-1].pieces}
+    last = {piece.offset_bytes for piece in model.flexinfer.runner.planner.weights[-1].pieces}
     watched(model, lambda offset: None if offset not in last or ran.wait(60) else pytest.fail("too late"))
     assert torch.equal(logits(model, prompt()), logits(stock(checkpoint("llama")), prompt()))
 
@@ -111,7 +114,9 @@ def test_an_error_of_the_first_pass_is_raised_and_the_next_goes_on(
 ) -> None:
     model = half(checkpoint, load, io_threads=io_threads)
     broken, engine = threading.Event(), model.flexinfer
-    middle = {p.offset_bytes for p in engine._weights[len(engine._weights) // 2].pieces}
+    middle = {
+        p.offset_bytes for p in engine.runner.planner.weights[len(engine.runner.planner.weights) // 2].pieces
+    }
 
     def fail(offset: int) -> None:
         if broken.is_set() and offset in middle:
@@ -124,9 +129,12 @@ def test_an_error_of_the_first_pass_is_raised_and_the_next_goes_on(
             logits(model, prompt())
     broken.clear()
     assert torch.equal(logits(model, prompt()), logits(stock(checkpoint("llama")), prompt()))
-    kept = [w.pieces[0].offset_bytes for w in engine._weights[: len(engine._weights) // 2]]
+    kept = [
+        w.pieces[0].offset_bytes
+        for w in engine.runner.planner.weights[: len(engine.runner.planner.weights) // 2]
+    ]
     for start in kept:
-        if engine.plan.locked_pieces[engine._weights[kept.index(start)].name]:
+        if engine.plan.locked_pieces[engine.runner.planner.weights[kept.index(start)].name]:
             assert [offset for _, offset, _ in reads].count(start) == 1, "what was filled stays"
 
 
@@ -135,7 +143,7 @@ def test_a_read_of_the_first_pass_that_never_returns_is_given_up(
 ) -> None:
     model = load(checkpoint("llama"), read_timeout_s=2.0)
     come_back, once = threading.Event(), iter([True])
-    weight = model.flexinfer._weights[5]
+    weight = model.flexinfer.runner.planner.weights[5]
     stuck = weight.pieces[0].offset_bytes
     watched(
         model, lambda offset: come_back.wait() and None if offset == stuck and next(once, False) else None
@@ -206,19 +214,13 @@ def test_weights_in_another_dtype_are_converted_by_the_first_pass(
     assert sum(rows.values()) - len(rows) <= model.flexinfer.plan.slots
 
 
-def test_the_first_token_is_said_with_what_it_is_made_of(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_the_time_to_the_first_token_is_that_of_loading_and_one_pass(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = half(checkpoint, load)
     assert "first_token_s" not in model.flexinfer.stats()
     model(prompt())
     stats = model.flexinfer.stats()
-    parts = {
-        name: value
-        for name, value in stats.items()
-        if name.startswith("first_token_") and name != "first_token_s"
-    }
-    assert all(value >= 0 for value in parts.values())
-    assert parts.pop("first_token_start_s") > 0
-    assert parts["first_token_header_s"] > 0 < parts["first_token_reading_s"]
-    assert stats["first_token_s"] == pytest.approx(sum(parts.values()))
+    assert stats["first_token_s"] > stats["pass_s"] > 0
     model(prompt())
     assert model.flexinfer.stats()["first_token_s"] == stats["first_token_s"]

@@ -9,7 +9,6 @@ import time
 import warnings
 from pathlib import Path
 
-import flexinfer.streaming.memory
 import numpy as np
 import psutil
 import pytest
@@ -18,6 +17,7 @@ from conftest import needs_mlock
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flexinfer.memory.buffer
 from flexinfer.memory.buffer import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, round_up
 from flexinfer.memory.heap import return_freed_memory, trim_heap
 from flexinfer.memory.libraries import LibraryPages, library_pages, page_out_libraries
@@ -97,7 +97,7 @@ def test_where_locking_is_refused_it_says_so_once_and_goes_on(monkeypatch: pytes
         def madvise(self, address: object, nbytes: object, advice: int) -> int:
             return 0
 
-    monkeypatch.setattr(flexinfer.streaming.memory, "_LIBC", Refusing())
+    monkeypatch.setattr(flexinfer.memory.buffer, "LIBC", Refusing())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         buffers = [Buffer(PAGE_BYTES, lock=True) for _ in range(3)]

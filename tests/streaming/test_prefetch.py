@@ -93,11 +93,10 @@ def prefetcher_of(
 
 
 def use(prefetcher: Prefetcher, schedule: list[Piece], place: int) -> None:
-    """Acquire the piece at `place`, check its bytes, release it."""
-    buffer, position, release = prefetcher.acquire(place)
+    """Wait for the piece at `place`, check its bytes, free its slot."""
     piece = schedule[place]
-    assert bytes(buffer.memory(position, piece.nbytes)) == CONTENT[piece.offset_bytes :][: piece.nbytes]
-    release()
+    with prefetcher.next(place) as (buffer, position):
+        assert bytes(buffer.memory(position, piece.nbytes)) == CONTENT[piece.offset_bytes :][: piece.nbytes]
 
 
 @settings(max_examples=60)
@@ -182,8 +181,8 @@ def test_errors_of_any_kind_reach_the_caller() -> None:
     for io_threads in (0, 2):
         with prefetcher_of(schedule, Broken(), io_threads=io_threads) as prefetcher:
             for _ in range(3):
-                with pytest.raises(ZeroDivisionError, match="broken reader"):
-                    prefetcher.acquire(0)
+                with pytest.raises(ZeroDivisionError, match="broken reader"), prefetcher.next(0):
+                    pass
 
 
 def wait_until_quiet(reader: MemoryReader) -> None:
@@ -200,10 +199,9 @@ def test_readers_run_ahead_by_the_slots_and_no_further(slots: int) -> None:
     with prefetcher_of(schedule, reader, slots=slots, io_threads=4) as prefetcher:
         wait_until_quiet(reader)
         assert sorted(reader.asked) == [piece.offset_bytes for piece in schedule[:slots]]
-        _, _, release = prefetcher.acquire(0)
-        wait_until_quiet(reader)
-        assert len(reader.asked) == slots  # in use is not free
-        release()
+        with prefetcher.next(0):
+            wait_until_quiet(reader)
+            assert len(reader.asked) == slots, "a slot in use is not free"
         wait_until_quiet(reader)
         assert sorted(reader.asked) == [piece.offset_bytes for piece in schedule[: slots + 1]]
 
@@ -242,13 +240,12 @@ def test_readers_that_do_not_read_ahead_begin_nothing_while_it_computes(io_threa
         wait_until_quiet(reader)
         assert reader.asked == []
         for place in range(4):
-            _, _, release = prefetcher.acquire(place)
-            wait_until_quiet(reader)
-            asked = len(reader.asked)
-            assert asked > place  # what other readers had in hand is finished, and kept
-            if io_threads == 1:
-                assert asked == place + 1
-            release()
+            with prefetcher.next(place):
+                wait_until_quiet(reader)
+                asked = len(reader.asked)
+                assert asked > place, "what other readers had begun is finished, and kept"
+                if io_threads == 1:
+                    assert asked == place + 1
             wait_until_quiet(reader)
             assert len(reader.asked) == asked
 
@@ -274,7 +271,8 @@ def test_closing_wakes_a_caller_that_waits() -> None:
 
     def wait_for_a_piece() -> None:
         try:
-            prefetcher.acquire(0)
+            with prefetcher.next(0):
+                pass
         except BaseException as error:
             raised.append(error)
 
@@ -319,10 +317,10 @@ class Wish:
     def finish(self, read: Read, outcome: int | BaseException) -> None:
         self.done.append(outcome)
 
-    def give_up(self, read: Read) -> None:
+    def on_timeout(self, read: Read) -> None:
         raise AssertionError
 
-    def come_back(self, read: Read) -> None:
+    def on_late_read(self, read: Read) -> None:
         raise AssertionError
 
 

@@ -3,12 +3,12 @@
 import gc
 from typing import Any
 
-import flexinfer.streaming.results
 import pytest
 import torch
 from conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
-import flexinfer.model
+import flexinfer.engine.runner
+import flexinfer.modules.results
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer
 from flexinfer.modules.results import INTO_MEMORY, SMALLEST_BYTES, ReusedResults
 
@@ -19,7 +19,7 @@ NBYTES = 2 * SMALLEST_BYTES
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flexinfer.model, "MANY_ROWS", 1)
+    monkeypatch.setattr(flexinfer.engine.runner, "MANY_ROWS", 1)
     monkeypatch.setattr(flexinfer.streaming.results, "SMALLEST_BYTES", 1)
 
 

@@ -263,9 +263,9 @@ TARGETS: dict[str, Target] = {
         read=_build,
         errors=_checkpoint_errors,
         modules=(
-            "flexinfer.activations",
+            "flexinfer.model",
             "flexinfer.formats",
-            "flexinfer.streaming.cache",
+            "flexinfer.streaming.kv_cache",
             "huggingface_hub.dataclasses",
             "transformers.cache_utils",
             "transformers.configuration_utils",
@@ -282,7 +282,7 @@ TARGETS: dict[str, Target] = {
         read=_build_gguf,
         errors=_checkpoint_errors,
         modules=(
-            "flexinfer.activations",
+            "flexinfer.model",
             "flexinfer.formats",
             "transformers.configuration_utils",
             "transformers.modeling_gguf_pytorch_utils",
