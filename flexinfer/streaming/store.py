@@ -132,7 +132,6 @@ class WeightStore:
         self.queue: ReadQueue | None = None
         self._prefetcher: Prefetcher | None = None
         self._filler: Filler | None = None
-        libraries.lock()
 
     # ---- what modules call
 

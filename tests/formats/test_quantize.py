@@ -141,7 +141,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
     source = mixture or checkpoint(family, torch.bfloat16)
     whole = make(source, tmp_path / "whole")
     target, partial = tmp_path / "copy", tmp_path / "copy.partial"
-    write: Any = flexinfer.formats.quantize._write
+    write: Any = flexinfer.convert.quantize._write
     written: list[int] = []
 
     def write_and_die(file: Any, entry: Any, offset_bytes: int, *rest: Any) -> Any:
@@ -152,7 +152,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
         return write(file, entry, offset_bytes, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(flexinfer.formats.quantize, "_write", write_and_die)
+        patched.setattr(flexinfer.convert.quantize, "_write", write_and_die)
         with pytest.raises(KeyboardInterrupt):
             make(source, target)
     assert not target.exists()
@@ -165,7 +165,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
         again.append(offset_bytes)
         return write(file, entry, offset_bytes, *rest)
 
-    monkeypatch.setattr(flexinfer.formats.quantize, "_write", write_and_count)
+    monkeypatch.setattr(flexinfer.convert.quantize, "_write", write_and_count)
     report = make(source, target)
     assert not set(written) & set(again)
     assert not partial.exists()
@@ -183,19 +183,19 @@ def test_a_line_of_the_state_that_was_cut_off_costs_its_tensor_alone(
     source = checkpoint("llama", torch.bfloat16)
     whole = make(source, tmp_path / "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(flexinfer.formats.quantize, "_finish", lambda *_: pytest.fail("enough"))
+        patched.setattr(flexinfer.convert.quantize, "_finish", lambda *_: pytest.fail("enough"))
         with pytest.raises(pytest.fail.Exception):
             make(source, tmp_path / "copy")
     state = tmp_path / "copy.partial" / "quantize_state.json"
     os.truncate(state, state.stat().st_size - 5)
-    write: Any = flexinfer.formats.quantize._write
+    write: Any = flexinfer.convert.quantize._write
     written: list[str] = []
 
     def write_and_count(file: Any, entry: Any, *rest: Any) -> Any:
         written.append(entry.parameter)
         return write(file, entry, *rest)
 
-    monkeypatch.setattr(flexinfer.formats.quantize, "_write", write_and_count)
+    monkeypatch.setattr(flexinfer.convert.quantize, "_write", write_and_count)
     assert make(source, tmp_path / "copy").packed == whole.packed
     assert written == ["lm_head.weight"]
     copies = [(tmp_path / name / "model.gguf").read_bytes() for name in ("copy", "whole")]
@@ -211,7 +211,7 @@ def test_what_a_run_with_other_arguments_left_is_not_used(
         def die(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr(flexinfer.formats.quantize, "_finish", die)
+        patched.setattr(flexinfer.convert.quantize, "_finish", die)
         with pytest.raises(KeyboardInterrupt):
             make(source, tmp_path / "copy", "q8_0")
     report = make(source, tmp_path / "copy", "q4_0")
@@ -224,7 +224,7 @@ def test_the_source_is_read_a_block_at_a_time(
     source = checkpoint("qwen2", torch.bfloat16, vocab_size=4096)
     sizes: list[int] = []
     read = flexinfer.formats.gguf_entries._read
-    monkeypatch.setattr(flexinfer.formats.quantize, "BLOCK_WEIGHTS", 8192)
+    monkeypatch.setattr(flexinfer.convert.quantize, "BLOCK_WEIGHTS", 8192)
 
     def counted(spec: Any, start: int, stop: int) -> torch.Tensor:
         rows = read(spec, start, stop)
@@ -368,13 +368,13 @@ def test_bad_arguments(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 def test_a_full_disk_is_refused_first(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = flexinfer.formats.quantize.os.statvfs(tmp_path)
+    real = flexinfer.convert.quantize.os.statvfs(tmp_path)
     free_blocks = 2**20 // real.f_frsize
 
     class Full:
         f_bavail, f_frsize = free_blocks, real.f_frsize
 
-    monkeypatch.setattr(flexinfer.formats.quantize.os, "statvfs", lambda _: Full)
+    monkeypatch.setattr(flexinfer.convert.quantize.os, "statvfs", lambda _: Full)
     with pytest.raises(
         QuantizeError, match=r"needs \d+ KiB and 64 MiB to spare, 1 MiB are free: \d+ bytes \(63 MiB\)"
     ):
@@ -401,7 +401,7 @@ def test_a_disk_that_becomes_full_is_one_clear_error_and_the_work_goes_on(
         return pwrite(descriptor, data[:count], offset_bytes)
 
     with monkeypatch.context() as patched:
-        patched.setattr(flexinfer.formats.quantize.os, "pwrite", write)
+        patched.setattr(flexinfer.convert.quantize.os, "pwrite", write)
         with pytest.raises(QuantizeError, match="make room there and give the same command again") as refused:
             make(source, target)
     assert os.strerror(error) in str(refused.value)
@@ -436,7 +436,7 @@ def test_a_disk_that_becomes_full_with_the_last_small_files_costs_no_tensor(
             make(source, target)
     with pytest.raises(CheckpointError):
         Checkpoint.open(partial)
-    monkeypatch.setattr(flexinfer.formats.quantize, "_write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(flexinfer.convert.quantize, "_write", lambda *_: pytest.fail("written again"))
     make(source, target)
     assert not [file.name for file in target.iterdir() if "unfinished" in file.name]
 
@@ -463,19 +463,19 @@ def test_a_disk_that_is_really_full_names_the_bytes_that_let_it_go_on(
     source = checkpoint("llama", torch.bfloat16)
     whole = make(source, tmp_path / "whole")
     target, filler = small_disk / "copy", small_disk / "of another program"
-    write: Any = flexinfer.formats.quantize._write
+    write: Any = flexinfer.convert.quantize._write
     written: list[int] = []
 
     def write_on_a_full_disk(file: Any, entry: Any, offset_bytes: int, *rest: Any) -> Any:
         if len(written) == 2:  # another program takes all but a part of what is still needed
             with filler.open("wb") as other:
                 os.posix_fallocate(
-                    other.fileno(), 0, flexinfer.formats.quantize.free_disk_bytes(small_disk) - 20_480
+                    other.fileno(), 0, flexinfer.convert.quantize.free_disk_bytes(small_disk) - 20_480
                 )
         written.append(offset_bytes)
         return write(file, entry, offset_bytes, *rest)
 
-    monkeypatch.setattr(flexinfer.formats.quantize, "_write", write_on_a_full_disk)
+    monkeypatch.setattr(flexinfer.convert.quantize, "_write", write_on_a_full_disk)
     with pytest.raises(
         QuantizeError, match=r"No space left on device: \d+ bytes \(64 MiB\) are missing"
     ) as refused:
@@ -486,10 +486,10 @@ def test_a_disk_that_is_really_full_names_the_bytes_that_let_it_go_on(
     assert found is not None
     page_bytes, free_bytes = (
         os.sysconf("SC_PAGE_SIZE"),
-        flexinfer.formats.quantize.free_disk_bytes(small_disk),
+        flexinfer.convert.quantize.free_disk_bytes(small_disk),
     )
     wanted_bytes = free_bytes + int(found[1]) + 2 * page_bytes  # the header is written again
-    while flexinfer.formats.quantize.free_disk_bytes(small_disk) < wanted_bytes:
+    while flexinfer.convert.quantize.free_disk_bytes(small_disk) < wanted_bytes:
         os.truncate(filler, filler.stat().st_size - page_bytes)
     assert make(source, target).packed == whole.packed
     assert (target / "model.gguf").read_bytes() == (tmp_path / "whole" / "model.gguf").read_bytes()

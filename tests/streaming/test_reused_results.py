@@ -20,7 +20,7 @@ NBYTES = 2 * SMALLEST_BYTES
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flexinfer.engine.runner, "MANY_ROWS", 1)
-    monkeypatch.setattr(flexinfer.streaming.results, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(flexinfer.modules.results, "SMALLEST_BYTES", 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
