@@ -41,6 +41,6 @@ class Kernel(Protocol):
         """x [..., in_features] times the rows in `view`, plus `bias` [rows]: [..., rows]."""
         ...
 
-    def matrix(self, view: torch.Tensor) -> torch.Tensor:
+    def matrix(self, view: "torch.Tensor") -> "torch.Tensor":
         """The rows in `view` as floats [rows, in_features], for gradients; a copy where they are stored in another way."""
         ...
