@@ -29,7 +29,7 @@ from flexinfer.tokenizer_form import FACTS, OF_GGUF, load
 with deferred():
     from transformers import PreTrainedTokenizerBase
 
-FORM_VERSION = 1
+FORM_VERSION = 2
 MARKS = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json")
 READ = {
     ".json",
