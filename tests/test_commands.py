@@ -83,7 +83,7 @@ def test_ls_tells_smallest_budget_and_speed_and_reads_no_weights(
         return 1e9
 
     monkeypatch.setattr("flexinfer.doctor.disk_speed", disk_speed)
-    monkeypatch.setattr("flexinfer.formats.gguf_model.cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr("flexinfer.cache_dir.cache_dir", lambda: tmp_path / "cache")
     for _ in range(2):  # the second time by what was kept
         assert main(["ls", str(tmp_path), "--json"]) == 0
         broken, good = json.loads(capsys.readouterr().out)
