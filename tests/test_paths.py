@@ -266,12 +266,13 @@ def test_folders_that_are_named_and_cannot_be_written_to_are_refused(
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_bars_in_a_notebook_without_ipywidgets_are_text_and_nothing_warns(tmp_path: Path, ours: bool) -> None:
-    """As in a kernel: IPython says so to tqdm, which then looks for ipywidgets. Alone it warns."""
+    """As in a kernel, by whose modules tqdm knows it, and looks for ipywidgets then. Alone it warns."""
     (tmp_path / "ipywidgets.py").write_text("raise ImportError")
     program = (
         "import sys, types; "
         "sys.modules['IPython'] = ipython = types.ModuleType('IPython'); "
-        "ipython.get_ipython = lambda: types.SimpleNamespace(config={'IPKernelApp': 1}); "
+        "ipython.get_ipython = types.SimpleNamespace; "
+        "sys.modules['ipykernel.zmqshell'] = types.ModuleType('ipykernel.zmqshell'); "
         f"{'import flexinfer.engine.load; ' if ours else ''}"
         "import tqdm.auto, tqdm.std; print([one.__module__ for one in tqdm.auto.tqdm.__mro__])"
     )

@@ -14,6 +14,7 @@ import transformers
 PACKAGE = Path(__file__).parents[1] / "flexinfer"
 # Modules that their documentation does not promise to keep, and what is taken of each.
 PRIVATE = {
+    "torch.autograd.function": {"once_differentiable"},
     "torch.overrides": {"TorchFunctionMode"},
     "torch.utils._python_dispatch": {"TorchDispatchMode"},
     "transformers.cache_utils": {"DynamicIndexedLayer", "DynamicLayer"},

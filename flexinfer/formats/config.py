@@ -60,7 +60,7 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
 def set_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Give `model` the generation_config.json of `checkpoint`, or what its config.json says of generation where there is none."""
     path = checkpoint.config_dir
-    file, options = path / GENERATION_FILE, {}
+    file, options = path / GENERATION_FILE, dict[str, Any]()
     if not file.is_file():
         file, options = path / CONFIG_FILE, {"config_file_name": CONFIG_FILE, "_from_model_config": True}
     _read(file)

@@ -28,7 +28,7 @@ from flexinfer.memory.process import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line
 from flexinfer.sizes import format_size
 
-FORM_VERSION = 1
+FORM_VERSION = 2
 
 MARKS = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json")
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import is_offline_mode
 from tokenizers import AddedToken, Tokenizer, models
 
 from flexinfer.kept import FULL, NO_ROOM, first_to_go
@@ -117,6 +118,7 @@ def read_form(source: Path, form: Path) -> "PreTrainedTokenizerBase":
     tokenizer: Any = kind.__new__(kind)
     vars(tokenizer).update(_decoded(state["attributes"], str(source)))
     backend = Tokenizer.from_file(str(form / WHOLE)) if (form / WHOLE).is_file() else _backend(form)
+    tokenizer.init_kwargs["local_files_only"] = is_offline_mode()  # as from_pretrained notes it
     backend.encode_special_tokens = tokenizer.split_special_tokens
     tokenizer._tokenizer = backend
     return tokenizer
@@ -383,7 +385,6 @@ def _status(field: str) -> int:
 def main(role: str, source: str, form: str) -> int:
     """In a process of its own: the first to go where memory runs out, and without torch, which no tokenizer needs."""
     first_to_go()
-    os.environ["HF_HUB_OFFLINE"] = "1"
     sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers.utils import logging
 

@@ -73,9 +73,9 @@ def attend(
     **options: Any,
 ) -> torch.Tensor:
     """scaled_dot_product_attention of query [batch, query heads, new tokens, head_dim] to key and value [batch, heads, tokens, head_dim]."""
-    rounded = isinstance(key, Rounded) and isinstance(value, Rounded)
     # A graph would keep the scratch memory, which the next heads and the next layer overwrite.
-    if rounded and query.dim() == key.dim() == 4 and not records_gradients(query):
+    in_scratch = query.dim() == key.dim() == 4 and not records_gradients(query)
+    if in_scratch and isinstance(key, Rounded) and isinstance(value, Rounded):
         numbers_of_a_head = (key.numel() + value.numel()) // key.shape[1]
         step = min(key.scratch.numel() // max(1, numbers_of_a_head), key.shape[1])
         if step:

@@ -30,7 +30,7 @@ class ReadAgain(torch.autograd.Function):
         return multiply(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_x, of_bias = ctx.needs_input_grad[:2]
         return (
@@ -54,7 +54,8 @@ def multiply(
 ) -> torch.Tensor:
     """product(x), with gradients where they are recorded."""
     if records_gradients(x, bias):
-        return ReadAgain.apply(x, bias, product, input_gradient)  # type: ignore[no-any-return, no-untyped-call]
+        output: torch.Tensor = ReadAgain.apply(x, bias, product, input_gradient)
+        return output
     return product(x)
 
 
