@@ -302,7 +302,8 @@ class _Source:
         length_at = struct.Struct("<Q").unpack_from
         while count:
             chunk, at = self._stream.peek(), 0
-            while count and at + 8 <= len(chunk):
+            last = len(chunk) - 8
+            while count and at <= last:
                 at += 8 + length_at(chunk, at)[0]
                 count -= 1
             self.skip(at, what)

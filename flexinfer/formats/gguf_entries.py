@@ -4,7 +4,7 @@ In llama.cpp's names where the family is known, else in transformers'. Reads no 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -236,9 +236,9 @@ def _shape(part: Part) -> tuple[int, ...]:
 # ---- reading
 
 
-def blocks(entry: Entry, weights: int) -> Iterator[Callable[[], torch.Tensor]]:
-    """Functions that read the rows of `entry`, about so many `weights` at a time."""
-    for spec, take in entry.parts:
+def blocks(parts: Iterable[Part], weights: int) -> Iterator[Callable[[], torch.Tensor]]:
+    """Functions that read the rows of `parts`, at most `weights` numbers at a time (a row at least)."""
+    for spec, take in parts:
         # Another order of rows: read whole, once.
         whole = take(_read(spec, 0, spec.shape[0])) if take else None
         rows, *rest = spec.shape if whole is None else whole.shape

@@ -240,7 +240,7 @@ def _write(
 
 def _packed(entry: Entry, pool: ThreadPoolExecutor) -> Iterator[tuple[torch.Tensor, float, float]]:
     """The rows of an entry as they are stored, some at a time; the norms of the error and of the weights."""
-    todo = blocks(entry, BLOCK_WEIGHTS)
+    todo = blocks(entry.parts, BLOCK_WEIGHTS)
     if entry.kind not in TYPES:
         dtype: torch.dtype = getattr(torch, str(ENCODING_OF[entry.kind].torch_name))
         yield from ((rows_of().to(dtype).contiguous(), 0.0, 0.0) for rows_of in todo)
