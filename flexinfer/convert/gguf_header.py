@@ -1,8 +1,9 @@
-"""What the header of a GGUF file says of a model: flexinfer.formats.gguf_model, the other way round.
+"""What the header of a GGUF file says of a model: flexinfer.formats.gguf_model, the other way
+round.
 
-Values by the table of families; how each parameter is changed before it is stored. Whether a header holds all that
-matters is not reasoned about: it is read back, and the configuration that comes of it is compared with the one it was
-made of (`difference`).
+Values by the table of families; how each parameter is changed before it is stored. Whether a header
+holds all that matters is not reasoned about: it is read back, and the configuration that comes of
+it is compared with the one it was made of (`difference`).
 """
 
 import math
@@ -45,7 +46,9 @@ class HeaderError(ValueError):
 
 
 def stored_as(tensor: str, shape: tuple[int, ...], config: PretrainedConfig) -> Take | None:
-    """What makes the numbers of `tensor` of its parameter, which has `shape`; None where they are the same."""
+    """What makes the numbers of `tensor` of its parameter, which has `shape`; None where they are
+    the same.
+    """
     family = FAMILIES[config.model_type]
     if tensor.endswith(family.flat) and shape[0] == 1:
         return lambda weight: weight[0]
@@ -66,7 +69,9 @@ def filled(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def add_model(writer: GGUFWriter, config: PretrainedConfig, family: Family) -> None:
-    """Add the values that say what `config` says. Raises HeaderError where llama.cpp's words do not reach."""
+    """Add the values that say what `config` says. Raises HeaderError where llama.cpp's words do not
+    reach.
+    """
     facts = filled(config)
     width = facts.get("head_dim") or config.hidden_size // config.num_attention_heads
     ropes = facts.get("rope_parameters") or {}
@@ -126,7 +131,9 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, npt.NDArray[np.float32]]
 
 
 def difference(config: PretrainedConfig, read: Mapping[str, Any]) -> str | None:
-    """What matters and differs between `config` and what a header is `read` as; None where nothing does."""
+    """What matters and differs between `config` and what a header is `read` as; None where nothing
+    does.
+    """
     there = AutoConfig.for_model(**read)
     ours, theirs = filled(config), filled(there)
     for key in type(there)().to_dict():

@@ -1,9 +1,11 @@
-"""The tokenizer of a checkpoint in a GGUF header: tokenizer.json as tokens, types, merges or scores.
+"""The tokenizer of a checkpoint in a GGUF header: tokenizer.json as tokens, types, merges or
+scores.
 
-For llama.cpp, and whoever reads the file alone; flexinfer itself takes the tokenizer files beside it. Byte-level BPE is
-llama.cpp's "gpt2", BPE with bytes to fall back on its "llama" (SentencePiece): there a merge is made where the token
-that it makes has the best score, so a token's score is the place of its merge, negative (the `gguf` package's own
-vocabularies give all tokens one score). How text is cut before its merges has a name in llama.cpp, found by the pattern.
+For llama.cpp, and whoever reads the file alone; flexinfer itself takes the tokenizer files beside
+it. Byte-level BPE is llama.cpp's "gpt2", BPE with bytes to fall back on its "llama"
+(SentencePiece): there a merge is made where the token that it makes has the best score, so a
+token's score is the place of its merge, negative (the `gguf` package's own vocabularies give all
+tokens one score). How text is cut before its merges has a name in llama.cpp, found by the pattern.
 """
 
 import json

@@ -1,16 +1,19 @@
 """Make a smaller copy of a safetensors checkpoint: a GGUF file of ggml's blocks, tensor by tensor.
 
-The copy is a directory: `model.gguf`, and beside it config.json and the tokenizer's files as they were. Where llama.cpp
-knows the architecture the file has its names and a whole header, so that it can be read alone, by llama.cpp too; of
-other families it has transformers' names, and only flexinfer reads it: which of the two, and why, is in the report.
-Every linear, lm_head and the embedding become blocks of the requested type, or of the nearest in blocks of 32 where
-their rows are no multiple of 256, the head of at least Q6_K; norms and biases become float32. Tensors lie in order of use.
+The copy is a directory: `model.gguf`, and beside it config.json and the tokenizer's files as they
+were. Where llama.cpp knows the architecture the file has its names and a whole header, so that it
+can be read alone, by llama.cpp too; of other families it has transformers' names, and only
+flexinfer reads it: which of the two, and why, is in the report. Every linear, lm_head and the
+embedding become blocks of the requested type, or of the nearest in blocks of 32 where their rows
+are no multiple of 256, the head of at least Q6_K; norms and biases become float32. Tensors lie in
+order of use.
 
-The source is read a block of rows a core at a time (a whole weight where its rows are put in another order): memory
-holds these blocks and their float32 copies, whatever the size of the model. ggml quantises the same on every CPU. Work
-is written to DST.partial and renamed to DST when complete; a run that was killed goes on after its last finished tensor
-when the same command is given again, and so does one whose disk became full. Cost: reading the source once, writing the
-copy once, and on two cores some 800 (Q4_0), 400 (Q8_0), 50 (Q6_K) or 25 (Q4_K) million weights a second.
+The source is read a block of rows a core at a time (a whole weight where its rows are put in
+another order): memory holds these blocks and their float32 copies, whatever the size of the model.
+ggml quantises the same on every CPU. Work is written to DST.partial and renamed to DST when
+complete; a run that was killed goes on after its last finished tensor when the same command is
+given again, and so does one whose disk became full. Cost: reading the source once, writing the copy
+once, and on two cores some 800 (Q4_0), 400 (Q8_0), 50 (Q6_K) or 25 (Q4_K) million weights a second.
 
 Not here: importance matrices, and so the types that need one.
 """
@@ -109,14 +112,15 @@ Done = list[TensorReport | None]
 
 
 def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progress: bool = True) -> Report:
-    """Write a copy of checkpoint directory `src` in ggml's blocks to directory `dst`, which must not exist yet.
+    """Write a copy of checkpoint directory `src` in ggml's blocks to directory `dst`, which must
+    not exist yet.
 
     kind: ggml's type, in any case, of KINDS. progress: show a bar, where stderr is a terminal.
 
-    Raises: QuantizeError (a ValueError) for a type that does not exist, a destination that exists or is too full (or
-    becomes so: the same call goes on later), a checkpoint that has no weight that can be cut into blocks;
-    CheckpointError when `src` is no checkpoint, a quantised one or a damaged one; GgmlError for weights that are not
-    finite.
+    Raises: QuantizeError (a ValueError) for a type that does not exist, a destination that exists
+    or is too full (or becomes so: the same call goes on later), a checkpoint that has no weight
+    that can be cut into blocks; CheckpointError when `src` is no checkpoint, a quantised one or a
+    damaged one; GgmlError for weights that are not finite.
     """
     start_s = time.perf_counter()
     src, dst, kind = local_checkpoint(src) or Path(src), user_path(dst), kind.upper()
@@ -198,7 +202,9 @@ def _equal(one: TensorSpec, other: TensorSpec) -> bool:
 
 
 def _resume(state: TextIO, source: Checkpoint, partial: Path) -> Done:
-    """What an earlier run of the same job finished. Where there was none, begin: remove what another job left."""
+    """What an earlier run of the same job finished. Where there was none, begin: remove what
+    another job left.
+    """
     header, unfinished = partial / HEADER_FILE, partial / UNFINISHED_FILE
     with header.open("rb") as stream:
         first = min(spec.offset_bytes for spec in read_gguf(header).tensors.values())
@@ -279,8 +285,10 @@ def _write(
 
 
 def _packed(entry: Entry, pool: ThreadPoolExecutor) -> Iterator[tuple[torch.Tensor, float, float]]:
-    """The rows of an entry as they are stored, some at a time; the norms of the error and of the weights."""
-    todo = blocks(entry, BLOCK_WEIGHTS)
+    """The rows of an entry as they are stored, some at a time; the norms of the error and of the
+    weights.
+    """
+    todo = blocks(entry.parts, BLOCK_WEIGHTS)
     if entry.kind not in TYPES:
         dtype: torch.dtype = getattr(torch, str(ENCODING_OF[entry.kind].torch_name))
         yield from ((rows_of().to(dtype).contiguous(), 0.0, 0.0) for rows_of in todo)
@@ -305,7 +313,9 @@ def _cores() -> int:
 
 @contextmanager
 def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """One worker a core, each computing on its own: small operations shared by all cores mostly wait for one another."""
+    """One worker a core, each computing on its own: small operations shared by all cores mostly
+    wait for one another.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -316,7 +326,9 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
 
 
 def _finish(partial: Path, src: Path, report: Report) -> None:
-    """Write everything but the weights, and at last let the file have its name: until then nothing loads."""
+    """Write everything but the weights, and at last let the file have its name: until then nothing
+    loads.
+    """
     for file in src.iterdir():
         if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
             shutil.copyfile(file, partial / file.name)
@@ -329,7 +341,9 @@ def _finish(partial: Path, src: Path, report: Report) -> None:
 
 @contextmanager
 def _full_disk_explained(partial: Path, missing_bytes: int) -> Iterator[None]:
-    """Raises QuantizeError for a disk that becomes full while the last `missing_bytes` of a copy are written."""
+    """Raises QuantizeError for a disk that becomes full while the last `missing_bytes` of a copy
+    are written.
+    """
     try:
         yield
     except OSError as error:

@@ -1,13 +1,14 @@
 """Read-only index of GGUF files: what the header says of the model, and where each tensor lies.
 
-A GGUF file is metadata (typed values by name, the vocabulary among them), then a table of tensors, then their bytes,
-each at a multiple of the alignment. The header is read forward; every count and size in it is compared with the size of
-the file before anything is made of it, and long arrays are skipped, not built, unless they are asked for (the `gguf`
-package's reader maps the file, trusts it and makes an object of every token). Numbers are little-endian. A model may be
-split over files -00001-of-000NN, of which the first has the metadata.
+A GGUF file is metadata (typed values by name, the vocabulary among them), then a table of tensors,
+then their bytes, each at a multiple of the alignment. The header is read forward; every count and
+size in it is compared with the size of the file before anything is made of it, and long arrays are
+skipped, not built, unless they are asked for (the `gguf` package's reader maps the file, trusts it
+and makes an object of every token). Numbers are little-endian. A model may be split over files
+-00001-of-000NN, of which the first has the metadata.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Not here: what the metadata means for transformers
-(flexinfer.formats.gguf_model).
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Not here: what the metadata means
+for transformers (flexinfer.formats.gguf_model).
 """
 
 import importlib.util
@@ -81,14 +82,17 @@ class GGUF:
 
 
 def check_installed() -> None:
-    """Raises CheckpointError, with the command that installs them, where packages for GGUF files are missing."""
+    """Raises CheckpointError, with the command that installs them, where packages for GGUF files
+    are missing.
+    """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError(f"GGUF files need {' and '.join(missing)}: {INSTALL}")
 
 
 def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
-    """The model in `file`, or in the files of which it is one. `arrays`: names of long arrays to be read whole.
+    """The model in `file`, or in the files of which it is one. `arrays`: names of long arrays to be
+    read whole.
 
     Raises CheckpointError when a header is damaged or a part is missing.
     """
@@ -143,7 +147,9 @@ def part_name(name: str, number: int) -> str:
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
-    """The files of the model that `file` is a part of, in order. Raises CheckpointError when one is missing."""
+    """The files of the model that `file` is a part of, in order. Raises CheckpointError when one is
+    missing.
+    """
     named = SPLIT_NAME.fullmatch(file.name)
     if named is None:
         return (file,)
@@ -316,11 +322,14 @@ class _Source:
         return self.take(nbytes, what).decode("utf-8", errors="replace")
 
     def skip_strings(self, count: int, what: str) -> None:
-        """Skip `count` strings, a vocabulary's hundred thousands: those within what is buffered in one go."""
+        """Skip `count` strings, a vocabulary's hundred thousands: those within what is buffered in
+        one go.
+        """
         length_at = struct.Struct("<Q").unpack_from
         while count:
             chunk, at = self._stream.peek(), 0
-            while count and at + 8 <= len(chunk):
+            last = len(chunk) - 8
+            while count and at <= last:
                 at += 8 + length_at(chunk, at)[0]
                 count -= 1
             self.skip(at, what)

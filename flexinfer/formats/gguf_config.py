@@ -1,4 +1,5 @@
-"""What config.json would say of the model in a GGUF file: by the table of families, and what follows from its tensors.
+"""What config.json would say of the model in a GGUF file: by the table of families, and what
+follows from its tensors.
 
 Every value is checked before anything is computed with it: files come from strangers.
 """
@@ -185,7 +186,9 @@ def _llama3(gguf: GGUF, theta: float, rotated: int) -> dict[str, Any]:
 
 
 def llama3_divisors(scaling: Mapping[str, Any], theta: float, rotated: int) -> npt.NDArray[np.float64]:
-    """What Llama 3's `scaling`, in transformers' words, divides the frequencies of `rotated` numbers of a head by: [rotated / 2]."""
+    """What Llama 3's `scaling`, in transformers' words, divides the frequencies of `rotated`
+    numbers of a head by: [rotated / 2].
+    """
     lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)  # of each wave, in tokens
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     share = np.clip((scaling["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1)

@@ -1,10 +1,11 @@
-"""What a quantised copy is made of: its tensors by name, each with its type, its shape and where its numbers come from.
+"""What a quantised copy is made of: its tensors by name, each with its type, its shape and where
+its numbers come from.
 
 In llama.cpp's names where the family is known, else in transformers'. Reads no weights.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -61,7 +62,8 @@ class Entry:
 
 
 def lay_out(skeleton: Skeleton, kind: str, file: Path) -> tuple[dict[str, Entry], str | None, list[str]]:
-    """Write `file` without the weights' bytes; returns its tensors in order, llama.cpp's name of the model, and notes.
+    """Write `file` without the weights' bytes; returns its tensors in order, llama.cpp's name of
+    the model, and notes.
 
     The name is None where only flexinfer can read the file; the first note says why.
     """
@@ -83,7 +85,9 @@ def lay_out(skeleton: Skeleton, kind: str, file: Path) -> tuple[dict[str, Entry]
 def _write_header(
     file: Path, skeleton: Skeleton, kind: str, family: Family | None, entries: dict[str, Entry]
 ) -> list[str]:
-    """Write a GGUF file of full length that holds the header and the tensors of the rotation; returns notes."""
+    """Write a GGUF file of full length that holds the header and the tensors of the rotation;
+    returns notes.
+    """
     writer = GGUFWriter(file, family.architecture if family else skeleton.config.model_type)
     names = (f"MOSTLY_{kind}", f"MOSTLY_{kind}_M", f"MOSTLY_{kind}_S")
     file_type = next(LlamaFileType[name] for name in names if name in LlamaFileType.__members__)
@@ -117,7 +121,9 @@ def _write_header(
 
 
 def _entries(skeleton: Skeleton, kind: str, family: Family | None) -> dict[str, Entry]:
-    """The tensors of the copy by name, in order of use: in llama.cpp's names, or without a family in transformers'."""
+    """The tensors of the copy by name, in order of use: in llama.cpp's names, or without a family
+    in transformers'.
+    """
     experts = dict(_expert_entries(skeleton, kind, apart=family is not None))
     # Biases of experts among them.
     of_experts = {entry.parameter for entry in experts.values()}
@@ -137,7 +143,9 @@ def _entries(skeleton: Skeleton, kind: str, family: Family | None) -> dict[str, 
 
 
 def _in_order_of_use(skeleton: Skeleton) -> list[str]:
-    """The parameters, each tensor of the source once: the embedding, what is not a linear, then the linears."""
+    """The parameters, each tensor of the source once: the embedding, what is not a linear, then the
+    linears.
+    """
     weights = (weight.name for weight in skeleton.weights)
     order = (f"{skeleton.embedding_name}.weight", *skeleton.resident, *weights)
     first = {skeleton.specs[parameter].name: parameter for parameter in reversed(order)}
@@ -145,7 +153,9 @@ def _in_order_of_use(skeleton: Skeleton) -> list[str]:
 
 
 def _entry(skeleton: Skeleton, parameter: str, kind: str, tensor: str | None) -> Entry:
-    """The entry of a parameter, in blocks of `kind` where it is a weight. `tensor`: llama.cpp's name of it."""
+    """The entry of a parameter, in blocks of `kind` where it is a weight. `tensor`: llama.cpp's
+    name of it.
+    """
     spec, kernel = skeleton.specs[parameter], skeleton.kernels.get(parameter)
     by_columns = isinstance(kernel, Conv1DKernel)  # its weight is [in, out]
     take: Take | None = torch.t if by_columns else None
@@ -169,9 +179,11 @@ def _packed(kind: str, in_features: int) -> tuple[str | None, str]:
 
 
 def _expert_entries(skeleton: Skeleton, kind: str, *, apart: bool) -> Iterator[tuple[str, Entry]]:
-    """The entries of experts by name, layer by layer: weights [experts, rows, in], biases [experts, rows].
+    """The entries of experts by name, layer by layer: weights [experts, rows, in], biases [experts,
+    rows].
 
-    apart: in llama.cpp's names, with gate and up in two tensors, and biases apart; else by the model's parameters.
+    apart: in llama.cpp's names, with gate and up in two tensors, and biases apart; else by the
+    model's parameters.
     """
     if skeleton.experts is None:
         return
@@ -236,9 +248,11 @@ def _shape(part: Part) -> tuple[int, ...]:
 # ---- reading
 
 
-def blocks(entry: Entry, weights: int) -> Iterator[Callable[[], torch.Tensor]]:
-    """Functions that read the rows of `entry`, about so many `weights` at a time."""
-    for spec, take in entry.parts:
+def blocks(parts: Iterable[Part], weights: int) -> Iterator[Callable[[], torch.Tensor]]:
+    """Functions that read the rows of `parts`, at most `weights` numbers at a time (a row at
+    least).
+    """
+    for spec, take in parts:
         # Another order of rows: read whole, once.
         whole = take(_read(spec, 0, spec.shape[0])) if take else None
         rows, *rest = spec.shape if whole is None else whole.shape

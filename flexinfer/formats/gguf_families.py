@@ -1,8 +1,9 @@
-"""One entry per model family: how llama.cpp's GGUF file of it differs from transformers' config and parameters.
+"""One entry per model family: how llama.cpp's GGUF file of it differs from transformers' config and
+parameters.
 
-Both directions use the table: reading a file (flexinfer.formats.gguf_model) and writing one (gguf_header). To add a
-family, add an entry; names of tensors come from the `gguf` package. What is the same in all families is not here: token
-ids, sizes that follow from others, scaled rotation.
+Both directions use the table: reading a file (flexinfer.formats.gguf_model) and writing one
+(gguf_header). To add a family, add an entry; names of tensors come from the `gguf` package. What is
+the same in all families is not here: token ids, sizes that follow from others, scaled rotation.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A model type of transformers and its GGUF file. Keys of the header are those below "<architecture>."."""
+    """A model type of transformers and its GGUF file. Keys of the header are those below
+    "<architecture>.".
+    """
 
     model_type: str  # transformers' name
     architecture: str  # llama.cpp's name

@@ -1,12 +1,12 @@
 """A GGUF file as a checkpoint: config, tokenizer, and which tensor is which parameter.
 
-The config is by the table of families (gguf_config), names of tensors by the map of the `gguf` package. Config and
-tokenizer are kept in a small directory, ~/.cache/flexinfer/gguf/<digest>, which then plays the part of a checkpoint's
-directory; the tokenizer is made once, in a process of its own (gguf_tokenizer), because taking a vocabulary apart takes
-memory that would not come back.
+The config is by the table of families (gguf_config), names of tensors by the map of the `gguf`
+package. Config and tokenizer are kept in a small directory, ~/.cache/flexinfer/gguf/<digest>, which
+then plays the part of a checkpoint's directory; the tokenizer is made once, in a process of its own
+(gguf_tokenizer), because taking a vocabulary apart takes memory that would not come back.
 
-Where llama.cpp stores a weight in another order of rows, or a norm plus one, the tensor's spec says so, and it is put
-right when it is used.
+Where llama.cpp stores a weight in another order of rows, or a norm plus one, the tensor's spec says
+so, and it is put right when it is used.
 """
 
 import hashlib
@@ -68,7 +68,8 @@ def gguf_in(path: Path) -> Path | None:
 
 
 def open_gguf(file: Path) -> Checkpoint:
-    """The checkpoint in `file` and its parts; its config and tokenizer are made now, unless they are kept from an earlier time.
+    """The checkpoint in `file` and its parts; its config and tokenizer are made now, unless they
+    are kept from an earlier time.
 
     Raises CheckpointError when the file is damaged or of an architecture that cannot be run.
     """
@@ -86,7 +87,9 @@ def open_gguf(file: Path) -> Checkpoint:
 
 
 def _config_dir(gguf: GGUF) -> Path:
-    """The directory of config.json and the tokenizer: written whole or not at all, whoever else asks for it now."""
+    """The directory of config.json and the tokenizer: written whole or not at all, whoever else
+    asks for it now.
+    """
     facts = [str(CACHE_VERSION), version("transformers")]
     for file in gguf.files:
         stat = file.stat()
@@ -109,7 +112,9 @@ def write_config(config: dict[str, Any], directory: Path) -> None:
 
 
 def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
-    """Have the tokenizer made in a process of its own. Where none can be made, the reason is left in its place."""
+    """Have the tokenizer made in a process of its own. Where none can be made, the reason is left
+    in its place.
+    """
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, LongArray):
         (directory / NO_TOKENIZER).write_text("the file has none")
@@ -140,7 +145,8 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
 def specs_of(
     model: "PreTrainedModel", checkpoint: Checkpoint, experts: Mapping[str, Any]
 ) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
-    """The tensor of each parameter that the file has; and of the parameters of the modules `experts`, by name, those of each expert.
+    """The tensor of each parameter that the file has; and of the parameters of the modules
+    `experts`, by name, those of each expert.
 
     Raises CheckpointError when the file has tensors that the model has no place for.
     """
@@ -187,7 +193,9 @@ def tensor_names(architecture: str, model: "PreTrainedModel") -> Callable[[str],
 
 
 def expert_tensors(name: str, module: Any) -> dict[str, tuple[str, ...]]:
-    """Of each parameter of an experts module the tensors that llama.cpp keeps its rows in, one after another."""
+    """Of each parameter of an experts module the tensors that llama.cpp keeps its rows in, one
+    after another.
+    """
     up, down = parameters_of(name, module)
     place = re.search(r"\.(\d+)\.", name)
     block = f"blk.{place[1] if place else ''}.ffn_"
@@ -240,7 +248,9 @@ def _corrected(spec: TensorSpec, module: Any, shape: Sequence[int], config: "Pre
 
 
 def rotated_heads(tensor: str, config: "PretrainedConfig") -> int:
-    """The heads of a tensor whose rows llama.cpp has by pairs, transformers by halves; 0 where it is no such tensor."""
+    """The heads of a tensor whose rows llama.cpp has by pairs, transformers by halves; 0 where it
+    is no such tensor.
+    """
     if not FAMILIES[config.model_type].rows_by_pairs:
         return 0
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}

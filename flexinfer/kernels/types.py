@@ -1,4 +1,6 @@
-"""ggml's types of weights: how many numbers lie in how many bytes, and which types can be made. The only list of them."""
+"""ggml's types of weights: how many numbers lie in how many bytes, and which types can be made. The
+only list of them.
+"""
 
 from dataclasses import dataclass
 
@@ -65,7 +67,9 @@ KINDS_OF_32 |= dict.fromkeys(("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS"), "IQ4_NL")
 
 
 def kind_for(kind: str, in_features: int) -> str | None:
-    """The type of blocks for rows of `in_features`: `kind`, or the nearest of 32; None where there is none."""
+    """The type of blocks for rows of `in_features`: `kind`, or the nearest of 32; None where there
+    is none.
+    """
     if in_features % TYPES[kind].block_elements == 0:
         return kind
     return KINDS_OF_32.get(kind) if in_features % 32 == 0 else None
