@@ -116,10 +116,10 @@ SYSTEMS: dict[str, Callable[[Path, Ids], Floats]] = {
 
 def _write_ids(model: Path, tokens: int, target: Path) -> None:
     """The first `tokens` ids of the text, by the tokenizer of the file."""
-    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.checkpoint import open_checkpoint
     from flexinfer.formats.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(Checkpoint.open(model).config_dir)
+    tokenizer = load_tokenizer(open_checkpoint(model).config_dir)
     ids = tokenizer(documentation(TOPICS), add_special_tokens=False).input_ids
     if len(ids) < tokens:
         raise ValueError(f"positions: the text has {len(ids)} tokens, {tokens} are needed; ask for fewer")

@@ -70,9 +70,9 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
     """Opening a GGUF file leaves its config and tokenizer in the cache, so that no cell pays for
     them.
     """
-    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.checkpoint import open_checkpoint
 
-    checkpoint = Checkpoint.open(_make(model, format, Path(cache_dir).expanduser()))
+    checkpoint = open_checkpoint(_make(model, format, Path(cache_dir).expanduser()))
     told = json.loads((checkpoint.config_dir / "config.json").read_text())
     told |= told.get("text_config", {})
     experts = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if EXPERTS.search(name))

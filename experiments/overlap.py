@@ -35,7 +35,7 @@ from experiments.record_files import QUALITY, load_lines
 from experiments.records import Record
 from experiments.systems.interface import bytes_read, prompt_ids
 from experiments.systems.on_torch import FlexInfer
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 
 CONTEXT, PROMPT_TOKENS = 256, 128  # tokens; the prompt fills a cache of experts
 WARM_UP = 3  # passes after each change
@@ -170,7 +170,7 @@ def measure(
     raises.
     """
     origin = provenance(model)
-    files = [str(file) for file in Checkpoint.open(model).files]
+    files = [str(file) for file in open_checkpoint(model).files]
     job = {"model": str(model), "options": {}, "budget_bytes": memory, "context": CONTEXT, "batch": 1}
     system = FlexInfer(job | {"cores": len(os.sched_getaffinity(0)), "trace": False})
     system.load()

@@ -26,8 +26,8 @@ from experiments.agreement import documentation
 from experiments.provenance import provenance
 from experiments.synth import default_cache_dir
 from flexinfer.convert.quantize import Report, quantize
+from flexinfer.formats.ggml_types import KINDS
 from flexinfer.formats.hub import resolve
-from flexinfer.kernels.types import KINDS
 
 WINDOW_TOKENS = 512
 

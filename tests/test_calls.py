@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 import flexinfer
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.model.skeleton import build_skeleton
 from flexinfer.plan.plan import PassShape
 
@@ -252,7 +252,7 @@ def test_memory_of_a_pass_on_the_meta_device_covers_its_tensors(
     checkpoint: MakeCheckpoint, family: str, shape: PassShape
 ) -> None:
     """At least the logits and the widest activations, and more for more tokens."""
-    skeleton = build_skeleton(Checkpoint.open(checkpoint(family)))
+    skeleton = build_skeleton(open_checkpoint(checkpoint(family)))
     found = skeleton.meter.extra_bytes(shape, 128)
     rows = shape.batch * shape.new_tokens
     logits_bytes = shape.batch * shape.kept_tokens * 160 * 4

@@ -10,7 +10,7 @@ from conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_s
 
 import flexinfer
 from flexinfer.convert.quantize import quantize
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.plan.preservation import POLICIES
 
 
@@ -61,8 +61,8 @@ def test_direct_and_buffered_sharded_and_single_tied_and_untied(
     checkpoint: MakeCheckpoint, load: Load, direct: bool, sharded: bool, tied: bool
 ) -> None:
     path = checkpoint(sharded=sharded, tie_word_embeddings=tied)
-    assert (len(Checkpoint.open(path).files) > 1) == sharded
-    assert ("lm_head.weight" in Checkpoint.open(path).tensors) != tied
+    assert (len(open_checkpoint(path).files) > 1) == sharded
+    assert ("lm_head.weight" in open_checkpoint(path).tensors) != tied
     model = load(path, direct=direct)
     resize_to_share(model, 0.4)
     assert torch.equal(logits(model, prompt()), logits(stock(path), prompt()))
@@ -116,7 +116,7 @@ def test_tensors_at_odd_offsets(
     checkpoint: MakeCheckpoint, load: Load, tmp_path: Path, dtype: torch.dtype, odd: int
 ) -> None:
     path = with_header_of(checkpoint("llama", dtype), tmp_path / "odd", 12_000 + odd)
-    assert any(spec.offset_bytes % 2 for spec in Checkpoint.open(path).tensors.values()) == (odd % 2 == 1)
+    assert any(spec.offset_bytes % 2 for spec in open_checkpoint(path).tensors.values()) == (odd % 2 == 1)
     model = load(path)
     reference = logits(stock(path), prompt())
     assert torch.equal(logits(model, prompt()), reference)

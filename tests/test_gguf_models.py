@@ -29,8 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import flexinfer.kernels.ggml
 from flexinfer import CheckpointError
 from flexinfer.cli.main import main
-from flexinfer.formats.gguf import BLOCKS
-from flexinfer.kernels.types import GgmlError
+from flexinfer.formats.ggml_types import TYPES, GgmlError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -175,7 +174,7 @@ def test_a_rotation_that_is_not_known_is_refused(tmp_path: Path, load: Load) -> 
         load(write_model(tmp_path, "llama", change=add).file)
 
 
-@pytest.mark.parametrize("kind", [encoding.name for encoding in BLOCKS.values()])
+@pytest.mark.parametrize("kind", [encoding.name for encoding in TYPES.values()])
 def test_every_type_of_blocks(tmp_path: Path, load: Load, kind: str) -> None:
     written = write_model(tmp_path, "llama", (kind,), num_hidden_layers=1)
     model, reference = load(written.file), whole_model(written)

@@ -15,7 +15,7 @@ import torch
 from small_model import CONFIG, add_tokenizer
 
 from flexinfer.cli.interrupt import Interrupt, Terminated, held_back, terminable
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.tensors import CheckpointError
 
 TIMEOUT_S = 300  # a busy machine is no failure
@@ -188,10 +188,10 @@ def test_a_stopped_quantize_leaves_nothing_that_loads_and_goes_on(
     )
     assert not target.exists()
     with pytest.raises(CheckpointError):
-        Checkpoint.open(partial)
+        open_checkpoint(partial)
     again = start("quantize", str(source), str(target), "--type", "q4_k")
     assert ended(again)[0] == 0
-    assert Checkpoint.open(target).tensors
+    assert open_checkpoint(target).tensors
     assert not partial.exists()
 
 

@@ -18,9 +18,10 @@ import flexinfer.cache_dir
 from flexinfer import CheckpointError
 from flexinfer.cache_dir import cache_dir, in_cache
 from flexinfer.cli.main import main
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.hub import resolve
 from flexinfer.formats.safetensors import SINGLE_FILE
+from flexinfer.formats.tensors import Checkpoint
 from flexinfer.serve.server import name_of
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def test_a_checkpoint_is_found_however_it_is_written(
     found = resolve(given)
     assert found.is_dir()
     assert found.samefile(path)
-    assert Checkpoint.open(given).tensors.keys() == Checkpoint.open(path).tensors.keys()
+    assert open_checkpoint(given).tensors.keys() == open_checkpoint(path).tensors.keys()
     assert name_of(given) == "my model"
 
 
@@ -126,9 +127,9 @@ def test_gguf_is_known_by_its_first_bytes(home: Path, name: str) -> None:
     (home / "link").symlink_to(file)
     for given in (file, f"~/blobs/{name}", home / "link", file.as_uri()):
         assert resolve(given).samefile(file)
-        assert Checkpoint.open(given).in_gguf
+        assert open_checkpoint(given).in_gguf
     if name != "model.bin":
-        assert Checkpoint.open(blobs).path == file  # the only one there
+        assert open_checkpoint(blobs).path == file  # the only one there
     assert resolve(blobs, name) == file
     with pytest.raises(CheckpointError, match="leave gguf_file='x' out"):
         resolve(file, "x")
@@ -141,14 +142,14 @@ def test_parts_in_capitals_are_found(tmp_path: Path) -> None:
     parts = sorted(tmp_path.glob("*.GGUF"))
     assert len(parts) > 1
     for given in (tmp_path, *parts):
-        assert Checkpoint.open(given).files == parts
+        assert open_checkpoint(given).files == parts
     assert written.file.suffix == ".gguf"
 
 
 def test_unfinished_files_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "model.gguf.partial").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_commands_take_home_directories(

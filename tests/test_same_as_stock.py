@@ -14,7 +14,7 @@ from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stoc
 from safetensors.torch import load_file, save_file
 
 from flexinfer.convert.quantize import quantize
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE
 from flexinfer.formats.tensors import CheckpointError
 
@@ -134,7 +134,7 @@ def test_the_quantised_copy_has_the_head_of_its_source(
     assert (report.architecture is not None) == (family == "llama")
     heads = sum(t.name == HEAD or "embed_tokens" in t.name for t in report.packed)
     assert heads == (2 if change is different else 1)
-    assert Checkpoint.open(tmp_path / "small").in_gguf
+    assert open_checkpoint(tmp_path / "small").in_gguf
     expected = logits(stock(path), prompt(), steps=0)
     ours = logits(load(tmp_path / "small"), prompt(), steps=0)
     assert (ours - expected).norm() / expected.norm() < 0.05

@@ -53,7 +53,7 @@ def test_one_bit_is_found_wherever_it_is(
         "embedding": "model.embed_tokens.weight",
     }[part]
     load(copy, verify=tmp_path / "sums").flexinfer.close()
-    spec = flexinfer.formats.checkpoint.Checkpoint.open(copy).tensors[name]
+    spec = flexinfer.formats.checkpoint.open_checkpoint(copy).tensors[name]
     damage(spec.file, spec.offset_bytes + spec.nbytes - 1)
     page = (spec.offset_bytes + spec.nbytes - 1) // 4096 * 4096
 

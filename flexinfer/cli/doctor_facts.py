@@ -20,10 +20,10 @@ from time import perf_counter
 import psutil
 import torch
 
+from flexinfer.formats.ggml_types import GgmlError
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
 from flexinfer.kernels.ggml import TYPES, GgmlKernel, library
-from flexinfer.kernels.types import GgmlError
 from flexinfer.memory.buffer import Buffer
 from flexinfer.memory.process import CGROUP_ROOT, available_bytes
 from flexinfer.sizes import format_size

@@ -133,11 +133,11 @@ def look_at(
 ) -> "tuple[Found, ProcessMemory | None]":
     """What headers tell of a model, and what the process held before the first one."""
     from flexinfer.engine.prepare import SMALLEST_DEFAULT_CONTEXT, context_limit, prepare
-    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.checkpoint import open_checkpoint
 
     found: dict[str, Any] = {"name": name, "path": str(path)}
     try:
-        checkpoint = Checkpoint.open(path)
+        checkpoint = open_checkpoint(path)
         sizes: dict[str, int] = {}
         for spec in checkpoint.tensors.values():
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes

@@ -51,9 +51,9 @@ def plan(model: Model, options: Options, batch: BatchOption = None, as_json: Jso
         path = find(model, options, bars)
         bars.spin(f"reading {model}")
         from flexinfer.engine.prepare import prepare
-        from flexinfer.formats.checkpoint import Checkpoint
+        from flexinfer.formats.checkpoint import open_checkpoint
 
-        prepared = prepare(Checkpoint.open(path), options)
+        prepared = prepare(open_checkpoint(path), options)
         bars.spin("measuring disk and kernels")
         costs = _measured(prepared)
         planner, budget_bytes = prepared.planner(costs), useful_bytes(prepared)
@@ -111,8 +111,8 @@ def _measured(prepared: "Prepared") -> Costs:
 
 def _drafted(prepared: "Prepared", planner: Planner, budget_bytes: int) -> "list[Option]":
     """The plan with each draft that is possible; none where no draft is asked for. Measures what they cost."""
+    from flexinfer.draft.costs import measure_draft_costs
     from flexinfer.draft.drafter import draft_options
-    from flexinfer.streaming.costs import measure_draft_costs
 
     drafts, skeleton = prepared.drafts, prepared.skeleton
     if drafts is None:

@@ -13,7 +13,7 @@ from flexinfer.cli.bars import Bars
 from flexinfer.cli.interrupt import Terminated, exit_code, held_back
 from flexinfer.cli.parameters import Json, complete_model
 from flexinfer.cli.terminal import note
-from flexinfer.kernels.types import KINDS
+from flexinfer.formats.ggml_types import KINDS
 from flexinfer.sizes import format_size
 
 TYPES = [kind.lower() for kind in KINDS]

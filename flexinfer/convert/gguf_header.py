@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from flexinfer.formats.gguf_config import RATIOS, llama3_divisors
 from flexinfer.formats.gguf_families import FAMILIES, Family
-from flexinfer.formats.gguf_model import rotated_heads
+from flexinfer.model.gguf_tensors import rotated_heads
 
 # Parts of the names of settings that do not change what a model computes.
 TRAINING = {"drop", "initializer", "use_cache", "pretraining_tp", "label", "output_", "aux_loss"}

@@ -39,13 +39,13 @@ import torch
 from tqdm import tqdm
 
 from flexinfer.cache_dir import user_path
-from flexinfer.formats.checkpoint import Checkpoint, local_checkpoint
+from flexinfer.convert.gguf_entries import ENCODING_OF, Entry, blocks, lay_out
+from flexinfer.formats.checkpoint import local_checkpoint, open_checkpoint
+from flexinfer.formats.ggml_types import KINDS, TYPES
 from flexinfer.formats.gguf import read_gguf
-from flexinfer.formats.gguf_entries import ENCODING_OF, Entry, blocks, lay_out
 from flexinfer.formats.safetensors import INDEX_FILE
-from flexinfer.formats.tensors import TensorSpec, read_json
+from flexinfer.formats.tensors import Checkpoint, TensorSpec, read_json
 from flexinfer.kernels.ggml import dequantize_rows, quantize_rows
-from flexinfer.kernels.types import KINDS, TYPES
 from flexinfer.model.skeleton import Skeleton, build_skeleton
 from flexinfer.sizes import format_size
 
@@ -166,7 +166,7 @@ def _open(src: Path, dst: Path, kind: str) -> Skeleton:
         raise QuantizeError(f"{dst}: DST is a directory, the file in it is {MODEL_FILE}; leave .gguf out")
     if dst.exists():
         raise QuantizeError(f"{dst}: exists already; choose another directory, or remove it first")
-    source = Checkpoint.open(src)
+    source = open_checkpoint(src)
     if source.in_gguf:
         raise QuantizeError(
             f"{src}: a GGUF file runs as it is; to make a smaller copy, start from the original checkpoint"

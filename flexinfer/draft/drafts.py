@@ -20,9 +20,10 @@ from flexinfer.draft.economics import (
     plan_draft,
 )
 from flexinfer.draft.substitute import DraftError, substitute_bytes, substitute_kernels
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.config import load_config
 from flexinfer.formats.hub import resolve
+from flexinfer.formats.tensors import Checkpoint
 from flexinfer.kernels.ggml import GgmlKernel
 from flexinfer.model.resident import load_resident, resident_bytes
 from flexinfer.model.skeleton import Skeleton
@@ -94,7 +95,7 @@ class Drafts:
 
     def _find(self, choice: DraftChoice, skeleton: Skeleton) -> None:
         assert choice.model is not None
-        self._checkpoint = found = Checkpoint.open(resolve(choice.model))
+        self._checkpoint = found = open_checkpoint(resolve(choice.model))
         if found.in_gguf:
             raise DraftError(
                 f"draft={str(choice.model)!r}: a draft model has to be in safetensors, this is a GGUF file"

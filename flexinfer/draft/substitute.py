@@ -23,10 +23,10 @@ from time import perf_counter
 import torch
 
 from flexinfer.cache_dir import in_cache, make_folder
+from flexinfer.formats.ggml_types import KINDS, TYPES, kind_for
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
 from flexinfer.kernels.ggml import GgmlKernel, dequantize_rows, quantize_rows
-from flexinfer.kernels.types import KINDS, TYPES, kind_for
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
 from flexinfer.plan.weights import Piece, Weight
 from flexinfer.sizes import format_size

@@ -15,11 +15,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flexinfer.draft.costs import measure_draft_costs
 from flexinfer.draft.drafter import Drafter, choose_draft, substitute_source
 from flexinfer.engine.engine import Engine
 from flexinfer.engine.install import install
 from flexinfer.engine.prepare import MARGIN_BYTES, ContextOf, Prepared, load_tokenizer, prepare
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.hub import resolve
 from flexinfer.memory.process import reset_peak
 from flexinfer.model.experts import Experts
@@ -28,7 +29,7 @@ from flexinfer.observe.report import plan_line
 from flexinfer.observe.trace import MAX_EVENTS, Trace
 from flexinfer.options import Options
 from flexinfer.plan.planner import Planner
-from flexinfer.streaming.costs import measure_costs, measure_draft_costs
+from flexinfer.streaming.costs import measure_costs
 from flexinfer.streaming.expert_cache import ExpertCache
 from flexinfer.streaming.kv_cache import KVReserve
 from flexinfer.streaming.reader import FileReader
@@ -72,7 +73,7 @@ def load(
     progress = TqdmBars() if options.progress is True else options.progress or None
     # Before the process is measured: its memory is part of it.
     trace = Trace(max_events=MAX_EVENTS if options.trace else 0, progress=progress)
-    checkpoint = Checkpoint.open(resolve(path_or_hub_id, options.gguf_file))
+    checkpoint = open_checkpoint(resolve(path_or_hub_id, options.gguf_file))
     prepared = prepare(checkpoint, options, context_of=context_of, progress=progress)
     prepared, tokenizer = load_tokenizer(prepared, context_of)
     with ExitStack() as undo:

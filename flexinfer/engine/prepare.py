@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from flexinfer.cache_dir import user_path
 from flexinfer.draft.drafts import Drafts
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.tensors import Checkpoint
 from flexinfer.formats.tokenizer import PreparedTokenizer, TokenizerMemory, prepare_tokenizer
 from flexinfer.kernels.dense import bound_kernel_caches
 from flexinfer.memory.heap import return_freed_memory, trim_heap

@@ -9,87 +9,49 @@ Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from flexinfer.cache_dir import user_path
-from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE, _by_name, _is_file, _read_index
-from flexinfer.formats.tensors import CONFIG_FILE, CheckpointError, TensorSpec, read_json
+from flexinfer.formats.gguf import is_gguf
+from flexinfer.formats.gguf_model import gguf_in, open_gguf
+from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE, is_file, read_index, tensors_by_name
+from flexinfer.formats.tensors import CONFIG_FILE, Checkpoint, CheckpointError, read_json
 from flexinfer.messages import shown
-
-GGUF_MAGIC = b"GGUF"
 
 ADAPTER_FILE = "adapter_config.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The tensors of a checkpoint, by name."""
+def open_checkpoint(given: str | Path) -> Checkpoint:
+    """Index the checkpoint in directory `path` or that a file there belongs to, or the only GGUF file in the directory.
 
-    path: Path  # of the directory, or of the (first) GGUF file
-    tensors: dict[str, TensorSpec]
-    config_dir: Path  # where config.json and the tokenizer lie
-    architecture: str | None = None  # llama.cpp's name of it, where the tensors' names are llama.cpp's
-
-    @property
-    def in_gguf(self) -> bool:
-        """Whether it is a GGUF file."""
-        return self.path != self.config_dir
-
-    @classmethod
-    def open(cls, given: str | Path) -> "Checkpoint":
-        """Index the checkpoint in directory `path` or that a file there belongs to, or the only GGUF file in the directory.
-
-        Raises CheckpointError when it is not a checkpoint, a shard is missing or truncated, a header lies about sizes
-        or overlaps, the index points outside the directory, or a tensor has a type that is not supported.
-        """
-        path = local_checkpoint(given)
-        if path is None:
-            raise CheckpointError(f"{given}: no such directory or file")
-        from flexinfer.formats.gguf_model import gguf_in, open_gguf  # they need the classes above
-
-        if (path / ADAPTER_FILE).is_file():
-            raise CheckpointError(_adapter_refusal(path))
-        gguf_file = gguf_in(path)
-        if gguf_file is not None:
-            return open_gguf(gguf_file)
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{path}: not a checkpoint: config.json is missing; save it with model.save_pretrained()"
-            )
-        file = _weights_file(path)
-        if file.is_file():
-            read = _read_index if file.suffix == ".json" else _by_name
-            return cls(path, read(file), path)
-        other = sorted(
-            p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
-        )
-        found = f" (found {', '.join(other[:4])})" if other else ""
+    Raises CheckpointError when it is not a checkpoint, a shard is missing or truncated, a header lies about sizes
+    or overlaps, the index points outside the directory, or a tensor has a type that is not supported.
+    """
+    path = local_checkpoint(given)
+    if path is None:
+        raise CheckpointError(f"{given}: no such directory or file")
+    if (path / ADAPTER_FILE).is_file():
+        raise CheckpointError(_adapter_refusal(path))
+    gguf_file = gguf_in(path)
+    if gguf_file is not None:
+        return open_gguf(gguf_file)
+    if not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}{found}; load the model with transformers and save it with "
-            "model.save_pretrained(), which writes safetensors"
+            f"{path}: not a checkpoint: config.json is missing; save it with model.save_pretrained()"
         )
-
-    @property
-    def config_file(self) -> Path:
-        """The file that says what the model is: config.json, or the GGUF file that it was made of."""
-        return self.path if self.architecture else self.config_dir / "config.json"
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold tensors, each once."""
-        return sorted({spec.file for spec in self.tensors.values()})
-
-
-def is_gguf(file: Path) -> bool:
-    """Whether `file` is to be read as GGUF: by its first bytes, since Ollama's have no suffix, or by its suffix."""
-    if not file.is_file():
-        return False
-    if file.suffix.lower() == ".gguf":
-        return True
-    with file.open("rb") as stream:
-        return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    file = _weights_file(path)
+    if file.is_file():
+        read = read_index if file.suffix == ".json" else tensors_by_name
+        return Checkpoint(path, read(file), path)
+    other = sorted(
+        p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
+    )
+    found = f" (found {', '.join(other[:4])})" if other else ""
+    raise CheckpointError(
+        f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}{found}; load the model with transformers and save it with "
+        "model.save_pretrained(), which writes safetensors"
+    )
 
 
 def local_checkpoint(given: str | Path) -> Path | None:
@@ -178,7 +140,7 @@ def _named_file(config: Path) -> str | None:
     if name is None:
         return None
     known = isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json"))
-    if not known or Path(name).name != name or not _is_file(config.parent / name):
+    if not known or Path(name).name != name or not is_file(config.parent / name):
         raise CheckpointError(
             f"{config}: transformers_weights is {shown(name)}, no file of safetensors or index of some in this directory; "
             "correct the entry or remove it"

@@ -14,8 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from flexinfer.formats.checkpoint import Checkpoint
-from flexinfer.formats.tensors import CheckpointError, read_json
+from flexinfer.formats.tensors import Checkpoint, CheckpointError, read_json
 from flexinfer.messages import cause, shown
 
 CONFIG_FILE = "config.json"

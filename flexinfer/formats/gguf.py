@@ -22,9 +22,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flexinfer.formats.ggml_types import INSTALL
+from flexinfer.formats.ggml_types import TYPES as BLOCKS
 from flexinfer.formats.tensors import ENCODINGS, CheckpointError, Encoding, TensorSpec
-from flexinfer.kernels.types import INSTALL
-from flexinfer.kernels.types import TYPES as BLOCKS
 from flexinfer.messages import shown
 
 MAGIC = b"GGUF"
@@ -119,6 +119,16 @@ def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
     if not isinstance(metadata.get("general.architecture"), str):
         _refuse(file, "has no general.architecture: not a model; convert it again with llama.cpp")
     return GGUF(files, metadata, tensors)
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether `file` is to be read as GGUF: by its first bytes, since Ollama's have no suffix, or by its suffix."""
+    if not file.is_file():
+        return False
+    if file.suffix.lower() == ".gguf":
+        return True
+    with file.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 def is_model(file: Path) -> bool:

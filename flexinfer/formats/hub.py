@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from flexinfer.formats.checkpoint import Checkpoint, local_checkpoint
+from flexinfer.formats.checkpoint import local_checkpoint, open_checkpoint
 from flexinfer.formats.gguf import SPLIT_NAME
 from flexinfer.formats.tensors import CheckpointError
 from flexinfer.messages import cause
@@ -40,7 +40,7 @@ def resolve(
         cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True)) / (
             gguf_file or ""
         )
-        Checkpoint.open(cached)  # all of it: a tokenizer that was loaded alone leaves a part of a snapshot
+        open_checkpoint(cached)  # all of it: a tokenizer that was loaded alone leaves a part of a snapshot
         return cached
     except Exception as why:
         if fetching is not None:

@@ -19,11 +19,11 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_DIMENSIONS = 64  # of a tensor: as many as torch can take
 
 
-def _by_name(file: Path) -> dict[str, TensorSpec]:
+def tensors_by_name(file: Path) -> dict[str, TensorSpec]:
     return {spec.name: spec for spec in read_header(file)}
 
 
-def _read_index(index: Path) -> dict[str, TensorSpec]:
+def read_index(index: Path) -> dict[str, TensorSpec]:
     """The tensors of all shards that `index` names. As with transformers, also those that it does not list, and of two with one name
     that of the last shard."""
     weight_map = read_json(index).get("weight_map")
@@ -35,11 +35,11 @@ def _read_index(index: Path) -> dict[str, TensorSpec]:
             raise CheckpointError(
                 f"{index}: points outside the checkpoint: {shown(shard)}; do not load this checkpoint"
             )
-        if not _is_file(index.parent / shard):
+        if not is_file(index.parent / shard):
             raise CheckpointError(
                 f"{index}: the shard {shown(shard)} that it names is missing; download it again"
             )
-        shards[shard] = _by_name(index.parent / shard)
+        shards[shard] = tensors_by_name(index.parent / shard)
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
@@ -48,7 +48,7 @@ def _read_index(index: Path) -> dict[str, TensorSpec]:
     return {name: spec for shard in shards.values() for name, spec in shard.items()}
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name that no file can have

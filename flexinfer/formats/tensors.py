@@ -87,6 +87,34 @@ class TensorSpec:
         return self.encoding.nbytes(self.shape[-1])
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a checkpoint, by name."""
+
+    # Of the directory, or of the (first) GGUF file.
+    path: Path
+    tensors: dict[str, TensorSpec]
+    # Where config.json and the tokenizer lie.
+    config_dir: Path
+    # llama.cpp's name of it, where the tensors' names are llama.cpp's.
+    architecture: str | None = None
+
+    @property
+    def in_gguf(self) -> bool:
+        """Whether it is a GGUF file."""
+        return self.path != self.config_dir
+
+    @property
+    def config_file(self) -> Path:
+        """The file that says what the model is: config.json, or the GGUF file that it was made of."""
+        return self.path if self.architecture else self.config_dir / "config.json"
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors, each once."""
+        return sorted({spec.file for spec in self.tensors.values()})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; raises CheckpointError when it is not one, or too large to be one."""
     size_bytes = path.stat().st_size

@@ -55,7 +55,7 @@ from typing import Any
 
 import torch
 
-from flexinfer.kernels.types import INSTALL, TYPES, GgmlError, GgmlType
+from flexinfer.formats.ggml_types import INSTALL, TYPES, GgmlError, GgmlType
 from flexinfer.memory.buffer import Buffer
 
 PACKAGE = "transcribe_cpp_native"

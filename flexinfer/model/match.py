@@ -14,9 +14,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from flexinfer.formats.checkpoint import Checkpoint
-from flexinfer.formats.gguf_model import specs_of
-from flexinfer.formats.tensors import CheckpointError, TensorSpec
+from flexinfer.formats.tensors import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, DenseKernel
 from flexinfer.messages import shown
@@ -31,6 +29,7 @@ from flexinfer.model.experts import (
     parameters_of,
     split_stacked,
 )
+from flexinfer.model.gguf_tensors import specs_of
 from flexinfer.model.linears import decoder_stack, kernel_for
 from flexinfer.modules.experts import expert_modules
 

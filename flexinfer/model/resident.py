@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.config import load_config, refusing
+from flexinfer.formats.tensors import Checkpoint
 from flexinfer.model.dry_run import dry_run
 from flexinfer.model.pass_memory import PassMeter, meta_model
 from flexinfer.model.skeleton import Skeleton, compute_dtype_of

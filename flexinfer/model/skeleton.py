@@ -14,9 +14,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.config import load_config, refusing, set_generation_config
-from flexinfer.formats.tensors import CheckpointError, TensorSpec
+from flexinfer.formats.tensors import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, DenseKernel
 from flexinfer.messages import shown

@@ -6,7 +6,7 @@ time the kernels take for one piece of each kind of weight.
 
 import math
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -14,14 +14,11 @@ from time import perf_counter
 
 import torch
 
-from flexinfer.draft.economics import DraftCosts
 from flexinfer.kernels import Kernel
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
 from flexinfer.plan.plan import Costs
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.reader import FileReader
-
-DRAFT_ROWS = (1, 2, 5, 9, 17)  # of passes that are timed: candidates and one
 
 CACHE_BYTES = 32 << 20  # kernels are timed on as much, so that their bytes come from memory
 
@@ -48,7 +45,7 @@ def measure_costs(
     threads = min(io_threads, max(1, memory_bytes // slot_bytes))
     spans = [(piece.file, piece.offset_bytes, piece.nbytes) for piece in sample]
     bandwidth = read_speed(reader, spans, threads, slot_bytes)
-    buffer = _zeros(used, memory_bytes)
+    buffer = zeros(used, memory_bytes)
     seconds_per_byte: dict[str, float] = {}
     for weight, kernel in used:
         if weight.role not in seconds_per_byte:
@@ -56,32 +53,6 @@ def measure_costs(
             rows = piece.row_stop - piece.row_start
             seconds_per_byte[weight.role] = kernel_s(kernel, rows, piece.nbytes, dtype, buffer) / piece.nbytes
     return Costs(bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used))
-
-
-def measure_draft_costs(
-    used: Sequence[tuple[Weight, Kernel]],
-    substitutes: Mapping[str, Kernel],
-    model_share: float,
-    dtype: torch.dtype,
-    memory_bytes: int = CACHE_BYTES,
-) -> DraftCosts:
-    """What passes of several rows take, and a draft pass: by `substitutes` of the weights, or a model with `model_share` of them.
-
-    As `measure_costs`: from one piece of each role, in at most `memory_bytes` or two pieces.
-    """
-    rows_s = measure_rows(used, DRAFT_ROWS, dtype, memory_bytes)
-    draft_s, seconds = 0.0, dict[str, float]()  # of a byte, by role
-    if substitutes:
-        buffer = _zeros(used, memory_bytes)
-        for weight, _ in used:
-            piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
-            if weight.role not in seconds:
-                substitute = substitutes[weight.name]
-                nbytes = substitute.view(buffer, 0, rows).nbytes
-                seconds[weight.role] = kernel_s(substitute, rows, nbytes, dtype, buffer) / piece.nbytes
-            draft_s += weight.nbytes * seconds[weight.role]
-    alone_s = rows_s[0][1]
-    return DraftCosts(rows_s, draft_s or model_share * alone_s, alone_s)
 
 
 def measure_rows(
@@ -94,7 +65,7 @@ def measure_rows(
     `memory_bytes` or two pieces."""
     if not used:
         return tuple((count, 0.0) for count in counts)
-    buffer = _zeros(used, memory_bytes)
+    buffer = zeros(used, memory_bytes)
     seconds: dict[tuple[str, int], float] = {}  # of a byte, by role and rows
     rows_s = dict.fromkeys(counts, 0.0)
     for weight, kernel in used:
@@ -107,7 +78,7 @@ def measure_rows(
     return tuple(rows_s.items())
 
 
-def _zeros(used: Sequence[tuple[Weight, Kernel]], memory_bytes: int) -> Buffer:
+def zeros(used: Sequence[tuple[Weight, Kernel]], memory_bytes: int) -> Buffer:
     """Pages of their own to time kernels on: unwritten ones are one page of zeros, which the CPU's cache holds."""
     largest_bytes = max(piece.nbytes for weight, _ in used for piece in weight.pieces)
     buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * largest_bytes), lock=True)

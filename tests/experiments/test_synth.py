@@ -13,7 +13,7 @@ from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, weig
 from experiments.perplexity import perplexity
 from experiments.smollm2 import make_smollm2
 from experiments.synth import default_cache_dir, make_checkpoint, make_once
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 
 SHAPE = {"hidden": 256, "intermediate": 640, "layers": 5, "heads": 4, "kv_heads": 2, "vocab": 1000}
 IDS = torch.arange(3, 12)[None]
@@ -76,7 +76,7 @@ def test_it_is_made_once_and_a_broken_one_again(tmp_path: Path, monkeypatch: pyt
 def test_shards_are_cut_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments.synth, "SHARD_BYTES", 1_000_000)
     path = make_checkpoint(model_of(), "bf16", tmp_path, progress=False)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     assert len(checkpoint.files) > 3
     index = json.loads((path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(spec.nbytes for spec in checkpoint.tensors.values())

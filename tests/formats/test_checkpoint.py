@@ -13,7 +13,7 @@ import torch
 from conftest import Load, MakeCheckpoint
 from safetensors.torch import load_file
 
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.safetensors import INDEX_FILE, read_header
 from flexinfer.formats.tensors import CheckpointError
 
@@ -66,7 +66,7 @@ def change_config(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize("sharded", [True, False])
 def test_indexes_what_safetensors_reads(checkpoint: MakeCheckpoint, sharded: bool) -> None:
     path = checkpoint(sharded=sharded)
-    tensors = Checkpoint.open(path).tensors
+    tensors = open_checkpoint(path).tensors
     files = sorted(path.glob("*.safetensors"))
     expected = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert tensors.keys() == expected.keys()
@@ -84,7 +84,7 @@ def test_opens_through_links_as_in_the_hugging_face_cache(checkpoint: MakeCheckp
     for file in checkpoint(sharded=True).iterdir():
         (snapshot / file.name).symlink_to(file)
     assert (
-        Checkpoint.open(snapshot).tensors.keys() == Checkpoint.open(checkpoint(sharded=True)).tensors.keys()
+        open_checkpoint(snapshot).tensors.keys() == open_checkpoint(checkpoint(sharded=True)).tensors.keys()
     )
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexinfer import CheckpointError
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.gguf import TYPES, LongArray, read_gguf
 from flexinfer.kernels.ggml import TYPES as KERNEL_TYPES
 
@@ -201,7 +201,7 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(made: Callable[[bytes], Pat
     file = made(content)
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError, match=message) as refused:
-        Checkpoint.open(file)
+        open_checkpoint(file)
     assert "model.gguf" in str(refused.value)
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == files
@@ -242,10 +242,10 @@ def test_a_split_model_is_one(split: Written, tmp_path: Path) -> None:
     parts = sorted(split.file.parent.glob("*.gguf"))
     assert len(parts) > 2
     for path in (split.file, parts[1], split.file.parent):
-        checkpoint = Checkpoint.open(path)
+        checkpoint = open_checkpoint(path)
         assert checkpoint.path == parts[0]
         assert checkpoint.files == parts
-        assert checkpoint.tensors.keys() == Checkpoint.open(whole.file).tensors.keys()
+        assert checkpoint.tensors.keys() == open_checkpoint(whole.file).tensors.keys()
 
 
 def test_parts_that_are_missing_or_of_another_order_are_refused(split: Written, tmp_path: Path) -> None:
@@ -254,20 +254,20 @@ def test_parts_that_are_missing_or_of_another_order_are_refused(split: Written, 
         shutil.copy(part, tmp_path)
     (tmp_path / parts[1].name).unlink()
     with pytest.raises(CheckpointError, match=rf"parts are not beside it, such as {parts[1].name}"):
-        Checkpoint.open(tmp_path / parts[0].name)
+        open_checkpoint(tmp_path / parts[0].name)
     shutil.copy(parts[0], tmp_path / parts[1].name)
     with pytest.raises(CheckpointError, match=r"part 1 of \d and is named as part 2"):
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
     shutil.copy(parts[0], tmp_path / "alone.gguf")
     with pytest.raises(CheckpointError, match=r"part 1 of \d and is named as part 1 of 1"):
-        Checkpoint.open(tmp_path / "alone.gguf")
+        open_checkpoint(tmp_path / "alone.gguf")
 
 
 def test_a_directory_with_several_models_names_them(tmp_path: Path) -> None:
     for name in ("one.gguf", "two.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"several models: one.gguf, two.gguf; .*gguf_file="):
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_safetensors_come_first_in_a_directory_that_has_both(
@@ -276,8 +276,8 @@ def test_safetensors_come_first_in_a_directory_that_has_both(
     shutil.copytree(checkpoint("llama"), tmp_path / "both")
     written = write_model(tmp_path, "llama")
     shutil.copy(written.file, tmp_path / "both")
-    assert Checkpoint.open(tmp_path / "both").architecture is None
-    assert Checkpoint.open(tmp_path / "both" / "model.gguf").architecture == "llama"
+    assert open_checkpoint(tmp_path / "both").architecture is None
+    assert open_checkpoint(tmp_path / "both" / "model.gguf").architecture == "llama"
 
 
 # ---- what does not fit transformers
@@ -297,4 +297,4 @@ def test_layers_that_differ_are_refused(tmp_path: Path) -> None:
         writer.add_array("llama.attention.head_count_kv", [2, 1])
 
     with pytest.raises(CheckpointError, match=r"head_count_kv differs from layer to layer"):
-        Checkpoint.open(write_model(tmp_path, "llama", change=add).file)
+        open_checkpoint(write_model(tmp_path, "llama", change=add).file)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import flexinfer.cache_dir
 import flexinfer.formats.gguf_model
 from flexinfer import CheckpointError
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.tokenizer import load_tokenizer, prepare_tokenizer
 
 TEXTS = ("hello world", "  two  spaces", "abab 12345\n<end>ab", "caf\u00e9")
@@ -45,7 +45,7 @@ def made(path: Path, change: Any) -> Path:
 @pytest.mark.parametrize("change", [byte_level, sentencepiece])
 def test_it_is_what_transformers_makes_of_the_file(tmp_path: Path, change: Any) -> None:
     file = made(tmp_path, change)
-    directory = Checkpoint.open(file).config_dir
+    directory = open_checkpoint(file).config_dir
     ours = load_tokenizer(directory)
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in TEXTS:
@@ -65,7 +65,7 @@ def test_digits_are_cut_apart_where_the_vocabulary_was_made_so(tmp_path: Path) -
     joined, apart = tmp_path / "joined", tmp_path / "apart"
     joined.mkdir(), apart.mkdir()
     tokens = {
-        directory: load_tokenizer(Checkpoint.open(made(directory, change)).config_dir).tokenize("12")
+        directory: load_tokenizer(open_checkpoint(made(directory, change)).config_dir).tokenize("12")
         for directory, change in (
             (joined, byte_level),
             (apart, lambda writer: byte_level(writer, "smollm")),
@@ -80,7 +80,7 @@ def test_words_of_the_vocabulary_stay_whole_where_the_vocabulary_was_made_so(tmp
         writer.kv_data[0].pop("tokenizer.ggml.merges")
         writer.add_token_merges(["a b"])
 
-    tokenizer = load_tokenizer(Checkpoint.open(made(tmp_path, change)).config_dir)
+    tokenizer = load_tokenizer(open_checkpoint(made(tmp_path, change)).config_dir)
     assert tokenizer.convert_ids_to_tokens(tokenizer("abab")["input_ids"]) == ["<s>", "abab"]
 
 
@@ -92,7 +92,7 @@ def test_an_answer_ends_at_whatever_ends_a_turn(tmp_path: Path, load: Any) -> No
 
 def test_a_cut_that_is_not_known_is_said(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match=r"tokenizer.ggml.pre is 'bananas', which is not known"):
-        Checkpoint.open(made(tmp_path, lambda writer: byte_level(writer, "bananas")))
+        open_checkpoint(made(tmp_path, lambda writer: byte_level(writer, "bananas")))
 
 
 def test_a_model_without_a_tokenizer_runs_and_says_so_when_asked(tmp_path: Path, load: Any) -> None:
@@ -107,7 +107,7 @@ def test_a_kind_of_tokenizer_that_is_not_known_leaves_the_model(tmp_path: Path) 
         writer.add_token_list(["a", "b"])
 
     with pytest.warns(RuntimeWarning, match="no tokenizer could be made .*bananas"):
-        directory = Checkpoint.open(made(tmp_path, change)).config_dir
+        directory = open_checkpoint(made(tmp_path, change)).config_dir
     with pytest.raises(CheckpointError, match="bananas"):
         load_tokenizer(directory)
 
@@ -118,7 +118,7 @@ def test_a_warning_is_fit_for_a_terminal(tmp_path: Path) -> None:
         writer.add_token_list(["a", "b"])
 
     with pytest.warns(RuntimeWarning, match="no tokenizer could be made") as warned:
-        Checkpoint.open(made(tmp_path, change))
+        open_checkpoint(made(tmp_path, change))
     message = str(warned[0].message)
     assert message.isprintable()
     assert len(message) < 4000
@@ -126,9 +126,9 @@ def test_a_warning_is_fit_for_a_terminal(tmp_path: Path) -> None:
 
 def test_it_is_made_once_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = made(tmp_path, byte_level)
-    directory = Checkpoint.open(file).config_dir
+    directory = open_checkpoint(file).config_dir
     monkeypatch.setattr(flexinfer.formats.gguf_model, "_make_tokenizer", None)
-    assert Checkpoint.open(file).config_dir == directory
+    assert open_checkpoint(file).config_dir == directory
 
 
 def test_where_memory_is_too_little_for_it_this_is_said_first(
@@ -136,7 +136,7 @@ def test_where_memory_is_too_little_for_it_this_is_said_first(
 ) -> None:
     monkeypatch.setattr(flexinfer.formats.gguf_model, "available_bytes", lambda: 0)
     with pytest.raises(CheckpointError, match=r"to make its tokenizer takes \d+ MiB of memory, once"):
-        Checkpoint.open(made(tmp_path, byte_level))
+        open_checkpoint(made(tmp_path, byte_level))
 
 
 def test_without_a_cache_that_can_be_written_to_it_is_made_for_this_process(
@@ -146,8 +146,8 @@ def test_without_a_cache_that_can_be_written_to_it_is_made_for_this_process(
     monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path / "file"))
     file = made(tmp_path, byte_level)
     with pytest.warns(RuntimeWarning, match="Set FLEXINFER_CACHE"):
-        directory = Checkpoint.open(file).config_dir
+        directory = open_checkpoint(file).config_dir
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Checkpoint.open(file).config_dir == directory
+        assert open_checkpoint(file).config_dir == directory
         assert load_tokenizer(directory)("ab")["input_ids"] == load_tokenizer(directory)("ab")["input_ids"]

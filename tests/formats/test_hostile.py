@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MixtralC
 
 from flexinfer.convert.quantize import quantize
 from flexinfer.engine.prepare import context_limit
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.config import refusing
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.safetensors import INDEX_FILE, read_header
@@ -59,7 +59,7 @@ def refusal(path: Path, read: Callable[[], object]) -> str:
 
 
 def build(path: Path) -> object:
-    return build_skeleton(Checkpoint.open(path))
+    return build_skeleton(open_checkpoint(path))
 
 
 HEADERS: dict[str, tuple[dict[str, Any] | bytes, str]] = {
@@ -88,20 +88,20 @@ def test_header(tmp_path: Path, case: str) -> None:
 def test_index_that_names_what_no_file_is_called(copy_of: CopyOf, shard: str) -> None:
     path = copy_of(sharded=True)
     change_index(path, lambda weight_map: weight_map.update({"lm_head.weight": shard}))
-    assert "missing" in refusal(path / INDEX_FILE, lambda: Checkpoint.open(path))
+    assert "missing" in refusal(path / INDEX_FILE, lambda: open_checkpoint(path))
 
 
 def test_index_with_a_name_without_end(copy_of: CopyOf) -> None:
     path = copy_of(sharded=True)
     change_index(path, lambda weight_map: weight_map.update({"é" * 10_000: min(weight_map.values())}))
-    assert "is not in it" in refusal(path, lambda: Checkpoint.open(path))
+    assert "is not in it" in refusal(path, lambda: open_checkpoint(path))
 
 
 @pytest.mark.parametrize("text", ['{"weight_map": ' + LONG_NUMBER + "}", '{"a":' * 100_000])
 def test_index_without_end(copy_of: CopyOf, text: str) -> None:
     path = copy_of(sharded=True)
     (path / INDEX_FILE).write_text(text)
-    assert "not valid JSON" in refusal(path / INDEX_FILE, lambda: Checkpoint.open(path))
+    assert "not valid JSON" in refusal(path / INDEX_FILE, lambda: open_checkpoint(path))
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX_FILE])
@@ -487,7 +487,7 @@ def test_kernels_from_elsewhere_are_refused(copy_of: CopyOf, alone: None, key: s
 def test_transformers_own_attention_may_be_named(copy_of: CopyOf, value: str) -> None:
     path = copy_of()
     change_config(path, attn_implementation=value)
-    assert build_skeleton(Checkpoint.open(path)).attention == value
+    assert build_skeleton(open_checkpoint(path)).attention == value
 
 
 def test_another_file_in_place_of_the_config_is_refused(copy_of: CopyOf) -> None:
@@ -506,10 +506,10 @@ def test_the_base_model_of_an_adapter_is_not_loaded(tmp_path: Path, alone: None)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     mixture = AutoModelForCausalLM.from_config(MixtralConfig(**shape, vocab_size=160, num_key_value_heads=1))
     mixture.save_pretrained(tmp_path)
-    load_resident(Checkpoint.open(tmp_path), torch.float32)
+    load_resident(open_checkpoint(tmp_path), torch.float32)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name"}')
     file = tmp_path / "adapter_config.json"
-    refusal(file, lambda: load_resident(Checkpoint.open(tmp_path), torch.float32))
+    refusal(file, lambda: load_resident(open_checkpoint(tmp_path), torch.float32))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])

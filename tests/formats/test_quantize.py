@@ -19,15 +19,15 @@ import transformers
 from conftest import Load, MakeCheckpoint, logits, prompt
 from safetensors import safe_open
 
+import flexinfer.convert.gguf_entries
 import flexinfer.convert.quantize
-import flexinfer.formats.gguf_entries
 from flexinfer.convert.quantize import QuantizeError, Report, quantize
-from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.checkpoint import open_checkpoint
+from flexinfer.formats.ggml_types import KINDS, kind_for
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.gguf_families import FAMILIES
 from flexinfer.formats.tensors import CheckpointError
 from flexinfer.kernels.ggml import TYPES, dequantize_rows
-from flexinfer.kernels.types import KINDS, kind_for
 
 ALL_FAMILIES = gguf_models.FAMILIES | gguf_models.MIXTURES
 
@@ -43,7 +43,7 @@ def load_tensor(file: Path, name: str) -> torch.Tensor:
 
 def blocks_of(path: Path, name: str) -> torch.Tensor:
     """The numbers of a tensor of the copy: float32 [rows, in_features]."""
-    spec = Checkpoint.open(path).tensors[name]
+    spec = open_checkpoint(path).tensors[name]
     data = torch.frombuffer(bytearray(spec.file.read_bytes()), dtype=torch.uint8)
     packed = data[spec.offset_bytes : spec.offset_bytes + spec.nbytes].view(spec.shape[0], -1)
     return dequantize_rows(TYPES[spec.dtype], packed, spec.shape[1])
@@ -55,7 +55,7 @@ def test_report_is_the_error_against_the_original(
 ) -> None:
     source = checkpoint("qwen2", torch.bfloat16, hidden_size=256, intermediate_size=96)
     report = make(source, tmp_path / "copy", kind.lower())
-    originals, copies = Checkpoint.open(source).tensors, Checkpoint.open(tmp_path / "copy").tensors
+    originals, copies = open_checkpoint(source).tensors, open_checkpoint(tmp_path / "copy").tensors
     assert not report.kept
     assert report.architecture == "qwen2"
     names = {"model.layers.0.mlp.gate_proj.weight": "blk.0.ffn_gate.weight"}
@@ -97,7 +97,7 @@ def test_tensors_lie_in_order_of_use_and_tokenizer_files_are_copied(
     (source / "tokenizer.json").write_text("{}")
     report = make(source, tmp_path / "copy")
     assert report.notes == ["the file alone has no tokenizer ('model')"]
-    matrices = [spec for spec in Checkpoint.open(tmp_path / "copy").tensors.values() if len(spec.shape) == 2]
+    matrices = [spec for spec in open_checkpoint(tmp_path / "copy").tensors.values() if len(spec.shape) == 2]
     names = [spec.name for spec in sorted(matrices, key=lambda spec: spec.offset_bytes)]
     parts = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
     expected = [f"blk.{layer}.{part}.weight" for layer in range(4) for part in parts]
@@ -108,7 +108,7 @@ def test_tensors_lie_in_order_of_use_and_tokenizer_files_are_copied(
 
 def test_a_tied_head_is_one_tensor(checkpoint: MakeCheckpoint, tmp_path: Path, load: Load) -> None:
     make(checkpoint("llama", torch.bfloat16, tie_word_embeddings=True), tmp_path / "copy")
-    assert "output.weight" not in Checkpoint.open(tmp_path / "copy").tensors
+    assert "output.weight" not in open_checkpoint(tmp_path / "copy").tensors
     assert logits(load(tmp_path / "copy"), prompt()).isfinite().all()
 
 
@@ -117,7 +117,7 @@ def test_the_head_has_at_least_six_bits(checkpoint: MakeCheckpoint, tmp_path: Pa
     source = checkpoint("llama", torch.bfloat16, hidden_size=256, tie_word_embeddings=tied)
     for kind, head in (("q4_0", "Q6_K"), ("q4_k", "Q6_K"), ("q6_k", "Q6_K"), ("q8_0", "Q8_0")):
         make(source, tmp_path / kind, kind)
-        tensors = Checkpoint.open(tmp_path / kind).tensors
+        tensors = open_checkpoint(tmp_path / kind).tensors
         assert tensors["token_embd.weight" if tied else "output.weight"].dtype == head
         assert tensors["token_embd.weight"].dtype == (head if tied else kind.upper())
 
@@ -129,7 +129,7 @@ def test_weights_that_cannot_be_cut_into_blocks_are_kept_and_named(
     report = make(source, tmp_path / "copy")
     assert list(report.kept) == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)]
     assert "176" in report.kept["model.layers.0.mlp.down_proj.weight"]
-    assert Checkpoint.open(tmp_path / "copy").tensors["blk.0.ffn_down.weight"].dtype == "BF16"
+    assert open_checkpoint(tmp_path / "copy").tensors["blk.0.ffn_down.weight"].dtype == "BF16"
     assert logits(load(tmp_path / "copy"), prompt()).isfinite().all()
 
 
@@ -157,7 +157,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
             make(source, target)
     assert not target.exists()
     with pytest.raises(CheckpointError):
-        Checkpoint.open(partial)
+        open_checkpoint(partial)
 
     again: list[int] = []
 
@@ -223,7 +223,7 @@ def test_the_source_is_read_a_block_at_a_time(
 ) -> None:
     source = checkpoint("qwen2", torch.bfloat16, vocab_size=4096)
     sizes: list[int] = []
-    read = flexinfer.formats.gguf_entries._read
+    read = flexinfer.convert.gguf_entries._read
     monkeypatch.setattr(flexinfer.convert.quantize, "BLOCK_WEIGHTS", 8192)
 
     def counted(spec: Any, start: int, stop: int) -> torch.Tensor:
@@ -231,9 +231,9 @@ def test_the_source_is_read_a_block_at_a_time(
         sizes.append(rows.nbytes)
         return rows
 
-    monkeypatch.setattr(flexinfer.formats.gguf_entries, "_read", counted)
+    monkeypatch.setattr(flexinfer.convert.gguf_entries, "_read", counted)
     make(source, tmp_path / "copy")
-    assert sum(sizes) == sum(spec.nbytes for spec in Checkpoint.open(source).tensors.values())
+    assert sum(sizes) == sum(spec.nbytes for spec in open_checkpoint(source).tensors.values())
     assert max(sizes) <= 2 * 8192
 
 
@@ -302,7 +302,7 @@ def test_families_that_llama_cpp_has_no_words_for_here_are_for_flexinfer_alone(
     assert (found - expected).norm() < 0.05 * expected.norm()
     (tmp_path / "copy" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config\.json beside it"):
-        Checkpoint.open(tmp_path / "copy")
+        open_checkpoint(tmp_path / "copy")
 
 
 def test_what_the_header_cannot_say_makes_it_for_flexinfer_alone(
@@ -408,7 +408,7 @@ def test_a_disk_that_becomes_full_is_one_clear_error_and_the_work_goes_on(
     assert "\n" not in str(refused.value)
     assert not target.exists()
     with pytest.raises(CheckpointError):
-        Checkpoint.open(partial)
+        open_checkpoint(partial)
     done = (partial / "quantize_state.json").read_text().splitlines()[1:]
     assert (len(done) > 0) == (after_bytes > 10)
     assert make(source, target).packed == whole.packed
@@ -435,7 +435,7 @@ def test_a_disk_that_becomes_full_with_the_last_small_files_costs_no_tensor(
         with pytest.raises(QuantizeError, match="No space left on device"):
             make(source, target)
     with pytest.raises(CheckpointError):
-        Checkpoint.open(partial)
+        open_checkpoint(partial)
     monkeypatch.setattr(flexinfer.convert.quantize, "_write", lambda *_: pytest.fail("written again"))
     make(source, target)
     assert not [file.name for file in target.iterdir() if "unfinished" in file.name]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from flexinfer.formats.ggml_types import GgmlError, GgmlType
 from flexinfer.kernels import ggml
 from flexinfer.kernels.ggml import (
     FEW_ROWS,
@@ -26,7 +27,6 @@ from flexinfer.kernels.ggml import (
     multiply_rows,
     quantize_rows,
 )
-from flexinfer.kernels.types import GgmlError, GgmlType
 from flexinfer.memory.buffer import Buffer
 
 IN = 512

@@ -88,9 +88,9 @@ def _place_index(data: bytes, folder: Path) -> Path:
 
 
 def _open_index(folder: Path) -> None:
-    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.checkpoint import open_checkpoint
 
-    for file in Checkpoint.open(folder).files:
+    for file in open_checkpoint(folder).files:
         assert file.parent == folder, f"{file} is outside"
 
 
@@ -124,12 +124,12 @@ def _place_config(data: bytes, folder: Path) -> Path:
 
 def _build(path: Path) -> None:
     """What `from_pretrained` does with a configuration."""
-    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.checkpoint import open_checkpoint
     from flexinfer.model.match import NotStreamableError
     from flexinfer.model.resident import resident_bytes
     from flexinfer.model.skeleton import build_skeleton
 
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     try:
         skeleton = build_skeleton(checkpoint)
     except NotStreamableError:
@@ -168,11 +168,11 @@ def _build_gguf(path: Path) -> None:
     """What `from_pretrained` does with a GGUF file, but for the tokenizer, which another process
     makes.
     """
-    from flexinfer.formats.checkpoint import Checkpoint
     from flexinfer.formats.gguf import read_gguf
     from flexinfer.formats.gguf_config import config_of
     from flexinfer.formats.gguf_model import gguf_in, write_config
     from flexinfer.formats.gguf_tokenizer import ARRAYS
+    from flexinfer.formats.tensors import Checkpoint
     from flexinfer.model.skeleton import build_skeleton
 
     file = gguf_in(path)

@@ -26,15 +26,16 @@ from flexinfer.convert.gguf_header import (
     stored_as,
 )
 from flexinfer.convert.gguf_vocabulary import add_vocabulary
+from flexinfer.formats.ggml_types import TYPES, kind_for
 from flexinfer.formats.gguf import TYPES as ENCODINGS
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.gguf_config import config_of
 from flexinfer.formats.gguf_families import FAMILIES, Family
-from flexinfer.formats.gguf_model import NAMES_KEY, expert_tensors, tensor_names
+from flexinfer.formats.gguf_model import NAMES_KEY
 from flexinfer.formats.tensors import CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, Conv1DKernel, DenseKernel
-from flexinfer.kernels.types import TYPES, kind_for
+from flexinfer.model.gguf_tensors import expert_tensors, tensor_names
 from flexinfer.model.skeleton import Skeleton
 from flexinfer.plan.weights import Weight
 
