@@ -52,7 +52,7 @@ types: $(INSTALLED) ## static types
 
 docs: $(INSTALLED) ## the site of docs/ in build/site; a broken link is an error
 	@$(PIP) install $(PINNED) --editable '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: $(INSTALLED) ## run the notebooks again: use, and the figures from the records in RESULTS (results)
 	FLEXINFER_RESULTS=$(abspath $(RESULTS)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb

@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = (source.parent / target).resolve()
         if not path.exists() or not path.is_relative_to(ROOT):
             logger.warning("%s links to %s, which does not exist", source.relative_to(ROOT), target)
-            return match[0]
+            return text
         if path.is_dir():
             return text
         name = path.relative_to(ROOT).as_posix()
