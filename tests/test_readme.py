@@ -158,7 +158,8 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}
 
 
-def test_docs_name_tests_and_options_that_exist() -> None:
-    reliability = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    for name in set(re.findall(r"(?:\w+/)?test_\w+\.py", reliability)):
-        assert (ROOT / "tests" / name).exists(), name
+def test_docs_name_tests_that_exist() -> None:
+    for page in ("design", "reliability", "results", "usage"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        for name in set(re.findall(r"(?:\w+/)?test_\w+\.py", text)):
+            assert (ROOT / "tests" / name.removeprefix("tests/")).exists(), f"{page}: {name}"
