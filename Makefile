@@ -15,7 +15,7 @@ SMOKE := outputs/smoke
 LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test wheel lint format types notebooks smoke agreement reproduce soak soak-serve fuzz baselines clean
+.PHONY: help install demo test wheel lint format types docs notebooks smoke agreement reproduce soak soak-serve fuzz baselines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ format: $(INSTALLED) ## fix what lint finds, where a machine can
 
 types: $(INSTALLED) ## static types
 	$(BIN)/mypy flexinfer experiments scripts tests/stress
+
+docs: $(INSTALLED) ## the site of docs/ in build/site; a broken link is an error
+	@$(PIP) install $(PINNED) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: $(INSTALLED) ## run the notebooks again: use, and the figures from the records in RESULTS (results)
 	FLEXINFER_RESULTS=$(abspath $(RESULTS)) $(BIN)/python -m jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb

@@ -13,7 +13,7 @@ from experiments.config import SystemConfig
 from experiments.model_config import ConfigError
 from flexinfer import BudgetError, Options
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+USAGE = (Path(__file__).parents[1] / "docs" / "usage.md").read_text(encoding="utf-8")
 
 
 def test_from_pretrained_shows_every_option_with_its_default() -> None:
@@ -27,8 +27,8 @@ def test_from_pretrained_shows_every_option_with_its_default() -> None:
     }
 
 
-def test_the_readme_and_the_help_name_every_option() -> None:
-    table = README[README.index("| option | meaning |") :].partition("\n\n")[0]
+def test_the_docs_and_the_help_name_every_option() -> None:
+    table = USAGE[USAGE.index("| option | meaning |") :].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {
         one.name for one in dataclasses.fields(Options)
     }

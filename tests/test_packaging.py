@@ -54,7 +54,7 @@ def test_a_range_that_differs_would_be_noticed() -> None:
 def test_every_package_is_pinned_within_its_range() -> None:
     pins = ranges([line for line in CONSTRAINTS.splitlines() if not line.startswith("#")])
     extras = PROJECT["optional-dependencies"]
-    for line in (*PROJECT["dependencies"], *(line for name in INSTALLED for line in extras[name])):
+    for line in (*PROJECT["dependencies"], *(line for name in (*INSTALLED, "docs") for line in extras[name])):
         requirement = Requirement(line)
         (pin,) = pins[requirement.name.lower().replace("_", "-")]
         assert pin.startswith("=="), line

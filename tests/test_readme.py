@@ -1,10 +1,11 @@
-"""Every block of the README does what it says: Python runs, commands run on a small model, experiments compose.
+"""Examples in README and docs work: Python runs, commands run on a small model, experiments compose.
 
-`path/to/model` stands for a checkpoint in the README and is replaced by a small random one here.
+`path/to/model` stands for a checkpoint there and is replaced by a small random one here.
 """
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -26,20 +27,23 @@ from experiments.runner import cells_of
 from flexinfer.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("usage", "models", "serving", "reproduce")))
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 LINES = [
-    line.strip()
+    line
     for language, code in BLOCKS
     if language == "sh"
-    for line in code.splitlines()
-    if line.strip() and not line.strip().startswith("#")
+    for line in dict.fromkeys(code.splitlines())
+    if line.strip() and not line.startswith("#")
 ]
 RUN = "python scripts/run.py "
-COMMANDS = [line for line in LINES if not line.startswith(RUN)]
+# Each once, whatever its comment.
+COMMANDS = list({re.split(r"\s+#", one)[0]: None for one in LINES if not one.startswith(RUN)})
 SERVED = "http://127.0.0.1:8000/v1"
-NOT_RUN = ("export ", "pip install ")  # environment and network
+# Environment and network.
+NOT_RUN = ("export ", "pip install ")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +51,13 @@ def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     return add_tokenizer(checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("readme") / "model")
 
 
-def test_there_are_blocks_of_known_languages_alone() -> None:
+def test_every_block_is_python_or_shell() -> None:
     assert {language for language, _ in BLOCKS} == {"python", "sh"}
     assert TEXT.count("```") == 2 * len(BLOCKS)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
@@ -98,13 +106,14 @@ def test_commands_work(
         run_script(*argv, cache=tmp_path)
 
 
-def test_experiments_compose() -> None:
+def test_experiments_compose(model_dir: Path) -> None:
     """All of them in this process; what -m sweeps is composed value by value."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
     composed = []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for line in (line for line in LINES if line.startswith(RUN)):
-            argv = shlex.split(line.removeprefix(RUN), comments=True)
+            line = line.removeprefix(RUN).replace("path/to/model", str(model_dir))
+            argv = shlex.split(line, comments=True)
             sweeps = [swept(one) if "-m" in argv else [one] for one in argv if one != "-m"]
             for overrides in product(*sweeps):
                 config = OmegaConf.to_object(compose("config", overrides=list(overrides)))
@@ -129,13 +138,28 @@ def run_script(*argv: str, cache: Path | None = None) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "results" / "README.md"):
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text(encoding="utf-8")):
-            if not target.startswith(("http://", "https://")):
-                assert (file.parent / target).exists(), f"{file.name}: {target}"
+    """Files and anchors; `make docs` checks the pages of the site once more."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "results" / "README.md"]
+    texts = {file: file.read_text(encoding="utf-8") for file in (*pages, ROOT / "CHANGELOG.md")}
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        texts[notebook] = "\n".join("".join(one["source"]) for one in cells if one["cell_type"] == "markdown")
+    for file, text in texts.items():
+        for path, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", text):
+            target = (file.parent / path).resolve() if path else file
+            assert target.exists(), f"{file.name}: {path}"
+            if anchor:
+                assert anchor in anchors(target.read_text(encoding="utf-8")), f"{file.name}: {path}#{anchor}"
 
 
-def test_docs_name_tests_and_options_that_exist() -> None:
-    reliability = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    for name in set(re.findall(r"(?:\w+/)?test_\w+\.py", reliability)):
-        assert (ROOT / "tests" / name).exists(), name
+def anchors(text: str) -> set[str]:
+    """The names that code hosts and the site give the headings of a Markdown page."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}
+
+
+def test_docs_name_tests_that_exist() -> None:
+    for page in ("design", "reliability", "results", "usage"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        for name in set(re.findall(r"(?:\w+/)?test_\w+\.py", text)):
+            assert (ROOT / "tests" / name.removeprefix("tests/")).exists(), f"{page}: {name}"
