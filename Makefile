@@ -42,6 +42,7 @@ wheel: $(INSTALLED) ## a wheel, into an empty environment with the core dependen
 lint: $(INSTALLED) ## format and lint, notebooks too
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## fix what lint finds, where a machine can
 	$(BIN)/ruff format .
