@@ -117,7 +117,7 @@ SYSTEMS: dict[str, Callable[[Path, Ids], Floats]] = {
 def _write_ids(model: Path, tokens: int, target: Path) -> None:
     """The first `tokens` ids of the text, by the tokenizer of the file."""
     from flexinfer.formats.checkpoint import Checkpoint
-    from flexinfer.tokenizer import load_tokenizer
+    from flexinfer.formats.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Checkpoint.open(model).config_dir)
     ids = tokenizer(documentation(TOPICS), add_special_tokens=False).input_ids

@@ -28,7 +28,7 @@ from experiments.model_config import (
     require,
 )
 from flexinfer.options import Options
-from flexinfer.plan import parse_size
+from flexinfer.sizes import parse_size
 
 TEXT_KINDS = ("edit", "code", "chat")
 SYSTEM_KINDS = ("flexinfer", "llama_cpp", "transformers", "accelerate", "airllm", "ollm")

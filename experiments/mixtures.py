@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.record_files import QUALITY, load_lines
 from experiments.records import Record
-from flexinfer.expert_policies import HINDSIGHT
+from flexinfer.streaming.expert_policies import HINDSIGHT
 
 COMMAND = "python -m experiments.routing MODEL --record results/quality/routing.jsonl"
 STYLES = {

@@ -25,8 +25,8 @@ import flexinfer
 from experiments.agreement import documentation
 from experiments.provenance import provenance
 from experiments.synth import default_cache_dir
-from flexinfer.formats.quantize import Report, quantize
-from flexinfer.formats.skeleton import resolve
+from flexinfer.convert.quantize import Report, quantize
+from flexinfer.formats.hub import resolve
 from flexinfer.kernels.types import KINDS
 
 WINDOW_TOKENS = 512

@@ -81,7 +81,7 @@ def as_gguf(name: str) -> Path:
     """The same as a GGUF file, alone: its tokenizer is made of its header."""
 
     def write(directory: Path) -> None:
-        from flexinfer.formats.quantize import quantize
+        from flexinfer.convert.quantize import quantize
 
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
             quantize(with_tokenizer(name), Path(scratch) / "copy", "q4_0", progress=False)

@@ -28,7 +28,7 @@ import flexinfer
 from experiments.provenance import provenance
 from experiments.synth import default_cache_dir
 from experiments.systems.interface import prompt_ids
-from flexinfer.expert_policies import HINDSIGHT, POLICIES, fewest_misses, misses
+from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES, fewest_misses, misses
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 

@@ -33,8 +33,8 @@ from experiments.config import CellConfig, RunConfig, comparison_format, resolve
 from experiments.model_config import ModelConfig, require, weight_bytes
 from experiments.record_files import append_record, drop_partial_line, load_records
 from experiments.records import FINISHED, Provenance, Record, with_common_costs
-from flexinfer.notebook import last_pass
-from flexinfer.plan import format_size
+from flexinfer.observe.notebook import last_pass
+from flexinfer.sizes import format_size
 
 RunCell = Callable[[CellConfig], Record]
 BUSY = 0.1  # of all cores' time: above it what a cell measured is not only its own

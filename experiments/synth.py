@@ -34,7 +34,7 @@ from rich.progress import (
 from experiments.gguf import check_free_disk, shape_digest
 from experiments.model_config import ModelConfig, ShapeConfig, require
 from flexinfer.cache_dir import cache_dir as default_cache_dir
-from flexinfer.formats.checkpoint import INDEX_FILE
+from flexinfer.formats.safetensors import INDEX_FILE
 
 POOL_BYTES = 64 * 2**20
 SHARD_BYTES = 2 * 10**9

@@ -11,10 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexinfer.formats.checkpoint import CheckpointError
-    from flexinfer.model import from_pretrained
+    from flexinfer.formats.tensors import CheckpointError
+    from flexinfer.model.engine import from_pretrained
     from flexinfer.options import Options
-    from flexinfer.plan import BudgetError, Plan
+    from flexinfer.plan.budget import Plan
+    from flexinfer.sizes import BudgetError
 
 __version__ = "0.2.0"
 

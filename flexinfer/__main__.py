@@ -2,7 +2,7 @@
 
 import sys
 
-from flexinfer.cli import main
+from flexinfer.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,17 +11,19 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexinfer.draft import DEFAULT_TYPE, DRAFTS, MOST_CANDIDATES, DraftChoice
-from flexinfer.expert_policies import DEFAULT as DEFAULT_EXPERT_POLICY
-from flexinfer.expert_policies import POLICIES as EXPERT_POLICIES
-from flexinfer.perfetto import check_trace
-from flexinfer.plan import DEFAULT_WINDOW_BYTES, POLICIES, parse_size, parse_window
+from flexinfer.draft.economics import DEFAULT_TYPE, DRAFTS, MOST_CANDIDATES, DraftChoice
+from flexinfer.observe.perfetto import check_trace
+from flexinfer.plan.budget import DEFAULT_WINDOW_BYTES, parse_window
+from flexinfer.plan.preservation import POLICIES
+from flexinfer.sizes import parse_size
+from flexinfer.streaming.expert_policies import DEFAULT as DEFAULT_EXPERT_POLICY
+from flexinfer.streaming.expert_policies import POLICIES as EXPERT_POLICIES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from flexinfer.trace import Progress
+    from flexinfer.observe.trace import Progress
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

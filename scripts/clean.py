@@ -5,7 +5,7 @@ from pathlib import Path
 
 from experiments.runner import checkpoints, delete_checkpoints, size_bytes
 from flexinfer.cache_dir import cache_dir
-from flexinfer.plan import format_size
+from flexinfer.sizes import format_size
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from experiments.limits import Limits
 from flexinfer.cache_dir import cache_dir
-from flexinfer.plan import format_size
+from flexinfer.sizes import format_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

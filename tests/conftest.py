@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import flexinfer.formats.skeleton
 import pytest
 import torch
 import transformers
@@ -19,7 +20,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 
 import flexinfer
 import flexinfer.cache_dir
-import flexinfer.formats.skeleton
 
 settings.register_profile("flexinfer", deadline=None)  # a busy machine is no failure
 settings.load_profile("flexinfer")

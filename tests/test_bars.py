@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import flexinfer.bars
 import pytest
 from rich.progress import Progress
 from small_model import CONFIG, add_tokenizer
 
-import flexinfer.bars
-from flexinfer.bars import Bars
+from flexinfer.cli.bars import Bars
 
 HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = b"\x1b[?25l", b"\x1b[?25h", b"\x1b[2K"
 TIMEOUT_S = 300  # a busy machine is no failure

@@ -9,11 +9,12 @@ from conftest import Load, MakeCheckpoint
 from small_model import CONFIG, add_tokenizer
 
 import flexinfer.model
-from flexinfer.batches import best_batch, counts_up_to, plan_batches
-from flexinfer.cli import main
-from flexinfer.model import MemoryOfProcess
-from flexinfer.plan import Costs, Fixed, Piece, Plan, Weight, make_plan
-from flexinfer.tokenizer import TokenizerMemory
+from flexinfer.cli.main import main
+from flexinfer.formats.tokenizer import TokenizerMemory
+from flexinfer.model.engine import MemoryOfProcess
+from flexinfer.plan.batches import best_batch, counts_up_to, plan_batches
+from flexinfer.plan.budget import Costs, Fixed, Plan, make_plan
+from flexinfer.plan.weights import Piece, Weight
 
 MIB = 1 << 20
 BUDGET = 400 * MIB

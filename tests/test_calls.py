@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import flexinfer
 from flexinfer.formats.checkpoint import Checkpoint
-from flexinfer.formats.skeleton import build_skeleton
-from flexinfer.plan import PassShape
+from flexinfer.model.skeleton import build_skeleton
+from flexinfer.plan.budget import PassShape
 
 LARGE = {"vocab_size": 65_536, "num_hidden_layers": 2}
 

@@ -10,20 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flexinfer.commands.chat
+import flexinfer.commands.generate
 import gguf_models
 import pytest
 import torch
 from small_model import CONFIG, add_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import flexinfer.commands.chat
-import flexinfer.commands.generate
-from flexinfer.bars import Bars
-from flexinfer.cli import main
-from flexinfer.commands.chat import Conversation
-from flexinfer.commands.text import Decoding, engine_of, speed_line
-from flexinfer.doctor import Facts, advice, better_threads
-from flexinfer.plan import DEFAULT_WINDOW_BYTES, format_size
+from flexinfer.cli.bars import Bars
+from flexinfer.cli.chat import Conversation
+from flexinfer.cli.doctor_facts import Facts, advice, better_threads
+from flexinfer.cli.main import main
+from flexinfer.cli.text import Decoding, engine_of, speed_line
+from flexinfer.plan.budget import DEFAULT_WINDOW_BYTES
+from flexinfer.sizes import format_size
 
 MEMORY = "2GiB"
 

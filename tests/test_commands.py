@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flexinfer.formats.skeleton
 import pytest
 from small_model import CONFIG, add_tokenizer
 from test_bars import run_at_terminal
 
 import flexinfer
-import flexinfer.formats.skeleton
-from flexinfer.cli import main
-from flexinfer.commands.chat import plan_lines
-from flexinfer.commands.ls import in_folder, in_hub_cache
-from flexinfer.commands.parameters import complete_model
-from flexinfer.commands.plan import BAR_COLUMNS, budget_bar
-from flexinfer.notebook import TqdmBars, last_pass
-from flexinfer.report import budget_parts
+from flexinfer.cli.chat import plan_lines
+from flexinfer.cli.ls import in_folder, in_hub_cache
+from flexinfer.cli.main import main
+from flexinfer.cli.parameters import complete_model
+from flexinfer.cli.plan import BAR_COLUMNS, budget_bar
+from flexinfer.observe.notebook import TqdmBars, last_pass
+from flexinfer.observe.report import budget_parts
 
 ID = "someone/small"
 

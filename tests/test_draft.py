@@ -16,13 +16,14 @@ from transformers import AttentionInterface, PreTrainedModel
 
 import flexinfer
 import flexinfer.model
-from flexinfer.draft import DraftCosts, Pace, best_candidates, expected_tokens, looked_up
-from flexinfer.model import MemoryOfProcess
-from flexinfer.plan import Costs, DraftPlan, Fixed, Piece, Weight, make_plan
-from flexinfer.streaming.cache import ContextError
-from flexinfer.streaming.memory import LibraryPages
-from flexinfer.streaming.substitute import DraftError
-from flexinfer.tokenizer import TokenizerMemory
+from flexinfer.draft.economics import DraftCosts, Pace, best_candidates, expected_tokens, looked_up
+from flexinfer.draft.substitute import DraftError
+from flexinfer.formats.tokenizer import TokenizerMemory
+from flexinfer.memory.libraries import LibraryPages
+from flexinfer.model.engine import MemoryOfProcess
+from flexinfer.plan.budget import Costs, DraftPlan, Fixed, make_plan
+from flexinfer.plan.weights import Piece, Weight
+from flexinfer.streaming.kv_cache import ContextError
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -9,9 +9,9 @@ import torch
 from conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 import flexinfer
+from flexinfer.convert.quantize import quantize
 from flexinfer.formats.checkpoint import Checkpoint
-from flexinfer.formats.quantize import quantize
-from flexinfer.plan import POLICIES
+from flexinfer.plan.preservation import POLICIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexinfer.expert_policies import POLICIES, Frequency, fewest_misses, misses
+from flexinfer.streaming.expert_policies import POLICIES, Frequency, fewest_misses, misses
 
 LONG = 1000  # experts that a token uses
 routings = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True), min_size=1, max_size=40)

@@ -14,7 +14,7 @@ from test_budget import make_big
 
 from experiments.cgroups import find_place
 from experiments.limits import Limits
-from flexinfer.follow import CALM_POLLS, HYSTERESIS, Follower, next_budget
+from flexinfer.memory.follow import CALM_POLLS, HYSTERESIS, Follower, next_budget
 
 MIB = 1 << 20
 

@@ -9,8 +9,8 @@ from conftest import Load, MakeCheckpoint, prompt, resize_to_share, stock
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from flexinfer.plan import PassShape
-from flexinfer.streaming.cache import ContextError
+from flexinfer.plan.budget import PassShape
+from flexinfer.streaming.kv_cache import ContextError
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},

@@ -11,8 +11,8 @@ from conftest import Load, logits, prompt, resize_to_share, stock
 from gguf_models import MIXTURES, WriteGGUF, made_once, relative_error, whole_model, write_model
 
 from flexinfer import CheckpointError
-from flexinfer.expert_policies import POLICIES
-from flexinfer.streaming.experts import StreamedExperts
+from flexinfer.modules.experts import StreamedExperts
+from flexinfer.streaming.expert_policies import POLICIES
 
 
 @pytest.fixture(scope="module")

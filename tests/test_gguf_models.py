@@ -28,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import flexinfer.kernels.ggml
 from flexinfer import CheckpointError
-from flexinfer.cli import main
+from flexinfer.cli.main import main
 from flexinfer.formats.gguf import BLOCKS
 from flexinfer.kernels.ggml import GgmlError
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from small_model import CONFIG, add_tokenizer
 
-from flexinfer.formats.checkpoint import Checkpoint, CheckpointError
-from flexinfer.interrupt import Interrupt, Terminated, held_back, terminable
+from flexinfer.cli.interrupt import Interrupt, Terminated, held_back, terminable
+from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.tensors import CheckpointError
 
 TIMEOUT_S = 300  # a busy machine is no failure
 MANY = "3900"  # tokens: far more than come before the signal

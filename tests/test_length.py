@@ -20,7 +20,7 @@ from transformers import (
     TextGenerationPipeline,
 )
 
-from flexinfer.streaming.cache import ContextError
+from flexinfer.streaming.kv_cache import ContextError
 
 CONTEXT = 32
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -20,10 +20,10 @@ from conftest import (
 from transformers import DynamicCache
 
 import flexinfer
-from flexinfer.machine import anonymous_bytes
-from flexinfer.plan import BudgetError
-from flexinfer.streaming.cache import ContextError
-from flexinfer.streaming.memory import PAGE_BYTES
+from flexinfer.memory.buffer import PAGE_BYTES
+from flexinfer.memory.process import anonymous_bytes
+from flexinfer.sizes import BudgetError
+from flexinfer.streaming.kv_cache import ContextError
 from flexinfer.streaming.reader import ReadError
 
 BIG = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 1, "vocab_size": 512}

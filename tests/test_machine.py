@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flexinfer import machine
-from flexinfer.machine import available_bytes
+from flexinfer.memory import process as machine
+from flexinfer.memory.process import available_bytes
 
 GIB = 1 << 30
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import flexinfer
-from flexinfer.expert_policies import POLICIES
-from flexinfer.formats.quantize import quantize
+from flexinfer.convert.quantize import quantize
+from flexinfer.streaming.expert_policies import POLICIES
 from flexinfer.streaming.reader import ReadError
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 3}

@@ -17,9 +17,10 @@ from gguf_models import write_model
 import flexinfer.cache_dir
 from flexinfer import CheckpointError
 from flexinfer.cache_dir import cache_dir, in_cache
-from flexinfer.cli import main
-from flexinfer.formats.checkpoint import SINGLE_FILE, Checkpoint
-from flexinfer.formats.skeleton import resolve
+from flexinfer.cli.main import main
+from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.hub import resolve
+from flexinfer.formats.safetensors import SINGLE_FILE
 from flexinfer.serve.server import name_of
 
 ROOT = Path(__file__).parents[1]

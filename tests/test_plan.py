@@ -10,26 +10,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexinfer.plan import (
+from flexinfer.plan.budget import (
     DEFAULT_WINDOW_BYTES,
     MIN_SLOTS,
-    POLICIES,
-    SLACK_BYTES,
-    BudgetError,
     Costs,
     Fixed,
-    Kind,
-    Piece,
     Plan,
-    Weight,
-    format_size,
     make_plan,
-    name_budget,
-    named_budget_bytes,
     page_table_bytes,
-    parse_size,
     parse_window,
     smallest_budget_bytes,
+)
+from flexinfer.plan.preservation import POLICIES
+from flexinfer.plan.weights import Kind, Piece, Weight
+from flexinfer.sizes import (
+    SLACK_BYTES,
+    BudgetError,
+    format_size,
+    name_budget,
+    named_budget_bytes,
+    parse_size,
     whole_mib,
 )
 

@@ -23,7 +23,7 @@ from small_model import CONFIG, add_tokenizer
 
 from experiments.config import RunConfig
 from experiments.runner import cells_of
-from flexinfer.cli import main
+from flexinfer.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

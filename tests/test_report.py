@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import Load, MakeCheckpoint, prompt
 
-from flexinfer.plan import Costs, Fixed, Plan
-from flexinfer.report import bottleneck, memory_stall_s, plan_line
+from flexinfer.observe.report import bottleneck, memory_stall_s, plan_line
+from flexinfer.plan.budget import Costs, Fixed, Plan
 
 GIB = 1 << 30
 PLAN = Plan(

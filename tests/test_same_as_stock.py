@@ -13,8 +13,10 @@ import torch
 from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 from safetensors.torch import load_file, save_file
 
-from flexinfer.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointError
-from flexinfer.formats.quantize import quantize
+from flexinfer.convert.quantize import quantize
+from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE
+from flexinfer.formats.tensors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
 Copy = Callable[..., Path]

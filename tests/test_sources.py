@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flexinfer.formats.skeleton
 import pytest
 import torch
 import transformers
@@ -13,7 +14,6 @@ from conftest import SHAPE, TOKENS, MakeCheckpoint
 from transformers import AutoModelForCausalLM
 
 import flexinfer
-import flexinfer.formats.skeleton
 from flexinfer import BudgetError, CheckpointError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -13,17 +13,17 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import flexinfer.tokenizer
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import flexinfer.tokenizer
 from experiments.limits import Limits, find_place
 from experiments.real import as_gguf, real_tokenizer, with_tokenizer
 from experiments.smollm2 import DownloadError
 from flexinfer import CheckpointError
-from flexinfer.tokenizer import load_tokenizer, prepare_tokenizer
-from flexinfer.tokenizer_form import FACTS, TEXTS, WORDS, difference, observe
+from flexinfer.formats.tokenizer import load_tokenizer, prepare_tokenizer
+from flexinfer.formats.tokenizer_form import FACTS, TEXTS, WORDS, difference, observe
 
 MIB = 1 << 20
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from conftest import Load, MakeCheckpoint, prompt, resize_to_share
 
-from flexinfer.perfetto import trace_events
-from flexinfer.trace import KINDS, RECORD, SPANS, Event, Ring, Trace, resident_bytes
+from flexinfer.memory.process import resident_bytes
+from flexinfer.observe.perfetto import trace_events
+from flexinfer.observe.trace import KINDS, RECORD, SPANS, Event, Ring, Trace
 
 
 def test_the_oldest_events_go_first() -> None:

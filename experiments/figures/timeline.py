@@ -14,7 +14,7 @@ from experiments.figures.style import BOUND, GIB
 from experiments.records import (
     Record,
 )
-from flexinfer.notebook import draw_pass, last_pass
+from flexinfer.observe.notebook import draw_pass, last_pass
 
 
 def load_events(results_dir: Path, record: Record) -> list[dict[str, Any]]:

@@ -8,101 +8,19 @@ later, by `flexinfer.streaming.prefetch`, straight from the offsets found here: 
 Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, JSON header, data).
 """
 
-import importlib
-import json
-import math
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-if TYPE_CHECKING:  # not for the process that makes a tokenizer
-    import torch
-
 from flexinfer.cache_dir import user_path
+from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE, _by_name, _is_file, _read_index
+from flexinfer.formats.tensors import CONFIG_FILE, CheckpointError, TensorSpec, read_json
 from flexinfer.messages import shown
 
-CONFIG_FILE = "config.json"
 GGUF_MAGIC = b"GGUF"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+
 ADAPTER_FILE = "adapter_config.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format; of any JSON that is read here
-MAX_DIMENSIONS = 64  # of a tensor: as many as torch can take
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """How numbers are stored: so many in so many bytes."""
-
-    name: str
-    block_elements: int
-    block_bytes: int
-    torch_name: str | None = None  # torch's name of the dtype; None where it has none, as for blocks of ggml
-
-    @property
-    def is_float(self) -> bool:
-        """Whether torch computes with the numbers as they are stored."""
-        return self.name in FLOAT_NAMES
-
-    def nbytes(self, elements: int) -> int:
-        """Bytes that `elements`, a multiple of the block, take."""
-        return elements // self.block_elements * self.block_bytes
-
-
-FLOAT_NAMES = frozenset({"BF16", "F16", "F32"})
-ENCODINGS = {
-    name: Encoding(name, 1, nbytes, torch_name)
-    for name, nbytes, torch_name in (
-        ("F64", 8, "float64"),
-        ("F32", 4, "float32"),
-        ("F16", 2, "float16"),
-        ("BF16", 2, "bfloat16"),
-        ("I64", 8, "int64"),
-        ("I32", 4, "int32"),
-        ("I16", 2, "int16"),
-        ("I8", 1, "int8"),
-        ("U8", 1, "uint8"),
-        ("BOOL", 1, "bool"),
-    )
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of a kind that cannot be run. Names the file and the remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Where one tensor lies, and how it differs from the model's parameter. `offset_bytes` counts from the start of `file`."""
-
-    name: str  # in the file
-    file: Path
-    offset_bytes: int
-    nbytes: int
-    encoding: Encoding
-    shape: tuple[int, ...]  # of its elements; its last dimension is made of whole blocks
-    added: float = 0.0  # to each element, to get the parameter
-    row_order: tuple[int, ...] | None = None  # row i of the parameter is row row_order[i] in the file
-    transposed: bool = False  # the rows of the file are the columns of the parameter
-    alternate: "TensorSpec | None" = None  # a tensor whose columns alternate with those of this one
-
-    @property
-    def dtype(self) -> str:
-        """The name of the encoding, such as "BF16"."""
-        return self.encoding.name
-
-    @property
-    def torch_dtype(self) -> "torch.dtype":
-        assert self.encoding.torch_name is not None
-        dtype: torch.dtype = getattr(importlib.import_module("torch"), self.encoding.torch_name)
-        return dtype
-
-    @property
-    def row_bytes(self) -> int:
-        return self.encoding.nbytes(self.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,127 +184,3 @@ def _named_file(config: Path) -> str | None:
             "correct the entry or remove it"
         )
     return str(name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises CheckpointError when it is not one, or too large to be one."""
-    size_bytes = path.stat().st_size
-    if size_bytes > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"{path}: {size_bytes} bytes of JSON, at most {MAX_HEADER_BYTES} are read; download the file again"
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number or a nesting without end
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: expected a JSON object, found {type(value).__name__}; download the file again"
-        )
-    return value
-
-
-def _by_name(file: Path) -> dict[str, TensorSpec]:
-    return {spec.name: spec for spec in read_header(file)}
-
-
-def _read_index(index: Path) -> dict[str, TensorSpec]:
-    """The tensors of all shards that `index` names. As with transformers, also those that it does not list, and of two with one name
-    that of the last shard."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: no 'weight_map' from tensor to file; download the file again")
-    shards: dict[str, dict[str, TensorSpec]] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or shard in {"", ".", ".."}:
-            raise CheckpointError(
-                f"{index}: points outside the checkpoint: {shown(shard)}; do not load this checkpoint"
-            )
-        if not _is_file(index.parent / shard):
-            raise CheckpointError(
-                f"{index}: the shard {shown(shard)} that it names is missing; download it again"
-            )
-        shards[shard] = _by_name(index.parent / shard)
-    for name, shard in weight_map.items():
-        if name not in shards[shard]:
-            raise CheckpointError(
-                f"{index.parent / shard}: tensor {shown(name)} is not in it, though {index.name} says so; download both again"
-            )
-    return {name: spec for shard in shards.values() for name, spec in shard.items()}
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def read_header(file: Path) -> list[TensorSpec]:
-    """The tensors of one safetensors file, in order of offset. Raises CheckpointError when the header does not hold."""
-    size_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(
-                f"{file}: {size_bytes} bytes are no safetensors file (truncated?); download it again"
-            )
-        (header_bytes,) = struct.unpack("<Q", prefix)
-        if header_bytes > min(MAX_HEADER_BYTES, size_bytes - 8):
-            raise CheckpointError(
-                f"{file}: header claims {header_bytes} bytes in a file of {size_bytes}: truncated, or not safetensors; download it again"
-            )
-        raw = stream.read(header_bytes)
-    try:
-        header = json.loads(raw.decode("utf-8"))
-        assert isinstance(header, dict)
-    except (ValueError, AssertionError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file}: header is not a JSON object: damaged, or not safetensors; download it again"
-        ) from error
-
-    header.pop("__metadata__", None)
-    data_bytes = size_bytes - 8 - header_bytes
-    specs = sorted(
-        (_tensor_spec(file, name, entry, 8 + header_bytes) for name, entry in header.items()),
-        key=lambda spec: (spec.offset_bytes, spec.nbytes),
-    )
-    end_bytes = 8 + header_bytes
-    for spec in specs:
-        if spec.offset_bytes < end_bytes and spec.nbytes:
-            raise CheckpointError(
-                f"{file}: tensor {shown(spec.name)} overlaps the one before it: damaged header; download it again"
-            )
-        end_bytes = max(end_bytes, spec.offset_bytes + spec.nbytes)
-        if end_bytes > size_bytes:
-            raise CheckpointError(
-                f"{file}: truncated: tensor {shown(spec.name)} ends at byte {end_bytes - 8 - header_bytes} of the data, "
-                f"which has {data_bytes}; download it again"
-            )
-    return specs
-
-
-def _tensor_spec(file: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sizes = (*shape, start, stop)
-        valid = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
-        valid = valid and start <= stop and len(shape) <= MAX_DIMENSIONS
-    except (KeyError, TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise CheckpointError(
-            f"{file}: tensor {shown(name)} has no proper dtype, shape and data_offsets; download it again"
-        )
-    if dtype not in ENCODINGS:
-        raise CheckpointError(
-            f"{file}: tensor {shown(name)} has dtype {shown(dtype)}, supported are {', '.join(ENCODINGS)}; "
-            "convert the checkpoint"
-        )
-    expected = ENCODINGS[dtype].nbytes(math.prod(shape))
-    if stop - start != expected:
-        raise CheckpointError(
-            f"{file}: tensor {shown(name)} of shape {shown(list(shape))} and {dtype} needs {shown(expected)} bytes, the "
-            f"header gives it {stop - start}; download it again"
-        )
-    return TensorSpec(name, file, data_start + start, expected, ENCODINGS[dtype], shape)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flexinfer.formats.checkpoint import Checkpoint, CheckpointError, read_json
+from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.tensors import CheckpointError, read_json
 from flexinfer.imports import deferred
 from flexinfer.messages import cause, shown
 

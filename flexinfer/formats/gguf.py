@@ -22,7 +22,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flexinfer.formats.checkpoint import ENCODINGS, CheckpointError, Encoding, TensorSpec
+from flexinfer.formats.tensors import ENCODINGS, CheckpointError, Encoding, TensorSpec
 from flexinfer.kernels.types import INSTALL
 from flexinfer.kernels.types import TYPES as BLOCKS
 from flexinfer.messages import shown

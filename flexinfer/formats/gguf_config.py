@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexinfer.formats.checkpoint import TensorSpec
 from flexinfer.formats.gguf import AGAIN, GGUF, LongArray
 from flexinfer.formats.gguf_families import FAMILIES, Family
+from flexinfer.formats.tensors import TensorSpec
 from flexinfer.messages import shown
 
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}

@@ -16,12 +16,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-from flexinfer.formats.checkpoint import CheckpointError, TensorSpec
-from flexinfer.formats.gguf import TYPES as ENCODINGS
-from flexinfer.formats.gguf import read_gguf
-from flexinfer.formats.gguf_config import config_of
-from flexinfer.formats.gguf_families import FAMILIES, Family
-from flexinfer.formats.gguf_header import (
+from flexinfer.convert.gguf_header import (
     HeaderError,
     Take,
     add,
@@ -30,13 +25,18 @@ from flexinfer.formats.gguf_header import (
     rope_tensors,
     stored_as,
 )
+from flexinfer.convert.gguf_vocabulary import add_vocabulary
+from flexinfer.formats.gguf import TYPES as ENCODINGS
+from flexinfer.formats.gguf import read_gguf
+from flexinfer.formats.gguf_config import config_of
+from flexinfer.formats.gguf_families import FAMILIES, Family
 from flexinfer.formats.gguf_model import NAMES_KEY, expert_tensors, tensor_names
-from flexinfer.formats.gguf_vocabulary import add_vocabulary
-from flexinfer.formats.skeleton import Skeleton
+from flexinfer.formats.tensors import CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, Conv1DKernel, DenseKernel
 from flexinfer.kernels.types import TYPES, kind_for
-from flexinfer.plan import Weight
+from flexinfer.model.skeleton import Skeleton
+from flexinfer.plan.weights import Weight
 
 # Of the output head, tied or not, where fewer bits are asked for: it costs little and gives most.
 HEAD_KIND = "Q6_K"

@@ -24,23 +24,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexinfer.cache_dir import cache_dir
-from flexinfer.formats.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    CheckpointError,
-    TensorSpec,
-    is_gguf,
-)
-from flexinfer.formats.experts import Parts, parameters_of, split_stacked
+from flexinfer.formats.checkpoint import Checkpoint, is_gguf
 from flexinfer.formats.gguf import AGAIN, GGUF, LongArray, check_installed, is_model, part_name, read_gguf
 from flexinfer.formats.gguf_config import TOKEN_IDS, config_of
 from flexinfer.formats.gguf_families import FAMILIES
+from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE
+from flexinfer.formats.tensors import CheckpointError, TensorSpec
+from flexinfer.formats.tokenizer_form import OF_GGUF
 from flexinfer.kept import KILLED, make_once, run_apart
-from flexinfer.machine import anonymous_bytes, available_bytes
+from flexinfer.memory.process import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line, shown
-from flexinfer.plan import format_size
-from flexinfer.tokenizer_form import OF_GGUF
+from flexinfer.model.experts import Parts, parameters_of, split_stacked
+from flexinfer.sizes import format_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

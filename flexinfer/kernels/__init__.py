@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # not for the command line and the process that makes a tokenizer
     import torch
 
-    from flexinfer.streaming.memory import Buffer
+    from flexinfer.memory.buffer import Buffer
 
 
 class Kernel(Protocol):

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 
-from flexinfer.streaming.memory import Buffer
+from flexinfer.memory.buffer import Buffer
 
 # Each keeps up to 1,024 otherwise. A pass has some thirty shapes of pieces.
 KEPT_KERNELS = 48

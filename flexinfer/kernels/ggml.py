@@ -56,7 +56,7 @@ from typing import Any
 import torch
 
 from flexinfer.kernels.types import INSTALL, TYPES, GgmlError, GgmlType
-from flexinfer.streaming.memory import Buffer
+from flexinfer.memory.buffer import Buffer
 
 PACKAGE = "transcribe_cpp_native"
 VERSION = "0.26."  # of ggml: the structures below are laid out as in its header

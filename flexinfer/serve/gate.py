@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import Any
 
 from flexinfer.messages import shown
-from flexinfer.plan import Plan
+from flexinfer.plan.budget import Plan
 from flexinfer.serve.generation import Failed, Generation, Turn
 from flexinfer.serve.line import Line
 from flexinfer.serve.metrics import Metrics

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from flexinfer.model import Engine
+from flexinfer.model.engine import Engine
 from flexinfer.serve.line import Line
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -41,9 +41,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import flexinfer
 from flexinfer.formats.checkpoint import local_checkpoint
-from flexinfer.formats.skeleton import resolve
+from flexinfer.formats.hub import resolve
 from flexinfer.messages import cause
-from flexinfer.report import plan_line
+from flexinfer.observe.report import plan_line
 from flexinfer.serve.gate import Gate
 from flexinfer.serve.generation import Failed, Generation, OneGeneration, Reply, Turn
 from flexinfer.serve.line import Line

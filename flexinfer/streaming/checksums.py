@@ -14,7 +14,7 @@ from pathlib import Path
 from xxhash import xxh3_64_intdigest
 
 from flexinfer.cache_dir import in_cache, make_folder
-from flexinfer.streaming.memory import PAGE_BYTES, Buffer
+from flexinfer.memory.buffer import PAGE_BYTES, Buffer
 
 MAKING_BYTES = 4 << 20  # read at a time
 BITS = 0xFFFF_FFFF

@@ -16,12 +16,12 @@ from collections import deque
 from collections.abc import Sequence
 from time import perf_counter
 
-from flexinfer.expert_policies import POLICIES
-from flexinfer.plan import Piece
-from flexinfer.streaming.memory import Buffer
-from flexinfer.streaming.read_queue import Read, ReadQueue
+from flexinfer.memory.buffer import Buffer
+from flexinfer.observe.trace import Trace
+from flexinfer.plan.weights import Piece
+from flexinfer.streaming.expert_policies import POLICIES
+from flexinfer.streaming.queue import Read, ReadQueue
 from flexinfer.streaming.reader import padded_bytes
-from flexinfer.trace import Trace
 
 RECENT = 64  # pieces read ahead, over which it is judged whether that pays
 TRY_AGAIN = 64  # layers that do not look ahead, until one tries whether it would pay now

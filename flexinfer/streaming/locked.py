@@ -17,9 +17,9 @@ from time import perf_counter
 import torch
 
 from flexinfer.kernels import Kernel
-from flexinfer.plan import Piece
-from flexinfer.streaming.memory import PAGE_BYTES, Buffer, round_up
-from flexinfer.streaming.read_queue import Read, ReadQueue
+from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
+from flexinfer.plan.weights import Piece
+from flexinfer.streaming.queue import Read, ReadQueue
 from flexinfer.streaming.reader import padded_bytes
 
 

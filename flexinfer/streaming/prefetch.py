@@ -17,9 +17,9 @@ which work only while the compute thread waits; what they have in hand then they
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from flexinfer.plan import Piece
-from flexinfer.streaming.memory import Buffer
-from flexinfer.streaming.read_queue import Read, ReadQueue
+from flexinfer.memory.buffer import Buffer
+from flexinfer.plan.weights import Piece
+from flexinfer.streaming.queue import Read, ReadQueue
 from flexinfer.streaming.reader import padded_bytes
 
 

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from flexinfer.memory.buffer import PAGE_BYTES, round_up
 from flexinfer.streaming.checksums import Checksums
-from flexinfer.streaming.memory import PAGE_BYTES, round_up
 
 CACHE_BLOCK_BYTES = 2 << 20  # the largest block the page cache keeps as one
 TRIES = 5  # reads in a row that give nothing, or are told to come again

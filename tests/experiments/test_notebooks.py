@@ -23,8 +23,8 @@ from experiments.model_config import ExpertsConfig, ModelConfig, ShapeConfig
 from experiments.record_files import QUALITY, RELIABILITY, load_records
 from experiments.records import Record, RecordError
 from experiments.runner import save
-from flexinfer.expert_policies import HINDSIGHT, POLICIES
-from flexinfer.notebook import last_pass
+from flexinfer.observe.notebook import last_pass
+from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES
 from tests.experiments.samples import MACHINE, ROOT, make_cell, make_record
 from tests.stress.soak_cases import draw
 

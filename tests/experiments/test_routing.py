@@ -15,7 +15,7 @@ from experiments.child import run_child
 from experiments.gguf import deviations, file_bytes, make_gguf
 from experiments.model_config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
 from experiments.record_files import load_records
-from flexinfer.expert_policies import HINDSIGHT, POLICIES
+from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES
 from tests.experiments.samples import ROOT
 
 

@@ -18,7 +18,7 @@ from experiments.systems import on_torch
 from experiments.systems.bandwidth import REQUEST_BYTES, measure_bandwidth
 from experiments.systems.interface import prompt_ids
 from experiments.systems.measured import PREFILL_REPEATS, measure
-from flexinfer import cli
+from flexinfer.cli import main as cli
 
 SHAPE = ShapeConfig(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocab=512)
 

@@ -13,7 +13,9 @@ import torch
 from conftest import Load, MakeCheckpoint
 from safetensors.torch import load_file
 
-from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, read_header
+from flexinfer.formats.checkpoint import Checkpoint
+from flexinfer.formats.safetensors import INDEX_FILE, read_header
+from flexinfer.formats.tensors import CheckpointError
 
 Header = dict[str, Any]
 

@@ -13,7 +13,7 @@ import flexinfer.cache_dir
 import flexinfer.formats.gguf_model
 from flexinfer import CheckpointError
 from flexinfer.formats.checkpoint import Checkpoint
-from flexinfer.tokenizer import load_tokenizer, prepare_tokenizer
+from flexinfer.formats.tokenizer import load_tokenizer, prepare_tokenizer
 
 TEXTS = ("hello world", "  two  spaces", "abab 12345\n<end>ab", "caf\u00e9")
 

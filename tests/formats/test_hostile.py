@@ -19,12 +19,15 @@ from test_checkpoint import change_config, change_index, entry, write_safetensor
 from test_gguf import ARCHITECTURE, ONE, file_of, string, tensor, value
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MixtralConfig
 
-from flexinfer.formats.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, read_header
+from flexinfer.convert.quantize import quantize
+from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.config import refusing
 from flexinfer.formats.gguf import read_gguf
-from flexinfer.formats.quantize import quantize
-from flexinfer.formats.skeleton import build_skeleton, load_resident
-from flexinfer.model import context_limit
+from flexinfer.formats.safetensors import INDEX_FILE, read_header
+from flexinfer.formats.tensors import CheckpointError
+from flexinfer.model.engine import context_limit
+from flexinfer.model.resident import load_resident
+from flexinfer.model.skeleton import build_skeleton
 
 LONG_NUMBER = "9" * 5000  # Python turns at most 4300 digits into an int
 CopyOf = Callable[..., Path]

@@ -14,7 +14,7 @@ import torch
 from conftest import Load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexinfer.formats.quantize import quantize
+from flexinfer.convert.quantize import quantize
 from tests.stress.soak_cases import Case
 from tests.stress.soak_models import make_tokenizer
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import flexinfer.formats.quantize
 import gguf
 import gguf_models
 import pytest
@@ -20,11 +21,11 @@ from conftest import Load, MakeCheckpoint, logits, prompt
 from safetensors import safe_open
 
 import flexinfer.formats.gguf_entries
-import flexinfer.formats.quantize
-from flexinfer.formats.checkpoint import Checkpoint, CheckpointError
+from flexinfer.convert.quantize import QuantizeError, Report, quantize
+from flexinfer.formats.checkpoint import Checkpoint
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.gguf_families import FAMILIES
-from flexinfer.formats.quantize import QuantizeError, Report, quantize
+from flexinfer.formats.tensors import CheckpointError
 from flexinfer.kernels.ggml import TYPES, dequantize_rows
 from flexinfer.kernels.types import KINDS, kind_for
 

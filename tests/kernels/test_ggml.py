@@ -28,7 +28,7 @@ from flexinfer.kernels.ggml import (
     multiply_rows,
     quantize_rows,
 )
-from flexinfer.streaming.memory import Buffer
+from flexinfer.memory.buffer import Buffer
 
 IN = 512
 ROWS = 75

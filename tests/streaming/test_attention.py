@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexinfer.streaming.attention import Rounded
+from flexinfer.kernels.attention import Rounded
 
 TOKENS, HEAD_DIM = 300, 32
 

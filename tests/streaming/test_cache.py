@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
-from flexinfer.streaming.cache import ContextError, KVReserve, LayerShape, ReservedLayer
+from flexinfer.streaming.kv_cache import ContextError, KVReserve, LayerShape, ReservedLayer
 
 HEADS, KEY_DIM, VALUE_DIM, CONTEXT = 2, 8, 4, 48
 SHAPES = [LayerShape((HEADS, KEY_DIM), (HEADS, VALUE_DIM), None) for _ in range(3)]

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prefetch import CONTENT, FILE, MemoryReader, wait_until_quiet
 
-from flexinfer.expert_policies import POLICIES
-from flexinfer.plan import Piece
+from flexinfer.observe.trace import Trace
+from flexinfer.plan.weights import Piece
 from flexinfer.streaming.expert_cache import TRY_AGAIN, ExpertCache
-from flexinfer.streaming.read_queue import ReadQueue
+from flexinfer.streaming.expert_policies import POLICIES
+from flexinfer.streaming.queue import ReadQueue
 from flexinfer.streaming.reader import FileReader, ReadError, padded_bytes
-from flexinfer.trace import Trace
 
 PIECES, EXPERTS = 3, 12
 wants = st.lists(

@@ -9,6 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
+import flexinfer.streaming.memory
 import numpy as np
 import psutil
 import pytest
@@ -17,19 +18,10 @@ from conftest import needs_mlock
 from hypothesis import given
 from hypothesis import strategies as st
 
-import flexinfer.streaming.memory
-from flexinfer.machine import anonymous_bytes
-from flexinfer.streaming.memory import (
-    HUGE_PAGE_BYTES,
-    PAGE_BYTES,
-    Buffer,
-    LibraryPages,
-    library_pages,
-    page_out_libraries,
-    return_freed_memory,
-    round_up,
-    trim_heap,
-)
+from flexinfer.memory.buffer import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, round_up
+from flexinfer.memory.heap import return_freed_memory, trim_heap
+from flexinfer.memory.libraries import LibraryPages, library_pages, page_out_libraries
+from flexinfer.memory.process import anonymous_bytes
 
 
 def locked_bytes() -> int:

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexinfer.streaming.prefetch
-from flexinfer.plan import Piece
-from flexinfer.streaming.memory import PAGE_BYTES
+from flexinfer.memory.buffer import PAGE_BYTES
+from flexinfer.observe.trace import Trace
+from flexinfer.plan.weights import Piece
 from flexinfer.streaming.prefetch import Prefetcher
-from flexinfer.streaming.read_queue import Read, ReadQueue
+from flexinfer.streaming.queue import Read, ReadQueue
 from flexinfer.streaming.reader import FileReader, ReadError, padded_bytes
-from flexinfer.trace import Trace
 
 FILE = Path("weights")
 CONTENT = random.Random(0).randbytes(300_000)

@@ -3,14 +3,14 @@
 import gc
 from typing import Any
 
+import flexinfer.streaming.results
 import pytest
 import torch
 from conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 import flexinfer.model
-import flexinfer.streaming.results
-from flexinfer.streaming.memory import PAGE_BYTES, Buffer
-from flexinfer.streaming.results import INTO_MEMORY, SMALLEST_BYTES, ReusedResults
+from flexinfer.memory.buffer import PAGE_BYTES, Buffer
+from flexinfer.modules.results import INTO_MEMORY, SMALLEST_BYTES, ReusedResults
 
 aten = torch.ops.aten
 SHAPE = (512, SMALLEST_BYTES // 1024)  # float32: twice the smallest that is taken care of

@@ -133,7 +133,7 @@ def judge(target: Target, data: bytes, folder: Path) -> Finding | None:
 
 
 def _judge_once(target: Target, data: bytes, folder: Path) -> tuple[Finding | None, str]:
-    from flexinfer.machine import peak_bytes, reset_peak
+    from flexinfer.memory.process import peak_bytes, reset_peak
 
     path = target.place(data, folder)
     errors = target.errors()

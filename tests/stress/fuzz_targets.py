@@ -37,7 +37,7 @@ class Target:
 
 
 def _checkpoint_errors() -> tuple[type[Exception], ...]:
-    from flexinfer.formats.checkpoint import CheckpointError
+    from flexinfer.formats.tensors import CheckpointError
 
     return (CheckpointError,)
 
@@ -67,7 +67,7 @@ def _place_header(data: bytes, folder: Path) -> Path:
 
 
 def _read_header(file: Path) -> None:
-    from flexinfer.formats.checkpoint import read_header
+    from flexinfer.formats.safetensors import read_header
 
     end_bytes = 0
     for spec in read_header(file):
@@ -125,7 +125,9 @@ def _place_config(data: bytes, folder: Path) -> Path:
 def _build(path: Path) -> None:
     """What `from_pretrained` does with a configuration."""
     from flexinfer.formats.checkpoint import Checkpoint
-    from flexinfer.formats.skeleton import NotStreamableError, build_skeleton, resident_bytes
+    from flexinfer.model.match import NotStreamableError
+    from flexinfer.model.resident import resident_bytes
+    from flexinfer.model.skeleton import build_skeleton
 
     checkpoint = Checkpoint.open(path)
     try:
@@ -171,7 +173,7 @@ def _build_gguf(path: Path) -> None:
     from flexinfer.formats.gguf_config import config_of
     from flexinfer.formats.gguf_model import gguf_in, write_config
     from flexinfer.formats.gguf_tokenizer import ARRAYS
-    from flexinfer.formats.skeleton import build_skeleton
+    from flexinfer.model.skeleton import build_skeleton
 
     file = gguf_in(path)
     assert file is not None

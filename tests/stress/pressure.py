@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments.limits import Limits
 from experiments.provenance import provenance
-from flexinfer.plan import parse_size
+from flexinfer.sizes import parse_size
 
 BEFORE_S, HELD_S, AFTER_S = 20.0, 30.0, 45.0
 TAKING_BYTES_PER_S = 200 << 20  # how fast the neighbour takes
@@ -92,7 +92,7 @@ def follow(model_path: str, context: int) -> None:
     import torch
 
     import flexinfer
-    from flexinfer.machine import anonymous_bytes
+    from flexinfer.memory.process import anonymous_bytes
 
     done = threading.Event()
 

@@ -30,8 +30,8 @@ import httpx
 from experiments.limits import Limits
 from experiments.provenance import provenance
 from experiments.smollm2 import make_smollm2
-from flexinfer.interrupt import terminable
-from flexinfer.plan import format_size
+from flexinfer.cli.interrupt import terminable
+from flexinfer.sizes import format_size
 from tests.stress.serve_clients import Tally, Target, client, expected_texts
 
 START_S = 300.0

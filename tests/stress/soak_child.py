@@ -13,7 +13,7 @@ from tests.stress.soak_calls import CALLS, prepare
 from tests.stress.soak_cases import Call, Case
 
 if TYPE_CHECKING:
-    from flexinfer.plan import PassShape
+    from flexinfer.plan.budget import PassShape
 
 RESIDENT_MEMORY = "12GiB"  # holds any case whole
 
@@ -76,7 +76,7 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
     import torch
 
     import flexinfer
-    from flexinfer.machine import anonymous_bytes, peak_bytes
+    from flexinfer.memory.process import anonymous_bytes, peak_bytes
 
     torch.ones(8) @ torch.ones(8)
     prepare(case)
@@ -124,7 +124,7 @@ def _ask(model: Any, call: Call, case: Case) -> tuple[Any, str | None]:
     Raises RuntimeError where it was refused after it ran.
     """
     from flexinfer import BudgetError
-    from flexinfer.streaming.cache import ContextError
+    from flexinfer.streaming.kv_cache import ContextError
 
     passes = model.flexinfer.stats()["passes"]
     try:
@@ -137,7 +137,7 @@ def _ask(model: Any, call: Call, case: Case) -> tuple[Any, str | None]:
 
 def shape_of(call: Call, case: Case) -> "PassShape | None":
     """The largest pass of a call: its prompt."""
-    from flexinfer.plan import PassShape
+    from flexinfer.plan.budget import PassShape
 
     if call.kind in ("tokenize", "resize"):
         return None

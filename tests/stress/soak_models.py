@@ -34,7 +34,7 @@ def make_checkpoint(case: Case, path: Path) -> None:
     if case.blocks is None:
         make_floats(case, path)
         return
-    from flexinfer.formats.quantize import quantize
+    from flexinfer.convert.quantize import quantize
 
     floats = path.with_name(path.name + "-floats")
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flexinfer.formats.checkpoint import CheckpointError
+from flexinfer.formats.tensors import CheckpointError
 from tests.stress import fuzz_judge
 from tests.stress.fuzz_judge import judge
 from tests.stress.fuzz_targets import KEPT, TARGETS, Target

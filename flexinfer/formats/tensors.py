@@ -1,0 +1,105 @@
+"""TODO"""
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_FILE = "config.json"
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format; of any JSON that is read here
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How numbers are stored: so many in so many bytes."""
+
+    name: str
+    block_elements: int
+    block_bytes: int
+    torch_name: str | None = None  # torch's name of the dtype; None where it has none, as for blocks of ggml
+
+    @property
+    def is_float(self) -> bool:
+        """Whether torch computes with the numbers as they are stored."""
+        return self.name in FLOAT_NAMES
+
+    def nbytes(self, elements: int) -> int:
+        """Bytes that `elements`, a multiple of the block, take."""
+        return elements // self.block_elements * self.block_bytes
+
+
+FLOAT_NAMES = frozenset({"BF16", "F16", "F32"})
+
+ENCODINGS = {
+    name: Encoding(name, 1, nbytes, torch_name)
+    for name, nbytes, torch_name in (
+        ("F64", 8, "float64"),
+        ("F32", 4, "float32"),
+        ("F16", 2, "float16"),
+        ("BF16", 2, "bfloat16"),
+        ("I64", 8, "int64"),
+        ("I32", 4, "int32"),
+        ("I16", 2, "int16"),
+        ("I8", 1, "int8"),
+        ("U8", 1, "uint8"),
+        ("BOOL", 1, "bool"),
+    )
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of a kind that cannot be run. Names the file and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where one tensor lies, and how it differs from the model's parameter. `offset_bytes` counts from the start of `file`."""
+
+    name: str  # in the file
+    file: Path
+    offset_bytes: int
+    nbytes: int
+    encoding: Encoding
+    shape: tuple[int, ...]  # of its elements; its last dimension is made of whole blocks
+    added: float = 0.0  # to each element, to get the parameter
+    row_order: tuple[int, ...] | None = None  # row i of the parameter is row row_order[i] in the file
+    transposed: bool = False  # the rows of the file are the columns of the parameter
+    alternate: "TensorSpec | None" = None  # a tensor whose columns alternate with those of this one
+
+    @property
+    def dtype(self) -> str:
+        """The name of the encoding, such as "BF16"."""
+        return self.encoding.name
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        assert self.encoding.torch_name is not None
+        dtype: torch.dtype = getattr(importlib.import_module("torch"), self.encoding.torch_name)
+        return dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.encoding.nbytes(self.shape[-1])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; raises CheckpointError when it is not one, or too large to be one."""
+    size_bytes = path.stat().st_size
+    if size_bytes > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: {size_bytes} bytes of JSON, at most {MAX_HEADER_BYTES} are read; download the file again"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number or a nesting without end
+        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: expected a JSON object, found {type(value).__name__}; download the file again"
+        )
+    return value

@@ -1,0 +1,89 @@
+"""TODO"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import warnings
+
+import torch
+
+PAGE_BYTES = mmap.PAGESIZE
+
+HUGE_PAGE_BYTES = 2 << 20
+
+MADV_POPULATE_WRITE = 23
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:
+    """The smallest multiple of `multiple` that is at least `nbytes`."""
+    return -(-nbytes // multiple) * multiple
+
+
+class Buffer:
+    """`nbytes` of page-aligned memory, rounded up to whole pages. With `lock`, all of it is in memory, and stays there where that is allowed."""
+
+    __slots__ = ("_begin", "_mapping", "_memory", "address", "bytes", "locked", "nbytes")
+
+    def __init__(self, nbytes: int, *, lock: bool) -> None:
+        self.nbytes = round_up(max(nbytes, 1))
+        huge_bytes = (
+            self.nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        )  # ordinary pages behind: no more than asked for
+        slack_bytes = HUGE_PAGE_BYTES if huge_bytes else 0  # to begin at a boundary; never touched
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        mapping = mmap.mmap(-1, self.nbytes + slack_bytes, flags=flags)
+        begin = (
+            -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES if huge_bytes else 0
+        )
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
+                mapping.madvise(mmap.MADV_NOHUGEPAGE)
+                if huge_bytes:
+                    mapping.madvise(mmap.MADV_HUGEPAGE, begin, huge_bytes)
+        self._mapping, self._begin = mapping, begin
+        self._memory = memoryview(mapping)[begin : begin + self.nbytes]
+        self.bytes: torch.Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)  # [nbytes] uint8
+        self.address: int = self.bytes.data_ptr()  # of the first byte
+        self.locked = lock and self._mlock()
+        if lock and not self.locked:  # in memory from the first, so that what is in use shows
+            self._call("madvise", 0, self.nbytes, MADV_POPULATE_WRITE)
+
+    def _call(self, function: str, start: int, nbytes: int, *arguments: int) -> bool:
+        """mlock, munlock or madvise on bytes of the buffer; whether it worked."""
+        address = ctypes.c_void_p(self.address + start)
+        return getattr(_LIBC, function)(address, ctypes.c_size_t(nbytes), *arguments) == 0
+
+    def _mlock(self) -> bool:
+        if self._call("mlock", 0, self.nbytes):
+            return True
+        reason = os.strerror(ctypes.get_errno())
+        warnings.warn(
+            f"weights could not be locked in memory (mlock: {reason}); the system may page them out. "
+            "Raise the limit with `ulimit -l unlimited` or in /etc/security/limits.conf",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def release_from(self, start_byte: int) -> None:
+        """Give whole pages from `start_byte` on back to the system; what lies before them stays as it is."""
+        start = round_up(start_byte)
+        if start >= self.nbytes:
+            return
+        self._call("munlock", start, self.nbytes - start)
+        self._mapping.madvise(mmap.MADV_DONTNEED, self._begin + start, self.nbytes - start)
+        self.nbytes = start
+
+    def memory(self, start_byte: int, nbytes: int) -> memoryview:
+        """A writable view of `nbytes` from `start_byte`, for a read to fill."""
+        return self._memory[start_byte : start_byte + nbytes]
+
+    def tensor(self, start_byte: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor over the bytes from `start_byte`, at any alignment; no copy is made."""
+        count = 1
+        for size in shape:
+            count *= size
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start_byte).view(shape)

@@ -1,0 +1,256 @@
+"""Experts of a mixture: which modules they are, and where the weights of each expert lie.
+
+transformers keeps the experts of a layer in one module with parameters for all of them (`gate_up_proj` [experts, rows, in] and
+`down_proj`), and lets another implementation compute it (its ExpertsInterface): modules that can be are found by that. In a
+checkpoint the experts lie in one tensor too, or each by itself (`experts.7.gate_proj.weight`) to be joined when they are
+loaded, by rules of transformers' own; in a GGUF file in one tensor for each of gate, up and down. Either way the rows of an expert follow one another, so nothing is joined here: an expert's
+weights are read from where they lie, as one or two parts of `gate_up_proj` and one of `down_proj`.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from flexinfer.formats.tensors import CheckpointError, TensorSpec
+from flexinfer.kernels import Kernel
+from flexinfer.memory.buffer import round_up
+from flexinfer.plan.experts import ExpertLayer, Mixture, even_piece_bytes
+from flexinfer.plan.weights import Piece, Weight
+from flexinfer.streaming.reader import padded_bytes
+
+Parts = list[list[TensorSpec]]  # of each expert of a parameter, one after another along its rows
+
+KernelOf = Callable[["Matrix"], Kernel]
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """What chooses the experts of a layer."""
+
+    name: str  # of the module
+    place: int  # of the experts that it chooses, [tokens, k], among its outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How tokens come to the experts of a layer, as seen in a dry run."""
+
+    used: int  # experts of each token
+    router: Router | None  # None where what it chooses is changed on the way
+
+
+@dataclass(slots=True)
+class Experts:
+    """The mixture of a model, and what multiplies its weights."""
+
+    mixture: Mixture
+    kernels: dict[str, tuple[Kernel, ...]]  # by the name of the module: of the weights of any of its experts
+    routers: dict[str, Router]  # by the name of the module, where it is known
+    alternate: frozenset[str]  # modules whose outputs on the way up alternate between two weights
+
+    def of_a_token(self) -> list[tuple[Weight, Kernel]]:
+        """What a token may use: as many experts of each layer."""
+        return [
+            (weight, kernel)
+            for layer in self.mixture.layers
+            for expert in layer.experts[: layer.used]
+            for weight, kernel in zip(expert, self.kernels[layer.name], strict=True)
+        ]
+
+
+def parameters_of(name: str, module: Any) -> tuple[str, str]:
+    """The names of an experts module's parameters: of the way up, and of the way down."""
+    return f"{name}.{'gate_up_proj' if module.has_gate else 'up_proj'}", f"{name}.down_proj"
+
+
+class JoinedTensors:
+    """Collects tensors that transformers would join into the parameters of experts."""
+
+    def __init__(self, converters: Sequence[WeightConverter]) -> None:
+        self._converters = converters
+        self._found: dict[str, dict[int, dict[int, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
+
+    def add(self, target: str, source_pattern: str, name: str, spec: TensorSpec) -> bool:
+        """Take the tensor that `source_pattern` of a converter matched; False where the rule is not of the kind known here.
+
+        name: of the tensor, renamed.
+        """
+        converter = next(one for one in self._converters if source_pattern in one.source_patterns)
+        number = re.search(re.escape(source_pattern).replace(r"\*\.", r"(\d+)\."), name)
+        if number is None or not _only_joins(converter):
+            return False
+        part = converter.source_patterns.index(source_pattern)
+        self._found[target][int(number[1])][part] = spec
+        return True
+
+    def parts(self) -> dict[str, Parts]:
+        """By the parameter: the tensors of each expert, in the order in which they are joined. Raises CheckpointError for gaps."""
+        joined = {}
+        for target, experts in self._found.items():
+            most = max(len(parts) for parts in experts.values())
+            if sorted(experts) != list(range(len(experts))) or any(len(p) < most for p in experts.values()):
+                spec = next(iter(next(iter(experts.values())).values()))
+                raise CheckpointError(
+                    f"{spec.file}: experts of {target!r} are not all there; the checkpoint is incomplete, download it again"
+                )
+            joined[target] = [
+                [parts[i] for i in sorted(parts)] for _, parts in sorted(experts.items(), key=lambda e: e[0])
+            ]
+        return joined
+
+
+def _only_joins(converter: WeightConverter) -> bool:
+    """Whether experts are stacked, and parts of each put below one another: no number is changed."""
+    operations = converter.operations
+    stacked = type(operations[0]) is MergeModulelist and operations[0].dim == 0
+    parts = len(converter.source_patterns)
+    if parts == 1:
+        return stacked and len(operations) == 1
+    return stacked and len(operations) == 2 and type(operations[1]) is Concatenate and operations[1].dim == 1
+
+
+def split_stacked(spec: TensorSpec) -> Parts:
+    """The experts of one tensor [experts, ...]."""
+    count, nbytes = spec.shape[0], spec.nbytes // spec.shape[0]
+    return [
+        [
+            replace(
+                spec, offset_bytes=spec.offset_bytes + i * nbytes, nbytes=nbytes, shape=tuple(spec.shape[1:])
+            )
+        ]
+        for i in range(count)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A part of the parameter of one expert."""
+
+    role: str
+    spec: TensorSpec
+    rows: int  # outputs
+    in_features: int
+    row_start: int  # among the rows of the parameter
+    by_columns: bool  # its rows in the file are inputs
+    joined: bool  # it lies by itself, and transformers copies it into the parameter
+
+
+def check_shapes(name: str, parts: Parts, shape: Sequence[int]) -> None:
+    """Raise CheckpointError where the experts do not make a parameter of `shape` [experts, rows, width]."""
+    for part in parts:
+        spec, rows = part[0], sum(spec.shape[0] for spec in part)
+        wanted = shape[::-1][:2] if spec.transposed else shape[1:]
+        widths = {tuple(one.shape[1:]) for one in part}
+        if len(parts) != shape[0] or rows != wanted[0] or widths != {(wanted[1],)}:
+            raise CheckpointError(
+                f"{spec.file}: {spec.name!r} and the other experts of {name} make {[len(parts), rows, *spec.shape[1:]]}, "
+                f"config.json says {list(shape)}; the two do not belong together"
+            )
+
+
+def build_experts(
+    modules: Mapping[str, Any],
+    parts: Mapping[str, Parts],
+    routes: Mapping[str, Route],
+    stack_name: str,
+    kernel_of: KernelOf,
+    *,
+    piece_bytes: int,
+    row_multiple: int,
+) -> Experts:
+    """The mixture of `modules`. `parts` by parameter, `routes` by module.
+
+    Raises CheckpointError for experts outside of the decoder layers, or some in another encoding than the others.
+    """
+    matrices = {name: _matrices(name, module, parts) for name, module in modules.items()}
+    sizes = Counter(
+        m.spec.nbytes for experts in matrices.values() for expert in experts for m in expert if m.spec.nbytes
+    )
+    piece_bytes = even_piece_bytes(sizes, piece_bytes)
+    layers, kernels = [], {}
+    for name in modules:
+        place = re.match(re.escape(stack_name) + r"\.(\d+)\.", name)
+        if place is None:
+            raise CheckpointError(f"{name}: experts outside of the decoder layers cannot be streamed")
+        whole = matrices[name][0][0].by_columns  # a cut would change the order of sums
+        encodings = {tuple(m.spec.encoding for m in expert) for expert in matrices[name]}
+        if len(encodings) > 1:
+            raise CheckpointError(
+                f"{name}: its experts have different encodings, which cannot be streamed yet"
+            )
+        kernels[name] = tuple(kernel_of(m) for m in matrices[name][0])
+        experts = tuple(
+            tuple(
+                _weight(
+                    Weight(
+                        f"{name}.{number}.{m.role}",
+                        f"{name[place.end() :]}.{m.role}",
+                        int(place[1]),
+                        "ffn",
+                        (),
+                    ),
+                    m,
+                    kernel,
+                    None if whole else piece_bytes,
+                    row_multiple,
+                )
+                for m, kernel in zip(expert, kernels[name], strict=True)
+            )
+            for number, expert in enumerate(matrices[name])
+        )
+        layers.append(ExpertLayer(name, int(place[1]), routes[name].used, experts))
+    alternate = {n for n, module in modules.items() if not module.is_concatenated and len(matrices[n][0]) > 2}
+    routers = {n: r.router for n, r in routes.items() if r.router}
+    return Experts(Mixture(tuple(layers)), kernels, routers, frozenset(alternate))
+
+
+def _matrices(name: str, module: Any, parts: Mapping[str, Parts]) -> list[list[Matrix]]:
+    up, down = parameters_of(name, module)
+    experts: list[list[Matrix]] = [[] for _ in parts[up]]
+    for parameter in (up, down):
+        role = parameter.rpartition(".")[2]
+        joined = len({spec.name for expert in parts[parameter] for spec in expert}) > 1
+        for found, of_expert in zip(experts, parts[parameter], strict=True):
+            start = 0
+            for spec in of_expert:
+                by_columns = module.is_transposed and not spec.transposed
+                rows, width = spec.shape[::-1] if by_columns else spec.shape
+                found.append(Matrix(role, spec, rows, width, start, by_columns, joined))
+                start += rows
+    return experts
+
+
+def _weight(
+    empty: Weight, matrix: Matrix, kernel: Kernel, piece_bytes: int | None, row_multiple: int
+) -> Weight:
+    """`empty` with the pieces of one expert's weight: even, of about `piece_bytes`; None: one."""
+    spec = matrix.spec
+    rows = matrix.rows
+    if piece_bytes is not None:
+        rows = -(-rows // -(-spec.nbytes // piece_bytes))
+        rows = min(matrix.rows, round_up(rows, row_multiple))
+    row_bytes = spec.nbytes // matrix.rows
+    pieces = []
+    for start in range(0, matrix.rows, rows):
+        stop = min(start + rows, matrix.rows)
+        offset_bytes, nbytes = spec.offset_bytes + start * row_bytes, (stop - start) * row_bytes
+        memory_bytes = padded_bytes(offset_bytes, nbytes)
+        pieces.append(
+            Piece(
+                empty.name,
+                empty.layer,
+                matrix.row_start + start,
+                matrix.row_start + stop,
+                spec.file,
+                offset_bytes,
+                nbytes,
+                memory_bytes,
+                memory_bytes,
+                kernel.copied_bytes(nbytes),
+            )
+        )
+    return replace(empty, pieces=tuple(pieces))

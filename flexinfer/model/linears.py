@@ -1,0 +1,143 @@
+"""TODO"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flexinfer.formats.tensors import FLOAT_NAMES, CheckpointError, TensorSpec
+from flexinfer.kernels import Kernel
+from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
+from flexinfer.memory.buffer import Buffer, round_up
+from flexinfer.plan.weights import Kind, Piece, Weight
+from flexinfer.streaming.reader import padded_bytes
+
+PIECE_BYTES = 4 << 20  # large enough for the disk, small enough that a window of several is little memory
+
+ROW_MULTIPLE = 64  # pieces are cut at multiples of this many rows
+
+
+def _row_orders(specs: dict[str, TensorSpec], weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
+    """An index of rows for each weight that wants one. Layers share them."""
+    orders = {weight.name: specs[weight.name].row_order for weight in weights}
+    indices = {order: torch.tensor(order) for order in set(orders.values()) if order is not None}
+    return {name: indices[order] for name, order in orders.items() if order is not None}
+
+
+def decoder_of(spec: TensorSpec) -> Callable[[Buffer, int], torch.Tensor]:
+    """What makes numbers [in_features] of the bytes of one row of `spec`, which begin at a position of a buffer."""
+    width = spec.shape[-1]
+    if spec.encoding.torch_name is not None:
+        return lambda buffer, position: buffer.tensor(position, spec.torch_dtype, (width,))
+    from flexinfer.kernels.ggml import TYPES, dequantize_rows  # loads a library
+
+    def decode(buffer: Buffer, position: int) -> torch.Tensor:
+        row = buffer.tensor(position, torch.uint8, (1, spec.row_bytes))
+        return dequantize_rows(TYPES[spec.encoding.name], row, width)[0]
+
+    return decode
+
+
+def _kernel(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel:
+    """What multiplies rows of `spec`."""
+    if spec.encoding.is_float:
+        return DenseKernel(in_features, spec.torch_dtype, dtype)
+    if spec.encoding.torch_name is not None:
+        raise CheckpointError(
+            f"{spec.file}: {spec.name!r} has dtype {spec.dtype}; the weight of a linear can be {', '.join(sorted(FLOAT_NAMES))}"
+        )
+    from flexinfer.kernels.ggml import TYPES, GgmlKernel  # loads a library
+
+    return GgmlKernel(in_features, TYPES[spec.encoding.name], dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear that can be streamed, and its place in the model."""
+
+    name: str  # of the module
+    module: nn.Module
+    role: str  # its name within a layer
+    layer: int  # the number of layers for the output head
+    kind: Kind
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        if isinstance(self.module, Conv1D):
+            return self.module.nf, self.module.nx
+        assert isinstance(self.module, nn.Linear)
+        return self.module.out_features, self.module.in_features
+
+
+def find_linears(model: PreTrainedModel) -> list[Linear]:
+    """The linears that can be streamed: those of the decoder stack, and the output head.
+
+    Subclasses of `nn.Linear` may compute something else, so
+    only `nn.Linear` itself, `Conv1D` and what is known to be the same are taken.
+    """
+    stack_name, stack = _decoder_stack(model)
+    found = []
+    for layer, decoder_layer in enumerate(stack):
+        for role, module in decoder_layer.named_modules():
+            if type(module) in {nn.Linear, Conv1D} or _multiplies_alike(module):
+                kind: Kind = "attention" if "attn" in role or "attention" in role else "ffn"
+                found.append(Linear(f"{stack_name}.{layer}.{role}", module, role, layer, kind))
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        name = next(name for name, module in model.named_modules() if module is head)
+        found.append(Linear(name, head, name, len(stack), "head"))
+    return found
+
+
+def _decoder_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The `nn.ModuleList` with the most parameters, and its name."""
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise CheckpointError(
+            f"{type(model).__name__}: no stack of decoder layers found; this architecture cannot be streamed"
+        )
+    return max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _multiplies_alike(module: nn.Module) -> bool:
+    """Whether a linear of another class is an `nn.Linear` in all but name: Falcon's is, without a bias."""
+    return type(module).__name__ == "FalconLinear" and module.bias is None
+
+
+def _weight_of(linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype) -> tuple[Weight, Kernel]:
+    name = linear.name + ".weight"
+    spec = specs[name]
+    out_features, in_features = linear.features
+    row_bytes = spec.encoding.nbytes(in_features)
+    if isinstance(linear.module, Conv1D) and not spec.transposed:
+        kernel: Kernel = Conv1DKernel(in_features, spec.torch_dtype, dtype)
+        rows = out_features
+    else:
+        kernel = _kernel(spec, in_features, dtype)
+        count = -(-out_features * row_bytes // PIECE_BYTES)
+        rows = round_up(-(-out_features // count), ROW_MULTIPLE)
+    pieces = []
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        offset_bytes, nbytes = spec.offset_bytes + start * row_bytes, (stop - start) * row_bytes
+        memory_bytes = padded_bytes(offset_bytes, nbytes)
+        stays = kernel.resident is kernel
+        pieces.append(
+            Piece(
+                name,
+                linear.layer,
+                start,
+                stop,
+                spec.file,
+                offset_bytes,
+                nbytes,
+                memory_bytes,
+                locked_bytes=memory_bytes if stays else round_up(kernel.resident_bytes(nbytes)),
+                copied_bytes=kernel.copied_bytes(nbytes),
+            )
+        )
+    return Weight(name, linear.role, linear.layer, linear.kind, tuple(pieces)), kernel

@@ -1,0 +1,64 @@
+"""What several sequences at a time give: tokens per second by the size of the batch, and where the best is. Pure functions.
+
+A pass over the weights serves all sequences, so while reading takes longer than computing each further one is almost free. What it
+costs: its part of the KV cache and of the activations, which is taken from locked weights; and computing, as kernels take longer for n rows
+than for one. Attention over the cache is not in the cost, as it is not in that of one sequence.
+
+    tokens/s = n / max(c(n), bytes read(n) / bandwidth)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from flexinfer.draft.economics import at_rows
+from flexinfer.plan.budget import Costs, Fixed, Plan
+from flexinfer.sizes import BudgetError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """So many sequences at a time, in one budget."""
+
+    sequences: int
+    fixed: Fixed  # with KV cache and activations for all of them
+    plan: Plan | None  # of a pass over the weights; None where the budget is too small
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all sequences together; 0 where they do not fit."""
+        return self.sequences * self.plan.predicted_tokens_per_s if self.plan is not None else 0.0
+
+
+def counts_up_to(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`. Raises ValueError below 1."""
+    if most < 1:
+        raise ValueError(f"batch={most} must be at least 1 sequence")
+    return sorted({1 << i for i in range(most.bit_length())} | {most})
+
+
+def plan_batches(
+    counts: Sequence[int],
+    fixed_of: Callable[[int], Fixed],
+    make: Callable[[Fixed, Costs], Plan],
+    costs: Costs,
+    rows_s: Sequence[tuple[int, float]],
+) -> list[Batch]:
+    """A plan for each of `counts`.
+
+    fixed_of: what the process holds besides weights, with so many sequences. make: divides the budget, or raises BudgetError.
+    rows_s: (rows, seconds of computing a pass of so many rows), by rows.
+    """
+    found = []
+    for count in counts:
+        fixed = fixed_of(count)
+        try:
+            plan = make(fixed, replace(costs, compute_s=at_rows(rows_s, count)))
+        except BudgetError:
+            plan = None
+        found.append(Batch(count, fixed, plan))
+    return found
+
+
+def best_batch(batches: Sequence[Batch]) -> Batch | None:
+    """The one of most tokens per second, the smallest of them; None where none fits."""
+    return max((one for one in batches if one.plan), key=lambda one: one.tokens_per_s, default=None)

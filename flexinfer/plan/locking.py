@@ -1,0 +1,49 @@
+"""TODO"""
+
+from collections.abc import Sequence
+
+from flexinfer.plan.weights import Weight
+
+# ---- policies: (weights in order of use, bytes for locking) -> how many pieces of each weight are locked
+
+
+def _balanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """The same share of every weight; rounding errors are carried along the pass, so that they cannot pile up."""
+    share = lock_bytes / sum(weight.locked_bytes for weight in weights)
+    locked: dict[str, int] = {}
+    wanted = used = 0.0
+    for weight in weights:
+        wanted += share * weight.locked_bytes
+        count = 0
+        while count < len(weight.pieces) and used + weight.pieces[count].locked_bytes <= wanted:
+            used += weight.pieces[count].locked_bytes
+            count += 1
+        locked[weight.name] = count
+    return _fill(weights, locked, lock_bytes - int(used))
+
+
+def _fill(weights: Sequence[Weight], locked: dict[str, int], left_bytes: int) -> dict[str, int]:
+    """Lock further pieces, a weight at a time from all over the pass, until none fits."""
+    by_spread = [weights[i] for i in _spread(len(weights))]
+    grown = True
+    while grown:
+        grown = False
+        for weight in by_spread:
+            count = locked.get(weight.name, 0)
+            if count < len(weight.pieces) and weight.pieces[count].locked_bytes <= left_bytes:
+                left_bytes -= weight.pieces[count].locked_bytes
+                locked[weight.name] = count + 1
+                grown = True
+    return locked
+
+
+def _spread(count: int) -> list[int]:
+    """0 to count - 1 in an order whose every beginning is spread evenly (bit-reversal, the van der Corput sequence)."""
+    bits = max(count - 1, 1).bit_length()
+    reversed_ = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return [i for i in reversed_ if i < count]
+
+
+def _none(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """Lock nothing: prefetching alone."""
+    return {}

@@ -1,0 +1,92 @@
+"""TODO"""
+
+from collections.abc import Callable, Sequence
+
+from flexinfer.plan.locking import _balanced, _none, _spread
+from flexinfer.plan.weights import Kind, Weight
+
+
+def _unbalanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """Whole leading layers (the paper's figure 3a)."""
+    locked, left_bytes = _head_first(weights, lock_bytes)
+    for layer in dict.fromkeys(w.layer for w in weights if w.kind != "head"):
+        in_layer = [w for w in weights if w.layer == layer]
+        needed = sum(w.locked_bytes for w in in_layer)
+        if needed > left_bytes:
+            break
+        left_bytes -= needed
+        locked |= {w.name: len(w.pieces) for w in in_layer}
+    return locked
+
+
+def _attention_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """Attention weights of all layers, smallest first, then those of the FFN."""
+    locked, left_bytes = _head_first(weights, lock_bytes)
+    left_bytes = _lock_roles(weights, _roles(weights, "attention"), locked, left_bytes)
+    _lock_roles(weights, _roles(weights, "ffn"), locked, left_bytes)
+    return locked
+
+
+def _ffn_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """FFN weights of all layers, then those of the attention."""
+    locked, left_bytes = _head_first(weights, lock_bytes)
+    left_bytes = _lock_roles(weights, _roles(weights, "ffn"), locked, left_bytes)
+    _lock_roles(weights, _roles(weights, "attention"), locked, left_bytes)
+    return locked
+
+
+def _algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
+    """The paper's Algorithm 1 as printed: FFN weights only as whole roles by its thresholds, then attention.
+
+    Its 3 FFN tensors are F here, so that it speaks of models with two as well: all F from F f N + 2 a N bytes on, else as
+    many roles (at most F - 1) as fit, with f and a the bytes of the largest FFN and attention weight and N the layers.
+    """
+    locked, left_bytes = _head_first(weights, lock_bytes)
+    ffn_roles = _roles(weights, "ffn")
+    layers = len({w.layer for w in weights if w.kind != "head"})
+    ffn_bytes = layers * max((w.locked_bytes for w in weights if w.kind == "ffn"), default=0)
+    attention_bytes = layers * max((w.locked_bytes for w in weights if w.kind == "attention"), default=0)
+    if left_bytes >= len(ffn_roles) * ffn_bytes + 2 * attention_bytes:
+        keep = len(ffn_roles)
+    else:
+        keep = min(len(ffn_roles) - 1, left_bytes // ffn_bytes) if ffn_bytes else 0
+    left_bytes = _lock_roles(weights, ffn_roles[:keep], locked, left_bytes)
+    _lock_roles(weights, _roles(weights, "attention"), locked, left_bytes)
+    return locked
+
+
+def _head_first(weights: Sequence[Weight], lock_bytes: int) -> tuple[dict[str, int], int]:
+    head = [w for w in weights if w.kind == "head"]
+    needed = sum(w.locked_bytes for w in head)
+    if needed > lock_bytes:
+        return {}, lock_bytes
+    return {w.name: len(w.pieces) for w in head}, lock_bytes - needed
+
+
+def _roles(weights: Sequence[Weight], kind: Kind) -> list[str]:
+    """The roles of a kind, smallest weight first (with grouped-query attention K and V come first)."""
+    size_of = {w.role: w.locked_bytes for w in weights if w.kind == kind}
+    return sorted(size_of, key=lambda role: size_of[role])
+
+
+def _lock_roles(
+    weights: Sequence[Weight], roles: Sequence[str], locked: dict[str, int], left_bytes: int
+) -> int:
+    """Lock each role in all layers; the one that does not fit everywhere, in evenly spread layers. Returns what is left."""
+    for role in roles:
+        of_role = [w for w in weights if w.role == role]
+        for i in _spread(len(of_role)):
+            if of_role[i].locked_bytes <= left_bytes:
+                left_bytes -= of_role[i].locked_bytes
+                locked[of_role[i].name] = len(of_role[i].pieces)
+    return left_bytes
+
+
+POLICIES: dict[str, Callable[[Sequence[Weight], int], dict[str, int]]] = {
+    "balanced": _balanced,
+    "unbalanced": _unbalanced,
+    "attention-first": _attention_first,
+    "ffn-first": _ffn_first,
+    "algorithm1": _algorithm1,
+    "none": _none,
+}

@@ -1,0 +1,155 @@
+"""What this machine has and can do: memory to spare, peak memory, and the two costs a plan is made with.
+
+Costs are measured at load time, in well under a second: the bandwidth of reading the checkpoint's own files, and the
+time the kernels take for one piece of each kind of weight.
+"""
+
+import math
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from flexinfer.draft.economics import DraftCosts
+from flexinfer.kernels import Kernel
+from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
+from flexinfer.plan.budget import Costs
+from flexinfer.plan.weights import Weight
+from flexinfer.streaming.reader import FileReader
+
+DRAFT_ROWS = (1, 2, 5, 9, 17)  # of passes that are timed: candidates and one
+
+CACHE_BYTES = 32 << 20  # kernels are timed on as much, so that their bytes come from memory
+
+SAMPLE_BYTES = 192 << 20  # long enough that a bandwidth limit has no burst left
+
+
+def measure_costs(
+    used: Sequence[tuple[Weight, Kernel]],
+    reader: FileReader,
+    dtype: torch.dtype,
+    io_threads: int,
+    memory_bytes: int = CACHE_BYTES,
+) -> Costs:
+    """Bandwidth of reading the first SAMPLE_BYTES of the weights that are `used` in a pass, and its compute time from one piece of
+    each role.
+
+    Takes at most `memory_bytes`, or two pieces if that is more: the peak of a process must not be its measuring.
+    """
+    pieces = [piece for weight, _ in used for piece in weight.pieces]
+    if not pieces:
+        return Costs(bandwidth_bytes_per_s=math.inf, compute_s=0.0)
+    sample = pieces[: bisect(list(accumulate(piece.nbytes for piece in pieces)), SAMPLE_BYTES) + 1]
+    slot_bytes = round_up(max(piece.memory_bytes for piece in sample))
+    threads = min(io_threads, max(1, memory_bytes // slot_bytes))
+    spans = [(piece.file, piece.offset_bytes, piece.nbytes) for piece in sample]
+    bandwidth = read_speed(reader, spans, threads, slot_bytes)
+    buffer = _zeros(used, memory_bytes)
+    seconds_per_byte: dict[str, float] = {}
+    for weight, kernel in used:
+        if weight.role not in seconds_per_byte:
+            piece = weight.pieces[0]
+            rows = piece.row_stop - piece.row_start
+            seconds_per_byte[weight.role] = kernel_s(kernel, rows, piece.nbytes, dtype, buffer) / piece.nbytes
+    return Costs(bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used))
+
+
+def measure_draft_costs(
+    used: Sequence[tuple[Weight, Kernel]],
+    substitutes: Mapping[str, Kernel],
+    model_share: float,
+    dtype: torch.dtype,
+    memory_bytes: int = CACHE_BYTES,
+) -> DraftCosts:
+    """What passes of several rows take, and a draft pass: by `substitutes` of the weights, or a model with `model_share` of them.
+
+    As `measure_costs`: from one piece of each role, in at most `memory_bytes` or two pieces.
+    """
+    rows_s = measure_rows(used, DRAFT_ROWS, dtype, memory_bytes)
+    draft_s, seconds = 0.0, dict[str, float]()  # of a byte, by role
+    if substitutes:
+        buffer = _zeros(used, memory_bytes)
+        for weight, _ in used:
+            piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
+            if weight.role not in seconds:
+                substitute = substitutes[weight.name]
+                nbytes = substitute.view(buffer, 0, rows).nbytes
+                seconds[weight.role] = kernel_s(substitute, rows, nbytes, dtype, buffer) / piece.nbytes
+            draft_s += weight.nbytes * seconds[weight.role]
+    alone_s = rows_s[0][1]
+    return DraftCosts(rows_s, draft_s or model_share * alone_s, alone_s)
+
+
+def measure_rows(
+    used: Sequence[tuple[Weight, Kernel]],
+    counts: Sequence[int],
+    dtype: torch.dtype,
+    memory_bytes: int = CACHE_BYTES,
+) -> tuple[tuple[int, float], ...]:
+    """(rows, seconds of computing a pass of so many rows) for each of `counts`: from one piece of each role, in at most
+    `memory_bytes` or two pieces."""
+    if not used:
+        return tuple((count, 0.0) for count in counts)
+    buffer = _zeros(used, memory_bytes)
+    seconds: dict[tuple[str, int], float] = {}  # of a byte, by role and rows
+    rows_s = dict.fromkeys(counts, 0.0)
+    for weight, kernel in used:
+        piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
+        for count in counts:
+            if (weight.role, count) not in seconds:
+                taken_s = kernel_s(kernel, rows, piece.nbytes, dtype, buffer, count, repeats=5)
+                seconds[weight.role, count] = taken_s / piece.nbytes
+            rows_s[count] += weight.nbytes * seconds[weight.role, count]
+    return tuple(rows_s.items())
+
+
+def _zeros(used: Sequence[tuple[Weight, Kernel]], memory_bytes: int) -> Buffer:
+    """Pages of their own to time kernels on: unwritten ones are one page of zeros, which the CPU's cache holds."""
+    largest_bytes = max(piece.nbytes for weight, _ in used for piece in weight.pieces)
+    buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * largest_bytes), lock=True)
+    buffer.bytes.fill_(0)
+    return buffer
+
+
+def read_speed(
+    reader: FileReader, spans: Sequence[tuple[Path, int, int]], threads: int, slot_bytes: int
+) -> float:
+    """Bytes per second of reading `spans` (file, offset in bytes, bytes) once, by some threads with memory of `slot_bytes` each."""
+    start_s = perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        buffer = Buffer(threads * slot_bytes, lock=False)  # one, as the window is: in huge pages
+
+        def read_every(worker: int) -> None:
+            memory = buffer.memory(worker * slot_bytes, slot_bytes)
+            for file, offset_bytes, nbytes in spans[worker::threads]:
+                reader.read(file, offset_bytes, nbytes, memory)
+
+        list(pool.map(read_every, range(threads)))
+    return sum(nbytes for _, _, nbytes in spans) / (perf_counter() - start_s)
+
+
+def kernel_s(
+    kernel: Kernel,
+    rows: int,
+    nbytes: int,
+    dtype: torch.dtype,
+    buffer: Buffer,
+    activation_rows: int = 1,
+    repeats: int = 9,
+) -> float:
+    """Median seconds of `kernel` for `rows` of a weight, `nbytes` in all, which come from memory rather than from the CPU's cache:
+    from one place of `buffer` after the other, which holds zeros and more than `nbytes`.
+    """
+    x = torch.ones(activation_rows, kernel.in_features, dtype=dtype)
+    bias = torch.zeros(rows, dtype=dtype)
+    samples = []
+    for i in range(repeats):
+        position = round_up(i * nbytes) % (buffer.nbytes - nbytes)
+        start_s = perf_counter()
+        kernel.multiply(x, kernel.view(buffer, position - position % PAGE_BYTES, rows), rows, bias)
+        samples.append(perf_counter() - start_s)
+    return sorted(samples)[repeats // 2]
