@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from flexinfer.memory import process as machine
 from flexinfer.memory.process import available_bytes
-from flexinfer.streaming import costs as machine
 
 GIB = 1 << 30
 

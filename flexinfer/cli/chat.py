@@ -40,15 +40,23 @@ def chat(
     """
     with logged(verbose), Bars() as bars:
         path = find(model, options, bars)
+        if not _has_template(path):
+            raise ValueError(f"{model} has no chat template; use `flexinfer generate`")
         with loaded(path, options, decoding, bars) as streamed:
             tokenizer = engine_of(streamed).tokenizer
-            if not tokenizer.chat_template:
-                raise ValueError(f"{model} has no chat template; use `flexinfer generate`")
             if sys.stdin.isatty():
                 for line in plan_lines(path, engine_of(streamed).plan):
                     note(line)
             _converse(Conversation(streamed, tokenizer, decoding, bars, system))
     return 0
+
+
+def _has_template(path: Path) -> bool:
+    """Whether the model has a chat template, before it is loaded. Raises CheckpointError where it has no tokenizer."""
+    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.tokenizer import prepare_tokenizer
+
+    return prepare_tokenizer(Checkpoint.open(path).config_dir).has_template
 
 
 def plan_lines(path: Path, plan: Plan) -> tuple[str, str]:

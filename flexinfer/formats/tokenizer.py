@@ -79,10 +79,19 @@ class PreparedTokenizer:
             return TokenizerMemory()
         return TokenizerMemory(*(self.facts[f"{name}_bytes"] for name in ("stays", "use", "peak")))
 
-    def load(self) -> PreTrainedTokenizerBase:
-        """Raises CheckpointError where there is none."""
+    @property
+    def has_template(self) -> bool:
+        """Whether it makes prompts of chats. Raises CheckpointError where there is none."""
+        self._check()
+        return bool(self.facts["has_template"])
+
+    def _check(self) -> None:
         if self.problem is not None:
             raise CheckpointError(self.problem)
+
+    def load(self) -> PreTrainedTokenizerBase:
+        """Raises CheckpointError where there is none."""
+        self._check()
         return_freed_memory()
         try:
             tokenizer: PreTrainedTokenizerBase = load(self.source, self.form, bool(self.facts["stock"]))
