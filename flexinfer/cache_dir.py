@@ -1,7 +1,8 @@
 """Where things are kept that are made once: configs and tokenizers of GGUF files, checksums, drafts, measured speeds.
 
 `$FLEXINFER_CACHE`, or `~/.cache/flexinfer`. What is there already is used even where nothing can be written; what is new
-goes to a private temporary directory then, which ends with the process.
+goes to a private temporary directory then, which ends with the process. A directory that is made here is written under another name
+and renamed when it is complete, so that nobody sees half of one, whoever else makes the same one meanwhile.
 """
 
 import atexit
@@ -9,6 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -56,6 +58,40 @@ def in_cache(*parts: str) -> Path:
 def temporary_cache(problem: str) -> Path:
     """A directory of this process that stands in for the cache directory, as `problem` is with that; said once."""
     return _temporary(cache_dir(), problem)
+
+
+def make_once(name: str, complete: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
+    """The directory `name` of the cache directory, filled by `make` now unless it is `complete`."""
+    kept = in_cache(name)
+    if complete(kept):
+        return kept
+    try:
+        return _make_whole(kept, complete, make)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = temporary_cache(error.strerror or str(error)) / name
+        return place if complete(place) else _make_whole(place, complete, make)
+
+
+def _make_whole(kept: Path, complete: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{kept.name}.", dir=kept.parent))
+    try:
+        make(unfinished)
+        unfinished.chmod(0o755)
+        # Damaged since it was made.
+        if kept.exists() and not complete(kept):
+            shutil.rmtree(kept)
+        try:
+            unfinished.rename(kept)
+        except OSError:
+            # Another process may have made it meanwhile.
+            if not complete(kept):
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return kept
 
 
 def _use(folder: Path) -> None:

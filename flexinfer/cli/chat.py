@@ -53,10 +53,10 @@ def chat(
 
 def _has_template(path: Path) -> bool:
     """Whether the model has a chat template, before it is loaded. Raises CheckpointError where it has no tokenizer."""
-    from flexinfer.formats.checkpoint import Checkpoint
+    from flexinfer.formats.checkpoint import open_checkpoint
     from flexinfer.formats.tokenizer import prepare_tokenizer
 
-    return prepare_tokenizer(Checkpoint.open(path).config_dir).has_template
+    return prepare_tokenizer(open_checkpoint(path).config_dir).has_template
 
 
 def plan_lines(path: Path, plan: Plan) -> tuple[str, str]:

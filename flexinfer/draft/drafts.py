@@ -23,9 +23,8 @@ from flexinfer.draft.substitute import DraftError, substitute_bytes, substitute_
 from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.config import load_config
 from flexinfer.formats.hub import resolve
-from flexinfer.formats.tensors import Checkpoint
 from flexinfer.kernels.ggml import GgmlKernel
-from flexinfer.model.resident import load_resident, resident_bytes
+from flexinfer.model.resident import load_whole, resident_skeleton, whole_model_bytes
 from flexinfer.model.skeleton import Skeleton
 from flexinfer.plan.plan import Costs, DraftPlan, Plan
 from flexinfer.plan.planner import Substitutes
@@ -67,7 +66,7 @@ class Drafts:
         self.type = choice.type or DEFAULT_TYPE
         self._kernels: dict[str, dict[str, GgmlKernel]] = {}
         self._substitutes: dict[str, Substitutes] = {}
-        self._checkpoint: Checkpoint | None = None
+        self._small: Skeleton | None = None
         self._bytes: dict[int, int] = {}  # of the small model, by context
         self.most = choice.candidates or MOST_CANDIDATES
         self.model_share = 1.0  # of the model's weights, that a small one has
@@ -95,7 +94,7 @@ class Drafts:
 
     def _find(self, choice: DraftChoice, skeleton: Skeleton) -> None:
         assert choice.model is not None
-        self._checkpoint = found = open_checkpoint(resolve(choice.model))
+        found = open_checkpoint(resolve(choice.model))
         if found.in_gguf:
             raise DraftError(
                 f"draft={str(choice.model)!r}: a draft model has to be in safetensors, this is a GGUF file"
@@ -106,6 +105,7 @@ class Drafts:
                 f"draft={str(choice.model)!r}: has a vocabulary of {vocab} tokens and the model one of {self._vocab}; a draft model "
                 "needs the model's tokenizer"
             )
+        self._small = resident_skeleton(found, self._dtype)
         numbers = sum(spec.nbytes for spec in found.tensors.values())
         self.model_share = numbers / max(1, sum(spec.nbytes for spec in skeleton.checkpoint.tensors.values()))
 
@@ -163,14 +163,14 @@ class Drafts:
 
     def bytes_beside(self, context: int) -> int:
         """Memory for scores of candidates, and for a small model with its cache of `context` tokens."""
-        if self._checkpoint is not None and context not in self._bytes:
-            self._bytes[context] = resident_bytes(self._checkpoint, self._dtype, context)
+        if self._small is not None and context not in self._bytes:
+            self._bytes[context] = whole_model_bytes(self._small, context)
         return self.most * self._vocab * SCORES_BYTES + self._bytes.get(context, 0)
 
     def load(self) -> None:
         """Load the small model, in memory of its own: transformers would map its file."""
-        assert self._checkpoint is not None
-        self.model = load_resident(self._checkpoint, self._dtype).model
+        assert self._small is not None
+        self.model = load_whole(self._small)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.clone()
 

@@ -7,6 +7,7 @@ streamed: they stay in memory, or the budget is refused and they are named.
 """
 
 import logging
+import warnings
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +25,7 @@ from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.hub import resolve
 from flexinfer.memory.process import reset_peak
 from flexinfer.model.experts import Experts
+from flexinfer.model.resident import load_whole
 from flexinfer.observe.notebook import TqdmBars
 from flexinfer.observe.report import plan_line
 from flexinfer.observe.trace import MAX_EVENTS, Trace
@@ -94,6 +96,9 @@ def _load(
     skeleton, options, budget_bytes = prepared.skeleton, prepared.options, prepared.budget_bytes
     planner = prepared.planner()
     planner.plan(budget_bytes)
+    if prepared.not_streamable:
+        warnings.warn(f"{prepared.not_streamable}; it is kept in memory whole", RuntimeWarning, stacklevel=4)
+        skeleton.model = load_whole(skeleton)
     libraries = prepared.process.libraries
     libraries.lock()
     undo.callback(libraries.unlock)

@@ -5,7 +5,6 @@ headers, never weights.
 """
 
 import gc
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +21,13 @@ from flexinfer.memory.libraries import LibraryPages
 from flexinfer.memory.process import anonymous_bytes, available_bytes, file_bytes
 from flexinfer.model.match import NotStreamableError
 from flexinfer.model.rehearsal import rehearse_once
-from flexinfer.model.resident import load_resident, resident_bytes
+from flexinfer.model.resident import resident_skeleton
 from flexinfer.model.skeleton import Skeleton, build_skeleton
 from flexinfer.observe.trace import Progress
 from flexinfer.options import Options
 from flexinfer.plan.plan import Costs, Overheads
-from flexinfer.plan.planner import NOT_MEASURED, Planner, with_page_tables
-from flexinfer.sizes import BudgetError, name_budget, parse_size
+from flexinfer.plan.planner import NOT_MEASURED, Planner
+from flexinfer.sizes import BudgetError, parse_size
 from flexinfer.streaming.checksums import Checksums, checksums_of
 from flexinfer.streaming.kv_cache import reserved_bytes
 
@@ -108,6 +107,8 @@ class Prepared:
     # The one beside the weights; None where the program has loaded its own.
     tokenizer: PreparedTokenizer | None
     checksums: Mapping[Path, Checksums] | None
+    # Why the model has to be in memory whole; empty where it can be streamed.
+    not_streamable: str = ""
 
     def overheads(
         self, *, drafted: bool = True, context: int | None = None, logits_to_keep: int | None = None
@@ -134,9 +135,7 @@ class Prepared:
             window=self.options.window,
             mixture=skeleton.mixture,
             substitutes=drafts.substitutes if chosen and drafts is not None else None,
-            not_streamable=tuple(
-                spec.name for spec in skeleton.resident.values() if spec.nbytes > LARGE_PARAMETER_BYTES
-            ),
+            not_streamable=self.not_streamable or _large_parameters(skeleton),
         )
 
     def drafted_planners(self, planner: Planner) -> tuple[Planner, Planner]:
@@ -171,10 +170,11 @@ def prepare(
     return_freed_memory()
     bound_kernel_caches()
     budget_bytes = available_bytes() if options.memory == "auto" else parse_size(options.memory)
+    not_streamable = ""
     try:
         skeleton = build_skeleton(checkpoint, options.dtype, options.kv_dtype)
     except NotStreamableError as error:
-        skeleton = _resident_or_refused(checkpoint, options, budget_bytes, error)
+        skeleton, not_streamable = resident_skeleton(checkpoint, options.dtype), str(error)
     checksums = _checksums(skeleton, options.verify, progress)
     drafts, logits_to_keep = None, options.logits_to_keep
     if options.draft_choice is not None:
@@ -198,6 +198,7 @@ def prepare(
         drafts=drafts,
         tokenizer=tokenizer,
         checksums=checksums,
+        not_streamable=not_streamable,
     )
 
 
@@ -244,7 +245,8 @@ def overheads_of(
         process_bytes=process.anonymous_bytes + process.file_bytes,
         tokenizer_bytes=process.tokenizer.stays_bytes + process.tokenizer.use_bytes,
         loading_bytes=process.tokenizer.peak_bytes,
-        unstreamed_bytes=sum(state[name].numel() * state[name].dtype.itemsize for name in skeleton.resident),
+        unstreamed_bytes=skeleton.whole_bytes
+        + sum(state[name].numel() * state[name].dtype.itemsize for name in skeleton.resident),
         kv_bytes=kv_bytes,
         activation_bytes=activation_bytes,
         margin_bytes=process.margin_bytes,
@@ -284,16 +286,15 @@ def context_limit(config: PretrainedConfig) -> int:
     return limit if isinstance(limit, int) and limit > 0 else LARGEST_DEFAULT_CONTEXT
 
 
-def _resident_or_refused(
-    checkpoint: Checkpoint, options: Options, budget_bytes: int, why: Exception
-) -> Skeleton:
-    """The whole model in memory when the budget holds it; BudgetError, with the reason it cannot be streamed, when not."""
-    weights_bytes = resident_bytes(checkpoint, options.dtype, options.context)
-    smallest_bytes = anonymous_bytes() + with_page_tables(weights_bytes) + MARGIN_BYTES
-    if budget_bytes < smallest_bytes:
-        raise BudgetError(f"{why}; resident it needs at least {name_budget(smallest_bytes)}") from None
-    warnings.warn(f"{why}; it is kept in memory whole", RuntimeWarning, stacklevel=4)
-    return load_resident(checkpoint, options.dtype)
+def _large_parameters(skeleton: Skeleton) -> str:
+    """Large parameters that are not streamed, and why."""
+    large = [spec.name for spec in skeleton.resident.values() if spec.nbytes > LARGE_PARAMETER_BYTES]
+    if not large:
+        return ""
+    return (
+        f"{large[0]} and {len(large) - 1} more are not weights of linears or of experts that can be told apart, "
+        "cannot be streamed yet and have to stay in memory"
+    )
 
 
 def _checksums(

@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexinfer.cache_dir import cache_dir
+from flexinfer.cache_dir import cache_dir, make_once
+from flexinfer.formats.child import KILLED, run_apart
 from flexinfer.formats.gguf import (
     GGUF,
     LongArray,
@@ -30,7 +31,6 @@ from flexinfer.formats.gguf_config import TOKEN_IDS, config_of
 from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE
 from flexinfer.formats.tensors import Checkpoint, CheckpointError
 from flexinfer.formats.tokenizer_form import OF_GGUF
-from flexinfer.kept import KILLED, make_once, run_apart
 from flexinfer.memory.process import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line
 from flexinfer.sizes import format_size

@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import pre_tokenizers, processors
 
+from flexinfer.formats.child import FULL, NO_ROOM, first_to_go
 from flexinfer.formats.gguf import read_gguf
-from flexinfer.kept import FULL, NO_ROOM, first_to_go
 
 ARRAYS = ("tokens", "scores", "token_type", "merges", "precompiled_charsmap")
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}

@@ -18,11 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from flexinfer.cache_dir import cache_dir
+from flexinfer.cache_dir import cache_dir, make_once
+from flexinfer.formats.child import KILLED, run_apart
 from flexinfer.formats.gguf_model import NO_TOKENIZER
 from flexinfer.formats.tensors import CheckpointError
 from flexinfer.formats.tokenizer_form import FACTS, OF_GGUF, load
-from flexinfer.kept import KILLED, make_once, run_apart
 from flexinfer.memory.heap import return_freed_memory, trim_heap
 from flexinfer.memory.process import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line

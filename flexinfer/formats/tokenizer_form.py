@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import is_offline_mode
 from tokenizers import AddedToken, Tokenizer, models
 
-from flexinfer.kept import FULL, NO_ROOM, first_to_go
+from flexinfer.formats.child import FULL, NO_ROOM, first_to_go
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,61 +1,32 @@
 """Models that cannot be streamed, loaded whole by transformers: what they take, and how they are loaded."""
 
 import math
-from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexinfer.formats.config import load_config, refusing
 from flexinfer.formats.tensors import Checkpoint
 from flexinfer.model.dry_run import dry_run
 from flexinfer.model.pass_memory import PassMeter, meta_model
 from flexinfer.model.skeleton import Skeleton, compute_dtype_of
-from flexinfer.streaming.kv_cache import LayerShape
 
 
-def resident_bytes(checkpoint: Checkpoint, dtype: str | torch.dtype, context: int | None) -> int:
-    """What a checkpoint that cannot be streamed takes when transformers loads it whole: weights, KV cache and activations."""
-    config, compute_dtype, layers = _resident_facts(checkpoint, dtype)
-    context = context or 2048
-    weights_bytes = sum(
+def resident_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
+    """A checkpoint that is to be loaded whole: no weights to stream, the model on the meta device. Reads headers alone."""
+    config = load_config(checkpoint)
+    compute_dtype = compute_dtype_of(dtype, config, checkpoint)
+    with refusing(checkpoint.config_file, "no causal LM"):
+        # In bfloat16, the one dtype in which torch's product for experts runs on the meta device; scaled to the other.
+        model = meta_model(config, torch.bfloat16)
+        layers = dry_run(model, ())[2]
+    whole_bytes = sum(
         math.prod(spec.shape)
         * (compute_dtype.itemsize if spec.encoding.is_float else spec.torch_dtype.itemsize)
         for spec in checkpoint.tensors.values()
     )
-    kv_bytes = sum(layer.nbytes(context, compute_dtype.itemsize) for layer in layers)
-    meter = _resident_meter(config, compute_dtype, layers)
-    return weights_bytes + kv_bytes + (meter.planned_bytes(context, 1) if layers else 0)
-
-
-def _resident_facts(
-    checkpoint: Checkpoint, dtype: str | torch.dtype
-) -> tuple[PretrainedConfig, torch.dtype, list[LayerShape]]:
-    config = load_config(checkpoint)
-    compute_dtype = compute_dtype_of(dtype, config, checkpoint)
-    with refusing(checkpoint.config_file, "no causal LM"):
-        return config, compute_dtype, dry_run(meta_model(config, torch.bfloat16), ())[2]
-
-
-def _resident_meter(config: PretrainedConfig, dtype: torch.dtype, layers: Sequence[LayerShape]) -> PassMeter:
-    """In bfloat16, the one dtype in which torch's product for experts runs on the meta device, scaled to `dtype`."""
-    return PassMeter(config, torch.bfloat16, layers, [], scale=dtype.itemsize // torch.bfloat16.itemsize)
-
-
-def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
-    """A checkpoint that cannot be streamed, loaded whole by transformers: a model with no weights left to place."""
-    config, compute_dtype, layers = _resident_facts(checkpoint, dtype)
-    with refusing(checkpoint.path, "transformers cannot load it"):
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            config=config,
-            dtype=compute_dtype,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-        )
     return Skeleton(
-        model.eval().requires_grad_(False),
+        model,
         checkpoint,
         specs={},
         weights=[],
@@ -65,5 +36,31 @@ def load_resident(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
         together=[],
         cache_layers=layers,
         kv_dtype=compute_dtype,
-        meter=_resident_meter(config, compute_dtype, layers),
+        meter=PassMeter(
+            config, torch.bfloat16, layers, [], scale=compute_dtype.itemsize // torch.bfloat16.itemsize
+        ),
+        whole_bytes=whole_bytes,
+        whole_dtype=compute_dtype,
     )
+
+
+def whole_model_bytes(skeleton: Skeleton, context: int) -> int:
+    """What a model that is loaded whole takes: weights, KV cache and activations."""
+    kv_bytes = sum(layer.nbytes(context, skeleton.dtype.itemsize) for layer in skeleton.cache_layers)
+    activation_bytes = skeleton.meter.planned_bytes(context, 1) if skeleton.cache_layers else 0
+    return skeleton.whole_bytes + kv_bytes + activation_bytes
+
+
+def load_whole(skeleton: Skeleton) -> PreTrainedModel:
+    """The model of a `resident_skeleton`, with its weights."""
+    checkpoint = skeleton.checkpoint
+    with refusing(checkpoint.path, "transformers cannot load it"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            config=load_config(checkpoint),
+            dtype=skeleton.dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    return model.eval().requires_grad_(False)

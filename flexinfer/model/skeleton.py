@@ -47,6 +47,9 @@ class Skeleton:
     cache_layers: list[LayerShape]
     kv_dtype: torch.dtype  # what the KV cache is kept in
     meter: PassMeter
+    # Of a model that cannot be streamed: its weights, which transformers loads whole, and their dtype.
+    whole_bytes: int = 0
+    whole_dtype: torch.dtype | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -80,7 +83,8 @@ class Skeleton:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        """What is computed in."""
+        return self.whole_dtype or self.model.dtype
 
     @property
     def resident(self) -> dict[str, TensorSpec]:

@@ -54,8 +54,8 @@ class Planner:
     window: str | int | None = None
     mixture: Mixture | None = None
     substitutes: Substitutes | None = None
-    # Large parameters that are no weights of linears: a refusal names them.
-    not_streamable: tuple[str, ...] = ()
+    # What cannot be streamed, and why: a refusal begins with it.
+    not_streamable: str = ""
     # What a draft gives in addition to a plan.
     draft: Callable[[Plan], DraftPlan | None] | None = None
 
