@@ -235,25 +235,19 @@ class Planner:
             others = f", experts {format_size(MIN_SLOTS * self.mixture.slots().slot_bytes)}"
         if draft_bytes := self._substitute_bytes + overheads.draft_bytes:
             others += f", draft {format_size(draft_bytes)}"
-        kept = ""
-        if self.not_streamable:
-            first, more = self.not_streamable[0], len(self.not_streamable) - 1
-            kept = (
-                f" {first} and {more} more are not weights of linears or of experts that can be told apart; "
-                "they cannot be streamed yet and have to stay in memory."
-            )
+        reason = f"{self.not_streamable}; " if self.not_streamable else ""
         loading = (
             f" ({format_size(overheads.loading_bytes)} while it is loaded)" if overheads.loading_bytes else ""
         )
         return (
-            f"memory={format_size(budget_bytes)} is too little for this model: it needs at least "
+            f"{reason}memory={format_size(budget_bytes)} is too little for this model: it needs at least "
             f"{name_budget(self.smallest_bytes)}: process {format_size(overheads.process_bytes)}, "
             f"tokenizer {format_size(overheads.tokenizer_bytes)}{loading}, "
             f"parameters that stay {format_size(overheads.unstreamed_bytes)}, "
             f"KV cache {format_size(overheads.kv_bytes + overheads.attention_bytes)}, "
             f"activations {format_size(overheads.activation_bytes)}, margin {format_size(overheads.margin_bytes)}, "
             f"window {format_size(MIN_SLOTS * self._slot_bytes)}{others}. "
-            f"A smaller context makes the KV cache and activations smaller.{kept}"
+            f"A smaller context makes the KV cache and activations smaller."
         )
 
 
