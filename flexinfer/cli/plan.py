@@ -15,7 +15,7 @@ from flexinfer.observe.report import PART_COLOURS, budget_parts
 from flexinfer.options import Options
 from flexinfer.plan.batches import Batch, best_batch, counts_up_to, plan_batches
 from flexinfer.plan.plan import Costs, Plan
-from flexinfer.plan.planner import Planner
+from flexinfer.plan.planner import Planner, with_page_tables
 from flexinfer.plan.weights import Weight
 from flexinfer.sizes import format_size, named_budget_bytes, whole_mib
 
@@ -85,7 +85,8 @@ def useful_bytes(prepared: "Prepared") -> int:
 def _everything_bytes(planner: Planner) -> int:
     """A budget that holds every weight."""
     experts_bytes = planner.mixture.slots().nbytes if planner.mixture is not None else 0
-    return planner.overheads.nbytes + sum(weight.locked_bytes for weight in planner.weights) + experts_bytes
+    weights_bytes = sum(weight.locked_bytes for weight in planner.weights) + experts_bytes
+    return max(planner.smallest_bytes, planner.overheads.nbytes + with_page_tables(weights_bytes))
 
 
 def _budgets(planner: Planner, budget_bytes: int) -> list[int]:
