@@ -192,6 +192,8 @@ class ExpertCache:
         assert queue is not None
         with queue.changed:
             self._blocked = number
+            # A backward pass acquires pieces that no layer has wanted: they stay until they are released, too.
+            self._wanted.setdefault(number)
             if number not in self._reading and number not in self._needed and number not in self._failed:
                 self._needed.appendleft(number)
             # There may be a slot for it that there was not for what is used later.
