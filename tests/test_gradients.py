@@ -130,7 +130,7 @@ def test_gradients_of_experts_in_blocks(gguf_model: WriteGGUF, load: Load, famil
     written = gguf_model(family, ("Q8_0",))
     reference, model = eager(written.stock), load(written.file)
     hidden = torch.randn(5, model.config.hidden_size, requires_grad=True)
-    chosen = torch.rand(5, 8).topk(2).indices
+    chosen = torch.rand(5, model.config.num_local_experts).topk(2).indices
     weights = torch.rand(5, 2, requires_grad=True)
     gradient = torch.randn(5, model.config.hidden_size)
 

@@ -93,7 +93,7 @@ def test_generate_ends_after_the_token_in_hand(
 
 SLOW_READS = """
 import os, sys, time
-from flexinfer.cli import main
+from flexinfer.cli.main import main
 from flexinfer.streaming.reader import FileReader
 
 class Slow(FileReader):

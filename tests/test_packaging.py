@@ -88,7 +88,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> N
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-        assert "flexinfer = flexinfer.cli:main" in wheel.read(entry_points).decode()
+        assert "flexinfer = flexinfer.cli.main:main" in wheel.read(entry_points).decode()
     sources = [*(ROOT / "flexinfer").rglob("*.py"), ROOT / "flexinfer" / "py.typed"]
     assert names == {str(file.relative_to(ROOT)) for file in sources}
 

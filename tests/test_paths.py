@@ -21,7 +21,6 @@ from flexinfer.cli.main import main
 from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.hub import resolve
 from flexinfer.formats.safetensors import SINGLE_FILE
-from flexinfer.formats.tensors import Checkpoint
 from flexinfer.serve.server import name_of
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +104,7 @@ def test_what_is_there_and_is_no_checkpoint_is_named(
         tmp_path / "gone": "a link to .*nowhere, which is not there",
         tmp_path / "pipe": "neither a file nor a directory",
     }.items():
-        for find in (resolve, Checkpoint.open):
+        for find in (resolve, open_checkpoint):
             with pytest.raises(CheckpointError, match=said) as refused:
                 find(file)
             assert "no such" not in str(refused.value)

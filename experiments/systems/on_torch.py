@@ -14,7 +14,7 @@ from experiments.systems.interface import UnsupportedError, resident_bytes
 
 ALLOCATOR_BYTES = 64 << 20  # of accelerate's process beside weights and cache; our choice
 COUNTERS = {"expert_hits", "expert_misses", "experts_foretold", "experts_foretold_right", "wasted_bytes"}
-SPIN_COUNT = "6000"  # as flexinfer.cli, which says why; not imported, for its memory would count
+SPIN_COUNT = "6000"  # as flexinfer.cli.main, which says why; not imported, for its memory would count
 
 
 class TorchSystem:

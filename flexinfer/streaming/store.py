@@ -158,9 +158,9 @@ class WeightStore:
             with self._prefetcher.next(place) as (buffer, position):
                 count = piece.row_stop - piece.row_start
                 view = placement.kernel.view(buffer, position, count)
-                yield Rows(piece.row_start, count, count, piece.nbytes, view, placement.kernel)
                 if placement.substitute is not None:
                     placement.substitute.add(piece, view)
+                yield Rows(piece.row_start, count, count, piece.nbytes, view, placement.kernel)
 
     def locked_rows(self, weight: Weight) -> Rows | None:
         """All rows of `weight`, where they are in memory as one block."""
