@@ -100,8 +100,8 @@ class Engine:
         """
         trace, facts = self._trace, dict[str, Any]()
         if self.mixture is not None:
-            names = ("expert_hits", "expert_misses", "experts_foretold", "experts_foretold_right")
-            facts |= {name: getattr(trace, name) for name in names}
+            of_experts = ("expert_hits", "expert_misses", "experts_foretold", "experts_foretold_right")
+            facts |= {name: getattr(trace, name) for name in of_experts}
         names = ("passes", "tokens", "bytes_read", "reads", "pass_s", "wait_s", "resyncs", "wasted_bytes")
         facts |= {name: getattr(trace, name) for name in names}
         if self.drafter is not None:

@@ -12,12 +12,12 @@ loads besides. Not here: what is locked (flexinfer.plan), and when a pass may ru
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -58,7 +58,7 @@ class SubstituteSource(Protocol):
         """Memory for the substitute of the pieces of `weight` from number `first` on."""
         ...
 
-    def complete(self, weight: Weight, substitute: Substitute) -> None:
+    def complete(self, weight: Weight, substitute: Any) -> None:
         """Make or read what is missing. Raises ReadError."""
         ...
 
@@ -135,7 +135,7 @@ class WeightStore:
 
     # ---- what modules call
 
-    def rows(self, weight: Weight) -> Iterator[Rows]:
+    def rows(self, weight: Weight) -> Generator[Rows, None, None]:
         """The rows of `weight`, block by block in their order. A block may be used until the next is asked for.
 
         The caller holds `lock`, and closes the iterator. While candidates are drafted, rows that are not locked come from their
