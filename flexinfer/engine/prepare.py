@@ -6,7 +6,7 @@ headers, never weights.
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class ProcessMemory:
     libraries: LibraryPages
     file_bytes: int
     # What the tokenizer beside the weights will take, if it is not loaded yet.
-    tokenizer: TokenizerMemory = TokenizerMemory()
+    tokenizer: TokenizerMemory = field(default_factory=TokenizerMemory)
     margin_bytes: int = MARGIN_BYTES
 
     @classmethod
