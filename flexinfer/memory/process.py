@@ -1,13 +1,11 @@
 """How much memory this process has, and may have."""
 
 import contextlib
-import os
 from collections.abc import Iterator
+from mmap import PAGESIZE
 from pathlib import Path
 
 import psutil
-
-from flexinfer.memory.buffer import PAGE_BYTES
 
 CGROUPS_FILE = Path("/proc/self/cgroup")
 
@@ -56,12 +54,12 @@ def _cgroup_folders() -> Iterator[tuple[Path, str, str, tuple[str, str]]]:
 def anonymous_bytes() -> int:
     """Memory of this process that is no page of a file: what the system cannot take back."""
     resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-    return (int(resident) - int(shared)) * PAGE_BYTES
+    return (int(resident) - int(shared)) * PAGESIZE
 
 
 def file_bytes() -> int:
     """Pages of mapped files that this process has in memory: libraries, for the most part."""
-    return int(Path("/proc/self/statm").read_text().split()[2]) * PAGE_BYTES
+    return int(Path("/proc/self/statm").read_text().split()[2]) * PAGESIZE
 
 
 def peak_bytes() -> int:
@@ -80,4 +78,4 @@ def reset_peak() -> None:
 
 def resident_bytes() -> int:
     """Memory of this process that is resident now (RSS)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
