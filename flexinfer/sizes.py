@@ -1,6 +1,7 @@
 """Memory sizes as people write and read them, and how a budget is named."""
 
-SLACK_BYTES = 6 << 20  # between processes of the same program; a server's differ by up to 4 MiB (docs/log.md)
+# Between processes of the same program, which are not always of the same size (docs/log.md).
+SLACK_BYTES = 6 << 20
 
 MOST_BYTES = 1 << 60  # no machine has as many
 
