@@ -1,1 +1,1 @@
-"""Checkpoints: where each tensor lies, what model they belong to, and copies in fewer bits."""
+"""Checkpoints: where each tensor lies, what model they belong to, and the tokenizer beside them."""

@@ -1,10 +1,4 @@
-"""Page-aligned memory for weights: buffers that hold locked tensors for good, and the slots of the window.
-
-Each buffer is a private anonymous mapping, in huge pages where the kernel has them (fewer pages to pin for a direct
-read, fewer TLB misses for a kernel that streams through it: docs/log.md), and begins at the boundary of one; locked with mlock so that
-the kernel cannot take back what the plan counted on. This is the only caller of mlock, madvise and mallopt. A buffer lives as long as something refers
-to it or to a tensor made from it; there is nothing to free by hand, and the end of one can be let go of while the rest is in use.
-"""
+"""Pages of mapped files, code and tables of libraries for the most part: let go after importing, locked while a model runs."""
 
 import contextlib
 import ctypes

@@ -1,1 +1,1 @@
-"""The way of a weight from disk to its product: memory, readers, window, linears, KV cache."""
+"""The way of weights from disk to the modules that use them: readers, the window, locked memory, the KV cache."""
