@@ -43,7 +43,7 @@ def config_of(gguf: GGUF) -> dict[str, Any]:
     for key in ("embedding_length", "attention.head_count", "block_count"):
         _needed(gguf, key)
     for key, theirs in family.keys.items():
-        if _of(gguf, key) is not None:
+        if key not in family.only and _of(gguf, key) is not None:
             config[theirs] = _ratio(gguf, key) if key.endswith(RATIOS) else _size(gguf, key)
     for key, value in family.only.items():
         if _of(gguf, key) != value:

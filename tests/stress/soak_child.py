@@ -96,7 +96,7 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
         shape = shape_of(call, case)
         # By the plan as it is now: the first pass has made it anew.
         if refusal is None and shape is not None:
-            explained = max(explained, model.flexinfer.planned_bytes(shape))
+            explained = max(explained, model.flexinfer.runner.planned_bytes(shape))
         gc.collect()
         resting.append(anonymous_bytes())
     stats, plan = model.flexinfer.stats(), model.flexinfer.plan
