@@ -64,8 +64,8 @@ def test_ls_finds_models_in_the_hub_cache_and_in_directories(
     assert found == [tmp_path / "disk" / "one.gguf", tmp_path / "disk" / "two-00001-of-00002.gguf", below]
 
 
-def test_ls_tells_smallest_budget_and_speed_and_reads_no_weights(
-    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_ls_tells_the_smallest_budget_and_reads_no_weights(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(model_dir, tmp_path / "good")
     (tmp_path / "broken").mkdir()
@@ -76,30 +76,16 @@ def test_ls_tells_smallest_budget_and_speed_and_reads_no_weights(
     with weights.open("r+b") as file:
         file.seek(header_bytes)
         file.write(b"\0" * (weights.stat().st_size - header_bytes))  # no weights are there to be read
-    measured: list[Path] = []
-
-    def disk_speed(folder: Path, size_bytes: int) -> float:
-        measured.append(folder)
-        return 1e9
-
-    monkeypatch.setattr("flexinfer.doctor.disk_speed", disk_speed)
-    monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path / "cache"))
-    for _ in range(2):  # the second time by what was kept
-        assert main(["ls", str(tmp_path), "--json"]) == 0
-        broken, good = json.loads(capsys.readouterr().out)
-        assert (broken["path"], good["path"]) == (str(tmp_path / "broken"), str(tmp_path / "good"))
-        assert broken["problem"]
-        assert broken["smallest_bytes"] is None
-        assert good["encoding"] == "F32"
-        assert good["weights_bytes"] == weights.stat().st_size - header_bytes
-        assert 100 << 20 < good["smallest_bytes"] <= good["budget_bytes"]
-        assert 0 < good["tokens_per_s"] <= good["bound_tokens_per_s"] * 1.001
-    assert len(measured) == 1
+    assert main(["ls", str(tmp_path), "--json"]) == 0
+    broken, good = json.loads(capsys.readouterr().out)
+    assert (broken["path"], good["path"]) == (str(tmp_path / "broken"), str(tmp_path / "good"))
+    assert broken["problem"]
+    assert broken["smallest_bytes"] is None
+    assert good["encoding"] == "F32"
+    assert good["weights_bytes"] == weights.stat().st_size - header_bytes
+    assert 100 << 20 < good["smallest_bytes"] <= good["budget_bytes"]
     assert main(["ls", str(tmp_path), "--memory", "10MiB"]) == 0
-    shown = capsys.readouterr().out
-    assert "memory=10 MiB is less than the smallest budget" in shown
-    assert main(["ls", str(tmp_path), "--measure", "--json"]) == 0
-    assert len(measured) == 2
+    assert "A smaller context makes the KV cache" in capsys.readouterr().out
 
 
 def test_ls_says_where_there_is_nothing(
@@ -212,16 +198,6 @@ def test_the_shell_completes_options_values_and_models(hub_cache: Path, model_di
 
 
 # ---- plan
-
-
-def test_plan_draws_a_picture(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "plan.png"
-    assert main(["plan", str(model_dir), "--png", str(file)]) == 0
-    assert file.read_bytes().startswith(b"\x89PNG")
-    shown = capsys.readouterr().out
-    assert not set(shown) & set("█░■─\x1b")  # no terminal sees it
-    assert main(["plan", str(model_dir), "--png", str(tmp_path / "none" / "plan.png")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_plan_at_a_terminal_draws_bars(model_dir: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import flexinfer.cache_dir
 import flexinfer.formats.tokenizer
 from experiments.cgroups import find_place
 from experiments.limits import Limits
@@ -31,7 +32,8 @@ MIB = 1 << 20
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache directory."""
+    """An empty cache directory, for this process and for those that it starts."""
+    monkeypatch.setattr(flexinfer.cache_dir, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -162,7 +164,7 @@ def test_files_that_make_none_are_a_problem_only_where_it_is_used(tmp_path: Path
 
 def test_first_uses_at_the_same_time(tmp_path: Path, cache: Path) -> None:
     path = made(tmp_path / "model", byte_pairs())
-    program = "import sys; from pathlib import Path; from flexinfer.tokenizer import load_tokenizer; print(load_tokenizer(Path(sys.argv[1]))('abab')['input_ids'])"
+    program = "import sys; from pathlib import Path; from flexinfer.formats.tokenizer import load_tokenizer; print(load_tokenizer(Path(sys.argv[1]))('abab')['input_ids'])"
     runs = [
         subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -189,12 +191,12 @@ def test_a_full_disk_and_a_process_that_was_killed(
     monkeypatch.setattr(flexinfer.formats.tokenizer, "run_apart", killed)
     with pytest.raises(CheckpointError, match=r"takes \d+ MiB of memory, once.*run `flexinfer plan`"):
         prepare_tokenizer(path)
-    assert not list((cache / "tokenizers").iterdir())
+    assert not list(cache.glob("tokenizers/*"))
     monkeypatch.setattr(flexinfer.formats.tokenizer, "run_apart", full)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         prepared = prepare_tokenizer(path)
     assert prepared.load()("ab")["input_ids"]
-    assert not list((cache / "tokenizers").iterdir())
+    assert not list(cache.glob("tokenizers/*"))
 
 
 # ---- in control groups of exactly the budget

@@ -59,8 +59,8 @@ def test_no_event_is_lost_when_many_threads_write() -> None:
 def test_without_events_nothing_is_set_aside() -> None:
     trace = Trace()
     trace.add("wait", "x", 0, 0.0, 1)
-    trace.begin_pass()
-    trace.end_pass()
+    with trace.one_pass(1):
+        pass
     assert trace.events() == list(trace.timeline()) == []
     assert trace.passes == 1
     assert trace.wait_s > 0
@@ -80,10 +80,9 @@ def test_progress_of_a_pass_reaches_its_end_and_begins_again() -> None:
     trace = Trace(progress=lambda *report: heard.append(report))
     trace.set_memory(100, 10, 10, 30)
     for _ in range(2):
-        trace.begin_pass()
-        for nbytes in (10, 20):
-            trace.add("compute", "x", 0, 0.0, nbytes)
-        trace.end_pass()
+        with trace.one_pass(1):
+            for nbytes in (10, 20):
+                trace.add("compute", "x", 0, 0.0, nbytes)
     assert heard == [("pass", 10, 30), ("pass", 30, 30)] * 2
 
 
