@@ -163,6 +163,10 @@ class ReadQueue:
         finally:
             self.changed.acquire()
         read.source.finish(read, outcome)
+        if isinstance(outcome, BaseException) and not isinstance(
+            outcome, Exception
+        ):  # Ctrl-C is not a fault of the disk
+            raise outcome
 
     def _wait(self, piece: Piece, start_s: float) -> None:
         """Wait until something has changed, for a caller that holds the lock and has wanted `piece` since `start_s`."""
