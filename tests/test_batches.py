@@ -11,7 +11,7 @@ from small_model import CONFIG, add_tokenizer
 import flexinfer.engine.prepare
 from flexinfer.cli.main import main
 from flexinfer.engine.prepare import ProcessMemory
-from flexinfer.formats.tokenizer import TokenizerMemory
+from flexinfer.formats.tokenizer import TokenizerMemory, prepare_tokenizer
 from flexinfer.plan.batches import best_batch, counts_up_to, plan_batches
 from flexinfer.plan.plan import Costs, Overheads
 from flexinfer.plan.planner import Planner
@@ -91,7 +91,9 @@ def test_it_agrees_with_what_the_engine_plans(
     ]
     assert main([*argv, "--memory", str(BUDGET)]) == 0
     whole = json.loads(capsys.readouterr().out)["batches"][-1]
-    budget = BUDGET - (BUDGET - 320 * MIB - 16 * MIB - whole["kv_bytes"] - whole["activation_bytes"])
+    tokenizer = prepare_tokenizer(path).memory
+    tokenizer_bytes = tokenizer.stays_bytes + tokenizer.use_bytes
+    budget = 320 * MIB + tokenizer_bytes + 16 * MIB + whole["kv_bytes"] + whole["activation_bytes"]
     assert main([*argv, "--memory", str(budget + (1 << 18))]) == 0
     batches = json.loads(capsys.readouterr().out)["batches"]
     assert [one["sequences"] for one in batches] == [1, 2, 4, 8]
