@@ -122,7 +122,7 @@ def decode(
     for kind, text in prompts or [("replayed", "")]:
         if job["replayed"]:
             ids = torch.tensor([job["prompt_ids"]])
-            margins: Any = Replay(job["replayed"], lambda: engine.drafting)
+            margins: Any = Replay(job["replayed"], lambda: engine.store.drafting)
         else:
             message = [{"role": "user", "content": text}]
             ids = engine.tokenizer.apply_chat_template(

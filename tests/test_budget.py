@@ -143,7 +143,7 @@ def test_smallest_budget_is_enough_with_a_draft(
 LENGTHS = """
 import gc, json, sys, flexinfer, torch
 from flexinfer.memory.process import anonymous_bytes
-from flexinfer.streaming.memory import trim_heap
+from flexinfer.memory.heap import trim_heap
 model = flexinfer.from_pretrained(sys.argv[1], "2GiB", context=256)
 
 def score(lengths):

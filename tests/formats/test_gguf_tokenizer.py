@@ -142,9 +142,9 @@ def test_where_memory_is_too_little_for_it_this_is_said_first(
 def test_without_a_cache_that_can_be_written_to_it_is_made_for_this_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path / "file"))
     file = made(tmp_path, byte_level)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(flexinfer.cache_dir, "cache_dir", lambda: tmp_path / "file")
     with pytest.warns(RuntimeWarning, match="Set FLEXINFER_CACHE"):
         directory = open_checkpoint(file).config_dir
     with warnings.catch_warnings():
