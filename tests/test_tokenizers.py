@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import flexinfer.cache_dir
-import flexinfer.formats.tokenizer
+import flexinfer.formats.child
 from experiments.cgroups import find_place
 from experiments.limits import Limits
 from experiments.real import as_gguf, real_tokenizer, with_tokenizer
@@ -178,7 +178,7 @@ def test_a_full_disk_and_a_process_that_was_killed(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = made(tmp_path / "model", byte_pairs())
-    run_apart = flexinfer.formats.tokenizer.run_apart
+    run_apart = flexinfer.formats.child.run_apart
 
     def full(module: str, *arguments: str) -> Any:
         if str(cache) in arguments[-1]:
@@ -188,11 +188,11 @@ def test_a_full_disk_and_a_process_that_was_killed(
     def killed(module: str, *arguments: str) -> Any:
         return subprocess.CompletedProcess([], -9, "", "")
 
-    monkeypatch.setattr(flexinfer.formats.tokenizer, "run_apart", killed)
+    monkeypatch.setattr(flexinfer.formats.child, "run_apart", killed)
     with pytest.raises(CheckpointError, match=r"takes \d+ MiB of memory, once.*run `flexinfer plan`"):
         prepare_tokenizer(path)
     assert not list(cache.glob("tokenizers/*"))
-    monkeypatch.setattr(flexinfer.formats.tokenizer, "run_apart", full)
+    monkeypatch.setattr(flexinfer.formats.child, "run_apart", full)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         prepared = prepare_tokenizer(path)
     assert prepared.load()("ab")["input_ids"]

@@ -16,7 +16,7 @@ from flexinfer.cache_dir import user_path
 from flexinfer.formats.gguf import is_gguf
 from flexinfer.formats.gguf_model import gguf_in, open_gguf
 from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE, is_file, read_index, tensors_by_name
-from flexinfer.formats.tensors import CONFIG_FILE, Checkpoint, CheckpointError, read_json
+from flexinfer.formats.tensors import CONFIG_FILE, MAX_CONFIG_BYTES, Checkpoint, CheckpointError, read_json
 from flexinfer.messages import shown
 
 ADAPTER_FILE = "adapter_config.json"
@@ -124,7 +124,7 @@ def _what_it_is(file: Path) -> str:
 def _adapter_refusal(path: Path) -> str:
     """What to do about an adapter, which transformers would apply to the weights in `path`, or to others."""
     try:
-        base = shown(read_json(path / ADAPTER_FILE).get("base_model_name_or_path"))
+        base = shown(read_json(path / ADAPTER_FILE, MAX_CONFIG_BYTES).get("base_model_name_or_path"))
     except CheckpointError:
         base = "a model that it does not name"
     return (
@@ -136,7 +136,7 @@ def _adapter_refusal(path: Path) -> str:
 
 def _named_file(config: Path) -> str | None:
     """The weights that config.json names, which transformers loads in place of the usual ones."""
-    name = read_json(config).get("transformers_weights")
+    name = read_json(config, MAX_CONFIG_BYTES).get("transformers_weights")
     if name is None:
         return None
     known = isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json"))

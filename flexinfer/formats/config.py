@@ -14,12 +14,10 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from flexinfer.formats.tensors import Checkpoint, CheckpointError, read_json
+from flexinfer.formats.tensors import CONFIG_FILE, MAX_CONFIG_BYTES, Checkpoint, CheckpointError, read_json
 from flexinfer.messages import cause, shown
 
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-MAX_CONFIG_BYTES = 16 << 20
 LAYERS = re.compile(r"(?<!window_)layers?$|blocks$|depth$")  # keys: how many times a part is built
 COUNTS = re.compile(r"(^|_)(num|n)_|(experts|heads|labels|groups|codebooks)$")
 FEW = 1024  # experts, labels and so on that may be named without being there
@@ -46,7 +44,7 @@ def refusing(file: Path, what: str) -> Iterator[None]:
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The configuration of `checkpoint`. Raises CheckpointError when transformers knows no such model, or must not build it."""
     file = checkpoint.config_file
-    _check(file, _read(checkpoint.config_dir / CONFIG_FILE), checkpoint)
+    _check(file, read_json(checkpoint.config_dir / CONFIG_FILE, MAX_CONFIG_BYTES), checkpoint)
     with refusing(file, "not a model that transformers knows"):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             checkpoint.config_dir, trust_remote_code=False, local_files_only=True
@@ -62,18 +60,9 @@ def set_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> Non
     file, options = path / GENERATION_FILE, dict[str, Any]()
     if not file.is_file():
         file, options = path / CONFIG_FILE, {"config_file_name": CONFIG_FILE, "_from_model_config": True}
-    _read(file)
+    read_json(file, MAX_CONFIG_BYTES)
     with refusing(checkpoint.path if checkpoint.architecture else file, "no settings of generate()"):
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True, **options)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    size_bytes = file.stat().st_size
-    if size_bytes > MAX_CONFIG_BYTES:
-        raise CheckpointError(
-            f"{file}: {size_bytes} bytes, at most {MAX_CONFIG_BYTES} are read; download it again"
-        )
-    return read_json(file)
 
 
 def _check(file: Path, values: dict[str, Any], checkpoint: Checkpoint) -> None:

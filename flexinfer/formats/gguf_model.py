@@ -14,10 +14,10 @@ import json
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flexinfer.cache_dir import cache_dir, make_once
-from flexinfer.formats.child import KILLED, run_apart
+from flexinfer.cache_dir import make_once
+from flexinfer.formats.child import make_apart
 from flexinfer.formats.gguf import (
     GGUF,
     LongArray,
@@ -31,12 +31,6 @@ from flexinfer.formats.gguf_config import TOKEN_IDS, config_of
 from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE
 from flexinfer.formats.tensors import Checkpoint, CheckpointError
 from flexinfer.formats.tokenizer_form import OF_GGUF
-from flexinfer.memory.process import anonymous_bytes, available_bytes
-from flexinfer.messages import one_line
-from flexinfer.sizes import format_size
-
-if TYPE_CHECKING:
-    pass
 
 NAMES_KEY = "flexinfer.names"  # whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
@@ -116,23 +110,9 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
         (directory / NO_TOKENIZER).write_text("the file has none")
         return
     needed_bytes = TOKENIZER_BYTES + TOKEN_BYTES * tokens.count
-    spare_bytes = available_bytes() - anonymous_bytes()
-    too_little = CheckpointError(
-        f"{gguf.files[0]}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
-        f"to spare; run `flexinfer plan {gguf.files[0]}` where there is more: it is kept in {cache_dir()}"
-    )
-    if spare_bytes < needed_bytes:
-        raise too_little
-    done = run_apart(
-        "flexinfer.formats.gguf_tokenizer", str(gguf.files[0].resolve()), str(directory.resolve())
-    )
-    if done.returncode == KILLED:
-        raise too_little
-    if done.stdout:
-        warnings.warn(f"{gguf.files[0]}: {one_line(done.stdout)}", RuntimeWarning, stacklevel=2)
-    if done.returncode:
-        last = one_line((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-        (directory / NO_TOKENIZER).write_text(last)
-        warnings.warn(
-            f"{gguf.files[0]}: no tokenizer could be made from it ({last})", RuntimeWarning, stacklevel=2
-        )
+    file = gguf.files[0]
+    paths = str(file.resolve()), str(directory.resolve())
+    why = make_apart(file, needed_bytes, "flexinfer.formats.gguf_tokenizer", *paths)
+    if why is not None:
+        (directory / NO_TOKENIZER).write_text(why)
+        warnings.warn(f"{file}: no tokenizer could be made from it ({why})", RuntimeWarning, stacklevel=2)

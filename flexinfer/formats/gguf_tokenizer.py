@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers, processors
 
-from flexinfer.formats.child import FULL, NO_ROOM, first_to_go
+from flexinfer.formats.child import guarded
 from flexinfer.formats.gguf import read_gguf
 
 ARRAYS = ("tokens", "scores", "token_type", "merges", "precompiled_charsmap")
@@ -88,14 +88,7 @@ def make_tokenizer(file: Path, directory: Path) -> None:
 
 def main(file: str, directory: str) -> int:
     """In a process of its own."""
-    first_to_go()
-    try:
-        make_tokenizer(Path(file), Path(directory))
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        return FULL
-    return 0
+    return guarded(lambda: make_tokenizer(Path(file), Path(directory)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format; of any JSON that is read here
+# The limit of the safetensors format.
+MAX_HEADER_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +117,12 @@ class Checkpoint:
         return sorted({spec.file for spec in self.tensors.values()})
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
     """The JSON object in `path`; raises CheckpointError when it is not one, or too large to be one."""
     size_bytes = path.stat().st_size
-    if size_bytes > MAX_HEADER_BYTES:
+    if size_bytes > most_bytes:
         raise CheckpointError(
-            f"{path}: {size_bytes} bytes of JSON, at most {MAX_HEADER_BYTES} are read; download the file again"
+            f"{path}: {size_bytes} bytes of JSON, at most {most_bytes} are read; download the file again"
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ before the process is measured for its plan. What comes out is a stock transform
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,15 +17,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from flexinfer.cache_dir import cache_dir, make_once
-from flexinfer.formats.child import KILLED, run_apart
+from flexinfer.cache_dir import make_once
+from flexinfer.formats.child import make_apart
 from flexinfer.formats.gguf_model import NO_TOKENIZER
 from flexinfer.formats.tensors import CheckpointError
 from flexinfer.formats.tokenizer_form import FACTS, OF_GGUF, load
 from flexinfer.memory.heap import return_freed_memory, trim_heap
-from flexinfer.memory.process import anonymous_bytes, available_bytes
 from flexinfer.messages import one_line
-from flexinfer.sizes import format_size
 
 FORM_VERSION = 2
 
@@ -182,21 +179,9 @@ def _versions() -> list[str]:
 
 def _make(path: Path, form: Path, needed_bytes: int) -> None:
     """Have the form made, and measured, by two processes one after the other."""
-    spare_bytes = available_bytes() - anonymous_bytes()
-    too_little = CheckpointError(
-        f"{path}: to prepare its tokenizer takes {format_size(needed_bytes)} of memory, once, and {format_size(spare_bytes)} are "
-        f"to spare; run `flexinfer plan` on the model where there is more: it is kept in {cache_dir()}"
-    )
-    if spare_bytes < needed_bytes:
-        raise too_little
     for role in ("make", "measure"):
-        done = run_apart("flexinfer.formats.tokenizer_form", role, str(path), str(form))
-        if done.returncode == KILLED:
-            raise too_little
-        if done.returncode:
-            last = one_line((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-            problem = f"{path}: no tokenizer can be made of the files beside the weights ({last}); load one of your own"
+        why = make_apart(path, needed_bytes, "flexinfer.formats.tokenizer_form", role, str(path), str(form))
+        if why is not None:
+            problem = f"{path}: no tokenizer can be made of the files beside the weights ({why}); load one of your own"
             (form / FACTS).write_text(json.dumps({"problem": problem}), encoding="utf-8")
             return
-        if done.stdout:
-            warnings.warn(f"{path}: {one_line(done.stdout)}", RuntimeWarning, stacklevel=2)

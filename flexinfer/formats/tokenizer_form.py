@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import is_offline_mode
 from tokenizers import AddedToken, Tokenizer, models
 
-from flexinfer.formats.child import FULL, NO_ROOM, first_to_go
+from flexinfer.formats.child import NO_ROOM, guarded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -383,19 +383,12 @@ def _status(field: str) -> int:
 
 
 def main(role: str, source: str, form: str) -> int:
-    """In a process of its own: the first to go where memory runs out, and without torch, which no tokenizer needs."""
-    first_to_go()
+    """In a process of its own, without torch, which no tokenizer needs."""
     sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    try:
-        {"make": make, "measure": measure}[role](Path(source), Path(form))
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        return FULL
-    return 0
+    return guarded(lambda: {"make": make, "measure": measure}[role](Path(source), Path(form)))
 
 
 if __name__ == "__main__":

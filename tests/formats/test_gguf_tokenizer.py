@@ -10,6 +10,7 @@ from gguf_models import byte_level, write_model
 from transformers import AutoTokenizer
 
 import flexinfer.cache_dir
+import flexinfer.formats.child
 import flexinfer.formats.gguf_model
 from flexinfer import CheckpointError
 from flexinfer.formats.checkpoint import open_checkpoint
@@ -134,7 +135,7 @@ def test_it_is_made_once_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_where_memory_is_too_little_for_it_this_is_said_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flexinfer.formats.gguf_model, "available_bytes", lambda: 0)
+    monkeypatch.setattr(flexinfer.formats.child, "available_bytes", lambda: 0)
     with pytest.raises(CheckpointError, match=r"to make its tokenizer takes \d+ MiB of memory, once"):
         open_checkpoint(made(tmp_path, byte_level))
 
