@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flexinfer.engine.load import from_pretrained
     from flexinfer.formats.tensors import CheckpointError
-    from flexinfer.options import Options
+    from flexinfer.options import Experiment, Options
     from flexinfer.plan.plan import Plan
     from flexinfer.sizes import BudgetError
 
 __version__ = "0.2.0"
 
-__all__ = ["BudgetError", "CheckpointError", "Options", "Plan", "from_pretrained"]
+__all__ = ["BudgetError", "CheckpointError", "Experiment", "Options", "Plan", "from_pretrained"]
 
 MODULES = {
     "BudgetError": "sizes",
     "CheckpointError": "formats.tensors",
+    "Experiment": "options",
     "Options": "options",
     "Plan": "plan.plan",
     "from_pretrained": "engine.load",

@@ -7,6 +7,7 @@ made small, so that a weight of these models has several and each test goes thro
 import os
 import resource
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,18 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def load(small_pieces: None) -> Iterator[Load]:
-    """flexinfer.from_pretrained with a small context and window, and plenty of memory; closes what it loaded after the test."""
+    """flexinfer.from_pretrained with a small context and window, and plenty of memory; closes what it loaded after the test.
+
+    Fields of Experiment are given by their own names.
+    """
     loaded: list[PreTrainedModel] = []
 
     def load_model(
         path: Path, memory: str | int = "8GiB", context: int = 64, **options: Any
     ) -> PreTrainedModel:
+        names = {one.name for one in fields(flexinfer.Experiment)} & options.keys()
+        if names:
+            options["experiment"] = flexinfer.Experiment(**{name: options.pop(name) for name in names})
         options = {"window": WINDOW_BYTES} | options
         model = flexinfer.from_pretrained(path, memory, context=context, **options)
         loaded.append(model)

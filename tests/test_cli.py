@@ -193,11 +193,9 @@ def test_help_names_the_default_window(capsys: pytest.CaptureFixture[str]) -> No
     assert f"(default: {format_size(DEFAULT_WINDOW_BYTES).replace(' ', '')})" in shown
 
 
-def test_prompt_lookup_changes_passes_and_not_the_text(
-    model_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lookup_changes_passes_and_not_the_text(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("generate", str(model_dir), "abc" * 8, "--max-new-tokens", "60")
-    plain, guessed = run_json(capsys, *command), run_json(capsys, *command, "--prompt-lookup", "4")
+    plain, guessed = run_json(capsys, *command), run_json(capsys, *command, "--draft", "lookup")
     assert guessed["token_ids"] == plain["token_ids"]
     assert guessed["passes"] < plain["passes"] == 60
 
@@ -232,7 +230,6 @@ def test_sampling_is_repeatable(model_dir: Path, capsys: pytest.CaptureFixture[s
         (["generate", "{model}", "x", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["generate", "{model}", "x", "--temperature", "-1"], "temperature=-1"),
         (["generate", "{model}", "x", "--top-p", "7"], "top_p=7"),
-        (["generate", "{model}", "x", "--prompt-lookup", "-3"], "prompt_lookup=-3"),
         (["chat", "{model}", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["generate", "{model}/nothing", "x"], "no such directory"),
         (["generate", "{empty}", "x"], "config.json is missing"),

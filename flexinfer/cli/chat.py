@@ -142,7 +142,7 @@ class Conversation:
         self._keep_common(prompt)
         streamer = text_streamer(self._tokenizer)
         clock = Clock(streamer, engine_of(self._model), self._bars)
-        room = self._context - len(prompt) - self._decoding.guessed
+        room = self._context - len(prompt)
         options = self._decoding.keywords(room)
         with Interrupt(self._bars.stopping) as interrupt:
             try:
@@ -174,7 +174,7 @@ class Conversation:
     def _fit_prompt(self) -> list[int] | None:
         """The token ids of the history, its oldest turns dropped where there is no room; None, and nothing dropped, when the last turn alone
         is too long."""
-        least_answer = min(16, self._decoding.new_tokens) + self._decoding.guessed
+        least_answer = min(16, self._decoding.new_tokens)
         for dropped in range(0, len(self.turns), 2):
             encoded = self._tokenizer.apply_chat_template(
                 self._system + self.turns[dropped:], add_generation_prompt=True, return_dict=True

@@ -51,7 +51,7 @@ def generate(
         path = find(model, options, bars)
         from flexinfer.engine.prepare import ContextOf
 
-        new_tokens = decoding.new_tokens + decoding.guessed
+        new_tokens = decoding.new_tokens
         context_of = ContextOf(
             least=new_tokens + 1,
             most=new_tokens + len(prompt.encode()) + SPECIAL_TOKENS,
@@ -65,13 +65,13 @@ def generate(
             inputs = tokenizer(prompt, return_tensors="pt")
             prompt_tokens = inputs["input_ids"].shape[1]
             context, needed = engine_of(streamed).context, prompt_tokens + new_tokens
-            least = needed if decoding.max_new_tokens is not None else prompt_tokens + decoding.guessed + 1
+            least = needed if decoding.max_new_tokens is not None else prompt_tokens + 1
             if context < least:
                 raise ValueError(
                     f"context={context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
                     f"leave it out, or give --context {needed}"
                 )
-            room = context - prompt_tokens - decoding.guessed
+            room = context - prompt_tokens
             writer = Nowhere() if as_json else text_streamer(tokenizer)
             clock = Clock(writer, engine_of(streamed), bars)
             output = cast(Any, streamed).generate(

@@ -76,7 +76,7 @@ def commands() -> typer.Typer:
     app.command()(parsed(generate))
     app.command()(parsed(chat))
     app.command()(parsed(serve, left_out=("follow", "trace")))
-    app.command()(parsed(plan, left_out=("follow", "trace", "verify", "read_timeout_s")))
+    app.command()(parsed(plan, left_out=("follow", "trace", "verify")))
     app.command()(parsed(ls))
     app.command()(parsed(quantize))
     app.command()(parsed(doctor))

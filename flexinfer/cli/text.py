@@ -39,33 +39,20 @@ class Decoding:
         None, "sample from the likeliest tokens of this total probability", panel=DECODING
     )
     seed: int | None = option(None, "makes sampling repeatable", panel=DECODING)
-    prompt_lookup: int | None = option(
-        None,
-        "guess N tokens from the text so far and verify them in one pass; same output, fewer reads",
-        metavar="N",
-        panel=DECODING,
-    )
 
     def __post_init__(self) -> None:
-        temperature, top_p, lookup = self.temperature, self.top_p, self.prompt_lookup
+        temperature, top_p = self.temperature, self.top_p
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if temperature is not None and temperature < 0:
             raise ValueError(f"temperature={temperature:g} must be 0 (greedy) or more")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p={top_p:g} must be more than 0 and at most 1")
-        if lookup is not None and lookup < 1:
-            raise ValueError(f"prompt_lookup={lookup} must be at least 1 token; leave it out to guess none")
 
     @property
     def new_tokens(self) -> int:
         """Tokens of a text, at most."""
         return self.max_new_tokens or NEW_TOKENS
-
-    @property
-    def guessed(self) -> int:
-        """Tokens that are guessed for one pass."""
-        return self.prompt_lookup or 0
 
     def keywords(self, room: int) -> dict[str, Any]:
         """Keyword arguments of transformers' generate(), where the context has room for so many tokens."""
@@ -73,8 +60,6 @@ class Decoding:
         options: dict[str, Any] = {"max_new_tokens": min(self.new_tokens, room), "do_sample": sample}
         if sample:
             options |= {"temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0}
-        if self.guessed:
-            options["prompt_lookup_num_tokens"] = self.guessed
         return options
 
 
@@ -115,7 +100,6 @@ def loaded(
         replace(
             options,
             gguf_file=None,  # `path` names it
-            logits_to_keep=decoding.guessed + 1,
             progress=bars.progress,
         ),
         context_of,

@@ -106,7 +106,7 @@ def _load(
     reader = FileReader(
         skeleton.checkpoint.files,
         direct=options.direct,
-        timeout_s=options.read_timeout_s,
+        timeout_s=options.experiment.read_timeout_s,
         checksums=prepared.checksums,
     )
     undo.callback(reader.close)
@@ -123,16 +123,16 @@ def _load(
         KVReserve(skeleton.cache_layers, prepared.context, skeleton.kv_dtype, skeleton.dtype),
         libraries,
         trace,
-        cache=_expert_cache(skeleton.experts, options.expert_policy, trace),
+        cache=_expert_cache(skeleton.experts, options.experiment.expert_policy, trace),
         substitutes=_substitutes(prepared, planner, reader, trace),
         io_threads=options.io_threads,
-        read_ahead=options.read_ahead,
+        read_ahead=options.experiment.read_ahead,
     )
     undo.callback(store.close)
     drafting = drafter is not None and drafter.drafts.kind is not None
     logits_to_keep = prepared.logits_to_keep if drafting else prepared.undrafted_logits
     kept_rows = 2 * logits_to_keep if planner.substitutes is not None else 0
-    experts = install(skeleton, store, trace, look_ahead=options.look_ahead, kept_rows=kept_rows)
+    experts = install(skeleton, store, trace, look_ahead=options.experiment.look_ahead, kept_rows=kept_rows)
     if drafter is not None and drafter.drafts.kind == "model":
         drafter.drafts.load()
     engine = Engine(prepared, tokenizer, planner, store, trace, experts, drafter, logits_to_keep)

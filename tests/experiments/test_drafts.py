@@ -39,7 +39,7 @@ def replayed_cell(tmp_path: Path, **options: Any) -> Record:
 
 def test_a_replayed_pattern_sets_the_tokens_of_a_pass_and_no_token(tmp_path: Path) -> None:
     plain = replayed_cell(tmp_path)
-    drafted = replayed_cell(tmp_path, draft="substitute", draft_tokens=8)
+    drafted = replayed_cell(tmp_path, draft="substitute", experiment={"draft_tokens": 8})
     assert (plain.message, drafted.message) == ("", "")
     assert plain.output_tokens == drafted.output_tokens
     assert (plain.tokens, plain.passes) == (24, 24)
