@@ -1,7 +1,8 @@
 """How far FlexInfer and llama.cpp agree on one GGUF file of a real model: the next token, the
 distribution, the perplexity.
 
-    python -m experiments.agreement [FILE.gguf] [--positions 1000] [--record results/quality/agreement.jsonl]
+    python -m experiments.agreement [FILE.gguf] [--positions 1000] [--record
+    results/quality/agreement.jsonl]
 
 Mechanism: each system computes the logits of the same token ids in one pass, with its KV cache, in
 a process of its own (both bring a ggml, and two of them do not share a process), and leaves them in
@@ -39,7 +40,8 @@ import numpy.typing as npt
 from experiments.provenance import provenance
 from experiments.record_files import QUALITY, load_lines
 
-TOPICS = ("objects", "execmodel")  # of pydoc_data.topics: "Objects, values and types" and "Execution model"
+# Of pydoc_data.topics: "Objects, values and types" and "Execution model".
+TOPICS = ("objects", "execmodel")
 MEMORY = "2GiB"  # FlexInfer's budget; streamed logits are the resident ones, bit for bit
 CHUNK_ROWS = 64
 
@@ -67,7 +69,9 @@ def _flexinfer(model: Path, ids: Ids) -> Floats:
 
     import flexinfer
 
-    loaded: Any = flexinfer.from_pretrained(model, MEMORY, context=len(ids), logits_to_keep=len(ids))
+    loaded: Any = flexinfer.from_pretrained(
+        model, MEMORY, context=len(ids), logits_to_keep=len(ids)
+    )
     with loaded.flexinfer, torch.inference_mode():
         return np.array(loaded(input_ids=torch.from_numpy(ids)[None]).logits[0].float())
 
@@ -76,7 +80,9 @@ def _transformers(model: Path, ids: Ids) -> Floats:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model.parent, gguf_file=model.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model.parent, gguf_file=model.name, dtype=torch.float32
+    )
     with torch.inference_mode():
         return np.array(loaded(input_ids=torch.from_numpy(ids)[None]).logits[0])
 
@@ -122,7 +128,9 @@ def _write_ids(model: Path, tokens: int, target: Path) -> None:
     tokenizer = load_tokenizer(open_checkpoint(model).config_dir)
     ids = tokenizer(documentation(TOPICS), add_special_tokens=False).input_ids
     if len(ids) < tokens:
-        raise ValueError(f"positions: the text has {len(ids)} tokens, {tokens} are needed; ask for fewer")
+        raise ValueError(
+            f"positions: the text has {len(ids)} tokens, {tokens} are needed; ask for fewer"
+        )
     np.save(target, np.array(ids[:tokens], np.int64))
 
 
@@ -231,12 +239,16 @@ def main() -> None:
         "model", type=Path, nargs="?", help="a GGUF file (default: SmolLM2's, downloaded once)"
     )
     parser.add_argument("--positions", type=int, default=1000)
-    parser.add_argument("--record", type=Path, default=Path("results") / QUALITY / "agreement.jsonl")
+    parser.add_argument(
+        "--record", type=Path, default=Path("results") / QUALITY / "agreement.jsonl"
+    )
     arguments = parser.parse_args()
     model: Path | None = arguments.model
     if model is None:
         find = "from experiments.smollm2 import smollm2_gguf; print(smollm2_gguf())"
-        done = subprocess.run([sys.executable, "-c", find], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", find], stdout=subprocess.PIPE, text=True, check=True
+        )
         model = Path(done.stdout.strip().splitlines()[-1])
     with tempfile.TemporaryDirectory(prefix="flexinfer-agreement-") as scratch:
         line = json.dumps(measure(model, arguments.positions, Path(scratch)))

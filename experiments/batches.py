@@ -68,7 +68,11 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
         axes.plot(part["sequences"], part["planned"], "--", color=PLANNED, label="planned")
         axes.plot(part["sequences"], part["tokens_per_s"], "o-", color=MEASURED, label="FlexInfer")
         axes.axhline(part["bound"].iloc[0], label="bound of one sequence", **BOUND)
-        axes.set(title=f"{model} {weights}, {device}, {budget:.2f} GiB", xlabel="sequences", ylim=(0, None))
+        axes.set(
+            title=f"{model} {weights}, {device}, {budget:.2f} GiB",
+            xlabel="sequences",
+            ylim=(0, None),
+        )
         axes.set_xscale("log", base=2)
         axes.set_xticks(part["sequences"], [str(count) for count in part["sequences"]])
     grid[0][0].set_ylabel("tokens/s, of all sequences")
@@ -76,5 +80,7 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
     drawn.suptitle(title)
     ran = [one for one in records if one.status == "ok"]
     return finish(
-        drawn, ran, shows=f"Marks are medians of the rounds; n = {len({one.cell.round for one in ran})}"
+        drawn,
+        ran,
+        shows=f"Marks are medians of the rounds; n = {len({one.cell.round for one in ran})}",
     )

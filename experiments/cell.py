@@ -69,8 +69,12 @@ def run_cell(cell: CellConfig) -> Record:
     try:
         facts = describe_checkpoint(cell)
     except (subprocess.CalledProcessError, OSError) as error:
-        message = tail(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
-        return _failed(cell, "error", f"checkpoint: {message}", provenance(Path(cell.cache_dir).expanduser()))
+        message = (
+            tail(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
+        )
+        return _failed(
+            cell, "error", f"checkpoint: {message}", provenance(Path(cell.cache_dir).expanduser())
+        )
     origin = provenance(Path(facts.path))
     for folder in (Path(tempfile.gettempdir()), Path(cell.cache_dir).expanduser()):
         remove_stale_scratch(folder)
@@ -105,7 +109,8 @@ def _run_in_limits(cell: CellConfig, facts: CheckpointFacts, job: dict[str, Any]
     if usage.oom_kills and child.status == "error":
         child.status = "killed"
         child.message = (
-            f"killed by the memory limit of {cell.budget_bytes} bytes; {len(child.counted)} tokens counted"
+            f"killed by the memory limit of {cell.budget_bytes} bytes; {len(child.counted)} tokens "
+            "counted"
         )
     return Run(child, applied, usage, rates, "drop_caches" in dropped, others_cpu_share)
 
@@ -144,7 +149,9 @@ def _record(
         output_tokens=[id for token in child.all("token") for id in _ids(token) if id is not None],
         total_weight_bytes=facts.touched_bytes,
         untouched_bytes=facts.untouched_bytes or None,
-        missed_bytes=max(0, read_bytes) // len(counted) if facts.untouched_bytes and counted else None,
+        missed_bytes=max(0, read_bytes) // len(counted)
+        if facts.untouched_bytes and counted
+        else None,
         counted=told,
         process_bytes=child.last("ready").get("process_bytes"),
         kv_bytes=facts.kv_bytes_per_token * cell.workload.context * (cell.workload.batch or 1),
@@ -173,7 +180,9 @@ def _limits(run: Run, cores: int) -> Limits:
     )
 
 
-def _fastest(resident: tuple[float | None, str], counted: list[dict[str, Any]]) -> tuple[float | None, str]:
+def _fastest(
+    resident: tuple[float | None, str], counted: list[dict[str, Any]]
+) -> tuple[float | None, str]:
     """The resident pass, or the fastest pass of the run itself where that was faster."""
     compute_s, source = resident
     fastest_s = min((token["s"] for token in counted), default=None)
@@ -186,7 +195,9 @@ def _best_rate(run: Run) -> tuple[float | None, str]:
     """The best bandwidth, no more than the limit, and all that were measured in words."""
     rates = [rate for probe in run.rates for rate in probe.values()]
     best = min(max(rates), run.applied.read_bytes_per_s or math.inf) if rates else None
-    words = (", ".join(f"{ways} {rate / 1e9:.3f}" for ways, rate in probe.items()) for probe in run.rates)
+    words = (
+        ", ".join(f"{ways} {rate / 1e9:.3f}" for ways, rate in probe.items()) for probe in run.rates
+    )
     told = "; ".join(filter(None, words))
     return best, f"direct reads under the same limits, before and after: {told} GB/s"
 
@@ -203,14 +214,18 @@ class OthersCpu:
     def share(self) -> float:
         """Their share of the time of all cores so far; the kernel's own work is theirs too."""
         taken_s = self._now() - self._others_s
-        return min(1.0, max(0.0, taken_s / ((perf_counter() - self._start_s) * (os.cpu_count() or 1))))
+        return min(
+            1.0, max(0.0, taken_s / ((perf_counter() - self._start_s) * (os.cpu_count() or 1)))
+        )
 
     def _now(self) -> float:
         """CPU seconds since boot that were neither this process's nor its finished children's."""
         user, nice, system, _idle, _iowait, irq, softirq, *_ = map(
             int, Path("/proc/stat").read_text().partition("\n")[0].split()[1:]
         )
-        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - sum(
+            os.times()[:4]
+        )
 
 
 def _ids(token: dict[str, Any]) -> list[int | None]:

@@ -31,13 +31,17 @@ def block_device(path: Path, sys_block: Path = Path("/sys/dev/block")) -> str:
     while not path.exists():
         path = path.parent
     number = os.stat(path).st_dev
-    if os.major(number) == 0:  # btrfs and friends: an anonymous number, the mount's source names the device
+    # Btrfs and friends: an anonymous number, the mount's source names the device.
+    if os.major(number) == 0:
         mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        sources = [m[m.index("-") + 2] for m in mounts if m[2] == f"{os.major(number)}:{os.minor(number)}"]
+        sources = [
+            m[m.index("-") + 2] for m in mounts if m[2] == f"{os.major(number)}:{os.minor(number)}"
+        ]
         if not sources or not sources[0].startswith("/dev/") or not Path(sources[0]).exists():
             kind = sources[0] if sources else "unknown"
             raise LimitError(
-                f"path: {path} lies on no block device (mount source {kind}); reads cannot be limited"
+                f"path: {path} lies on no block device (mount source {kind}); reads cannot be "
+                "limited"
             )
         number = os.stat(sources[0]).st_rdev
     name = f"{os.major(number)}:{os.minor(number)}"
@@ -53,13 +57,16 @@ def device_name(device: str) -> str:
 def find_place(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> Place:
     """Where this process may make groups. `own` is the text of /proc/self/cgroup."""
     lines = (own if own is not None else Path("/proc/self/cgroup").read_text()).split()
-    paths = {name: part.split(":", 2)[2] for part in lines for name in part.split(":", 2)[1].split(",")}
+    paths = {
+        name: part.split(":", 2)[2] for part in lines for name in part.split(":", 2)[1].split(",")
+    }
     if (root / "memory" / "memory.limit_in_bytes").exists():
         found: dict[str, Path | None] = {}
         for controller in ("memory", "blkio"):
             base = root / controller
             nested = base / paths.get(controller, "/").lstrip("/")
-            home = nested if nested.exists() else base  # a container may see its own group as the root
+            # A container may see its own group as the root.
+            home = nested if nested.exists() else base
             found[controller] = home if os.access(home, os.W_OK) else None
         missing = [name for name, home in found.items() if home is None]
         why = f"no right to make groups under {root} for {', '.join(missing)}" if missing else ""
@@ -71,11 +78,14 @@ def find_place(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> P
                 break
             given = parent / "cgroup.subtree_control"
             if not (
-                given.exists() and os.access(parent, os.W_OK) and os.access(parent / "cgroup.procs", os.W_OK)
+                given.exists()
+                and os.access(parent, os.W_OK)
+                and os.access(parent / "cgroup.procs", os.W_OK)
             ):
                 continue
             for controller in {"memory", "io"} - set(given.read_text().split()):
-                with contextlib.suppress(OSError):  # busy where processes live in it: then an ancestor serves
+                # Busy where processes live in it: then an ancestor serves.
+                with contextlib.suppress(OSError):
                     given.write_text(f"+{controller}")
             passed = given.read_text().split()
             if "memory" in passed:

@@ -76,7 +76,12 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
     told = json.loads((checkpoint.config_dir / "config.json").read_text())
     told |= told.get("text_config", {})
     experts = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if EXPERTS.search(name))
-    count = told.get("num_local_experts") or told.get("num_experts") or told.get("n_routed_experts") or 1
+    count = (
+        told.get("num_local_experts")
+        or told.get("num_experts")
+        or told.get("n_routed_experts")
+        or 1
+    )
     untouched = experts - experts * (told.get("num_experts_per_tok") or 0) // count
     layers: dict[str, int] = {}
     outside: dict[str, int] = {}
@@ -87,7 +92,9 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
     heads = told["num_attention_heads"]
     head_width = told.get("head_dim") or told["hidden_size"] // heads
     embeddings = ("token_embd.weight", "wte.weight")
-    embedding = sum(size for name, size in outside.items() if "embed" in name or name.endswith(embeddings))
+    embedding = sum(
+        size for name, size in outside.items() if "embed" in name or name.endswith(embeddings)
+    )
     tied = not any(name.startswith(("lm_head", "embed_out", "output.")) for name in outside)
     matrices = [spec for spec in checkpoint.tensors.values() if len(spec.shape) > 1]
     return CheckpointFacts(
@@ -95,10 +102,18 @@ def _describe(model: ModelConfig, format: str, cache_dir: str) -> CheckpointFact
         files=[str(file) for file in checkpoint.files],
         vocab=told["vocab_size"],
         layers=len(layers),
-        touched_bytes=sum(layers.values()) + sum(outside.values()) - (0 if tied else embedding) - untouched,
+        touched_bytes=sum(layers.values())
+        + sum(outside.values())
+        - (0 if tied else embedding)
+        - untouched,
         untouched_bytes=untouched,
-        kv_bytes_per_token=4 * len(layers) * (told.get("num_key_value_heads") or heads) * head_width,
-        bits=8 * sum(spec.nbytes for spec in matrices) / sum(math.prod(spec.shape) for spec in matrices),
+        kv_bytes_per_token=4
+        * len(layers)
+        * (told.get("num_key_value_heads") or heads)
+        * head_width,
+        bits=8
+        * sum(spec.nbytes for spec in matrices)
+        / sum(math.prod(spec.shape) for spec in matrices),
     )
 
 

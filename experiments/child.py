@@ -80,7 +80,9 @@ def job_of(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> dict[str,
     }
 
 
-def run_child(job: dict[str, Any], timeout_s: float, limits: limiting.Limits | None = None) -> Child:
+def run_child(
+    job: dict[str, Any], timeout_s: float, limits: limiting.Limits | None = None
+) -> Child:
     """Run experiments.systems.measured with `job` in a fresh process, inside `limits`, asleep until
     it ends.
     """
@@ -114,7 +116,8 @@ def run_child(job: dict[str, Any], timeout_s: float, limits: limiting.Limits | N
         _kill(child)
         seen = _read_events(events)
         message = (
-            f"no end after {timeout_s:g} s; {sum(bool(each.get('counted')) for each in seen)} tokens counted"
+            f"no end after {timeout_s:g} s; {sum(bool(each.get('counted')) for each in seen)} "
+            "tokens counted"
         )
         return Child("timeout", message, seen)
     except BaseException:
@@ -142,7 +145,8 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed child may leave half a line
+    # A killed child may leave half a line.
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def tail(text: str | None, lines: int = 3, width: int = 600) -> str:

@@ -97,7 +97,9 @@ class Part:
         the model does not fit `base`.
         """
         ours, theirs = self.speeds(system), self.speeds(base)
-        budgets = sorted(budget for budget in ours.keys() & theirs.keys() if not self.fits(base, budget))
+        budgets = sorted(
+            budget for budget in ours.keys() & theirs.keys() if not self.fits(base, budget)
+        )
         return {budget: ours[budget] / theirs[budget] for budget in budgets}
 
     def overlap(self, system: str, base: str, budget_bytes: int) -> bool:
@@ -146,7 +148,9 @@ class Part:
             assert one.total_weight_bytes and one.bandwidth_bytes_per_s and one.compute_s_per_pass  # noqa: PT018
             resident = one.cell.budget_bytes - (one.process_bytes or 0) - (one.kv_bytes or 0)
             read_s = max(0.0, one.total_weight_bytes - resident) / one.bandwidth_bytes_per_s
-            rooms.append((one.compute_s_per_pass + read_s) / max(one.compute_s_per_pass, read_s) - 1)
+            rooms.append(
+                (one.compute_s_per_pass + read_s) / max(one.compute_s_per_pass, read_s) - 1
+            )
         return max(rooms, default=None)
 
 
@@ -170,7 +174,9 @@ def _judges(paper: Mapping[str, Any]) -> dict[str, Callable[[Part], tuple[str, s
         "C1": lambda part: _gain(part, "flexinfer", "llama-cpp-mmap", paper["C1"], RANGE),
         "C2": _flat,
         "C3": lambda part: _gain(part, _synchronous(part), "llama-cpp-mmap", paper["C3"], LEAST),
-        "C4": lambda part: _gain(part, "flexinfer", _synchronous(part), paper["C4"], LEAST_AND_MORE),
+        "C4": lambda part: _gain(
+            part, "flexinfer", _synchronous(part), paper["C4"], LEAST_AND_MORE
+        ),
         "C5": lambda part: _gain(part, "flexinfer", "unbalanced", paper["C5"], LEAST_AND_MORE),
         "C6": lambda part: _policies(part, "attention-first", paper["C6"]),
         "C7": lambda part: _policies(part, "ffn-first", paper["C7"]),
@@ -187,13 +193,28 @@ def _verdict(
         return None
     rounds = int(part.rows.loc[part.rows["n"] > 0, "n"].min())
     if rounds < QUOTED_ROUNDS and claim != "C9":  # C9 compares tokens, not speeds
-        why += f"; fewest rounds {rounds}: a first look, in which the disk's noise is as large as such gains"
-    return Verdict(claim, part.machine, part.model, part.weights, part.device, said, measured, verdict, why)
+        why += (
+            f"; fewest rounds {rounds}: a first look, in which the disk's noise is as large as "
+            "such gains"
+        )
+    return Verdict(
+        claim, part.machine, part.model, part.weights, part.device, said, measured, verdict, why
+    )
 
 
 def claims_frame(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """The verdicts as a table."""
-    heads = ["claim", "machine", "model", "weights", "device", "paper", "measured", "verdict", "why"]
+    heads = [
+        "claim",
+        "machine",
+        "model",
+        "weights",
+        "device",
+        "paper",
+        "measured",
+        "verdict",
+        "why",
+    ]
     return pd.DataFrame([[getattr(one, head) for head in heads] for one in verdicts], columns=heads)
 
 
@@ -204,11 +225,15 @@ def by_machine(verdicts: Iterable[Verdict], names: Mapping[str, str]) -> pd.Data
     told: dict[str, dict[str, dict[str, list[str]]]] = {}
     for one in verdicts:
         machine = told.setdefault(names.get(one.machine, one.machine), {})
-        machine.setdefault(one.claim, {}).setdefault(one.verdict, []).append(f"{one.model} {one.device}")
+        machine.setdefault(one.claim, {}).setdefault(one.verdict, []).append(
+            f"{one.model} {one.device}"
+        )
     return pd.DataFrame(
         {
             machine: {
-                claim: "; ".join(f"{verdict} ({', '.join(places)})" for verdict, places in found.items())
+                claim: "; ".join(
+                    f"{verdict} ({', '.join(places)})" for verdict, places in found.items()
+                )
                 for claim, found in claims.items()
             }
             for machine, claims in told.items()
@@ -251,10 +276,14 @@ class Said:
 RANGE = Said(_whole_range, of_the_least=True, of_more=True)
 LEAST = Said(lambda gains, wanted: [gains[0] >= wanted[0]["low"]], of_the_least=True, of_more=False)
 LEAST_AND_MORE = Said(_least_and_best, of_the_least=True, of_more=True)
-UP_TO = Said(lambda gains, wanted: [max(gains) >= wanted[0]["low"]], of_the_least=False, of_more=False)
+UP_TO = Said(
+    lambda gains, wanted: [max(gains) >= wanted[0]["low"]], of_the_least=False, of_more=False
+)
 
 
-def _gain(part: Part, system: str, base: str, claim: Mapping[str, Any], said: Said) -> tuple[str, str, str]:
+def _gain(
+    part: Part, system: str, base: str, claim: Mapping[str, Any], said: Said
+) -> tuple[str, str, str]:
     """Ratio of speeds over the budgets in which the model does not fit, or at the least of them
     where the paper speaks of no other.
     """
@@ -312,7 +341,8 @@ def _why(part: Part, gains: dict[int, float], system: str, base: str, paper: str
         words.append(f"overlap could gain {min(rooms):.0%} to {max(rooms):.0%} here")
     if base in ("sync", "sync-2", "unbalanced") and part.records[0].cell.device.read_bytes_per_s:
         words.append(
-            "the bandwidth limit lends a pause's reads to what follows, which spares this base: see device native"
+            "the bandwidth limit lends a pause's reads to what follows, which spares this base: "
+            "see device native"
         )
     return "; ".join(words)
 
@@ -334,11 +364,17 @@ def _flat(part: Part) -> tuple[str, str, str]:
         return "", "", ""
     spread = max(small.values()) / min(small.values())
     budgets = sorted(small)
-    measured = f"greatest / least {spread:.2f} from {budgets[0] / 2**30:.2f} to {budgets[-1] / 2**30:.2f} GiB"
+    measured = (
+        f"greatest / least {spread:.2f} from {budgets[0] / 2**30:.2f} to {budgets[-1] / 2**30:.2f} "
+        "GiB"
+    )
     memory = budgets[-1] / budgets[0]
     fitting = [speed for budget, speed in speeds.items() if part.fits("llama-cpp-mmap", budget)]
     if fitting:
-        measured += f"; {max(fitting):.2f} tokens/s when it fits, {max(fitting) / max(small.values()):.0f} times as much"
+        measured += (
+            f"; {max(fitting):.2f} tokens/s when it fits, {max(fitting) / max(small.values()):.0f} "
+            "times as much"
+        )
     verdict = "reproduced" if spread <= FLAT else "partly" if spread < memory**0.5 else "not"
     return (
         measured,
@@ -354,11 +390,15 @@ def _close(part: Part) -> tuple[str, str, str]:
     shape = part.records[0].cell.model.shape
     if shape is None or shape.kv_heads == shape.heads or shape.experts is not None:
         return "", "", ""
-    found = {system: part.gains(system, "attention-first") for system in ("algorithm1", "flexinfer")}
+    found = {
+        system: part.gains(system, "attention-first") for system in ("algorithm1", "flexinfer")
+    }
     if not found["algorithm1"]:
         return "", "", ""
     told = {
-        system: ", ".join(f"{gain - 1:+.1%} at {budget / 2**30:.2f} GiB" for budget, gain in gains.items())
+        system: ", ".join(
+            f"{gain - 1:+.1%} at {budget / 2**30:.2f} GiB" for budget, gain in gains.items()
+        )
         for system, gains in found.items()
     }
     close = [
@@ -395,6 +435,7 @@ def _same_tokens(part: Part) -> tuple[str, str, str]:
     measured = f"{compared - different} of {compared} runs decode the same tokens as the longest"
     systems = sorted({one.cell.system.label for found in runs.values() for one in found})
     why = (
-        f"{', '.join(systems)}, token by token; the tests compare logits bit for bit with the resident model"
+        f"{', '.join(systems)}, token by token; the tests compare logits bit for bit with the "
+        "resident model"
     )
     return measured, "not" if different else "reproduced", why

@@ -42,11 +42,15 @@ class SystemConfig:
     name: str
     label: str  # as figures print it
     kind: str = "flexinfer"  # flexinfer | llama_cpp | transformers | accelerate | airllm | ollm
-    format: str = "auto"  # auto: that of the comparison; or one of FORMATS, for a system that runs no other
-    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the system's loader
+    # Auto: that of the comparison; or one of FORMATS, for a system that runs no other.
+    format: str = "auto"
+    # Keyword arguments of the system's loader.
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(self.kind in SYSTEM_KINDS, "system.kind", self.kind, f"one of {', '.join(SYSTEM_KINDS)}")
+        require(
+            self.kind in SYSTEM_KINDS, "system.kind", self.kind, f"one of {', '.join(SYSTEM_KINDS)}"
+        )
         require(
             self.format in ("auto", *RECORDED_FORMATS),
             "system.format",
@@ -95,7 +99,12 @@ class DeviceConfig:
             "must be positive, or null for all",
         )
         ahead = self.read_ahead_kb
-        require(ahead is None or ahead >= 0, "device.read_ahead_kb", ahead, "at least 0, or null to leave it")
+        require(
+            ahead is None or ahead >= 0,
+            "device.read_ahead_kb",
+            ahead,
+            "at least 0, or null to leave it",
+        )
 
 
 @dataclass(slots=True)
@@ -108,7 +117,10 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         require(
-            bool(self.grid), "budget.grid", self.grid, "give at least one budget, such as [2GiB] or [0.5]"
+            bool(self.grid),
+            "budget.grid",
+            self.grid,
+            "give at least one budget, such as [2GiB] or [0.5]",
         )
         for entry in self.grid:
             resolve_budget_bytes(entry, 1)
@@ -137,17 +149,28 @@ class WorkloadConfig:
     # have no say in it
     replayed: list[int] = field(default_factory=list)
     drawn: bool = (
-        False  # decode tokens drawn at random instead of greedily: random weights soon repeat themselves
+        # Decode tokens drawn at random instead of greedily: random weights soon repeat themselves.
+        False
     )
     batch: int | None = (
         None  # sequences at a time, each of `context` tokens; what the plan says of it is recorded
     )
 
     def __post_init__(self) -> None:
-        require(self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive")
-        require(self.warmup_tokens >= 0, "workload.warmup_tokens", self.warmup_tokens, "must not be negative")
         require(
-            0 < self.min_tokens <= self.max_tokens, "workload.min_tokens", self.min_tokens, "1 to max_tokens"
+            self.prompt_tokens > 0, "workload.prompt_tokens", self.prompt_tokens, "must be positive"
+        )
+        require(
+            self.warmup_tokens >= 0,
+            "workload.warmup_tokens",
+            self.warmup_tokens,
+            "must not be negative",
+        )
+        require(
+            0 < self.min_tokens <= self.max_tokens,
+            "workload.min_tokens",
+            self.min_tokens,
+            "1 to max_tokens",
         )
         require(
             0 <= self.min_seconds <= self.max_seconds,
@@ -168,14 +191,19 @@ class WorkloadConfig:
             self.replayed,
             "leave workload.texts empty",
         )
-        require(self.batch is None or self.batch > 0, "workload.batch", self.batch, "must be positive")
         require(
-            self.batch is None or not (self.texts or self.replayed or self.prefill_tokens or self.drawn),
+            self.batch is None or self.batch > 0, "workload.batch", self.batch, "must be positive"
+        )
+        require(
+            self.batch is None
+            or not (self.texts or self.replayed or self.prefill_tokens or self.drawn),
             "workload.batch",
             self.batch,
             "leave texts, replayed, prefill_tokens and drawn empty",
         )
-        needed = max(self.prompt_tokens + self.warmup_tokens + self.max_tokens, *self.prefill_tokens, 0)
+        needed = max(
+            self.prompt_tokens + self.warmup_tokens + self.max_tokens, *self.prefill_tokens, 0
+        )
         require(
             self.context >= needed,
             "workload.context",
@@ -224,13 +252,8 @@ class CellConfig:
             del told[name]
         for group, name in (("system", "label"), ("device", "source"), ("workload", "name")):
             del told[group][name]
-        for name in (
-            "prefill_tokens",
-            "texts",
-            "replayed",
-            "drawn",
-            "batch",
-        ):  # older than these fields are most records
+        # Older than these fields are most records.
+        for name in ("prefill_tokens", "texts", "replayed", "drawn", "batch"):
             if not told["workload"][name]:
                 del told["workload"][name]
         if self.device.read_ahead_kb is None:
@@ -252,33 +275,51 @@ class RunConfig:
     budget: BudgetConfig
     workload: WorkloadConfig
     experiment: str = "adhoc"
-    format: str = "auto"  # of the weights, for all systems: auto: the model's first that all of them can run
+    # Of the weights, for all systems: auto: the model's first that all of them can run.
+    format: str = "auto"
     rounds: int = 1
     trace: bool = False
-    resume: bool = True  # skip cells this machine has finished; false: measure them again, and keep both
-    delete_checkpoints: bool = False  # one format after the other, its synthetic checkpoint deleted when done
-    include: list[str] = field(default_factory=list)  # run the missing cells of these experiments instead
+    # Skip cells this machine has finished; false: measure them again, and keep both.
+    resume: bool = True
+    # One format after the other, its synthetic checkpoint deleted when done.
+    delete_checkpoints: bool = False
+    # Run the missing cells of these experiments instead.
+    include: list[str] = field(default_factory=list)
     results_dir: str = "results"
     cache_dir: str = "~/.cache/flexinfer"
 
     def __post_init__(self) -> None:
         require(self.rounds > 0, "rounds", self.rounds, "must be positive")
         require(
-            bool(self.systems), "system", [], "name at least one, such as system=[flexinfer,llama-cpp-mmap]"
+            bool(self.systems),
+            "system",
+            [],
+            "name at least one, such as system=[flexinfer,llama-cpp-mmap]",
         )
         for one in self.systems.values():
             if one.kind == "flexinfer":
                 one.check_options()
         require(
-            self.format in ("auto", *FORMATS), "format", self.format, f"auto or one of {', '.join(FORMATS)}"
+            self.format in ("auto", *FORMATS),
+            "format",
+            self.format,
+            f"auto or one of {', '.join(FORMATS)}",
         )
         for where, names in (
             ("model.formats", self.model.formats),
-            ("system.format", [one.format for one in self.systems.values() if one.format != "auto"]),
+            (
+                "system.format",
+                [one.format for one in self.systems.values() if one.format != "auto"],
+            ),
         ):
             can = SYNTHETIC_FORMATS if self.model.kind == "synthetic" else FORMATS
             for name in names:
-                require(name in can, where, name, f"a {self.model.kind} model can be had in {', '.join(can)}")
+                require(
+                    name in can,
+                    where,
+                    name,
+                    f"a {self.model.kind} model can be had in {', '.join(can)}",
+                )
         require(
             bool(re.fullmatch(r"[A-Za-z0-9_.-]+", self.experiment)),
             "experiment",
@@ -308,14 +349,18 @@ def from_dict(kind: Any, data: Any, where: str = "cell") -> Any:
     known = {one.name for one in fields(target)}
     unknown = sorted(set(data) - known)
     require(not unknown, where, unknown, f"unknown; the fields are {', '.join(sorted(known))}")
-    values = {name: from_dict(hints[name], value, f"{where}.{name}") for name, value in data.items()}
+    values = {
+        name: from_dict(hints[name], value, f"{where}.{name}") for name, value in data.items()
+    }
     try:
         return target(**values)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def comparison_format(model: ModelConfig, systems: Iterable[SystemConfig], format: str = "auto") -> str:
+def comparison_format(
+    model: ModelConfig, systems: Iterable[SystemConfig], format: str = "auto"
+) -> str:
     """The format in which all `systems` run `model`, from one and the same file: `format`, or the
     model's first that they can.
 
@@ -323,7 +368,10 @@ def comparison_format(model: ModelConfig, systems: Iterable[SystemConfig], forma
     """
     left = list(model.formats) if format == "auto" else [format]
     require(
-        set(left) <= set(model.formats), "format", format, f"{model.name} comes in {', '.join(model.formats)}"
+        set(left) <= set(model.formats),
+        "format",
+        format,
+        f"{model.name} comes in {', '.join(model.formats)}",
     )
     for system in systems:
         runs = {"flexinfer": FORMATS, "llama_cpp": GGUF_FORMATS}.get(system.kind, ("bf16",))

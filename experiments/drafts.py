@@ -64,7 +64,8 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
             seconds, tokens = (sum(text[name] for text in texts) for name in ("seconds", "tokens"))
             passes, speed = sum(text["passes"] for text in texts), tokens / seconds
             found = [
-                difference(a, b) for a, b in zip(texts, beside.engine["texts"].get(kind, []), strict=False)
+                difference(a, b)
+                for a, b in zip(texts, beside.engine["texts"].get(kind, []), strict=False)
             ]
             margins = [margin for margin in found if margin is not None]
             predicted = texts[-1]["predicted_tokens_per_s"]
@@ -81,7 +82,9 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
                     "accepted": sum(text.get("accepted", 0) for text in texts),
                     "drafted": sum(text.get("drafted", 0) for text in texts),
                     "bound": beside.bound_tokens_per_s,
-                    "times_bound": speed / beside.bound_tokens_per_s if beside.bound_tokens_per_s else None,
+                    "times_bound": speed / beside.bound_tokens_per_s
+                    if beside.bound_tokens_per_s
+                    else None,
                     "predicted": predicted / (texts[-1]["tokens"] / texts[-1]["seconds"])
                     if predicted
                     else None,
@@ -124,7 +127,10 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
         for number, system in enumerate(systems):
             own = part[part["system"] == system]
             axes.bar(
-                [budgets.index(budget) + (number + 0.5) * width - 0.4 for budget in own["budget_gib"]],
+                [
+                    budgets.index(budget) + (number + 0.5) * width - 0.4
+                    for budget in own["budget_gib"]
+                ],
                 own["tokens_per_s"],
                 width,
                 label=own["label"].iloc[0] if len(own) else system,
@@ -136,7 +142,10 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
         for place, budget in enumerate(budgets):
             bound = part[part["budget_gib"] == budget]["bound"].iloc[0]
             axes.plot(
-                [place - 0.42, place + 0.42], [bound, bound], label="bound" if not place else None, **BOUND
+                [place - 0.42, place + 0.42],
+                [bound, bound],
+                label="bound" if not place else None,
+                **BOUND,
             )
         axes.set(title=f"{model}, {device}\n{kind}", xlabel="budget [GiB]", ylim=(0, None))
         axes.set_xticks(range(len(budgets)), [f"{budget:.2f}" for budget in budgets])
@@ -147,7 +156,9 @@ def figure(records: Sequence[Record], title: str) -> Figure | None:
     ran = [one for one in records if one.status == "ok"]
     rounds = len({one.cell.round for one in ran})
     return finish(
-        drawn, ran, shows=f"Bars are medians of the rounds, all texts of a kind together; n = {rounds}"
+        drawn,
+        ran,
+        shows=f"Bars are medians of the rounds, all texts of a kind together; n = {rounds}",
     )
 
 
@@ -160,7 +171,9 @@ def runs_of(record: Record, kind: str) -> list[int]:
     runs: list[int] = []
     for text in record.engine["texts"][kind]:
         run = 0
-        for count, candidates in zip(text["tokens_of_passes"], text["candidates_of_passes"], strict=True):
+        for count, candidates in zip(
+            text["tokens_of_passes"], text["candidates_of_passes"], strict=True
+        ):
             run += count - 1
             if count - 1 < candidates:
                 runs.append(run)

@@ -180,7 +180,12 @@ def write_synthetic(
 
 
 def write_mixture(
-    directory: Path, shape: ShapeConfig, name: str, format: str, second: Path | None = None, seed: int = 0
+    directory: Path,
+    shape: ShapeConfig,
+    name: str,
+    format: str,
+    second: Path | None = None,
+    seed: int = 0,
 ) -> tuple[Path, Path]:
     """Write a mixture as two parts into `directory`, unless they are there already.
 
@@ -218,10 +223,14 @@ def write_mixture(
 
 
 def _check(shape: ShapeConfig, format: str) -> None:
-    require(format in TYPES, "format", format, f"synthetic GGUF files are made in {' and '.join(TYPES)}")
+    require(
+        format in TYPES, "format", format, f"synthetic GGUF files are made in {' and '.join(TYPES)}"
+    )
     for field in ("hidden", "intermediate"):
         if getattr(shape, field) % 32:
-            raise ConfigError(f"model.shape.{field}={getattr(shape, field)}: Q4_0 needs a multiple of 32")
+            raise ConfigError(
+                f"model.shape.{field}={getattr(shape, field)}: Q4_0 needs a multiple of 32"
+            )
     if shape.vocab <= FIXED_TOKENS:
         raise ConfigError(
             f"model.shape.vocab={shape.vocab}: a llama tokenizer needs more than {FIXED_TOKENS}"
@@ -244,7 +253,9 @@ def _write(
     largest_bytes = max(tensor_bytes(*tensor, format) for tensor in tensors)
     pool_bytes = min(POOL_BYTES, largest_bytes)
     wanted = {(tensor_type(*tensor, format), _deviation(tensor[0], shape)) for tensor in tensors}
-    pools = {one: _pool(one[0], pool_bytes, one[1], seed) for one in wanted if one[0] in (Q4_0, Q4_K)}
+    pools = {
+        one: _pool(one[0], pool_bytes, one[1], seed) for one in wanted if one[0] in (Q4_0, Q4_K)
+    }
     try:
         writer = gguf.GGUFWriter(part, architecture)
         header(writer)
@@ -269,7 +280,9 @@ def _write(
                     file.write(np.ones(dims, np.float32).data)
                 else:
                     pool = pools[kind, _deviation(tensor, shape)]
-                    _write_blocks(file, pool, nbytes // pool.shape[1], start=number * 7919 % len(pool))
+                    _write_blocks(
+                        file, pool, nbytes // pool.shape[1], start=number * 7919 % len(pool)
+                    )
                 if progress is not None:
                     progress(nbytes)
             file.flush()
@@ -303,7 +316,8 @@ def deviations(shape: ShapeConfig) -> npt.NDArray[np.float64]:
         chances[0] < 0.5,
         "model.shape.experts.popularity",
         experts.popularity,
-        f"would give an expert to {chances[0]:.0%} of all tokens, a scaled router to less than half",
+        f"would give an expert to {chances[0]:.0%} of all tokens, a scaled router to less than "
+        "half",
     )
     return np.array([1 / -NormalDist().inv_cdf(chance) for chance in chances])
 
@@ -321,12 +335,15 @@ def check_free_disk(path: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(path.parent).free
     if free_bytes < needed_bytes + (1 << 30):
         raise OSError(
-            f"{path}: needs {needed_bytes / 2**30:.1f} GiB and 1 GiB to spare, {free_bytes / 2**30:.1f} GiB are free; "
+            f"{path}: needs {needed_bytes / 2**30:.1f} GiB and 1 GiB to spare, "
+            f"{free_bytes / 2**30:.1f} GiB are free; "
             "make room (scripts/clean.py) or choose another cache_dir"
         )
 
 
-def _pool(kind: gguf.GGMLQuantizationType, nbytes: int, deviation: float, seed: int) -> npt.NDArray[np.uint8]:
+def _pool(
+    kind: gguf.GGMLQuantizationType, nbytes: int, deviation: float, seed: int
+) -> npt.NDArray[np.uint8]:
     """Random blocks of `kind` whose weights have mean 0 and standard deviation `deviation`:
     [blocks, block_bytes].
     """
@@ -351,7 +368,7 @@ def _pool(kind: gguf.GGMLQuantizationType, nbytes: int, deviation: float, seed: 
 
 
 def _write_blocks(file: BinaryIO, pool: npt.NDArray[np.uint8], blocks: int, start: int) -> None:
-    """`blocks` blocks of the pool taken as a ring from `start`, so that no two tensors begin alike."""
+    """`blocks` blocks of the pool, a ring, from `start`, so that no two tensors begin alike."""
     while blocks:
         part = pool[start : start + blocks]
         file.write(part.data)
@@ -378,11 +395,15 @@ def _write_header(writer: gguf.GGUFWriter, shape: ShapeConfig, name: str, format
     writer.add_file_type(FILE_TYPES[format])
     words = [f"▁{number}" for number in range(shape.vocab - FIXED_TOKENS)]
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words])
+    writer.add_token_list(
+        ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    )
     writer.add_token_scores([0.0] * FIXED_TOKENS + [-float(number) for number in range(len(words))])
     kinds = gguf.TokenType
     writer.add_token_types(
-        [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL] + [kinds.BYTE] * 256 + [kinds.NORMAL] * len(words)
+        [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL]
+        + [kinds.BYTE] * 256
+        + [kinds.NORMAL] * len(words)
     )
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

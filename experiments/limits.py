@@ -44,12 +44,15 @@ from experiments.cgroups import (
 )
 
 ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
-REAP = """trap '' INT TERM HUP; read _; [ -z "$1" ] || echo "$2" > "$1"; shift 2; for group; do tries=0
+REAP = """trap '' INT TERM HUP; read _; [ -z "$1" ] || echo "$2" > "$1"; shift 2
+for group; do tries=0
 while [ -d "$group" ] && ! rmdir "$group" 2>/dev/null && [ $tries -lt 200 ]; do
-for pid in $(cat "$group/cgroup.procs"); do kill -KILL "$pid"; done; tries=$((tries+1)); sleep 0.05; done; done"""
+for pid in $(cat "$group/cgroup.procs"); do kill -KILL "$pid"; done
+tries=$((tries+1)); sleep 0.05; done; done"""
 SCOPE_REPORT = """report=$1; shift; group=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)
 cat "$group/memory.max" > "$report.memory"; cat "$group/io.max" > "$report.io"
-"$@"; code=$?; cat "$group/memory.peak" > "$report.peak"; cat "$group/memory.events" > "$report.events"; exit $code"""
+"$@"; code=$?; cat "$group/memory.peak" > "$report.peak"
+cat "$group/memory.events" > "$report.events"; exit $code"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,9 @@ def core_set(cores: int | None) -> set[int]:
     """The first `cores` of the cores this process may use (all if None)."""
     usable = sorted(os.sched_getaffinity(0))
     if cores is not None and not 1 <= cores <= len(usable):
-        raise LimitError(f"cores: {cores} asked for, {len(usable)} usable here; use 1 to {len(usable)}")
+        raise LimitError(
+            f"cores: {cores} asked for, {len(usable)} usable here; use 1 to {len(usable)}"
+        )
     return set(usable[:cores])
 
 
@@ -131,7 +136,9 @@ class Limits:
     ) -> None:
         for name, value in (("memory_bytes", memory_bytes), ("read_bytes_per_s", read_bytes_per_s)):
             if value is not None and value < 1 << 20:
-                raise LimitError(f"{name}: {value} is less than 1 MiB; give bytes, or None for no limit")
+                raise LimitError(
+                    f"{name}: {value} is less than 1 MiB; give bytes, or None for no limit"
+                )
         self.memory_bytes, self.read_bytes_per_s = memory_bytes, read_bytes_per_s
         self.path, self.root, self.read_ahead_kb = path, root, read_ahead_kb
         self.applied = Applied("unlimited")
@@ -155,7 +162,10 @@ class Limits:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._report is not None:
             shutil.rmtree(self._report.parent, ignore_errors=True)
@@ -168,7 +178,9 @@ class Limits:
         left = [group for group in self.groups if group.exists()]
         self.groups = []
         if left and kind is None:
-            raise LimitError(f"groups: {left} could not be removed: a process inside cannot be ended")
+            raise LimitError(
+                f"groups: {left} could not be removed: a process inside cannot be ended"
+            )
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """`argv` so wrapped that it runs inside the limits from its first instruction."""
@@ -223,7 +235,9 @@ class Limits:
             except LimitError as error:
                 notes.append(str(error))
             except OSError as error:  # a device that the kernel does not throttle
-                notes.append(f"read_bytes_per_s: reads of {self.path} cannot be limited here ({error})")
+                notes.append(
+                    f"read_bytes_per_s: reads of {self.path} cannot be limited here ({error})"
+                )
         if self.applied.memory_bytes is None and self.applied.read_bytes_per_s is None:
             self.applied = Applied("unlimited")
         if self.read_ahead_kb is not None:
@@ -265,7 +279,8 @@ class Limits:
         around_bytes = read_field(group / "memory.stat", "hierarchical_memory_limit")
         if around_bytes is not None and around_bytes < applied_bytes:
             raise LimitError(
-                f"memory_bytes: {size} asked for, but a group around this process allows {around_bytes}; ask for less"
+                f"memory_bytes: {size} asked for, but a group around this process allows "
+                f"{around_bytes}; ask for less"
             )
         return applied_bytes
 
@@ -293,10 +308,18 @@ class Limits:
         if self.read_bytes_per_s is not None:
             try:
                 device = block_device(self.path)
-                properties.append(f"IOReadBandwidthMax=/dev/{device_name(device)} {self.read_bytes_per_s}")
+                properties.append(
+                    f"IOReadBandwidthMax=/dev/{device_name(device)} {self.read_bytes_per_s}"
+                )
             except LimitError as error:
                 note += f"; {error}"
-        scope = [program, "--scope", "--quiet", "--collect", *([] if os.geteuid() == 0 else ["--user"])]
+        scope = [
+            program,
+            "--scope",
+            "--quiet",
+            "--collect",
+            *([] if os.geteuid() == 0 else ["--user"]),
+        ]
         self._scope = scope + [part for each in properties for part in ("-p", each)]
         self._report = Path(tempfile.mkdtemp(prefix="flexinfer-scope-")) / "report"
         probe = subprocess.run(self.command(["true"]), capture_output=True, text=True, check=False)
@@ -308,7 +331,9 @@ class Limits:
         if probe.returncode != 0 or (memory_bytes is None and rate is None):
             self._scope = []
             said = probe.stderr.strip().splitlines()[-1:] or ["its scopes carry no limits"]
-            self.applied = Applied("unlimited", note=f"{note}; systemd-run does not serve: {said[0]}")
+            self.applied = Applied(
+                "unlimited", note=f"{note}; systemd-run does not serve: {said[0]}"
+            )
             return
         named = None if device is None or rate is None else f"{device} {device_name(device)}"
         self.applied = Applied("systemd", memory_bytes, rate, device=named, note=note)

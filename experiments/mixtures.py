@@ -32,7 +32,12 @@ def experts_table(records: Iterable[Record]) -> pd.DataFrame:
     groups: dict[tuple[str, str, int, str], list[Record]] = {}
     for one in records:
         if one.status == "ok" and one.untouched_bytes:
-            key = (one.cell.model.name, one.cell.device.name, one.cell.budget_bytes, one.cell.system.label)
+            key = (
+                one.cell.model.name,
+                one.cell.device.name,
+                one.cell.budget_bytes,
+                one.cell.system.label,
+            )
             groups.setdefault(key, []).append(one)
     rows = []
     for (model, device, budget_bytes, system), found in sorted(groups.items()):
@@ -48,7 +53,9 @@ def experts_table(records: Iterable[Record]) -> pd.DataFrame:
                 "read GB": _median(sum(one.token_bytes) / one.passes / 1e9 for one in found),
                 "of them in vain GB": _median(_per_pass(one, "wasted_bytes", 1e9) for one in found),
                 "foretold": _median(_per_pass(one, "experts_foretold") for one in found),
-                "foretold right": _median(_per_pass(one, "experts_foretold_right") for one in found),
+                "foretold right": _median(
+                    _per_pass(one, "experts_foretold_right") for one in found
+                ),
                 "rounds": len(found),
             }
         )
@@ -80,7 +87,12 @@ def policies(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not lines:
         return None
     figure, grid = plt.subplots(
-        1, len(lines), figsize=(3.2 * len(lines), 3.2), squeeze=False, sharey=True, layout="constrained"
+        1,
+        len(lines),
+        figsize=(3.2 * len(lines), 3.2),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
     for axes, line in zip(grid[0], lines, strict=True):
         for name, rates in line["hit_rates"].items():

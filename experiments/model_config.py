@@ -13,7 +13,8 @@ BITS_PER_WEIGHT = {"q4_0": 4.5, "q4_1": 5.0, "q4_k": 4.5, "bf16": 16.0}
 GGUF_FORMATS = ("q4_0", "q4_1", "q4_k", "gguf")  # gguf: a file by path, whatever types are in it
 FORMATS = (*GGUF_FORMATS, "bf16")
 SYNTHETIC_FORMATS = ("q4_0", "q4_k", "bf16")
-RECORDED_FORMATS = (*FORMATS, "int4")  # int4 had kernels of its own, beside a GGUF in Q4_0 for llama.cpp
+# Int4 had kernels of its own, beside a GGUF in Q4_0 for llama.cpp.
+RECORDED_FORMATS = (*FORMATS, "int4")
 
 
 class ConfigError(ValueError):
@@ -21,7 +22,7 @@ class ConfigError(ValueError):
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
-    """Raises ConfigError naming the field, its value and what would work, unless `condition` holds."""
+    """Raises ConfigError naming field, value and remedy, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{name}={value!r}: {remedy}")
 
@@ -40,7 +41,10 @@ class ExpertsConfig:
     def __post_init__(self) -> None:
         known = ("llama", "qwen3moe")
         require(
-            0 < self.used <= self.count, "model.shape.experts.used", self.used, f"1 to count={self.count}"
+            0 < self.used <= self.count,
+            "model.shape.experts.used",
+            self.used,
+            f"1 to count={self.count}",
         )
         require(
             self.architecture in known,
@@ -72,7 +76,12 @@ class ShapeConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocab"):
-            require(getattr(self, name) > 0, f"model.shape.{name}", getattr(self, name), "must be positive")
+            require(
+                getattr(self, name) > 0,
+                f"model.shape.{name}",
+                getattr(self, name),
+                "must be positive",
+            )
         require(
             self.head_dim is not None or self.hidden % self.heads == 0,
             "model.shape.heads",
@@ -92,7 +101,9 @@ class ShapeConfig:
         are negligible).
         """
         attention = 2 * self.hidden * self.head_width * (self.heads + self.kv_heads)
-        feed_forward = 3 * self.hidden * self.intermediate * (self.experts.count if self.experts else 1)
+        feed_forward = (
+            3 * self.hidden * self.intermediate * (self.experts.count if self.experts else 1)
+        )
         return self.layers * (attention + feed_forward) + self.vocab * self.hidden
 
     @property
@@ -115,16 +126,20 @@ class ModelConfig:
 
     name: str
     kind: str = "synthetic"  # synthetic | real | path
-    formats: list[str] = field(
-        default_factory=lambda: ["q4_0"]
-    )  # what can be had of it; the first that all systems of a comparison can run is the default
+    # What can be had of it; the first that all systems of a comparison can run is the default.
+    formats: list[str] = field(default_factory=lambda: ["q4_0"])
     shape: ShapeConfig | None = None  # None: kind=path, read from the files
     path: str | None = None  # a checkpoint directory, or a .gguf file; only with kind=path
 
     def __post_init__(self) -> None:
-        require(self.kind in MODEL_KINDS, "model.kind", self.kind, f"one of {', '.join(MODEL_KINDS)}")
         require(
-            bool(self.formats), "model.formats", self.formats, f"name at least one of {', '.join(FORMATS)}"
+            self.kind in MODEL_KINDS, "model.kind", self.kind, f"one of {', '.join(MODEL_KINDS)}"
+        )
+        require(
+            bool(self.formats),
+            "model.formats",
+            self.formats,
+            f"name at least one of {', '.join(FORMATS)}",
         )
         for name in self.formats:
             require(name in RECORDED_FORMATS, "model.formats", name, f"one of {', '.join(FORMATS)}")
@@ -138,7 +153,10 @@ class ModelConfig:
             self.name = PurePath(str(self.path)).name if self.name == "path" else self.name
         else:
             require(
-                self.shape is not None, "model.shape", None, f"a model of kind {self.kind} needs its shape"
+                self.shape is not None,
+                "model.shape",
+                None,
+                f"a model of kind {self.kind} needs its shape",
             )
 
 

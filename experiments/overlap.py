@@ -2,7 +2,8 @@
 
 The bound takes it that reading costs computing nothing.
 
-    python -m experiments.overlap MODEL [--memory 20GiB] [--rates 0.5 1 2] [--record results/quality/overlap.jsonl]
+    python -m experiments.overlap MODEL [--memory 20GiB] [--rates 0.5 1 2] [--record
+    results/quality/overlap.jsonl]
 
 1 / max(c, (S - R) / B) is what no system beats: c is measured while nothing is read, B while
 nothing is computed. On a virtual machine both share memory, caches and cores with each other and
@@ -39,9 +40,8 @@ from flexinfer.formats.checkpoint import open_checkpoint
 
 CONTEXT, PROMPT_TOKENS = 256, 128  # tokens; the prompt fills a cache of experts
 WARM_UP = 3  # passes after each change
-STREAMS_BYTES = (
-    16 << 20
-)  # that a pass may read and still counts as one in memory: embedding rows, library pages
+# That a pass may read and still counts as one in memory: embedding rows, library pages.
+STREAMS_BYTES = 16 << 20
 READER = """
 import mmap, os, sys, threading, time
 files, rate, size = sys.argv[2:], float(sys.argv[1]), 4 << 20  # no files: it reads nothing
@@ -83,7 +83,8 @@ def attainable_s(
     for rate, seconds in sorted(passes, reverse=True):
         known.insert(0, (rate, min(seconds, known[0][1]) if known else seconds))
     best_s = min(
-        seconds + max(0.0, missed_bytes - rate * seconds) / bandwidth_bytes_per_s for rate, seconds in known
+        seconds + max(0.0, missed_bytes - rate * seconds) / bandwidth_bytes_per_s
+        for rate, seconds in known
     )
     for (slow, slow_s), (fast, fast_s) in pairwise(known):
         slope = (fast_s - slow_s) / (fast - slow)
@@ -112,14 +113,18 @@ def medians(record: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 def load(results_dir: Path) -> list[dict[str, Any]]:
     """The records, oldest first. Says which command makes them where there are none."""
-    return load_lines(results_dir / QUALITY / "overlap.jsonl", "python -m experiments.overlap MODEL")
+    return load_lines(
+        results_dir / QUALITY / "overlap.jsonl", "python -m experiments.overlap MODEL"
+    )
 
 
 def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """FlexInfer's cells on the machine's own disk that read, beside the bound and what was
     attainable on that machine, for models of which there is a line.
     """
-    by_place = {(str(line["provenance"]["cpu"]), str(line["model"])): medians(line) for line in lines}
+    by_place = {
+        (str(line["provenance"]["cpu"]), str(line["model"])): medians(line) for line in lines
+    }
     rows: list[dict[str, Any]] = []
     for one in records:
         cell = one.cell
@@ -155,7 +160,9 @@ def table(records: Iterable[Record], lines: Iterable[Mapping[str, Any]]) -> pd.D
                 "of attainable": at_best_s / seconds,
             }
         )
-    return pd.DataFrame(sorted(rows, key=lambda row: (row["model"], row["device"], row["budget GiB"])))
+    return pd.DataFrame(
+        sorted(rows, key=lambda row: (row["model"], row["device"], row["budget GiB"]))
+    )
 
 
 def measure(
@@ -171,7 +178,13 @@ def measure(
     """
     origin = provenance(model)
     files = [str(file) for file in open_checkpoint(model).files]
-    job = {"model": str(model), "options": {}, "budget_bytes": memory, "context": CONTEXT, "batch": 1}
+    job = {
+        "model": str(model),
+        "options": {},
+        "budget_bytes": memory,
+        "context": CONTEXT,
+        "batch": 1,
+    }
     system = FlexInfer(job | {"cores": len(os.sched_getaffinity(0)), "trace": False})
     system.load()
     try:
@@ -199,7 +212,9 @@ def _beside(
 ) -> dict[str, float]:
     """Passes beside a process that reads at `rate` bytes/s; 0: alone."""
     arguments = [sys.executable, "-c", READER, str(rate), *(files if rate else [])]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
         asks, answers = reader.stdin, reader.stdout
         assert asks is not None
         assert answers is not None
@@ -241,7 +256,9 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="a GGUF file or a checkpoint directory")
     parser.add_argument("--memory", default="20GiB", help="enough for all of it")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 1.5, 2], help="GB/s beside it")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[0.5, 1, 1.5, 2], help="GB/s beside it"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", type=Path, default=Path("results") / QUALITY / "overlap.jsonl")
     arguments = parser.parse_args()

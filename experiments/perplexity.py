@@ -1,7 +1,8 @@
 """What quantising costs in quality: the perplexity of a checkpoint and of copies of it, by ggml's
 types, as records.
 
-    python -m experiments.perplexity CHECKPOINT --types q4_0,q4_k,q8_0 --record results/quality/perplexity.jsonl
+    python -m experiments.perplexity CHECKPOINT --types q4_0,q4_k,q8_0 --record
+    results/quality/perplexity.jsonl
 
 The text is Python's own documentation (`pydoc_data.topics`), which lies on every machine, or a file
 (--text). It is cut into windows that do not overlap, each begun without memory of the one before;
@@ -32,23 +33,25 @@ from flexinfer.formats.hub import resolve
 WINDOW_TOKENS = 512
 
 
-def perplexity(model: PreTrainedModel, token_ids: torch.Tensor, window_tokens: int = WINDOW_TOKENS) -> float:
+def perplexity(
+    model: PreTrainedModel, token_ids: torch.Tensor, window_tokens: int = WINDOW_TOKENS
+) -> float:
     """Perplexity of `token_ids` [tokens], in windows of `window_tokens`.
 
     Raises: ValueError for a text of fewer than two tokens or a window of fewer than two.
     """
     if len(token_ids) < 2 or window_tokens < 2:
         raise ValueError(
-            f"token_ids: {len(token_ids)} tokens in windows of {window_tokens}; both need two or more"
+            f"token_ids: {len(token_ids)} tokens in windows of {window_tokens}; both need two or "
+            "more"
         )
     total, count = 0.0, 0
     for window in token_ids.split(window_tokens):
         if len(window) < 2:
             continue
         with torch.inference_mode():
-            logits = (
-                model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-            )  # [tokens - 1, vocab]
+            # [tokens - 1, vocab].
+            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
         count += len(window) - 1
     return math.exp(total / count)
@@ -74,13 +77,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint")
-    parser.add_argument("--types", default=",".join(KINDS).lower(), help="ggml's types, or nothing for none")
+    parser.add_argument(
+        "--types", default=",".join(KINDS).lower(), help="ggml's types, or nothing for none"
+    )
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--memory", default="3GiB")
     parser.add_argument("--window-tokens", type=int, default=WINDOW_TOKENS)
     parser.add_argument(
-        "--dtype", default="float32", help="what the checkpoint itself is computed in; copies are in float32"
+        "--dtype",
+        default="float32",
+        help="what the checkpoint itself is computed in; copies are in float32",
     )
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()

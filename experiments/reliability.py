@@ -48,10 +48,15 @@ def soak_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             {
                 "family": one["case"]["family"],
                 "cases": 1,
-                **{bad: one["outcome"] == bad for bad in ("killed", "wrong", "hung", "leak", "error")},
+                **{
+                    bad: one["outcome"] == bad
+                    for bad in ("killed", "wrong", "hung", "leak", "error")
+                },
                 "calls": calls.count("ok"),
                 "refused": calls.count("refused"),
-                "group peak / budget": one["group_peak_bytes"] / one["memory_bytes"] if ended else None,
+                "group peak / budget": one["group_peak_bytes"] / one["memory_bytes"]
+                if ended
+                else None,
                 "peak / plan": one["peak_bytes"] / one["explained_bytes"] if ended else None,
                 "growth [MiB]": growth_bytes(one) / MIB if ended else None,
             }
@@ -90,7 +95,9 @@ def pressure_figure(record: dict[str, Any]) -> Figure:
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 4.6), height_ratios=(3, 2))
     look = LOOKS["flexinfer"]
     above.step(tokens.t_s, tokens.budget_bytes / GIB, where="post", color="black", label="budget")
-    above.plot(tokens.t_s, tokens.process_bytes / GIB, color=look.colour, label="process, anonymous memory")
+    above.plot(
+        tokens.t_s, tokens.process_bytes / GIB, color=look.colour, label="process, anonymous memory"
+    )
     above.step(
         tokens.t_s,
         tokens.locked_bytes / GIB,
@@ -110,13 +117,21 @@ def pressure_figure(record: dict[str, Any]) -> Figure:
         axes.axvspan(marks["takes_s"], marks["has_s"], color="#D55E00", alpha=0.25, linewidth=0)
         axes.axvspan(marks["has_s"], marks["returned_s"], color="#D55E00", alpha=0.12, linewidth=0)
     taken = f"a neighbour takes {record['take_bytes'] / GIB:.2g} GiB, keeps it, returns it"
-    above.text(marks["takes_s"], above.get_ylim()[1] * 1.01, taken, color="#D55E00", fontsize=8, va="bottom")
+    above.text(
+        marks["takes_s"],
+        above.get_ylim()[1] * 1.01,
+        taken,
+        color="#D55E00",
+        fontsize=8,
+        va="bottom",
+    )
     above.legend(loc="lower left", fontsize=8, ncols=2)
     facts = record["provenance"]
     figure.text(
         0.01,
         0.0,
-        f'{record["model"]}, memory="auto", follow=True. {facts["cpu"]}, {facts["cores"]} cores. Commit {facts["git_commit"][:8]}.',
+        f'{record["model"]}, memory="auto", follow=True. {facts["cpu"]}, {facts["cores"]} cores. '
+        f"Commit {facts['git_commit'][:8]}.",
         fontsize=7,
         va="top",
     )

@@ -24,7 +24,9 @@ SHALLOW_LAYERS = (1, 3)
 RESIDENT_TOKENS = 12
 
 
-def resident_pass(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> tuple[float | None, str]:
+def resident_pass(
+    cell: CellConfig, facts: CheckpointFacts, scratch: Path
+) -> tuple[float | None, str]:
     """Seconds of one pass with everything resident, of as many rows as there are sequences, and how
     they were got.
     """
@@ -77,7 +79,9 @@ def _extrapolated(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> tu
         for layers in SHALLOW_LAYERS:
             shape = replace(cell.model.shape, layers=layers)
             model = replace(cell.model, name=f"{cell.model.name}-{layers}-layers", shape=shape)
-            seconds.append(_fastest_pass(replace(cell, model=model, cache_dir=shallow_dir), scratch))
+            seconds.append(
+                _fastest_pass(replace(cell, model=model, cache_dir=shallow_dir), scratch)
+            )
     layer_s = max(0.0, seconds[1] - seconds[0]) / (SHALLOW_LAYERS[1] - SHALLOW_LAYERS[0])
     result = max(seconds[0] + (facts.layers - SHALLOW_LAYERS[0]) * layer_s, seconds[1])
     source = f"{cell.system.kind}, resident, no limits, extrapolated from 1 and 3 layers"
@@ -85,7 +89,7 @@ def _extrapolated(cell: CellConfig, facts: CheckpointFacts, scratch: Path) -> tu
 
 
 def _fastest_pass(cell: CellConfig, scratch: Path) -> float:
-    """Seconds of the fastest of RESIDENT_TOKENS passes of `cell`, which has room for all weights."""
+    """Seconds of the fastest of RESIDENT_TOKENS passes of `cell` with all weights in memory."""
     try:
         facts = describe_checkpoint(cell)
     except subprocess.CalledProcessError as error:

@@ -5,11 +5,11 @@ best in hindsight.
 
 A routing is what each layer of each token is routed to (`Engine.record_routing`), decoding the text
 of a prompt token by token. For caches of several shares of all experts the misses of each policy
-are counted (flexinfer.streaming.expert_policies), and those of Belady's rule; the first quarter of the tokens
-warms the cache up. One JSON line for a routing. `--simulate` needs no model: it draws a routing in
-which a token keeps each expert of the one before it with a probability, as consecutive tokens of a
-text do (Jiang et al. 2024, Mixtral of Experts, section 5, find such repetitions, in higher layers
-most); it is marked as simulated.
+are counted (flexinfer.streaming.expert_policies), and those of Belady's rule; the first quarter of
+the tokens warms the cache up. One JSON line for a routing. `--simulate` needs no model: it draws a
+routing in which a token keeps each expert of the one before it with a probability, as consecutive
+tokens of a text do (Jiang et al. 2024, Mixtral of Experts, section 5, find such repetitions, in
+higher layers most); it is marked as simulated.
 
 Cost: one pass a token; Belady's rule looks at the whole cache for each miss.
 """
@@ -64,7 +64,9 @@ def record(path: Path, name: str, tokens: int, memory: str) -> Routing:
     return Routing(name, "measured", len(mixture.layers), len(layer.experts), layer.used, steps)
 
 
-def simulate(layers: int, experts: int, used: int, tokens: int, repeats: float, seed: int = 0) -> Routing:
+def simulate(
+    layers: int, experts: int, used: int, tokens: int, repeats: float, seed: int = 0
+) -> Routing:
     """A routing in which a token keeps each expert of the token before it with probability
     `repeats`, the others being drawn evenly.
     """
@@ -95,7 +97,9 @@ def hit_rates(routing: Routing, shares: Sequence[float] = SHARES) -> dict[str, d
             if name == HINDSIGHT:
                 missed = fewest_misses(routing.steps, capacity, warm)
             else:
-                missed = misses(POLICIES[name](routing.layers * routing.used), routing.steps, capacity, warm)
+                missed = misses(
+                    POLICIES[name](routing.layers * routing.used), routing.steps, capacity, warm
+                )
             rates[name][str(share)] = 1 - missed / counted
     return rates
 
@@ -107,7 +111,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--memory", default="auto")
     parser.add_argument(
-        "--simulate", type=float, metavar="P", help="no model: tokens keep an expert with probability P"
+        "--simulate",
+        type=float,
+        metavar="P",
+        help="no model: tokens keep an expert with probability P",
     )
     parser.add_argument("--record", type=Path)
     given = parser.parse_args()

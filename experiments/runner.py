@@ -109,7 +109,11 @@ def finished_keys(results_dir: Path, here: Provenance) -> set[str]:
     for file in results_dir.rglob("*.jsonl"):
         drop_partial_line(file)
     records = load_records(results_dir)
-    return {one.cell_key for one in records if one.provenance.comparable(here) and one.status in FINISHED}
+    return {
+        one.cell_key
+        for one in records
+        if one.provenance.comparable(here) and one.status in FINISHED
+    }
 
 
 def save(results_dir: Path, record: Record) -> Path:
@@ -125,18 +129,24 @@ def save(results_dir: Path, record: Record) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
         events = [
-            one | {name: round(one[name], 6) for name in ("start_s", "stop_s")}  # s from the first, to 1 us
+            # S from the first, to 1 us.
+            one | {name: round(one[name], 6) for name in ("start_s", "stop_s")}
             for one in last_pass(record.events)
         ]
-        partial.write_bytes(gzip.compress(json.dumps(events, separators=(",", ":")).encode(), mtime=0))
+        partial.write_bytes(
+            gzip.compress(json.dumps(events, separators=(",", ":")).encode(), mtime=0)
+        )
         partial.rename(target)
         record = record.model_copy(update={"events": [], "events_file": name})
-    record = record.model_copy(update={"cell": replace(record.cell, cache_dir="")})  # means nothing elsewhere
+    # Means nothing elsewhere.
+    record = record.model_copy(update={"cell": replace(record.cell, cache_dir="")})
     append_record(file, record)
     return file
 
 
-def delete_checkpoints(cache_dir: Path, model_name: str | None = None, format: str | None = None) -> int:
+def delete_checkpoints(
+    cache_dir: Path, model_name: str | None = None, format: str | None = None
+) -> int:
     """Deletes the synthetic checkpoints of a model (None: of all) below `cache_dir`.
 
     Returns the bytes freed.
@@ -147,7 +157,13 @@ def delete_checkpoints(cache_dir: Path, model_name: str | None = None, format: s
         format: only those of this format, such as q4_0; needs `model_name`.
     """
     freed = 0
-    wanted = "" if model_name is None else f"{model_name}-" if format is None else f"{model_name}-{format}-"
+    wanted = (
+        ""
+        if model_name is None
+        else f"{model_name}-"
+        if format is None
+        else f"{model_name}-{format}-"
+    )
     for path in checkpoints(cache_dir):
         if path.name.startswith(wanted):
             freed += size_bytes(path)
@@ -158,7 +174,9 @@ def delete_checkpoints(cache_dir: Path, model_name: str | None = None, format: s
 def checkpoints(cache_dir: Path) -> list[Path]:
     """What has been made in the cache directory, each a directory or a file."""
     return sorted(
-        path for path in (cache_dir.expanduser() / "synthetic").glob("*") if not path.name.endswith(".lock")
+        path
+        for path in (cache_dir.expanduser() / "synthetic").glob("*")
+        if not path.name.endswith(".lock")
     )
 
 
@@ -174,7 +192,9 @@ def size_bytes(path: Path) -> int:
 Todo = list[tuple[RunConfig, CellConfig]]
 
 
-def run(configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, console: Console) -> Summary:
+def run(
+    configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, console: Console
+) -> Summary:
     """Measures the missing cells of every comparison, in order; the same cell is measured once.
 
     Args:
@@ -186,7 +206,9 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, conso
     planned, todo = _unfinished(configs, here)
     summary = Summary(planned=planned, skipped=planned - len(todo))
     if summary.skipped:
-        console.print(f"{summary.skipped} of {planned} cells are finished (resume=false measures them again)")
+        console.print(
+            f"{summary.skipped} of {planned} cells are finished (resume=false measures them again)"
+        )
     seconds: dict[str, list[float]] = defaultdict(list)
     columns = (
         SpinnerColumn(),
@@ -206,7 +228,10 @@ def run(configs: Sequence[RunConfig], run_cell: RunCell, here: Provenance, conso
                 save(Path(config.results_dir), record)
                 summary.measured += 1
                 later = [one for _, one in todo[number:]]
-                left = f"about {_left_s(seconds, [one.system.name for one in later]) / 60:.0f} min left"
+                left = (
+                    f"about {_left_s(seconds, [one.system.name for one in later]) / 60:.0f} min "
+                    "left"
+                )
                 progress.update(task, advance=1, left=left)
                 console.print(
                     f"[{number}/{len(todo)}, {left}] {describe(cell)}: {outcome(record)}",
@@ -233,7 +258,10 @@ def _unfinished(configs: Sequence[RunConfig], here: Provenance) -> tuple[int, To
         planned += len(cells.keys() - seen)
         todo += [(config, cell) for key, cell in cells.items() if key not in done | seen]
         seen |= cells.keys()
-    places = {place: number for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))}
+    places = {
+        place: number
+        for number, place in enumerate(dict.fromkeys(_place(cell) for _, cell in todo))
+    }
 
     def turn(one: tuple[RunConfig, CellConfig]) -> tuple[int, ...]:
         _, cell = one
@@ -307,7 +335,9 @@ def _results_table(name: tuple[str, str, str], records: Sequence[Record]) -> Tab
     for (budget_bytes, label), found in sorted(groups.items()):
         speeds = [one.tokens_per_s for one in found if one.status == "ok" and one.tokens_per_s]
         ratios = [one.ratio for one in found if one.status == "ok" and one.ratio]
-        prefill_s = [[s for one in found for s in one.prefill_s.get(tokens, [])] for tokens in lengths]
+        prefill_s = [
+            [s for one in found for s in one.prefill_s.get(tokens, [])] for tokens in lengths
+        ]
         table.add_row(
             format_size(budget_bytes) if budget_bytes != above else "",
             label,

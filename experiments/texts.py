@@ -19,13 +19,18 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 PERIOD = 24  # tokens after which a replayed text comes again
 PASSAGE = (
-    "The lighthouse on the northern cape was built in 1871 from grey granite. Its lamp burned oil until 1922, when the keeper, Anna Holm, had it "
-    "changed to electric light. On clear nights it can be seen from thirty kilometres away. The keeper's house beside it is now a small museum "
-    "with tools, letters and a model of the first lamp. Visitors come by boat in summer; in winter the cape is closed because of storms."
+    "The lighthouse on the northern cape was built in 1871 from grey granite. Its lamp burned oil "
+    "until 1922, when the keeper, Anna Holm, had it "
+    "changed to electric light. On clear nights it can be seen from thirty kilometres away. The "
+    "keeper's house beside it is now a small museum "
+    "with tools, letters and a model of the first lamp. Visitors come by boat in summer; in winter "
+    "the cape is closed because of storms."
 )
 CODE = (
-    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n\n"
-    "def spread(values):\n    centre = mean(values)\n    total = 0\n    for value in values:\n        total += (value - centre) ** 2\n"
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    "
+    "return total / len(values)\n\n"
+    "def spread(values):\n    centre = mean(values)\n    total = 0\n    for value in values:\n     "
+    "   total += (value - centre) ** 2\n"
     "    return total / len(values)\n"
 )
 PROMPTS: dict[str, tuple[str, ...]] = {
@@ -110,7 +115,10 @@ class Replay(LogitsProcessor):
 
 
 def decode(
-    model: PreTrainedModel, job: dict[str, Any], emit: Callable[..., None], bytes_read: Callable[[], int]
+    model: PreTrainedModel,
+    job: dict[str, Any],
+    emit: Callable[..., None],
+    bytes_read: Callable[[], int],
 ) -> dict[str, Any]:
     """Greedily continue each text of the workload; an event a pass.
 
@@ -142,8 +150,16 @@ def decode(
             **({"eos_token_id": None} if job["replayed"] else {}),
         )
         after, times = engine.stats(), watch.passes
-        for (start_s, start_bytes, _), (stop_s, stop_bytes, tokens) in itertools.pairwise(times[1:]):
-            emit("token", ids=tokens, s=stop_s - start_s, bytes=stop_bytes - start_bytes, counted=True)
+        for (start_s, start_bytes, _), (stop_s, stop_bytes, tokens) in itertools.pairwise(
+            times[1:]
+        ):
+            emit(
+                "token",
+                ids=tokens,
+                s=stop_s - start_s,
+                bytes=stop_bytes - start_bytes,
+                counted=True,
+            )
         answer = output[0, ids.shape[1] :].tolist()
         counts = [len(tokens) for _, _, tokens in times[2:]]
         kept = {

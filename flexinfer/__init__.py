@@ -1,10 +1,11 @@
-"""FlexInfer: run language models that do not fit in memory, inside a memory budget, with the output unchanged.
+"""FlexInfer: run language models that do not fit in memory, inside a memory budget, with the output
+unchanged.
 
     model = flexinfer.from_pretrained("path-or-hub-id", memory="4GiB")
     model.generate(**inputs, max_new_tokens=64)
 
-After Du et al., "FlexInfer: Breaking Memory Constraint via Flexible and Efficient Offloading for On-Device LLM
-Inference", EuroMLSys '25 (arXiv 2503.03777).
+After Du et al., "FlexInfer: Breaking Memory Constraint via Flexible and Efficient Offloading for
+On-Device LLM Inference", EuroMLSys '25 (arXiv 2503.03777).
 """
 
 from importlib import import_module
@@ -32,7 +33,9 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is first used: torch and transformers take seconds, `flexinfer --help` should not."""
+    """Import a name when it is first used: torch and transformers take seconds, `flexinfer --help`
+    should not.
+    """
     if name not in MODULES:
         raise AttributeError(f"module 'flexinfer' has no attribute {name!r}")
     return getattr(import_module(f"flexinfer.{MODULES[name]}"), name)

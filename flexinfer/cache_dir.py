@@ -1,8 +1,10 @@
-"""Where things are kept that are made once: configs and tokenizers of GGUF files, checksums, drafts, measured speeds.
+"""Where things are kept that are made once: configs and tokenizers of GGUF files, checksums,
+drafts, measured speeds.
 
-`$FLEXINFER_CACHE`, or `~/.cache/flexinfer`. What is there already is used even where nothing can be written; what is new
-goes to a private temporary directory then, which ends with the process. A directory that is made here is written under another name
-and renamed when it is complete, so that nobody sees half of one, whoever else makes the same one meanwhile.
+`$FLEXINFER_CACHE`, or `~/.cache/flexinfer`. What is there already is used even where nothing can be
+written; what is new goes to a private temporary directory then, which ends with the process. A
+directory that is made here is written under another name and renamed when it is complete, so that
+nobody sees half of one, whoever else makes the same one meanwhile.
 """
 
 import atexit
@@ -19,7 +21,9 @@ VARIABLE = "FLEXINFER_CACHE"
 
 def cache_dir() -> Path:
     """The directory that is named, whether or not it can be written to."""
-    return Path(os.path.abspath(os.path.expanduser(os.environ.get(VARIABLE) or "~/.cache/flexinfer")))
+    return Path(
+        os.path.abspath(os.path.expanduser(os.environ.get(VARIABLE) or "~/.cache/flexinfer"))
+    )
 
 
 def user_path(path: str | Path) -> Path:
@@ -28,17 +32,22 @@ def user_path(path: str | Path) -> Path:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make `folder`, which `option` names, and see that it can be written to. Raises ValueError where not."""
+    """Make `folder`, which `option` names, and see that it can be written to.
+
+    Raises ValueError where not.
+    """
     try:
         _use(folder)
     except OSError as error:
         raise ValueError(
-            f"{option}={str(folder)!r}: nothing can be written there ({error.strerror}); name another directory"
+            f"{option}={str(folder)!r}: nothing can be written there ({error.strerror}); name "
+            "another directory"
         ) from error
 
 
 def in_cache(*parts: str) -> Path:
-    """The place of something that is kept, or is to be kept now: its folder can be written to unless it is there already.
+    """The place of something that is kept, or is to be kept now: its folder can be written to
+    unless it is there already.
 
     Falls back to a private temporary directory, with a warning, once.
     """
@@ -56,7 +65,9 @@ def in_cache(*parts: str) -> Path:
 
 
 def temporary_cache(problem: str) -> Path:
-    """A directory of this process that stands in for the cache directory, as `problem` is with that; said once."""
+    """A directory of this process that stands in for the cache directory, as `problem` is with
+    that; said once.
+    """
     return _temporary(cache_dir(), problem)
 
 
@@ -107,7 +118,8 @@ def _temporary(folder: Path, problem: str) -> Path:
     made = Path(tempfile.mkdtemp(prefix="flexinfer-"))
     atexit.register(_remove, made, os.getpid())
     warnings.warn(
-        f"{folder}: nothing can be kept there ({problem}); what is made now is kept in {made} until this process ends. Set "
+        f"{folder}: nothing can be kept there ({problem}); what is made now is kept in {made} "
+        "until this process ends. Set "
         f"{VARIABLE} to a directory that can be written to",
         RuntimeWarning,
         stacklevel=3,

@@ -1,15 +1,19 @@
-"""Modules that transformers imports and that no run on a CPU uses: their code runs when something first asks for it.
+"""Modules that transformers imports and that no run on a CPU uses: their code runs when something
+first asks for it.
 
-transformers' modelling code imports parts of `torch.distributed` (with sympy), `torch._dynamo` and, where it is installed,
-`scipy.optimize`: for sharded models, for compiled graphs, for the losses of object detectors. Inside a memory budget that is a third of
-what a process holds before its first weight. After `defer()` these modules get their places in `sys.modules` without being run, and what
-transformers takes from them are stand-ins: a decorator that leaves a function as it is while nothing is compiled, a class that nothing is
-an instance of before it exists. Anything else that asks one of them for a name has all of them imported as usual, and the stand-ins
-then pass on to the real things.
+transformers' modelling code imports parts of `torch.distributed` (with sympy), `torch._dynamo` and,
+where it is installed, `scipy.optimize`: for sharded models, for compiled graphs, for the losses of
+object detectors. Inside a memory budget that is a third of what a process holds before its first
+weight. After `defer()` these modules get their places in `sys.modules` without being run, and what
+transformers takes from them are stand-ins: a decorator that leaves a function as it is while
+nothing is compiled, a class that nothing is an instance of before it exists. Anything else that
+asks one of them for a name has all of them imported as usual, and the stand-ins then pass on to the
+real things.
 
-The commands and the server call it, and so may a program that wants the memory; importing the library does not. What it costs: the
-first such use (`torch.compile`, a `DTensor`) waits a second or two and takes the memory that was spared, outside the plan. No class or
-function of anybody is replaced, and what is already imported stays as it is.
+The commands and the server call it, and so may a program that wants the memory; importing the
+library does not. What it costs: the first such use (`torch.compile`, a `DTensor`) waits a second or
+two and takes the memory that was spared, outside the plan. No class or function of anybody is
+replaced, and what is already imported stays as it is.
 """
 
 import importlib
@@ -37,10 +41,15 @@ DEFERRED = (
 IMPORTERS = re.compile(
     r"transformers\.|torch$|torch\.compiler|torch\._(compile|prims|refs|decomp|meta_registrations)"
 )
-# What functions on symbolic shapes say of plain numbers. Before their module has been run there are no others.
+# What functions on symbolic shapes say of plain numbers. Before their module has been run there are
+# no others.
 OF_PLAIN_NUMBERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("expect_true", "guard_bool", "guard_int", "guard_or_false"), lambda value: value),
-    **dict.fromkeys(("guard_or_true", "guard_size_oblivious", "statically_known_true"), lambda value: value),
+    **dict.fromkeys(
+        ("expect_true", "guard_bool", "guard_int", "guard_or_false"), lambda value: value
+    ),
+    **dict.fromkeys(
+        ("guard_or_true", "guard_size_oblivious", "statically_known_true"), lambda value: value
+    ),
     **dict.fromkeys(("is_nested_int", "is_symbolic", "has_free_symbols"), lambda value: False),
     "sym_and": lambda *values: all(values),
     "sym_or": lambda *values: any(values),
@@ -49,7 +58,10 @@ OF_PLAIN_NUMBERS: dict[str, Callable[..., Any]] = {
 
 
 def defer() -> None:
-    """From now on put off what transformers imports and a run on a CPU does not need. For the entry point of a program."""
+    """From now on put off what transformers imports and a run on a CPU does not need.
+
+    For the entry point of a program.
+    """
     # torch itself is imported as usual.
     importlib.import_module("torch")
     if not any(isinstance(one, _Finder) for one in sys.meta_path):
@@ -58,7 +70,9 @@ def defer() -> None:
 
 def are_deferred() -> list[str]:
     """The modules that have been put off and not been used yet."""
-    return sorted(name for name, module in list(sys.modules.items()) if isinstance(module, _Deferred))
+    return sorted(
+        name for name, module in list(sys.modules.items()) if isinstance(module, _Deferred)
+    )
 
 
 class _Finder:
@@ -93,7 +107,10 @@ class _Loader:
 
 
 class _Deferred(ModuleType):
-    """A module that has not been run. Being asked for a name by anyone but IMPORTERS has it imported."""
+    """A module that has not been run.
+
+    Being asked for a name by anyone but IMPORTERS has it imported.
+    """
 
     __finder__: _Finder
 
@@ -101,7 +118,9 @@ class _Deferred(ModuleType):
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("importlib."):
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+            "importlib."
+        ):
             frame = frame.f_back  # `from ... import` asks twice, once by way of the import system
         importer = frame.f_globals.get("__name__", "")
         if isinstance(sys.modules.get(self.__name__), _Deferred) and IMPORTERS.match(importer):
@@ -158,7 +177,10 @@ def _stand_in(module: str, name: str) -> type:
 def _decorated_when_called(
     decorator: Callable[[], Any], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Callable[..., Any]:
-    """What `decorator` makes of a function. They are torch._dynamo's, and say what a compiler should make of it: nothing, without one."""
+    """What `decorator` makes of a function.
+
+    They are torch._dynamo's, and say what a compiler should make of it: nothing, without one.
+    """
     decorated = cache(lambda: decorator()(function, *args, **kwargs))
 
     def call(*a: Any, **k: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What others wrote, as an error message can hold it: on one line, control characters escaped, cut."""
+"""What others wrote, fit for an error message: on one line, escaped, cut."""
 
 MAX_VALUE_CHARACTERS = 200
 MAX_TEXT_CHARACTERS = 500
@@ -13,7 +13,9 @@ def shown(value: object) -> str:
 def one_line(text: str) -> str:
     """`text`, without quotes."""
     words = " ".join(text[: 4 * MAX_TEXT_CHARACTERS].split())
-    line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in words)
+    line = "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in words
+    )
     return line if len(line) <= MAX_TEXT_CHARACTERS else line[:MAX_TEXT_CHARACTERS] + "..."
 
 

@@ -55,7 +55,8 @@ class Experiment:
     )
     expert_policy: str = option(
         DEFAULT_EXPERT_POLICY,
-        "which experts of a mixture stay in the cache: frequency (recent uses count most), recency, or fixed",
+        "which experts of a mixture stay in the cache: frequency (recent uses count most), "
+        "recency, or fixed",
     )
     look_ahead: bool = option(
         True,
@@ -68,7 +69,8 @@ class Experiment:
     )
     draft_tokens: int | None = option(
         None,
-        f"candidates per pass; None: as many as pay at the acceptance seen so far, up to {MOST_CANDIDATES}",
+        "candidates per pass; None: as many as pay at the acceptance seen so far, up to "
+        f"{MOST_CANDIDATES}",
     )
     draft_dir: str | Path | None = option(
         None,
@@ -103,7 +105,8 @@ class Options:
     )
     policy: str = option(
         "balanced",
-        "what is kept in memory: balanced (the same share of every weight), the paper's unbalanced, "
+        "what is kept in memory: balanced (the same share of every weight), the paper's "
+        "unbalanced, "
         "attention-first, ffn-first or algorithm1, or none",
         choices=tuple(POLICIES),
     )
@@ -129,7 +132,8 @@ class Options:
     )
     context: int | None = option(
         None,
-        "tokens that the KV cache and the activations are sized for, over all sequences of a batch; "
+        "tokens that the KV cache and the activations are sized for, over all sequences of a "
+        "batch; "
         "None: 2048, the model's own limit, or fewer where they would take more than a quarter of "
         "the budget",
     )
@@ -154,7 +158,8 @@ class Options:
     )
     kv_dtype: "str | torch.dtype" = option(
         "auto",
-        "dtype of the KV cache; auto: as dtype, and float16 for GGUF, as in llama.cpp (layers with a "
+        "dtype of the KV cache; auto: as dtype, and float16 for GGUF, as in llama.cpp (layers with "
+        "a "
         "sliding window: as dtype)",
         type=str,
         choices=DTYPES,
@@ -162,20 +167,22 @@ class Options:
     draft: str | Path | None = option(
         None,
         "several tokens per pass, same output: substitute (the model itself with its streamed "
-        "weights in a few bits), lookup (repeats of the text so far), a directory or Hub id (a small "
+        "weights in a few bits), lookup (repeats of the text so far), a directory or Hub id (a "
+        "small "
         "model of the same tokenizer, kept in memory), or auto (the fastest by measured costs); "
         "single texts only, batches and beams run without",
         metavar="WHAT",
         choices=DRAFTS,
-        meaning_on_line="several tokens per pass, same output: substitute, lookup, a small model of "
-        "the same tokenizer, or auto",
+        meaning_on_line="several tokens per pass, same output: substitute, lookup, auto, or a "
+        "small model of the same tokenizer",
     )
     follow: bool = option(
         False, "give memory back while others need it, and take it again later, up to the budget"
     )
     trace: bool | str | Path = option(
         False,
-        "keep a timeline of reads, waits and kernels, `model.flexinfer.events()`; close() writes it "
+        "keep a timeline of reads, waits and kernels, `model.flexinfer.events()`; close() writes "
+        "it "
         "to a path, for https://ui.perfetto.dev",
         type=str,
         metavar="FILE",
@@ -190,7 +197,8 @@ class Options:
     )
     experiment: Experiment = option(
         Experiment(),
-        "settings for comparing ways to run a model: a flexinfer.Experiment, or its fields as a dict",
+        "settings for comparing ways to run a model: a flexinfer.Experiment, or its fields as a "
+        "dict",
         on_line=False,
     )
 
@@ -207,7 +215,9 @@ class Options:
             raise ValueError(f"logits_to_keep={self.logits_to_keep} must be at least 1 position")
         for name, dtype in (("dtype", self.dtype), ("kv_dtype", self.kv_dtype)):
             if str(dtype).removeprefix("torch.") not in DTYPES:
-                raise ValueError(f"{name}={dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+                raise ValueError(
+                    f"{name}={dtype!r} is not supported; choose one of {', '.join(DTYPES)}"
+                )
         if not isinstance(self.experiment, Experiment):
             raise ValueError(
                 f"experiment={self.experiment!r} must be a flexinfer.Experiment(...) "
@@ -266,7 +276,8 @@ class Options:
 
 def _document(kind: type) -> None:
     kind.__doc__ = f"{kind.__doc__}\n    Fields:\n" + "".join(
-        f"        {one.name}: {one.metadata['meaning']} (default: {one.default!r})\n" for one in fields(kind)
+        f"        {one.name}: {one.metadata['meaning']} (default: {one.default!r})\n"
+        for one in fields(kind)
     )
 
 

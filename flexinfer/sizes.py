@@ -8,7 +8,8 @@ MOST_BYTES = 1 << 60  # no machine has as many
 UNITS_BYTES = {"": 1, "B": 1}  # in any case
 
 for _power, _letter in enumerate("KMGT", 1):
-    # A letter alone is binary, as docker and systemd have it: a budget is often that of a container.
+    # A letter alone is binary, as docker and systemd have it: a budget is often that of a
+    # container.
     UNITS_BYTES |= dict.fromkeys((f"{_letter}iB", f"{_letter}i", _letter), 1 << 10 * _power)
     UNITS_BYTES[f"{_letter}B"] = 1000**_power
 
@@ -20,8 +21,8 @@ class BudgetError(ValueError):
 def parse_size(value: str | int, what: str = "memory") -> int:
     """Bytes in `value`: a whole number of bytes, or a number with a unit, in any case.
 
-    "4GiB", "4Gi" and "4G" are 4 x 1024^3 bytes, "4GB" is 4 x 1000^3. Raises BudgetError on anything else. `what` names the argument in
-    the message.
+    "4GiB", "4Gi" and "4G" are 4 x 1024^3 bytes, "4GB" is 4 x 1000^3. Raises BudgetError on anything
+    else. `what` names the argument in the message.
     """
     text = str(value).strip()
     unit = text.lstrip("0123456789.").strip()
@@ -36,7 +37,8 @@ def parse_size(value: str | int, what: str = "memory") -> int:
         number = MOST_BYTES
     if number >= MOST_BYTES:
         raise BudgetError(
-            f"{what}={value!r} is not a size; write whole bytes or a number with a unit, such as '4GiB' (or '4G', the same), '1.5GB' "
+            f"{what}={value!r} is not a size; write whole bytes or a number with a unit, such as "
+            "'4GiB' (or '4G', the same), '1.5GB' "
             "(decimal), '700MiB'"
         )
     if number < 1:
@@ -54,8 +56,10 @@ def format_size(nbytes: float) -> str:
 
 
 def named_budget_bytes(smallest_bytes: int) -> int:
-    """The budget that a message names where `smallest_bytes` would do: whole MiB, and so much more that the next process, which is
-    not always of the same size before it loads a model, accepts it too. What is accepted is decided by `smallest_bytes` alone."""
+    """The budget that a message names where `smallest_bytes` would do: whole MiB, and so much more
+    that the next process, which is not always of the same size before it loads a model, accepts it
+    too. What is accepted is decided by `smallest_bytes` alone.
+    """
     return -(-(smallest_bytes + SLACK_BYTES) >> 20) << 20
 
 
@@ -66,5 +70,8 @@ def name_budget(smallest_bytes: int) -> str:
 
 
 def whole_mib(nbytes: int) -> str:
-    """A budget to be given: `format_size` rounds to the hundredth of a GiB, which may be too little."""
+    """A budget to be given:
+
+    `format_size` rounds to the hundredth of a GiB, which may be too little.
+    """
     return f"{-(-nbytes >> 20)} MiB"

@@ -1,7 +1,9 @@
-"""Builds the wheel, installs it into an empty environment with the core dependencies alone, and runs it there: make wheel.
+"""Builds the wheel, installs it into an empty environment with the core dependencies alone, and
+runs it there: make wheel.
 
-A small checkpoint is made here (tests/small_model.py); there it is planned, run and listed, from a directory that knows nothing of this
-checkout. A GGUF file and the server have to be refused with the command that installs what is missing.
+A small checkpoint is made here (tests/small_model.py); there it is planned, run and listed, from a
+directory that knows nothing of this checkout. A GGUF file and the server have to be refused with
+the command that installs what is missing.
 """
 
 import json
@@ -25,7 +27,8 @@ from small_model import CONFIG, add_tokenizer
 torch.manual_seed(0)
 shape = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 plain = Path(sys.argv[1]) / "plain"
-transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape, **CONFIG)).save_pretrained(plain)
+config = transformers.LlamaConfig(**shape, **CONFIG)
+transformers.AutoModelForCausalLM.from_config(config).save_pretrained(plain)
 add_tokenizer(plain, Path(sys.argv[1]) / "model")
 """
 NOT_CORE = ("gguf", "transcribe-cpp-native", "uvicorn", "matplotlib", "hydra-core", "pytest")
@@ -41,7 +44,10 @@ def main() -> int:
         venv.create(here / "empty", with_pip=True)
         python = str(here / "empty" / "bin" / "python")
         constraints = str(ROOT / "constraints.txt")
-        run([python, "-m", "pip", "install", "--quiet", "--constraint", constraints, str(wheel)], here)
+        run(
+            [python, "-m", "pip", "install", "--quiet", "--constraint", constraints, str(wheel)],
+            here,
+        )
         with zipfile.ZipFile(wheel) as archive:
             folders = {name.split("/")[0] for name in archive.namelist()}
         assert folders == {"flexinfer", f"{wheel.stem.split('-py3')[0]}.dist-info"}, folders
@@ -51,13 +57,27 @@ def main() -> int:
         assert not extra, f"not core dependencies: {extra}"
         command = str(here / "empty" / "bin" / "flexinfer")
         assert run([command, "--version"], here).split() == ["flexinfer", flexinfer.__version__]
-        asked = [command, "generate", "model", "abc", "--memory", "2GiB", "--max-new-tokens", "8", "--json"]
+        asked = [
+            command,
+            "generate",
+            "model",
+            "abc",
+            "--memory",
+            "2GiB",
+            "--max-new-tokens",
+            "8",
+            "--json",
+        ]
         assert json.loads(run(asked, here))["tokens"] == 8
         assert json.loads(run([command, "plan", "model", "--json"], here))["roles"]
         assert json.loads(run([command, "ls", ".", "--json"], here))[0]["smallest_bytes"]
         (here / "model.gguf").write_bytes(b"GGUF")
         refused = subprocess.run(
-            [command, "generate", "model.gguf", "abc"], cwd=here, capture_output=True, text=True, check=False
+            [command, "generate", "model.gguf", "abc"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert refused.returncode == 2, refused.stderr
         assert "pip install 'flexinfer[ggml]'" in refused.stderr, refused.stderr

@@ -1,4 +1,6 @@
-"""Deletes synthetic checkpoints from the cache directory: python scripts/clean.py [MODEL ...] [--list]."""
+"""Deletes synthetic checkpoints from the cache directory: python scripts/clean.py [MODEL ...]
+[--list].
+"""
 
 import argparse
 from pathlib import Path

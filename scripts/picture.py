@@ -1,4 +1,5 @@
-"""Draws docs/serve.svg: a conversation with SmolLM2-135M by openai's client, as it is now, with the lines that the server logs.
+"""Draws docs/serve.svg: a conversation with SmolLM2-135M by openai's client, as it is now, with the
+lines that the server logs.
 
 python scripts/picture.py --memory 500MiB
 """
@@ -62,7 +63,9 @@ def main() -> None:
             said.append({"role": "assistant", "content": text})
             console.print(f"[bold blue]user:[/] {question}", highlight=False)
             console.print(Text.assemble(("assistant:", "bold magenta"), " ", text))
-            console.print(server.stderr.readline().rstrip(), style="dim", highlight=False, markup=False)
+            console.print(
+                server.stderr.readline().rstrip(), style="dim", highlight=False, markup=False
+            )
         server.send_signal(signal.SIGTERM)
         console.print(server.stderr.readline().rstrip(), style="dim", highlight=False)
     arguments.to.write_text(

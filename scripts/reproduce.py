@@ -1,7 +1,9 @@
-"""Runs what the notebooks draw, one experiment after another, and goes on where it was stopped: python scripts/reproduce.py [--list].
+"""Runs what the notebooks draw, one experiment after another, and goes on where it was stopped:
+python scripts/reproduce.py [--list].
 
-The steps and their minutes are those of conf/reproduce.yaml; each is a call of scripts/run.py, whose finished cells are not run again. Before each step
-it says how many hours are left. A step whose run fails ends it: mend what it says, and call it again.
+The steps and their minutes are those of conf/reproduce.yaml; each is a call of scripts/run.py,
+whose finished cells are not run again. Before each step it says how many hours are left. A step
+whose run fails ends it: mend what it says, and call it again.
 """
 
 import argparse
@@ -54,7 +56,10 @@ def steps_of(file: Path, common: list[str]) -> list[Step]:
                 cell.key
                 for swept in _sweep(overrides)
                 for cell in cells_of(
-                    cast(RunConfig, OmegaConf.to_object(compose("config", overrides=[*overrides, *swept])))
+                    cast(
+                        RunConfig,
+                        OmegaConf.to_object(compose("config", overrides=[*overrides, *swept])),
+                    )
                 )
             )
             steps.append(Step(overrides, float(told["minutes"]), keys))
@@ -62,10 +67,19 @@ def steps_of(file: Path, common: list[str]) -> list[Step]:
 
 
 def _sweep(overrides: list[str]) -> list[tuple[str, ...]]:
-    """The overrides of each job of an experiment that sweeps values by itself (hydra.sweeper.params); one of none for the others."""
-    params = compose("config", overrides=overrides, return_hydra_config=True).hydra.sweeper.params or {}
+    """The overrides of each job of an experiment that sweeps values by itself
+    (hydra.sweeper.params); one of none for the others.
+    """
+    params = (
+        compose("config", overrides=overrides, return_hydra_config=True).hydra.sweeper.params or {}
+    )
     return list(
-        product(*([f"{name}={value}" for value in str(told).split(",")] for name, told in params.items()))
+        product(
+            *(
+                [f"{name}={value}" for value in str(told).split(",")]
+                for name, told in params.items()
+            )
+        )
     )
 
 
@@ -74,7 +88,9 @@ def left_table(steps: list[Step], finished: set[str]) -> Table:
     table = Table("command", "cells", "finished", "minutes left")
     for step in steps:
         done = len(step.keys & finished)
-        table.add_row(step.command, str(len(step.keys)), str(done), f"{step.minutes_left(finished):.0f}")
+        table.add_row(
+            step.command, str(len(step.keys)), str(done), f"{step.minutes_left(finished):.0f}"
+        )
     return table
 
 
@@ -83,7 +99,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--list", action="store_true", help="say what there is and what is left; run nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="say what there is and what is left; run nothing"
+    )
     parser.add_argument("--results-dir", type=Path, default=ROOT / "results")
     parser.add_argument("--rounds", type=int, help="instead of each experiment's own")
     parser.add_argument("--steps", type=Path, default=ROOT / "conf" / "reproduce.yaml")
@@ -109,7 +127,9 @@ def main() -> int:
         finished, hours = look()
         if step.keys <= finished:
             continue
-        console.print(f"step {number + 1} of {len(steps)}, about {hours:.1f} hours left: {step.command}")
+        console.print(
+            f"step {number + 1} of {len(steps)}, about {hours:.1f} hours left: {step.command}"
+        )
         code = subprocess.run(
             [sys.executable, "scripts/run.py", *step.overrides], cwd=ROOT, check=False
         ).returncode

@@ -1,8 +1,8 @@
 """Runs an experiment: python scripts/run.py +exp=fig5. See --help, and conf/exp/ for what there is.
 
-Hydra composes conf/ into the schema of experiments/config.py; one Hydra job is one comparison, whose cells
-experiments.runner measures in turns. With -m Hydra runs several (models, devices), here or on other machines by a
-launcher plugin; the systems of one comparison stay on one machine.
+Hydra composes conf/ into the schema of experiments/config.py; one Hydra job is one comparison,
+whose cells experiments.runner measures in turns. With -m Hydra runs several (models, devices), here
+or on other machines by a launcher plugin; the systems of one comparison stay on one machine.
 """
 
 import re
@@ -28,7 +28,9 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def comparisons(config: DictConfig, overrides: list[str]) -> list[RunConfig]:
-    """The comparison that `config` describes, or those of the experiments it includes, with the same `overrides`."""
+    """The comparison that `config` describes, or those of the experiments it includes, with the
+    same `overrides`.
+    """
     if not config.include:
         return [cast(RunConfig, OmegaConf.to_object(config))]
     kept = [one for one in overrides if not one.startswith(("+exp=", "experiment=", "include="))]
@@ -45,7 +47,8 @@ def comparisons(config: DictConfig, overrides: list[str]) -> list[RunConfig]:
 def main(config: DictConfig) -> None:
     """Measures what is missing, then prints a table of the experiment's records."""
     console = Console()
-    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell leaves SIGINT ignored
+    # In the background a shell leaves SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         configs = comparisons(config, list(HydraConfig.get().overrides.task))
@@ -66,11 +69,15 @@ def main(config: DictConfig) -> None:
 def check_systems(
     arguments: list[str], systems: Path = Path(__file__).parents[1] / "conf" / "system"
 ) -> None:
-    """Raises ConfigError for a system=[...] that is not there: for a list Hydra does not say what is."""
+    """Raises ConfigError for a system=[...] that is not there: for a list Hydra does not say what
+    is.
+    """
     known = sorted(file.stem for file in systems.glob("*.yaml"))
     for argument in arguments:
         names = (
-            re.split(r"[\[\], ]+", argument.removeprefix("system=")) if argument.startswith("system=") else []
+            re.split(r"[\[\], ]+", argument.removeprefix("system="))
+            if argument.startswith("system=")
+            else []
         )
         for name in filter(None, names):
             require(name in known, "system", name, f"one of {', '.join(known)}")

@@ -1,7 +1,9 @@
-"""Small random models of every family, saved as stock checkpoints, and the few helpers that all tests of the engine use.
+"""Small random models of every family, saved as stock checkpoints, and the few helpers that all
+tests of the engine use.
 
-Every parameter is random, biases and norms too, so that a tensor read from the wrong place cannot go unnoticed. Pieces are
-made small, so that a weight of these models has several and each test goes through all of the machinery.
+Every parameter is random, biases and norms too, so that a tensor read from the wrong place cannot
+go unnoticed. Pieces are made small, so that a weight of these models has several and each test goes
+through all of the machinery.
 """
 
 import os
@@ -61,7 +63,10 @@ Load = Callable[..., PreTrainedModel]
 
 
 def may_lock() -> bool:
-    return os.geteuid() == 0 or resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] in (resource.RLIM_INFINITY, -1)
+    return os.geteuid() == 0 or resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] in (
+        resource.RLIM_INFINITY,
+        -1,
+    )
 
 
 needs_mlock = pytest.mark.skipif(not may_lock(), reason="mlock is limited here (ulimit -l)")
@@ -76,11 +81,16 @@ def _quiet_and_single_threaded() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """checkpoint(family, dtype=torch.float32, sharded=False, **config) -> directory; made once a session, do not change it."""
+    """checkpoint(family, dtype=torch.float32, sharded=False, **config) -> directory; made once a
+    session, do not change it.
+    """
     made: dict[str, Path] = {}
 
     def make(
-        family: str = "llama", dtype: torch.dtype = torch.float32, sharded: bool = False, **config: Any
+        family: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        sharded: bool = False,
+        **config: Any,
     ) -> Path:
         key = repr((family, dtype, sharded, sorted(config.items())))
         if key not in made:
@@ -114,7 +124,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def load(small_pieces: None) -> Iterator[Load]:
-    """flexinfer.from_pretrained with a small context and window, and plenty of memory; closes what it loaded after the test.
+    """flexinfer.from_pretrained with a small context and window, and plenty of memory; closes what
+    it loaded after the test.
 
     Fields of Experiment are given by their own names.
     """
@@ -125,7 +136,9 @@ def load(small_pieces: None) -> Iterator[Load]:
     ) -> PreTrainedModel:
         names = {one.name for one in fields(flexinfer.Experiment)} & options.keys()
         if names:
-            options["experiment"] = flexinfer.Experiment(**{name: options.pop(name) for name in names})
+            options["experiment"] = flexinfer.Experiment(
+                **{name: options.pop(name) for name in names}
+            )
         options = {"window": WINDOW_BYTES} | options
         model = flexinfer.from_pretrained(path, memory, context=context, **options)
         loaded.append(model)
@@ -142,7 +155,7 @@ def stock(path: Path, **options: Any) -> PreTrainedModel:
 
 
 def smallest_budget(model: PreTrainedModel) -> int:
-    """The smallest budget in bytes that this process accepts; a refusal names one with some slack."""
+    """The smallest budget in bytes accepted here; a refusal names one with some slack."""
     smallest: int = model.flexinfer.runner.planner.smallest_bytes
     with pytest.raises(flexinfer.BudgetError, match="at least"):
         model.flexinfer.resize(smallest - 1)
@@ -163,7 +176,10 @@ def prompt(batch: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:
 def logits(
     model: PreTrainedModel, ids: torch.Tensor, steps: int = 2, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Prefill `ids` [batch, tokens], then `steps` greedy tokens with a KV cache: [batch, tokens + steps, vocab]."""
+    """Prefill `ids` [batch, tokens], then `steps` greedy tokens with a KV cache:
+
+    [batch, tokens + steps, vocab].
+    """
     mask = torch.ones_like(ids) if mask is None else mask
     cache = DynamicCache(config=model.config.get_text_config())
     outputs = []

@@ -1,7 +1,9 @@
-"""Small random models as GGUF files, and what they must compute: the tests of everything that reads GGUF use them.
+"""Small random models as GGUF files, and what they must compute: the tests of everything that reads
+GGUF use them.
 
-A model of transformers with random weights is written as llama.cpp's converter would write it (names, order of rows, norms plus one), each
-matrix in the next of the given types. Beside it is kept the same model in stock form, its weights being what the blocks stand for.
+A model of transformers with random weights is written as llama.cpp's converter would write it
+(names, order of rows, norms plus one), each matrix in the next of the given types. Beside it is
+kept the same model in stock form, its weights being what the blocks stand for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +59,14 @@ OSS_ROPE = {
 }
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1}
 GRANITE |= {"logits_scaling": 5.0}
-GPT2 = {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 512, "vocab_size": VOCAB}
+GPT2 = {
+    "n_embd": 256,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "n_inner": 512,
+    "vocab_size": VOCAB,
+}
 
 
 @dataclass(frozen=True)
@@ -104,14 +113,17 @@ FAMILIES = {
         norms_plus_one=True,
     ),
     "phi3": Family(
-        lambda **over: transformers.Phi3Config(**SHAPE | ROPE | RMS | over), {"rope.dimension_count": 64}
+        lambda **over: transformers.Phi3Config(**SHAPE | ROPE | RMS | over),
+        {"rope.dimension_count": 64},
     ),
     "starcoder2": Family(
         lambda **over: transformers.Starcoder2Config(**SHAPE | ROPE | {"norm_epsilon": 1e-4} | over)
     ),
     "stablelm": Family(
         lambda **over: transformers.StableLmConfig(
-            **SHAPE | {"layer_norm_eps": 1e-4, "use_qkv_bias": True, "partial_rotary_factor": 0.25} | over,
+            **SHAPE
+            | {"layer_norm_eps": 1e-4, "use_qkv_bias": True, "partial_rotary_factor": 0.25}
+            | over,
             rope_parameters=ROPE["rope_parameters"] | {"partial_rotary_factor": 0.25},
         ),
         {"rope.dimension_count": 16},
@@ -126,12 +138,17 @@ FAMILIES = {
     ),
     "falcon": Family(
         lambda **over: transformers.FalconConfig(
-            **SHAPE | ROPE | {"layer_norm_epsilon": 1e-4, "ffn_hidden_size": 512, "num_kv_heads": 1} | over
+            **SHAPE
+            | ROPE
+            | {"layer_norm_epsilon": 1e-4, "ffn_hidden_size": 512, "num_kv_heads": 1}
+            | over
         ),
         {"attention.head_count_kv": 1, "feed_forward_length": 512},
     ),
     "gpt2": Family(
-        lambda **over: transformers.GPT2Config(**GPT2 | TOKENS | {"layer_norm_epsilon": 1e-4} | over)
+        lambda **over: transformers.GPT2Config(
+            **GPT2 | TOKENS | {"layer_norm_epsilon": 1e-4} | over
+        )
     ),
 }
 
@@ -168,7 +185,11 @@ MIXTURES = {
             | {"head_dim": 128, "norm_topk_prob": True}
             | over
         ),
-        {"attention.key_length": 128, "attention.value_length": 128, "expert_feed_forward_length": 256},
+        {
+            "attention.key_length": 128,
+            "attention.value_length": 128,
+            "expert_feed_forward_length": 256,
+        },
         architecture="qwen3moe",
     ),
     "olmoe": Family(
@@ -179,7 +200,7 @@ MIXTURES = {
             | EXPERTS
             | {"num_experts": 8, "intermediate_size": 256, "num_key_value_heads": 4}
             | over
-        ),
+        )
     ),
     "granitemoe": Family(
         lambda **over: transformers.GraniteMoeConfig(
@@ -205,7 +226,11 @@ MIXTURES = {
             | over
         ),
         {"attention.key_length": 64, "attention.value_length": 64, "attention.sliding_window": 8}
-        | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "expert_feed_forward_length": 256}
+        | {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "expert_feed_forward_length": 256,
+        }
         | {"rope.scaling.original_context_length": 32},
         architecture="gpt-oss",
     ),
@@ -223,7 +248,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Written:
-    """A model as a GGUF file, the same as a stock checkpoint, and the matrices in the file by parameter."""
+    """A model as a GGUF file, the same as a stock checkpoint, and the matrices in the file by
+    parameter.
+    """
 
     file: Path
     stock: Path
@@ -234,13 +261,17 @@ WriteGGUF = Callable[..., Written]
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
-    """write(family="llama", kinds=MIX, **config) that writes each model the first time it is asked for; do not change them."""
+    """write(family="llama", kinds=MIX, **config) that writes each model the first time it is asked
+    for; do not change them.
+    """
     made: dict[str, Written] = {}
 
     def write(family: str = "llama", kinds: tuple[str, ...] = MIX, **config: Any) -> Written:
         key = repr((family, kinds, sorted(config.items())))
         if key not in made:
-            made[key] = write_model(tmp_path_factory.mktemp(f"gguf-{family}"), family, kinds, **config)
+            made[key] = write_model(
+                tmp_path_factory.mktemp(f"gguf-{family}"), family, kinds, **config
+            )
         return made[key]
 
     return write
@@ -266,13 +297,18 @@ def write_model(
     settings = model.config
     architecture = facts.architecture or family
     writer = gguf.GGUFWriter(
-        None if split_tensors else path / "model.gguf", architecture, split_max_tensors=split_tensors
+        None if split_tensors else path / "model.gguf",
+        architecture,
+        split_max_tensors=split_tensors,
     )
     for key, value in _values(settings, facts).items():
         name = key if "." in key and key.startswith("tokenizer") else f"{architecture}.{key}"
-        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
-            type(value)
-        ](name, value)
+        {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }[type(value)](name, value)
     if change is not None:
         change(writer)
     stored: dict[str, Stored] = {}
@@ -302,10 +338,14 @@ def write_model(
 def _values(config: PretrainedConfig, facts: Family) -> dict[str, Any]:
     def of(*names: str) -> Any:
         return next(
-            (getattr(config, name) for name in names if getattr(config, name, None) is not None), None
+            (getattr(config, name) for name in names if getattr(config, name, None) is not None),
+            None,
         )
 
-    rms, plain = of("rms_norm_eps"), of("norm_epsilon", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+    rms, plain = (
+        of("rms_norm_eps"),
+        of("norm_epsilon", "layer_norm_eps", "norm_eps", "layer_norm_epsilon"),
+    )
     values = {
         "context_length": 128,
         "embedding_length": config.hidden_size,
@@ -325,13 +365,22 @@ def _values(config: PretrainedConfig, facts: Family) -> dict[str, Any]:
     return {key: value for key, value in (values | facts.values).items() if value is not None}
 
 
-def _parameters(model: PreTrainedModel, kinds: Sequence[str]) -> Iterator[tuple[str, torch.Tensor, str]]:
-    """Name, parameter and type; each matrix in the next of `kinds`. Of experts gate and up apart, as views with rows of outputs."""
+def _parameters(
+    model: PreTrainedModel, kinds: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """Name, parameter and type; each matrix in the next of `kinds`.
+
+    Of experts gate and up apart, as views with rows of outputs.
+    """
     kind_of = cycle(kinds)
     for name, parameter in model.named_parameters():
         module: Any = model.get_submodule(name.rpartition(".")[0])
         if "is_transposed" in vars(module):  # of experts
-            rows = parameter.transpose(1, 2) if module.is_transposed and parameter.dim() == 3 else parameter
+            rows = (
+                parameter.transpose(1, 2)
+                if module.is_transposed and parameter.dim() == 3
+                else parameter
+            )
             parts = {name: rows}
             if "gate_up" in name:
                 width = rows.shape[1] // 2
@@ -377,18 +426,26 @@ def _store(
     if parameter.dim() == 3:  # of experts
         each = [_store(name, one, kind, facts, config, model).data for one in parameter]
         return Stored(kind, np.stack(each), None)
-    transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and parameter.dim() == 2
+    transposed = (
+        isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and parameter.dim() == 2
+    )
     rows = (parameter.data.T if transposed else parameter.data).contiguous()
     order = None
-    heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
+    heads = {
+        "q_proj": config.num_attention_heads,
+        "k_proj": getattr(config, "num_key_value_heads", 0),
+    }
     for projection, count in heads.items():
         if facts.permuted and f".{projection}." in name:
-            there = torch.arange(len(rows)).view(count, 2, -1).transpose(1, 2).flatten()  # file row -> row
+            # File row -> row.
+            there = torch.arange(len(rows)).view(count, 2, -1).transpose(1, 2).flatten()
             order, rows = there.argsort(), rows[there]
     if facts.norms_plus_one and name.endswith("norm.weight"):
         rows = rows + 1
     if kind in TYPES:
-        blocks = _random_blocks(kind, rows) if kind in CALIBRATED else quantize_rows(TYPES[kind], rows)
+        blocks = (
+            _random_blocks(kind, rows) if kind in CALIBRATED else quantize_rows(TYPES[kind], rows)
+        )
         data, numbers = blocks.numpy(), dequantize_rows(TYPES[kind], blocks, rows.shape[1])
     else:
         data = rows.numpy().astype({"F16": np.float16, "F32": np.float32}[kind])
@@ -409,7 +466,9 @@ def _random_blocks(kind: str, rows: torch.Tensor) -> torch.Tensor:
 
 
 class WholeLinear(nn.Module):
-    """A linear whose weight is whole in memory, as blocks, and multiplied in one call of the kernel."""
+    """A linear whose weight is whole in memory, as blocks, and multiplied in one call of the
+    kernel.
+    """
 
     def __init__(
         self, stored: Stored, bias: torch.Tensor | None, in_features: int, dtype: torch.dtype
@@ -425,19 +484,27 @@ class WholeLinear(nn.Module):
 
 
 class WholeExperts(nn.Module):
-    """Experts whose weights are whole in memory, as blocks: each multiplies its tokens, in the order of their numbers."""
+    """Experts whose weights are whole in memory, as blocks: each multiplies its tokens, in the
+    order of their numbers.
+    """
 
     def __init__(self, stock: Any, ways: Sequence[Stored], dtype: torch.dtype) -> None:
         super().__init__()
         self._stock, self._up, self._down = [stock], ways[:-1], ways[-1]
         self._dtype = dtype
 
-    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         stock, output = self._stock[0], torch.zeros_like(hidden)
         for expert in sorted(set(index.flatten().tolist())):
             place, token = torch.where(index.t() == expert)
             parts = [self._multiply(hidden[token], stored, expert) for stored in self._up]
-            y = torch.cat(parts, -1) if stock.is_concatenated else torch.stack(parts, -1).flatten(-2)
+            y = (
+                torch.cat(parts, -1)
+                if stock.is_concatenated
+                else torch.stack(parts, -1).flatten(-2)
+            )
             if stock.has_bias:
                 y = y + stock.gate_up_proj_bias[expert]
             y = self._multiply(stock._apply_gate(y), self._down, expert)
@@ -474,13 +541,16 @@ def whole_model(written: Written, dtype: torch.dtype = torch.float32) -> PreTrai
         if stored.kind in TYPES and isinstance(module, nn.Linear | Conv1D):
             in_features = module.nx if isinstance(module, Conv1D) else module.in_features
             model.set_submodule(path, WholeLinear(stored, module.bias, in_features, dtype))
-        elif isinstance(module, Conv1D):  # in a GGUF file its rows are outputs, as those of all linears
+        # In a GGUF file its rows are outputs, as those of all linears.
+        elif isinstance(module, Conv1D):
             linear = nn.Linear(module.nx, module.nf, dtype=dtype)
-            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
+            linear.weight.data, linear.bias.data = (
+                module.weight.data.T.contiguous(),
+                module.bias.data,
+            )
             model.set_submodule(path, linear)
-        elif isinstance(module, nn.Linear) or (
-            stored.kind == "F32" and name.endswith(ROUTERS)
-        ):  # float32 made of float16 is a copy, and so aligned; a mapped one is as it lies
+        # Float32 made of float16 is a copy, and so aligned; a mapped one is as it lies.
+        elif isinstance(module, nn.Linear) or (stored.kind == "F32" and name.endswith(ROUTERS)):
             module.weight.data = module.weight.data.clone()
     return model
 

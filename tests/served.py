@@ -22,13 +22,16 @@ SPECIAL = ["<pad>", "<s>", "</s>"]
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] "
+    "}}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
 )
 
 
 @dataclass(slots=True)
 class Brake:
-    """A progress callback of the engine that counts passes, and holds one where it is until it is let go."""
+    """A progress callback of the engine that counts passes, and holds one where it is until it is
+    let go.
+    """
 
     passes: int = 0
     go: threading.Event = field(default_factory=threading.Event)
@@ -67,7 +70,9 @@ class Served:
     def metric(self, name: str) -> float:
         """A value of /metrics that has no labels."""
         text = httpx.get(f"{self.root}/metrics").text
-        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name + " "))
+        return next(
+            float(line.split()[1]) for line in text.splitlines() if line.startswith(name + " ")
+        )
 
 
 @contextlib.contextmanager
@@ -112,9 +117,16 @@ def make_talker(path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **names).save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=TEMPLATE, **names
+    ).save_pretrained(path)
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = transformers.LlamaConfig(**shape, **CONFIG)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -126,21 +138,40 @@ def make_talker(path: Path) -> Path:
 
 
 def make_caller(path: Path) -> Path:
-    """A Qwen2 whose every answer is CALL: its layers add nothing, and its head knows what follows each token."""
+    """A Qwen2 whose every answer is CALL: its layers add nothing, and its head knows what follows
+    each token.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens([AddedToken(one, normalized=False) for one in ("<tool_call>", CALL, "</tool_call>")])
+    tokenizer.add_tokens(
+        [AddedToken(one, normalized=False) for one in ("<tool_call>", CALL, "</tool_call>")]
+    )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
     ).save_pretrained(path)
-    size, said = 320, [letters.index("\u010a"), *(tokenizer.token_to_id(t) for t in ("<tool_call>", CALL))]
+    size, said = (
+        320,
+        [letters.index("\u010a"), *(tokenizer.token_to_id(t) for t in ("<tool_call>", CALL))],
+    )
     said += [tokenizer.token_to_id(token) for token in ("</tool_call>", "<|im_end|>")]
-    shape = {"hidden_size": size, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": size,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = transformers.Qwen2Config(
-        **shape, num_key_value_heads=4, vocab_size=size, eos_token_id=said[-1], tie_word_embeddings=False
+        **shape,
+        num_key_value_heads=4,
+        vocab_size=size,
+        eos_token_id=said[-1],
+        tie_word_embeddings=False,
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -17,7 +17,9 @@ CONFIG: dict[str, Any] = {
 
 
 def add_tokenizer(checkpoint: Path, path: Path) -> Path:
-    """A copy of `checkpoint` (made with CONFIG) at `path`, with a tokenizer of bytes and a chat template."""
+    """A copy of `checkpoint` (made with CONFIG) at `path`, with a tokenizer of bytes and a chat
+    template.
+    """
     shutil.copytree(checkpoint, path)
     alphabet = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))

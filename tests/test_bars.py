@@ -1,4 +1,6 @@
-"""On a terminal one line shows what takes its time, and nothing of it stays; elsewhere nothing is shown."""
+"""On a terminal one line shows what takes its time, and nothing of it stays; elsewhere nothing is
+shown.
+"""
 
 import io
 import os
@@ -87,7 +89,9 @@ def test_what_is_quick_gets_no_bar(monkeypatch: pytest.MonkeyPatch, clock: list[
     assert "%" not in terminal.getvalue()
 
 
-def test_stages_that_are_not_expected_get_no_bar(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+def test_stages_that_are_not_expected_get_no_bar(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
     terminal = at_terminal(monkeypatch)
     with Bars() as bars:
         assert bars.progress is not None
@@ -101,10 +105,16 @@ def test_stages_that_are_not_expected_get_no_bar(monkeypatch: pytest.MonkeyPatch
 
 
 def run_at_terminal(
-    argv: list[str], keys: bytes = b"", until: bytes = b"", number: int = 0, stdout_too: bool = False
+    argv: list[str],
+    keys: bytes = b"",
+    until: bytes = b"",
+    number: int = 0,
+    stdout_too: bool = False,
 ) -> tuple[int, bytes, bytes]:
-    """Run at a pseudo-terminal; stdout is a pipe, unless that is the terminal too. Types `keys`, sends a signal when `until` is on the screen, checks that
-    the terminal is left as it was. Returns exit code, stdout, what the terminal showed."""
+    """Run at a pseudo-terminal; stdout is a pipe, unless that is the terminal too. Types `keys`,
+    sends a signal when `until` is on the screen, checks that the terminal is left as it was.
+    Returns exit code, stdout, what the terminal showed.
+    """
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
     process = subprocess.Popen(
@@ -166,7 +176,16 @@ def test_sigterm_at_the_prompt_of_a_chat_gives_the_terminal_back(model_dir: Path
 
 
 def test_sigterm_while_it_loads_gives_the_terminal_back(model_dir: Path) -> None:
-    argv = [sys.executable, "-m", "flexinfer", "generate", str(model_dir), "abc", "--memory", "2GiB"]
+    argv = [
+        sys.executable,
+        "-m",
+        "flexinfer",
+        "generate",
+        str(model_dir),
+        "abc",
+        "--memory",
+        "2GiB",
+    ]
     code, _, screen = run_at_terminal(argv, until=b"loading", number=signal.SIGTERM)
     assert code == 143
     assert screen.count(HIDE_CURSOR) == screen.count(SHOW_CURSOR) > 0

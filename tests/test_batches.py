@@ -19,12 +19,18 @@ from flexinfer.plan.weights import Piece, Weight
 
 MIB = 1 << 20
 BUDGET = 400 * MIB
-PIECES = tuple(Piece("w", 0, i, i + 1, Path("f"), i * MIB, MIB, MIB, locked_bytes=MIB) for i in range(100))
+PIECES = tuple(
+    Piece("w", 0, i, i + 1, Path("f"), i * MIB, MIB, MIB, locked_bytes=MIB) for i in range(100)
+)
 
 
 def overheads_of(count: int) -> Overheads:
     return Overheads(
-        process_bytes=MIB, unstreamed_bytes=0, kv_bytes=8 * MIB * count, activation_bytes=0, margin_bytes=0
+        process_bytes=MIB,
+        unstreamed_bytes=0,
+        kv_bytes=8 * MIB * count,
+        activation_bytes=0,
+        margin_bytes=0,
     )
 
 
@@ -36,7 +42,9 @@ def test_more_sequences_pay_until_their_cache_or_their_computing_costs_more() ->
     found = plan_batches((1, 2, 4, 8, 16), PLANNER, 80 * MIB, overheads_of, ((1, 0.1), (16, 0.1)))
     assert [one.sequences for one in found] == [1, 2, 4, 8, 16]
     locked = [one.plan.locked_bytes // MIB for one in found[:4] if one.plan is not None]
-    assert locked == [66, 58, 42, 10], "8 MiB less for each sequence, and less than one for page tables"
+    assert locked == [66, 58, 42, 10], (
+        "8 MiB less for each sequence, and less than one for page tables"
+    )
     for one, kept in zip(found, locked, strict=False):
         assert one.tokens_per_s == pytest.approx(one.sequences / ((100 - kept) / 100))
     assert found[4].plan is None
@@ -103,22 +111,33 @@ def test_it_agrees_with_what_the_engine_plans(
         plan = model.flexinfer.plan
         assert one["locked_bytes"] == plan.locked_bytes
         assert one["streamed_bytes"] == plan.streamed_bytes
-        assert (one["kv_bytes"], one["activation_bytes"]) == (plan.kv_bytes, plan.overheads.activation_bytes)
-    assert batches[-1]["locked_bytes"] < batches[0]["locked_bytes"] or batches[0]["streamed_bytes"] == 0
+        assert (one["kv_bytes"], one["activation_bytes"]) == (
+            plan.kv_bytes,
+            plan.overheads.activation_bytes,
+        )
+    assert (
+        batches[-1]["locked_bytes"] < batches[0]["locked_bytes"]
+        or batches[0]["streamed_bytes"] == 0
+    )
     assert sum(one["best"] for one in batches) == 1
 
 
 def test_the_table_marks_the_best_and_what_does_not_fit(
     told: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(told[0]), "--memory", "360MiB", "--context", "64", "--batch", "4096"]) == 0
+    assert (
+        main(["plan", str(told[0]), "--memory", "360MiB", "--context", "64", "--batch", "4096"])
+        == 0
+    )
     shown = capsys.readouterr().out
     lines = shown[shown.index("Several sequences at a time, of 64 tokens each") :].splitlines()
     assert sum("* " in line for line in lines) == 1
     assert "does not fit" in next(line for line in lines if "4096" in line)
 
 
-def test_batches_have_no_draft(told: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_batches_have_no_draft(
+    told: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", str(told[0]), "--batch", "2", "--draft", "lookup"]) == 2
     assert "batches go without a draft" in capsys.readouterr().err
     assert main(["plan", str(told[0]), "--batch", "0"]) == 2

@@ -1,6 +1,8 @@
-"""The budget is the truth: in a cgroup of exactly `memory`, the smallest budget that is accepted is enough to the last token.
+"""The budget is the truth: in a cgroup of exactly `memory`, the smallest budget that is accepted is
+enough to the last token.
 
-Runs are fresh processes, as users have them: what a process takes before it loads a model is part of the budget.
+Runs are fresh processes, as users have them: what a process takes before it loads a model is part
+of the budget.
 """
 
 import json
@@ -18,7 +20,9 @@ from experiments.limits import Limits
 from experiments.model_config import ExpertsConfig, ModelConfig, ShapeConfig
 from experiments.synth import default_cache_dir, make_checkpoint
 
-SHAPE = ShapeConfig(hidden=1024, intermediate=2816, layers=4, heads=16, kv_heads=4, vocab=16_384, tie=False)
+SHAPE = ShapeConfig(
+    hidden=1024, intermediate=2816, layers=4, heads=16, kv_heads=4, vocab=16_384, tie=False
+)
 RUN = """
 import json, sys
 path, memory, context, prompt_tokens, new_tokens, repeats, system, draft = json.loads(sys.argv[1])
@@ -36,14 +40,15 @@ import psutil, torch
 ids = torch.randint(3, 16_000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
 resident = []
 for _ in range(repeats):
-    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-                          eos_token_id=None, pad_token_id=0)
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                          do_sample=False, eos_token_id=None, pad_token_id=0)
     resident.append(psutil.Process().memory_info().rss)
 report = {"tokens": text[0, prompt_tokens:].tolist(), "resident_bytes": resident}
 if system == "flexinfer":
-    plan = model.flexinfer.plan
-    report |= {"peak_bytes": model.flexinfer.stats()["peak_bytes"], "streamed_bytes": plan.streamed_bytes,
-               "total_bytes": plan.total_bytes, "drafted": model.flexinfer.stats().get("drafted"), "fixed": repr(plan.overheads), "window_bytes": plan.window_bytes}
+    plan, stats = model.flexinfer.plan, model.flexinfer.stats()
+    report |= {"peak_bytes": stats["peak_bytes"], "drafted": stats.get("drafted"),
+               "streamed_bytes": plan.streamed_bytes, "total_bytes": plan.total_bytes,
+               "fixed": repr(plan.overheads), "window_bytes": plan.window_bytes}
 print(json.dumps(report))
 """
 
@@ -84,7 +89,8 @@ def run(
     return report
 
 
-# A long prompt, so that activations and KV cache are used to the full, and a short one, where loading itself is the peak.
+# A long prompt, so that activations and KV cache are used to the full, and a short one, where
+# loading itself is the peak.
 @pytest.mark.parametrize(("context", "prompt_tokens"), [(512, 480), (32, 8)])
 def test_smallest_budget_is_enough_in_a_cgroup_of_that_size(
     big: Path, context: int, prompt_tokens: int
@@ -102,7 +108,8 @@ def test_smallest_budget_is_enough_in_a_cgroup_of_that_size(
     assert "refused" not in report, "the budget that a refusal names is accepted"
     spare_bytes = report["total_bytes"] - report["streamed_bytes"]
     assert spare_bytes < 12 << 20, (
-        "the budget that is named streams all but its slack and what the process is smaller by this time"
+        "the budget that is named streams all but its slack and what the process is smaller by "
+        "this time"
     )
     assert report["tokens"] == expected["tokens"]
     assert usage.oom_kills == 0
@@ -118,14 +125,16 @@ def test_smallest_budget_is_enough_in_a_cgroup_of_that_size(
 def test_smallest_budget_is_enough_with_a_draft(
     big: Path, context: int, prompt_tokens: int, draft: str
 ) -> None:
-    """As above: every candidate, its scores, the substitute or the draft model are in the budget."""
+    """As above: candidates, their scores, the substitute or draft model are in the budget."""
     place = find_place()
     if place.memory is None:
         pytest.skip(f"no right to limit memory here: {place.why_not}")
     told, new_tokens = draft, context - prompt_tokens
     if draft == "model":
         shape = replace(SHAPE, layers=1, hidden=256, intermediate=704, heads=4)
-        small = ModelConfig(name="test-budget-draft", kind="synthetic", formats=["bf16"], shape=shape)
+        small = ModelConfig(
+            name="test-budget-draft", kind="synthetic", formats=["bf16"], shape=shape
+        )
         told = str(make_checkpoint(small, "bf16", progress=False))
     memory = run(big, 1 << 20, context, prompt_tokens, new_tokens, draft=told)["refused"]
     with Limits(memory_bytes=memory) as limits:
@@ -160,7 +169,9 @@ print(json.dumps(score(range(30, 130)) - before))
 
 
 def test_prompts_of_many_lengths_do_not_pile_up_kernels(big: Path) -> None:
-    """Where torch compiles a bf16 kernel for each length: 100 lengths of 10 shapes would leave 500 MB."""
+    """Where torch compiles a bf16 kernel for each length: 100 lengths of 10 shapes would leave 500
+    MB.
+    """
     done = subprocess.run(
         [sys.executable, "-c", LENGTHS, str(big)], capture_output=True, text=True, check=False
     )
@@ -188,18 +199,24 @@ for number, tokens in enumerate((1, 64, 512, 9)):
     ids = torch.randint(3, 4096, (1, tokens), generator=torch.Generator().manual_seed(number))
     if resizes:
         model.flexinfer.resize(resizes[number % len(resizes)])
-    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-                          eos_token_id=None, pad_token_id=0)
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                          do_sample=False, eos_token_id=None, pad_token_id=0)
     texts.append(text[0, tokens:].tolist())
 plan, stats = model.flexinfer.plan, model.flexinfer.stats()
-print(json.dumps({"texts": texts, "slots": plan.experts.slots, "experts_bytes": plan.experts.total_bytes} | stats))
+experts = {"slots": plan.experts.slots, "experts_bytes": plan.experts.total_bytes}
+print(json.dumps({"texts": texts} | experts | stats))
 """
 
 
 def run_many_prompts(
     path: Path, memory: int, resizes: list[int], limits: Limits | None = None, new_tokens: int = 50
 ) -> dict[str, Any]:
-    command = [sys.executable, "-c", MANY_PROMPTS, json.dumps([str(path), memory, resizes, new_tokens])]
+    command = [
+        sys.executable,
+        "-c",
+        MANY_PROMPTS,
+        json.dumps([str(path), memory, resizes, new_tokens]),
+    ]
     done = subprocess.run(
         limits.command(command) if limits else command, capture_output=True, text=True, check=False
     )

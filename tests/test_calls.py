@@ -1,5 +1,6 @@
-"""Calls that the plan has room for run within it; others are refused before they run; two threads do not mix; weights that are
-not there say so."""
+"""Calls that the plan has room for run within it; others are refused before they run; two threads
+do not mix; weights that are not there say so.
+"""
 
 import gc
 import threading
@@ -20,7 +21,8 @@ LARGE = {"vocab_size": 65_536, "num_hidden_layers": 2}
 
 def squeeze(model: PreTrainedModel) -> None:
     """The budget in which a loaded model leaves nothing unused."""
-    while unused_bytes := model.flexinfer.plan.unused_bytes:  # a smaller budget has smaller page tables too
+    # A smaller budget has smaller page tables too.
+    while unused_bytes := model.flexinfer.plan.unused_bytes:
         model.flexinfer.resize(model.flexinfer.plan.budget_bytes - unused_bytes)
 
 
@@ -56,8 +58,12 @@ def test_what_the_refusal_names_makes_it_fit(checkpoint: MakeCheckpoint, load: L
         assert torch.equal(model(ids).logits, stock(path)(ids).logits)
 
 
-def test_scoring_again_and_again_uses_the_memory_set_aside(checkpoint: MakeCheckpoint, load: Load) -> None:
-    """A call without a cache gets one in the reserve, also while the output of the call before is still held."""
+def test_scoring_again_and_again_uses_the_memory_set_aside(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
+    """A call without a cache gets one in the reserve, also while the output of the call before is
+    still held.
+    """
     model, reference = load(checkpoint()), stock(checkpoint())
     kept = []
     for seed in range(3):
@@ -76,7 +82,9 @@ def test_scoring_again_and_again_uses_the_memory_set_aside(checkpoint: MakeCheck
         assert torch.equal(model(prompt()).logits, reference(prompt()).logits)
 
 
-def test_a_cache_by_its_older_name_gets_the_memory_set_aside(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_a_cache_by_its_older_name_gets_the_memory_set_aside(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint())
     for name in ("cache", "past_key_values"):
         cache = DynamicCache(config=model.config)
@@ -88,7 +96,9 @@ def test_a_cache_by_its_older_name_gets_the_memory_set_aside(checkpoint: MakeChe
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_scoring_with_and_without_a_cache(checkpoint: MakeCheckpoint, load: Load, use_cache: bool) -> None:
+def test_scoring_with_and_without_a_cache(
+    checkpoint: MakeCheckpoint, load: Load, use_cache: bool
+) -> None:
     model, reference = load(checkpoint()), stock(checkpoint())
     with torch.no_grad():
         ours = model(prompt(2), use_cache=use_cache)
@@ -97,8 +107,15 @@ def test_scoring_with_and_without_a_cache(checkpoint: MakeCheckpoint, load: Load
     assert (ours.cache is None) == (theirs.cache is None)
 
 
-def test_a_process_that_grows_gives_locked_memory_back(checkpoint: MakeCheckpoint, load: Load) -> None:
-    big = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "vocab_size": 512}
+def test_a_process_that_grows_gives_locked_memory_back(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
+    big = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 2,
+        "vocab_size": 512,
+    }
     model = load(checkpoint("llama", **big), window="8MiB")
     model(prompt())
     resize_to_share(model, 0.6)
@@ -168,7 +185,9 @@ def test_a_module_called_from_another_thread_gets_its_own_weights(
     assert right == [True] * 80
 
 
-def test_resizing_from_a_streamer_and_from_another_thread(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_resizing_from_a_streamer_and_from_another_thread(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model, reference = load(checkpoint()), stock(checkpoint())
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = reference.generate(prompt(), **options)
@@ -212,7 +231,9 @@ def test_memory_is_given_back_inside_a_pass(checkpoint: MakeCheckpoint, load: Lo
 
     later = []
     handle = model.model.layers[1].register_forward_hook(hook)
-    model.model.layers[2].register_forward_hook(lambda *_: later.append(model.flexinfer.plan.locked_bytes))
+    model.model.layers[2].register_forward_hook(
+        lambda *_: later.append(model.flexinfer.plan.locked_bytes)
+    )
     with torch.no_grad():
         assert torch.equal(model(prompt()).logits, reference(prompt()).logits)
     handle.remove()
@@ -221,12 +242,17 @@ def test_memory_is_given_back_inside_a_pass(checkpoint: MakeCheckpoint, load: Lo
     assert model.flexinfer.plan.locked_bytes == seen[0][1] < before.locked_bytes
 
 
-def test_a_streamed_weight_has_a_shape_and_no_numbers(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_a_streamed_weight_has_a_shape_and_no_numbers(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint())
     weight = model.model.layers[0].mlp.up_proj.weight
     assert isinstance(weight, nn.Parameter)
     assert (weight.shape, weight.dtype, weight.device.type) == ((176, 64), torch.float32, "cpu")
-    assert sum(parameter.numel() for parameter in model.parameters()) == stock(checkpoint()).num_parameters()
+    assert (
+        sum(parameter.numel() for parameter in model.parameters())
+        == stock(checkpoint()).num_parameters()
+    )
     assert model.to("cpu") is model
     assert "up_proj" in repr(weight)
     for use in (

@@ -31,7 +31,9 @@ MEMORY = "2GiB"
 
 @pytest.fixture(scope="module")
 def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama that never ends by itself, with a tokenizer of bytes and a chat template."""
+    """A small random Llama that never ends by itself, with a tokenizer of bytes and a chat
+    template.
+    """
     return add_tokenizer(checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("cli") / "model")
 
 
@@ -62,7 +64,9 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 def test_generate_says_what_the_resident_model_says(
     model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run_json(capsys, "generate", str(model_dir), "abc", "--memory", MEMORY, "--max-new-tokens", "12")
+    result = run_json(
+        capsys, "generate", str(model_dir), "abc", "--memory", MEMORY, "--max-new-tokens", "12"
+    )
     prompt_ids = AutoTokenizer.from_pretrained(model_dir)("abc")["input_ids"]
     assert result["token_ids"] == resident_ids(model_dir, prompt_ids, 12)
     assert (result["prompt_tokens"], result["tokens"], result["passes"]) == (3, 12, 12)
@@ -73,7 +77,16 @@ def test_generate_says_what_the_resident_model_says(
 def test_a_draft_says_what_it_gave_and_plan_what_it_would_give(
     model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = (str(model_dir), "abcabcabc", "--memory", MEMORY, "--max-new-tokens", "12", "--policy", "none")
+    told = (
+        str(model_dir),
+        "abcabcabc",
+        "--memory",
+        MEMORY,
+        "--max-new-tokens",
+        "12",
+        "--policy",
+        "none",
+    )
     result = run_json(capsys, "generate", *told, "--draft", "substitute")
     prompt_ids = AutoTokenizer.from_pretrained(model_dir)("abcabcabc")["input_ids"]
     assert result["token_ids"] == resident_ids(model_dir, prompt_ids, 12)
@@ -87,7 +100,12 @@ def test_a_draft_says_what_it_gave_and_plan_what_it_would_give(
     assert kinds == [(None, "q4_0"), ("lookup", "q4_0")], "a substitute of nothing is none"
     planned = run_json(capsys, *plan, "--policy", "none")
     kinds = [(one["kind"], one["type"]) for one in planned["drafts"]]
-    assert kinds == [(None, "q4_0"), ("lookup", "q4_0"), ("substitute", "q4_0"), ("substitute", "q8_0")]
+    assert kinds == [
+        (None, "q4_0"),
+        ("lookup", "q4_0"),
+        ("substitute", "q4_0"),
+        ("substitute", "q8_0"),
+    ]
     assert sum(planned["parts_bytes"].values()) == 2 << 30
     assert main(["plan", str(model_dir), "--memory", MEMORY, "--draft", "lookup"]) == 0
     assert "draft lookup: " in capsys.readouterr().out
@@ -96,7 +114,16 @@ def test_a_draft_says_what_it_gave_and_plan_what_it_would_give(
 def test_generate_streams_the_text_to_stdout_and_the_speed_to_stderr(
     model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = (str(model_dir), "--max-new-tokens", "8", "--policy", "none", "--io-threads", "0", "--buffered")
+    options = (
+        str(model_dir),
+        "--max-new-tokens",
+        "8",
+        "--policy",
+        "none",
+        "--io-threads",
+        "0",
+        "--buffered",
+    )
     text = run_json(capsys, "generate", *options, "from the argument")["text"]
     monkeypatch.setattr("sys.stdin", io.StringIO("from the argument"))
     assert main(["generate", *options]) == 0
@@ -130,9 +157,10 @@ def test_streamed_bytes_are_reported(model_dir: Path, capsys: pytest.CaptureFixt
     )
     assert result["streamed_bytes_per_pass"] == result["total_bytes_per_pass"]
     assert result["bytes_read"] >= 5 * result["streamed_bytes_per_pass"]
+    # Rows of the embedding and the pages around each piece come on top.
     assert result["read_bytes_per_s"] == pytest.approx(
         result["tokens_per_s"] * result["streamed_bytes_per_pass"], rel=0.2
-    )  # rows of the embedding and the pages around each piece come on top
+    )
 
 
 def test_gigabytes_per_second_stand_beside_tokens_per_second_where_something_is_read() -> None:
@@ -156,24 +184,26 @@ def test_gigabytes_per_second_stand_beside_tokens_per_second_where_something_is_
 
 
 def test_verbose_says_where_the_budget_goes_and_what_made_it_slow(
-    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ("--memory", MEMORY, "--max-new-tokens", "4", "--policy", "none")
     for _ in range(2):  # the second run must not say everything twice
         assert main(["generate", str(model_dir), "abc", *options, "-v"]) == 0
         said = capsys.readouterr().err.splitlines()
-        plan, why, speed = [one for one in said if "--draft auto" not in one]  # a slow disk's advice
+        # A slow disk's advice.
+        plan, why, speed = [one for one in said if "--draft auto" not in one]
         assert plan.startswith("budget 2.00 GiB: ")
         assert why.partition(":")[0] in {"disk", "kernels", "memory"}
         assert speed.startswith("4 tokens, ")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain"))
     assert main(["chat", str(model_dir), *options, "--verbose"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in lines if not line.startswith(("disk", "kernels", "memory"))] == [
-        "budget",
-        "4",
-        "4",
-    ]
+    assert [
+        line.split()[0] for line in lines if not line.startswith(("disk", "kernels", "memory"))
+    ] == ["budget", "4", "4"]
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -193,7 +223,9 @@ def test_help_names_the_default_window(capsys: pytest.CaptureFixture[str]) -> No
     assert f"(default: {format_size(DEFAULT_WINDOW_BYTES).replace(' ', '')})" in shown
 
 
-def test_lookup_changes_passes_and_not_the_text(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lookup_changes_passes_and_not_the_text(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ("generate", str(model_dir), "abc" * 8, "--max-new-tokens", "60")
     plain, guessed = run_json(capsys, *command), run_json(capsys, *command, "--draft", "lookup")
     assert guessed["token_ids"] == plain["token_ids"]
@@ -254,7 +286,12 @@ def test_errors_are_one_line_and_exit_code_2(
     untold = shutil.copytree(model_dir, tmp_path / "untold")
     (untold / "chat_template.jinja").unlink()
     (tmp_path / "empty").mkdir()
-    places = {"model": model_dir, "empty": tmp_path / "empty", "bare": checkpoint("llama"), "untold": untold}
+    places = {
+        "model": model_dir,
+        "empty": tmp_path / "empty",
+        "bare": checkpoint("llama"),
+        "untold": untold,
+    }
     assert main([one.format(**places) for one in argv]) == 2
     shown = capsys.readouterr()
     lines = shown.err.strip().splitlines()
@@ -280,7 +317,9 @@ def test_chat_keeps_history_and_computes_only_what_is_new(
         answer = talk.ask(question)
         computed = engine_of(model).stats()["tokens"] - before
         tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-        prompt = tokenizer.apply_chat_template(talk.turns[:-1], add_generation_prompt=True, return_dict=True)
+        prompt = tokenizer.apply_chat_template(
+            talk.turns[:-1], add_generation_prompt=True, return_dict=True
+        )
         expected = resident_ids(model_dir, list(prompt["input_ids"]), 10)
         assert answer == tokenizer.decode(expected, skip_special_tokens=True)
         if number:
@@ -341,7 +380,9 @@ def test_chat_leaves_at_exit_and_at_the_end_of_input(
 
 
 class Presses:
-    """A streamer during which a signal comes some times, at the third call: the prompt and two tokens."""
+    """A streamer during which a signal comes some times, at the third call: the prompt and two
+    tokens.
+    """
 
     def __init__(self, times: int, number: int = signal.SIGINT) -> None:
         self.times, self.number, self.pieces = times, number, 0
@@ -368,7 +409,9 @@ def test_json_of_a_run_that_sigterm_stopped_is_complete(
 def test_a_second_sigterm_ends_a_chat_at_once(
     model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flexinfer.cli.chat, "text_streamer", lambda *_, **__: Presses(2, signal.SIGTERM))
+    monkeypatch.setattr(
+        flexinfer.cli.chat, "text_streamer", lambda *_, **__: Presses(2, signal.SIGTERM)
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nnever asked"))
     assert main(["chat", str(model_dir), "--max-new-tokens", "20"]) == 143
     assert capsys.readouterr().err.splitlines() == ["stopped"]
@@ -383,12 +426,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     streamers = [Presses(times), Presses(0)]
-    monkeypatch.setattr(flexinfer.cli.chat, "text_streamer", lambda *args, **options: streamers.pop(0))
+    monkeypatch.setattr(
+        flexinfer.cli.chat, "text_streamer", lambda *args, **options: streamers.pop(0)
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n/exit\n"))
     assert main(["chat", str(model_dir), "--max-new-tokens", "20"]) == 0
     shown = capsys.readouterr().err
     assert said in shown
-    assert shown.count("20 tokens, first after") == 1  # the first answer was cut, the second was not
+    # The first answer was cut, the second was not.
+    assert shown.count("20 tokens, first after") == 1
 
 
 def test_plan_accounts_for_every_byte_of_the_budget(
@@ -398,14 +444,19 @@ def test_plan_accounts_for_every_byte_of_the_budget(
     assert sum(facts["parts_bytes"].values()) == facts["budget_bytes"] == 2 << 30
     assert min(facts["parts_bytes"].values()) >= 0
     roles = {row["role"]: row for row in facts["roles"]}
-    assert roles["mlp.down_proj"]["nbytes"] == 4 * 64 * 192 * 4  # layers x hidden x intermediate x float32
+    # Layers x hidden x intermediate x float32.
+    assert roles["mlp.down_proj"]["nbytes"] == 4 * 64 * 192 * 4
     assert sum(row["nbytes"] for row in facts["roles"]) == facts["total_bytes"]
     budgets = facts["budgets"]
-    assert [one["budget_bytes"] for one in budgets] == sorted(one["budget_bytes"] for one in budgets)
+    assert [one["budget_bytes"] for one in budgets] == sorted(
+        one["budget_bytes"] for one in budgets
+    )
     streamed = [one["streamed_bytes"] for one in budgets]
     assert streamed == sorted(streamed, reverse=True)
     assert budgets[-1]["streamed_bytes"] == 0
-    assert all(one["predicted_tokens_per_s"] <= one["bound_tokens_per_s"] * 1.001 for one in budgets)
+    assert all(
+        one["predicted_tokens_per_s"] <= one["bound_tokens_per_s"] * 1.001 for one in budgets
+    )
 
 
 def test_plan_of_a_mixture_says_what_a_token_needs_of_it(
@@ -418,11 +469,16 @@ def test_plan_of_a_mixture_says_what_a_token_needs_of_it(
     assert facts["experts"]["token_bytes"] == 3 * 3 * of_one
     assert facts["experts"]["hit_rate"] == 1.0
     assert sum(facts["parts_bytes"].values()) == facts["budget_bytes"]
-    assert facts["total_bytes"] == facts["experts"]["token_bytes"] + sum(r["nbytes"] for r in facts["roles"])
+    assert facts["total_bytes"] == facts["experts"]["token_bytes"] + sum(
+        r["nbytes"] for r in facts["roles"]
+    )
     rates = [one["expert_hit_rate"] for one in facts["budgets"]]
     assert rates == sorted(rates)
     assert rates[0] < 1
-    assert all(one["predicted_tokens_per_s"] <= one["bound_tokens_per_s"] * 1.001 for one in facts["budgets"])
+    assert all(
+        one["predicted_tokens_per_s"] <= one["bound_tokens_per_s"] * 1.001
+        for one in facts["budgets"]
+    )
     assert main(["plan", str(written.file), "--memory", MEMORY]) == 0
     assert "100% hits" in capsys.readouterr().out
 
@@ -485,7 +541,8 @@ FACTS = Facts(
 def test_advice_of_a_good_machine_is_what_to_expect_and_no_more() -> None:
     assert advice(FACTS) == [
         "Every GB of weights that is not in memory costs 1.00 s a token.",
-        "A 7B model in 4 bit (3.8 GB), half of it in memory: at most 0.53 tokens/s; in memory as a whole 1.3.",
+        "A 7B model in 4 bit (3.8 GB), half of it in memory: at most 0.53 tokens/s; in memory as a "
+        "whole 1.3.",
     ]
 
 

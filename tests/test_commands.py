@@ -1,4 +1,6 @@
-"""What the commands show: listings, charts, pictures, errors in red; and a model that is fetched, by a Hub that is a directory here."""
+"""What the commands show: listings, charts, pictures, errors in red; and a model that is fetched,
+by a Hub that is a directory here.
+"""
 
 import io
 import json
@@ -29,7 +31,9 @@ ID = "someone/small"
 
 @pytest.fixture(scope="module")
 def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return add_tokenizer(checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("commands") / "model")
+    return add_tokenizer(
+        checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("commands") / "model"
+    )
 
 
 @pytest.fixture
@@ -61,7 +65,11 @@ def test_ls_finds_models_in_the_hub_cache_and_in_directories(
     for name in ("one.gguf", "two-00001-of-00002.gguf", "two-00002-of-00002.gguf"):
         (tmp_path / "disk" / name).touch()
     found = [path for _, path in in_folder(tmp_path / "disk")]
-    assert found == [tmp_path / "disk" / "one.gguf", tmp_path / "disk" / "two-00001-of-00002.gguf", below]
+    assert found == [
+        tmp_path / "disk" / "one.gguf",
+        tmp_path / "disk" / "two-00001-of-00002.gguf",
+        below,
+    ]
 
 
 def test_ls_tells_the_smallest_budget_and_reads_no_weights(
@@ -75,7 +83,8 @@ def test_ls_tells_the_smallest_budget_and_reads_no_weights(
     header_bytes = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     with weights.open("r+b") as file:
         file.seek(header_bytes)
-        file.write(b"\0" * (weights.stat().st_size - header_bytes))  # no weights are there to be read
+        # No weights are there to be read.
+        file.write(b"\0" * (weights.stat().st_size - header_bytes))
     assert main(["ls", str(tmp_path), "--json"]) == 0
     broken, good = json.loads(capsys.readouterr().out)
     assert (broken["path"], good["path"]) == (str(tmp_path / "broken"), str(tmp_path / "good"))
@@ -101,11 +110,16 @@ def test_ls_says_where_there_is_nothing(
 
 
 def test_chat_fetches_what_is_not_there_says_so_and_answers(
-    hub_cache: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hub_cache: Path,
+    model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[bool] = []
 
-    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def snapshot_download(
+        name: str, allow_patterns: list[str], local_files_only: bool = False
+    ) -> str:
         asked.append(local_files_only)
         home = hub_cache / "models--someone--small" / "snapshots" / "abc"
         if local_files_only and not home.is_dir():
@@ -132,7 +146,10 @@ def test_what_cannot_be_had_is_one_line(
     assert main(["chat", "nobody/nothing"]) == 2
     *before, error = capsys.readouterr().err.splitlines()
     assert len(before) == 1  # that it is fetched
-    said = "neither a directory, nor to be had from the Hub (OSError: no network); check the name and the network"
+    said = (
+        "neither a directory, nor to be had from the Hub (OSError: no network); check the name and "
+        "the network"
+    )
     assert error == f"error: nobody/nothing: {said}"
 
 
@@ -140,7 +157,9 @@ def test_a_chat_at_a_terminal_begins_with_the_plan_in_two_lines(model_dir: Path,
     argv = [sys.executable, "-m", "flexinfer", "chat", str(model_dir), "--memory", "2GiB"]
     code, _, screen = run_at_terminal(argv, keys=b"/exit\n")
     assert code == 0
-    assert re.search(rb"all of them in memory; budget 2.00 GiB\r?\n(about|\x1b).* tokens/s, at most", screen)
+    assert re.search(
+        rb"all of them in memory; budget 2.00 GiB\r?\n(about|\x1b).* tokens/s, at most", screen
+    )
     model = load(model_dir, policy="none")
     assert "0 B stay in memory" in plan_lines(model_dir, model.flexinfer.plan)[0]
 
@@ -167,7 +186,9 @@ def test_errors_are_red_on_a_terminal_and_plain_elsewhere() -> None:
         (["plan", "x", "--io-threads", "two"], "'--io-threads'"),
     ],
 )
-def test_a_wrong_line_is_told_in_one(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_line_is_told_in_one(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -192,7 +213,11 @@ def test_the_shell_completes_options_values_and_models(hub_cache: Path, model_di
             "COMP_CWORD": str(len(words.split())),
         }
         done = subprocess.run(
-            [sys.executable, "-m", "flexinfer"], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "flexinfer"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert expected in done.stdout.split()
 
@@ -261,9 +286,5 @@ def test_progress_true_draws_a_bar_for_each_stage(
     tokenizer: Any = model.flexinfer.tokenizer
     model.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=2)
     stages = [desc for desc, _ in drawn]
-    assert stages == [
-        "reading what stays",
-        "reading the prompt",
-        "reading the prompt",
-    ]
+    assert stages == ["reading what stays", "reading the prompt", "reading the prompt"]
     TqdmBars()("verify", 0, 10)  # a stage of its own

@@ -1,4 +1,6 @@
-"""The demo's picture and its refusals, from records made here; the demo itself is run by hand (make demo)."""
+"""The demo's picture and its refusals, from records made here; the demo itself is run by hand (make
+demo).
+"""
 
 import subprocess
 from pathlib import Path
@@ -70,7 +72,10 @@ def test_the_picture_shows_speed_bytes_memory_and_the_share_of_the_bound(demo: M
 
 
 def test_a_disk_that_is_too_full_is_refused_first(
-    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(demo, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(demo, "NEEDED_BYTES", {"nothing-*": 1 << 60})

@@ -1,4 +1,6 @@
-"""Drafts: the text is the one without, nothing is read for a candidate, sampling has the model's own distribution, the budget is kept."""
+"""Drafts: the text is the one without, nothing is read for a candidate, sampling has the model's
+own distribution, the budget is kept.
+"""
 
 import os
 from collections import Counter
@@ -27,10 +29,26 @@ from flexinfer.plan.weights import Piece, Weight
 from flexinfer.streaming.kv_cache import ContextError
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 24,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 WHOLE = {"intermediate_size": 192}  # of blocks of 32
-FAMILIES_IN_BLOCKS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "gpt2", "gpt_neox")
-NEAR = 1e-3  # a margin between two logits that kernels for one row and for several may see otherwise
+FAMILIES_IN_BLOCKS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "opt",
+    "gpt2",
+    "gpt_neox",
+)
+# A margin between two logits that kernels for one row and for several may see otherwise.
+NEAR = 1e-3
 
 
 @pytest.fixture
@@ -41,16 +59,20 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
 
 
 def make(checkpoint: MakeCheckpoint, family: str = "llama", **config: Any) -> Path:
-    return checkpoint(family, **(WHOLE if family not in ("opt", "gpt2", "gpt_neox") else {}) | config)
+    return checkpoint(
+        family, **(WHOLE if family not in ("opt", "gpt2", "gpt_neox") else {}) | config
+    )
 
 
 def draft_passes_read(model: PreTrainedModel) -> int:
-    """Pieces read by a text whose draft passes read some: `reads` is more than passes times the pieces of one, and once what is locked of
-    each weight."""
+    """Pieces read by a text whose draft passes read some: `reads` is more than passes times the
+    pieces of one, and once what is locked of each weight.
+    """
     engine = model.flexinfer
     locked = sum(count > 0 for count in engine.plan.locked_pieces.values())
     pieces = sum(
-        len(w.pieces) - engine.plan.locked_pieces.get(w.name, 0) for w in engine.runner.planner.weights
+        len(w.pieces) - engine.plan.locked_pieces.get(w.name, 0)
+        for w in engine.runner.planner.weights
     )
     return engine.stats()["reads"] - locked - engine.stats()["passes"] * pieces
 
@@ -64,9 +86,12 @@ def test_text_is_that_of_the_model_and_a_draft_reads_no_weight(
     model = load(path, draft="substitute", draft_type="q8_0", draft_tokens=4, io_threads=0)
     resize_to_share(model, share)
     ours = model.generate(prompt(), **GREEDY)[0].tolist()
-    theirs = stock(path).generate(prompt(), **GREEDY, output_logits=True, return_dict_in_generate=True)
+    theirs = stock(path).generate(
+        prompt(), **GREEDY, output_logits=True, return_dict_in_generate=True
+    )
     for i, (one, other) in enumerate(zip(ours[7:], theirs.sequences[0, 7:].tolist(), strict=True)):
-        if one != other:  # kernels for several rows add up in another order than the one for one row
+        # Kernels for several rows add up in another order than the one for one row.
+        if one != other:
             first, second = theirs.logits[i][0].topk(2).values.tolist()
             assert first - second < NEAR
             break
@@ -100,12 +125,17 @@ def row_by_row(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention, a position at a time: torch's adds up in another order for several positions than for one."""
+    """Causal attention, a position at a time: torch's adds up in another order for several
+    positions than for one.
+    """
     groups, past = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     rows = [
         F.scaled_dot_product_attention(
-            query[:, :, i : i + 1], key[:, :, : past + i + 1], value[:, :, : past + i + 1], scale=scaling
+            query[:, :, i : i + 1],
+            key[:, :, : past + i + 1],
+            value[:, :, : past + i + 1],
+            scale=scaling,
         )
         for i in range(query.shape[2])
     ]
@@ -135,12 +165,16 @@ def test_other_drafts_and_calls_that_have_none(checkpoint: MakeCheckpoint, load:
     reference = stock(path)
     for draft in ("lookup", "auto", small):
         model = load(path, draft=draft, policy="none")
-        assert torch.equal(model.generate(prompt(), **GREEDY), reference.generate(prompt(), **GREEDY))
+        assert torch.equal(
+            model.generate(prompt(), **GREEDY), reference.generate(prompt(), **GREEDY)
+        )
         for call in ({"num_beams": 2}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}):
             expected = reference.generate(prompt(), **GREEDY | call)
             assert torch.equal(model.generate(prompt(), **GREEDY | call), expected)
         expected = reference.generate(prompt(2), attention_mask=torch.ones(2, 7), **GREEDY)
-        assert torch.equal(model.generate(prompt(2), attention_mask=torch.ones(2, 7), **GREEDY), expected)
+        assert torch.equal(
+            model.generate(prompt(2), attention_mask=torch.ones(2, 7), **GREEDY), expected
+        )
     assert load(path, draft=small).flexinfer.plan.draft.kind == "model"
 
 
@@ -148,14 +182,18 @@ FEW_ROWS_COST_LITTLE = DraftCosts(((1, 1e-4), (17, 1e-3)), 1e-4, 1e-4)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, costs: Costs, draft_costs: DraftCosts) -> None:
-    """Have models that are loaded from now on find that reading, computing and drafting cost so much."""
+    """Have models that are loaded from now on find that reading, computing and drafting cost so
+    much.
+    """
     monkeypatch.setattr(flexinfer.engine.load, "measure_costs", lambda *_: costs)
     monkeypatch.setattr(flexinfer.engine.load, "measure_draft_costs", lambda *_: draft_costs)
 
 
 @pytest.fixture
 def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process holds is what it held at the first load: it grows by more than the weights of these models."""
+    """What this process holds is what it held at the first load: it grows by more than the weights
+    of these models.
+    """
     measured = ProcessMemory(400 << 20, LibraryPages(), 0, TokenizerMemory())
     monkeypatch.setattr(ProcessMemory, "measure", lambda *_, **__: measured)
 
@@ -182,7 +220,9 @@ def test_auto_takes_a_substitute_where_reading_is_slow_and_lets_go_of_one_that_d
     assert torch.equal(model.generate(prompt(), **GREEDY), expected)
     machine(monkeypatch, Costs(1e12, 1.0), DraftCosts(((1, 1.0), (17, 17.0)), 1.0, 1.0))
     fast_disk = load(path, substitute + (1 << 20), draft="auto").flexinfer
-    assert fast_disk.stats()["draft"] is None, "candidates cost as much as passes, and reading nothing"
+    assert fast_disk.stats()["draft"] is None, (
+        "candidates cost as much as passes, and reading nothing"
+    )
     assert fast_disk.plan.draft is None
 
 
@@ -218,7 +258,10 @@ def test_a_padded_prompt(checkpoint: MakeCheckpoint, load: Load) -> None:
 
 
 def test_sampling_has_the_distribution_of_the_model(checkpoint: MakeCheckpoint, load: Load) -> None:
-    """The second and third token of many texts, against their probabilities. A draft whose tokens were taken as they are fails."""
+    """The second and third token of many texts, against their probabilities.
+
+    A draft whose tokens were taken as they are fails.
+    """
     path, texts, first = make(checkpoint, num_hidden_layers=2), 800, prompt(tokens=5)
     options: dict[str, Any] = {
         "do_sample": True,
@@ -240,7 +283,9 @@ def test_sampling_has_the_distribution_of_the_model(checkpoint: MakeCheckpoint, 
         for two, q in next_ones([*given_ids, one]).items():
             for three, r in next_ones([*given_ids, one, two]).items():
                 expected[one, two, three] = p * q * r
-    model = load(path, draft="substitute", draft_type="q2_k", draft_tokens=3, policy="none", window="1MiB")
+    model = load(
+        path, draft="substitute", draft_type="q2_k", draft_tokens=3, policy="none", window="1MiB"
+    )
     torch.manual_seed(0)
     counts: Counter[tuple[int, ...]] = Counter()
     for _ in range(texts):
@@ -287,7 +332,10 @@ def test_substitutes_are_made_once_and_a_killed_run_goes_on(
 
 def test_resize_and_close_with_a_draft(checkpoint: MakeCheckpoint, load: Load) -> None:
     path = make(checkpoint)
-    model, expected = load(path, draft="substitute", draft_tokens=4), stock(path).generate(prompt(), **GREEDY)
+    model, expected = (
+        load(path, draft="substitute", draft_tokens=4),
+        stock(path).generate(prompt(), **GREEDY),
+    )
     held = []
     for share in (0.0, 0.6, 0.2, 2.0, 0.0):
         resize_to_share(model, share)
@@ -331,7 +379,9 @@ def test_expected_tokens(acceptance: float, candidates: int) -> None:
 
 def test_more_candidates_where_reading_takes_the_time_and_fewer_are_rejected() -> None:
     def chosen(acceptance: float, draft_s: float) -> int:
-        return best_candidates(acceptance, range(1, 17), draft_s, lambda rows: max(1.0, 0.1 * rows))[0]
+        return best_candidates(
+            acceptance, range(1, 17), draft_s, lambda rows: max(1.0, 0.1 * rows)
+        )[0]
 
     assert chosen(0.9, 0.01) > chosen(0.9, 0.3) > chosen(0.3, 0.3) == 1
     assert chosen(1.0, 0.001) == 9, "of ten rows the tenth still costs nothing"
@@ -359,22 +409,34 @@ def test_lookup_takes_the_longest_and_latest_run() -> None:
 
 
 def test_a_plan_with_substitutes_adds_up() -> None:
-    pieces = tuple(Piece("w", 0, i, i + 1, Path("f"), i * 100, 100, 100, locked_bytes=100) for i in range(10))
+    pieces = tuple(
+        Piece("w", 0, i, i + 1, Path("f"), i * 100, 100, 100, locked_bytes=100) for i in range(10)
+    )
     weight = Weight("w", "w", 0, "ffn", pieces)
     overheads = Overheads(0, 0, 0, 0, 0)
-    planner = Planner([weight], overheads, Costs(1.0, 1.0), window=200, substitutes={"w": [30] * 10})
+    planner = Planner(
+        [weight], overheads, Costs(1.0, 1.0), window=200, substitutes={"w": [30] * 10}
+    )
     for budget in range(200 + 300, 1400, 7):
         plan = planner.plan(budget)
         locked = plan.locked_pieces["w"]
         assert plan.substitute_bytes == 30 * (10 - locked)
-        assert plan.unused_bytes == budget - plan.window_bytes - 100 * locked - plan.substitute_bytes >= 0
+        assert (
+            plan.unused_bytes
+            == budget - plan.window_bytes - 100 * locked - plan.substitute_bytes
+            >= 0
+        )
         assert locked == 10 or plan.unused_bytes < 70
     with pytest.raises(flexinfer.BudgetError, match="at least"):
         planner.plan(499)
 
 
-def test_a_substitute_is_made_of_what_the_first_pass_reads(checkpoint: MakeCheckpoint, load: Load) -> None:
-    """Each weight is read once until the first token, and the draft reads none; where the first pass was cut short it reads what is missing."""
+def test_a_substitute_is_made_of_what_the_first_pass_reads(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
+    """Each weight is read once until the first token, and the draft reads none; where the first
+    pass was cut short it reads what is missing.
+    """
     path = make(checkpoint)
     for cut in (False, True):
         model = load(path, draft="substitute", draft_type="q8_0", draft_tokens=4, io_threads=0)
@@ -382,14 +444,18 @@ def test_a_substitute_is_made_of_what_the_first_pass_reads(checkpoint: MakeCheck
         engine, reads = model.flexinfer, list[int]()
         read_now = engine.store.reader.read_now
 
-        def read(file: Path, offset: int, *rest: Any, read_now: Any = read_now, reads: Any = reads) -> int:
+        def read(
+            file: Path, offset: int, *rest: Any, read_now: Any = read_now, reads: Any = reads
+        ) -> int:
             reads.append(offset)
             return read_now(file, offset, *rest)
 
         engine.store.reader.read_now = read
         if cut:
             layer = model.model.layers[2]
-            hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            hook = layer.register_forward_pre_hook(
+                lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             with pytest.raises(KeyboardInterrupt):
                 model(prompt())
             hook.remove()
@@ -407,5 +473,7 @@ def test_a_substitute_is_made_of_what_the_first_pass_reads(checkpoint: MakeCheck
         with engine.store.running_drafts():
             assert {offset for offset in reads if offset in streamed} == set(streamed) - set(seen)
         reads.clear()
-        assert torch.equal(model.generate(prompt(), **GREEDY), stock(path).generate(prompt(), **GREEDY))
+        assert torch.equal(
+            model.generate(prompt(), **GREEDY), stock(path).generate(prompt(), **GREEDY)
+        )
         assert engine.stats()["draft_passes"] > 0

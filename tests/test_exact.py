@@ -1,4 +1,6 @@
-"""The output is unchanged: streamed logits equal, bit for bit, those of stock transformers on the same checkpoint."""
+"""The output is unchanged: streamed logits equal, bit for bit, those of stock transformers on the
+same checkpoint.
+"""
 
 import json
 import struct
@@ -26,7 +28,9 @@ def test_every_family_under_every_policy(
         assert model.flexinfer.plan.streamed_bytes > 0
         assert (model.flexinfer.plan.locked_bytes > 0) == (share > 0 and policy != "none")
         for batch in (1, 3) if policy == "balanced" else (3,):
-            assert torch.equal(logits(model, prompt(batch)), logits(reference, prompt(batch))), share
+            assert torch.equal(logits(model, prompt(batch)), logits(reference, prompt(batch))), (
+                share
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,7 +120,9 @@ def test_tensors_at_odd_offsets(
     checkpoint: MakeCheckpoint, load: Load, tmp_path: Path, dtype: torch.dtype, odd: int
 ) -> None:
     path = with_header_of(checkpoint("llama", dtype), tmp_path / "odd", 12_000 + odd)
-    assert any(spec.offset_bytes % 2 for spec in open_checkpoint(path).tensors.values()) == (odd % 2 == 1)
+    assert any(spec.offset_bytes % 2 for spec in open_checkpoint(path).tensors.values()) == (
+        odd % 2 == 1
+    )
     model = load(path)
     reference = logits(stock(path), prompt())
     assert torch.equal(logits(model, prompt()), reference)
@@ -142,17 +148,29 @@ def test_left_padded_batches(checkpoint: MakeCheckpoint, load: Load, family: str
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_pieces_of_true_size(checkpoint: MakeCheckpoint, dtype: torch.dtype, threads: int) -> None:
-    """The multiplication libraries choose kernels by shape; cutting weights at 4 MiB must not change what they compute."""
+    """The multiplication libraries choose kernels by shape; cutting weights at 4 MiB must not
+    change what they compute.
+    """
     path = checkpoint(
-        "llama", dtype, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1, vocab_size=512
+        "llama",
+        dtype,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=1,
+        vocab_size=512,
     )
     torch.set_num_threads(threads)
     try:
-        model, reference = flexinfer.from_pretrained(path, "8GiB", context=256, window="8MiB"), stock(path)
+        model, reference = (
+            flexinfer.from_pretrained(path, "8GiB", context=256, window="8MiB"),
+            stock(path),
+        )
         assert max(len(weight.pieces) for weight in model.flexinfer.runner.planner.weights) > 1
         resize_to_share(model, 0.5)
         for tokens in (1, 2, 5, 65):
-            assert torch.equal(logits(model, prompt(1, tokens), 1), logits(reference, prompt(1, tokens), 1))
+            assert torch.equal(
+                logits(model, prompt(1, tokens), 1), logits(reference, prompt(1, tokens), 1)
+            )
         model.flexinfer.close()
     finally:
         torch.set_num_threads(1)
@@ -164,14 +182,16 @@ def test_quantised_streamed_equals_quantised_resident(
     checkpoint: MakeCheckpoint, load: Load, tmp_path: Path, kind: str, family: str
 ) -> None:
     config = {"intermediate_size": 256} if family == "llama" else {}
-    report = quantize(checkpoint(family, torch.bfloat16, **config), tmp_path / "copy", kind, progress=False)
+    report = quantize(
+        checkpoint(family, torch.bfloat16, **config), tmp_path / "copy", kind, progress=False
+    )
     model = load(report.path, policy="none")
     resident = load(report.path)
     assert resident.flexinfer.plan.streamed_bytes == 0
     assert model.flexinfer.plan.streamed_bytes == model.flexinfer.plan.total_bytes
     for tokens in (1, 2, 7, 8, 9, 61):
-        assert torch.equal(logits(model, prompt(1, tokens), 1), logits(resident, prompt(1, tokens), 1)), (
-            tokens
-        )
+        assert torch.equal(
+            logits(model, prompt(1, tokens), 1), logits(resident, prompt(1, tokens), 1)
+        ), tokens
     resize_to_share(resident, 0.4)
     assert torch.equal(logits(model, prompt(3)), logits(resident, prompt(3)))

@@ -1,4 +1,4 @@
-"""Policies of the expert cache on routings: none beats Belady's rule, which is the best there is."""
+"""Policies of the expert cache on routings: none beats Belady's rule, the optimum."""
 
 import random
 from itertools import product
@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from flexinfer.streaming.expert_policies import POLICIES, Frequency, fewest_misses, misses
 
 LONG = 1000  # experts that a token uses
-routings = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True), min_size=1, max_size=40)
+routings = st.lists(
+    st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True), min_size=1, max_size=40
+)
 
 
 @settings(max_examples=150)
@@ -43,14 +45,18 @@ def fewest_by_trying(routing: tuple[int, ...], capacity: int) -> int:
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_hindsight_is_the_best_of_all_choices(capacity: int) -> None:
     for routing in product(range(4), repeat=6):
-        assert fewest_misses([[e] for e in routing], capacity) == fewest_by_trying(routing, capacity), routing
+        assert fewest_misses([[e] for e in routing], capacity) == fewest_by_trying(
+            routing, capacity
+        ), routing
 
 
 def test_recency_never_hits_in_less_than_a_token_uses() -> None:
     """And a fixed set hits its share, though all experts are as likely."""
     layers, each = 6, 8
     chosen = random.Random(0)
-    token = [[[layer * each + chosen.randrange(each)] for layer in range(layers)] for _ in range(400)]
+    token = [
+        [[layer * each + chosen.randrange(each)] for layer in range(layers)] for _ in range(400)
+    ]
     routing = [wanted for layers_of_token in token for wanted in layers_of_token]
     assert misses(POLICIES["recency"](LONG), routing, layers - 1) == len(routing)
     for policy in ("fixed", "recency", "frequency"):
@@ -64,7 +70,9 @@ def test_frequency_keeps_what_is_used_often_through_a_prompt() -> None:
     after = [[expert] for expert in often]
     for policy, lost in (("frequency", 0), ("fixed", 0), ("recency", 3)):
         make = POLICIES[policy]
-        assert misses(make(LONG), routing + after, 4) - misses(make(LONG), routing, 4) == lost, policy
+        assert misses(make(LONG), routing + after, 4) - misses(make(LONG), routing, 4) == lost, (
+            policy
+        )
 
 
 def test_old_uses_count_less() -> None:

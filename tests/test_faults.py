@@ -1,4 +1,6 @@
-"""Faults of reading, met at the reader: the run goes on where it can, else there is one clear error; never a hang or a wrong token."""
+"""Faults of reading, met at the reader: the run goes on where it can, else there is one clear
+error; never a hang or a wrong token.
+"""
 
 import errno
 import itertools
@@ -20,8 +22,12 @@ import flexinfer.streaming.reader
 from flexinfer.streaming.reader import FileReader, ReadError
 
 
-def with_faults(model: PreTrainedModel, before: Callable[[int], None], *, in_thread: str = "") -> None:
-    """Call `before` with its number in front of every read, of threads of this name; it may raise or wait."""
+def with_faults(
+    model: PreTrainedModel, before: Callable[[int], None], *, in_thread: str = ""
+) -> None:
+    """Call `before` with its number in front of every read, of threads of this name; it may raise
+    or wait.
+    """
     reader = model.flexinfer.store.reader
     read_now, numbers = reader.read_now, itertools.count(1)
 
@@ -73,11 +79,16 @@ def test_a_fault_while_reading_ahead_that_has_passed_when_the_piece_is_needed_is
 
 
 def test_a_slow_read_is_waited_for(
-    checkpoint: MakeCheckpoint, load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checkpoint: MakeCheckpoint,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(flexinfer.streaming.queue, "LOG_AFTER_S", 0.05)
     model = load(checkpoint(), policy="none")
-    with_faults(model, lambda number: time.sleep(0.5 if number == 3 else 0), in_thread="flexinfer-io")
+    with_faults(
+        model, lambda number: time.sleep(0.5 if number == 3 else 0), in_thread="flexinfer-io"
+    )
     with caplog.at_level(logging.WARNING, "flexinfer"):
         assert torch.equal(logits(model, prompt()), logits(stock(checkpoint()), prompt()))
     assert "still waiting for" in caplog.text
@@ -116,7 +127,9 @@ def test_a_read_that_never_returns_is_given_up_and_the_model_works_on(
     assert threading.active_count() == before, "the stuck thread ends when its read comes back"
 
 
-def test_closing_with_a_read_that_never_returns_does_not_hang(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_closing_with_a_read_that_never_returns_does_not_hang(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     come_back = threading.Event()
     model = load(checkpoint(), policy="none", read_timeout_s=2.0)
     with_faults(model, lambda number: come_back.wait() if number == 6 else None)
@@ -154,7 +167,9 @@ def test_short_reads_go_on_where_they_stopped(
 
     def short(fd: int, buffers: list[memoryview], offset: int) -> int:
         assert offset % 4096 == 0, "direct reads want whole pages"
-        return os.preadv(fd, [buffers[0][: next(lengths)]] if not direct else [buffers[0][:4096]], offset)
+        return os.preadv(
+            fd, [buffers[0][: next(lengths)]] if not direct else [buffers[0][:4096]], offset
+        )
 
     monkeypatch.setattr(flexinfer.streaming.reader, "os", FakeOs(short))
     into = memoryview(torch.empty(1 << 20, dtype=torch.uint8).numpy()).cast("B")
@@ -216,7 +231,9 @@ def test_a_file_that_is_replaced_goes_on_being_read_as_it_was(
     assert torch.equal(logits(model, prompt()), expected)
 
 
-def test_a_forked_process_is_told_to_load_the_model_itself(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_a_forked_process_is_told_to_load_the_model_itself(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint(), policy="none")
     expected = logits(model, prompt())
     receive, send = os.pipe()
@@ -260,7 +277,9 @@ def test_closing_while_another_thread_generates(checkpoint: MakeCheckpoint, load
 
     def generate() -> None:
         try:
-            model.generate(prompt(), max_new_tokens=50, eos_token_id=None, pad_token_id=0, streamer=Telling())
+            model.generate(
+                prompt(), max_new_tokens=50, eos_token_id=None, pad_token_id=0, streamer=Telling()
+            )
         except Exception as error:
             errors.append(str(error))
 
@@ -275,7 +294,9 @@ def test_closing_while_another_thread_generates(checkpoint: MakeCheckpoint, load
     assert threading.active_count() == before
 
 
-def test_a_resize_whose_reads_fail_leaves_a_model_that_works(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_a_resize_whose_reads_fail_leaves_a_model_that_works(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint())
     expected = logits(model, prompt())
     resize_to_share(model, 0.1)

@@ -1,4 +1,6 @@
-"""A budget that follows what the machine has to spare: gives way at once, comes back slowly, and does not swing."""
+"""A budget that follows what the machine has to spare: gives way at once, comes back slowly, and
+does not swing.
+"""
 
 import json
 import subprocess
@@ -94,7 +96,8 @@ seen, texts = [], []
 def go_on(until, limit_s=60):
     start_s = time.monotonic()
     while not until() and time.monotonic() < start_s + limit_s:
-        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6,
+                              do_sample=False, eos_token_id=None, pad_token_id=0)
         texts.append(text.tolist())
         seen.append(model.flexinfer.plan.budget_bytes)
 
@@ -105,7 +108,9 @@ go_on(lambda: seen[-1] < first - (150 << 20))
 least = seen[-1]
 hog.communicate(b"")
 go_on(lambda: seen[-1] > first - (40 << 20))
-print(json.dumps({"first": first, "least": least, "last": seen[-1], "same": all(t == texts[0] for t in texts), "hog": hog.returncode}))
+same = all(t == texts[0] for t in texts)
+print(json.dumps({"first": first, "least": least, "last": seen[-1], "same": same,
+                  "hog": hog.returncode}))
 """
 
 

@@ -1,4 +1,6 @@
-"""Everything that transformers' generate() can do works on a streamed model, with the outputs of the resident one."""
+"""Everything that transformers' generate() can do works on a streamed model, with the outputs of
+the resident one.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,11 @@ MODES: dict[str, dict[str, Any]] = {
     "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
     "chunked prefill": {"do_sample": False, "prefill_chunk_size": 3},
     "no cache": {"do_sample": False, "use_cache": False},
-    "repetition penalty": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "repetition penalty": {
+        "do_sample": False,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+    },
     "stop at a token": {"do_sample": False, "eos_token_id": list(range(3, 60))},
 }
 
@@ -38,7 +44,9 @@ def pair(checkpoint: MakeCheckpoint, load: Load) -> tuple[PreTrainedModel, PreTr
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     torch.manual_seed(7)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), **{"max_new_tokens": 9, **options})
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), **{"max_new_tokens": 9, **options}
+    )
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -90,7 +98,10 @@ def test_streamers_get_every_token(pair: tuple[PreTrainedModel, PreTrainedModel]
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_assisted_by_a_draft_model(
-    checkpoint: MakeCheckpoint, load: Load, pair: tuple[PreTrainedModel, PreTrainedModel], streamed: bool
+    checkpoint: MakeCheckpoint,
+    load: Load,
+    pair: tuple[PreTrainedModel, PreTrainedModel],
+    streamed: bool,
 ) -> None:
     """The draft may be streamed as well: two engines in one process."""
     model, reference = pair
@@ -127,7 +138,9 @@ def test_a_cache_filled_by_the_stock_model_is_taken_over(
     assert torch.equal(ours, generate(reference, longer, do_sample=False, cache=caches[1]))
 
 
-def test_scores_hidden_states_and_attentions_come_out_alike(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_scores_hidden_states_and_attentions_come_out_alike(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     options: dict[str, Any] = {"attn_implementation": "eager"}
     model, reference = load(checkpoint()), stock(checkpoint(), **options)
     model.set_attn_implementation("eager")
@@ -172,9 +185,16 @@ def test_passes_and_tokens_are_counted(checkpoint: MakeCheckpoint, load: Load) -
 def test_a_prompt_as_long_as_the_context_is_one_pass_or_one_for_each_chunk(
     checkpoint: MakeCheckpoint, load: Load, chunk: int | None
 ) -> None:
-    """The plan has room for a pass of all the context, so the weights are read once for a prompt; in chunks, once for each."""
+    """The plan has room for a pass of all the context, so the weights are read once for a prompt;
+    in chunks, once for each.
+    """
     model, ids = load(checkpoint(), policy="none", io_threads=0), prompt(tokens=63)
-    options = {"max_new_tokens": 1, "do_sample": False, "prefill_chunk_size": chunk, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": 1,
+        "do_sample": False,
+        "prefill_chunk_size": chunk,
+        "pad_token_id": 0,
+    }
     expected = stock(checkpoint()).generate(ids, **options)
     assert torch.equal(model.generate(ids, **options), expected)
     stats, plan = model.flexinfer.stats(), model.flexinfer.plan
@@ -182,6 +202,8 @@ def test_a_prompt_as_long_as_the_context_is_one_pass_or_one_for_each_chunk(
     pieces = sum(len(weight.pieces) for weight in model.flexinfer.runner.planner.weights)
     assert stats["reads"] == stats["passes"] * pieces
     assert stats["tokens"] == 63
-    assert plan.overheads.activation_bytes >= model.flexinfer.runner.meter.extra_bytes(PassShape(1, 63), 64)
+    assert plan.overheads.activation_bytes >= model.flexinfer.runner.meter.extra_bytes(
+        PassShape(1, 63), 64
+    )
     with pytest.raises(ContextError, match="context=64"):
         model.generate(prompt(tokens=66), **options)

@@ -24,11 +24,15 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
 @pytest.fixture
 def load(load: Load) -> Load:
     """With the KV cache of a stock model, float32: what is compared to one here is the weights."""
-    return lambda *given, **options: load(*given, **{"kv_dtype": options.get("dtype", "float32")} | options)
+    return lambda *given, **options: load(
+        *given, **{"kv_dtype": options.get("dtype", "float32")} | options
+    )
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_floats_give_what_the_stock_model_gives(mixture: WriteGGUF, load: Load, family: str) -> None:
+def test_floats_give_what_the_stock_model_gives(
+    mixture: WriteGGUF, load: Load, family: str
+) -> None:
     """Config, names, routing and order of rows are right: nothing is rounded here."""
     written = mixture(family, ("F32",))
     model, reference = load(written.file), stock(written.stock)
@@ -40,7 +44,9 @@ def test_floats_give_what_the_stock_model_gives(mixture: WriteGGUF, load: Load, 
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_every_budget_gives_the_bits_of_whole_weights(mixture: WriteGGUF, load: Load, family: str) -> None:
+def test_every_budget_gives_the_bits_of_whole_weights(
+    mixture: WriteGGUF, load: Load, family: str
+) -> None:
     written = mixture(family)
     model, reference = load(written.file), whole_model(written)
     assert model.flexinfer.plan.streamed_bytes == 0
@@ -60,7 +66,9 @@ def test_every_policy(mixture: WriteGGUF, load: Load, policy: str, io_threads: i
     model = load(written.file, expert_policy=policy, io_threads=io_threads)
     logits(model, prompt(), steps=0)
     resize_to_share(model, 1.2)
-    assert torch.equal(logits(model, prompt(), steps=8), logits(whole_model(written), prompt(), steps=8))
+    assert torch.equal(
+        logits(model, prompt(), steps=8), logits(whole_model(written), prompt(), steps=8)
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
@@ -97,7 +105,9 @@ def test_an_expert_is_computed_once(
         computed.clear()
         y = forward(self, *asked)
         index = asked[2]  # [tokens, k]
-        assert sorted(computed) == sorted({self._first + expert for expert in index.flatten().tolist()})
+        assert sorted(computed) == sorted(
+            {self._first + expert for expert in index.flatten().tolist()}
+        )
         return y
 
     def count_together(self: Any, module: Any, hidden: Any, numbers: list[int]) -> Any:

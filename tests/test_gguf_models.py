@@ -43,11 +43,15 @@ def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
 @pytest.fixture
 def load(load: Load) -> Load:
     """With the KV cache of a stock model, float32: what is compared to one here is the weights."""
-    return lambda *given, **options: load(*given, **{"kv_dtype": options.get("dtype", "float32")} | options)
+    return lambda *given, **options: load(
+        *given, **{"kv_dtype": options.get("dtype", "float32")} | options
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_floats_give_what_the_stock_model_gives(gguf_model: WriteGGUF, load: Load, family: str) -> None:
+def test_floats_give_what_the_stock_model_gives(
+    gguf_model: WriteGGUF, load: Load, family: str
+) -> None:
     """Config, names, order of rows and norms are right: nothing is rounded here."""
     written = gguf_model(family, ("F32",))
     model, reference = load(written.file), stock(written.stock)
@@ -57,7 +61,9 @@ def test_floats_give_what_the_stock_model_gives(gguf_model: WriteGGUF, load: Loa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_give_about_what_their_numbers_give(gguf_model: WriteGGUF, load: Load, family: str) -> None:
+def test_blocks_give_about_what_their_numbers_give(
+    gguf_model: WriteGGUF, load: Load, family: str
+) -> None:
     """ggml rounds activations to 8 bit as well."""
     written = gguf_model(family)
     model, reference = load(written.file), stock(written.stock)
@@ -66,7 +72,9 @@ def test_blocks_give_about_what_their_numbers_give(gguf_model: WriteGGUF, load: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_budget_gives_the_bits_of_whole_weights(gguf_model: WriteGGUF, load: Load, family: str) -> None:
+def test_every_budget_gives_the_bits_of_whole_weights(
+    gguf_model: WriteGGUF, load: Load, family: str
+) -> None:
     written = gguf_model(family)
     model, reference = load(written.file), whole_model(written)
     assert model.flexinfer.plan.streamed_bytes == 0
@@ -91,7 +99,9 @@ def test_biases_of_rows_in_another_order(gguf_model: WriteGGUF, load: Load, kind
 
 
 def divisors(config: transformers.PretrainedConfig, name: str) -> torch.Tensor:
-    """What the rotary frequencies of `name` are divided by, as llama.cpp's converter writes it for Llama 3."""
+    """What the rotary frequencies of `name` are divided by, as llama.cpp's converter writes it for
+    Llama 3.
+    """
     scaled, _ = ROPE_INIT_FUNCTIONS[name](config, device=None)
     width = config.hidden_size // config.num_attention_heads
     theta = config.rope_parameters["rope_theta"]
@@ -151,7 +161,9 @@ def scaled_rope(writer: gguf.GGUFWriter, rope: dict[str, Any], name: str) -> Non
     ids=["llama3", "longrope", "yarn", "linear"],
 )
 @pytest.mark.parametrize("tokens", [7, 40])
-def test_scaled_rotations(tmp_path: Path, load: Load, family: str, rope: dict[str, Any], tokens: int) -> None:
+def test_scaled_rotations(
+    tmp_path: Path, load: Load, family: str, rope: dict[str, Any], tokens: int
+) -> None:
     more = {"original_max_position_embeddings": 16} if rope is LONG else {}
     written = write_model(
         tmp_path,
@@ -237,7 +249,9 @@ def test_the_kv_cache_is_kept_in_half_the_bytes(gguf_model: WriteGGUF, load: Loa
         load(written.file, kv_dtype="bananas")
 
 
-def test_ggml_is_not_there(gguf_model: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ggml_is_not_there(
+    gguf_model: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing() -> None:
         raise GgmlError("ggml is not installed; run `pip install`")
 
@@ -248,7 +262,9 @@ def test_ggml_is_not_there(gguf_model: WriteGGUF, load: Load, monkeypatch: pytes
     assert len(os.listdir("/proc/self/fd")) == files
 
 
-def test_a_hub_id_with_a_file_is_taken_from_the_cache(gguf_model: WriteGGUF, tmp_path: Path) -> None:
+def test_a_hub_id_with_a_file_is_taken_from_the_cache(
+    gguf_model: WriteGGUF, tmp_path: Path
+) -> None:
     repository = tmp_path / "hub" / "models--someone--tiny"
     snapshot = repository / "snapshots" / REVISION
     snapshot.mkdir(parents=True)
@@ -258,7 +274,8 @@ def test_a_hub_id_with_a_file_is_taken_from_the_cache(gguf_model: WriteGGUF, tmp
     (repository / "refs" / "main").write_text(REVISION)
     program = (
         "import flexinfer\n"
-        "model = flexinfer.from_pretrained('someone/tiny', '2GiB', gguf_file='small.gguf', context=32)\n"
+        "model = flexinfer.from_pretrained('someone/tiny', '2GiB', gguf_file='small.gguf', "
+        "context=32)\n"
         "print(type(model).__name__)\n"
         "model.flexinfer.close()\n"
     )
@@ -268,16 +285,28 @@ def test_a_hub_id_with_a_file_is_taken_from_the_cache(gguf_model: WriteGGUF, tmp
         "FLEXINFER_CACHE": str(tmp_path / "cache"),
     }
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
 
 
 def test_every_command_takes_a_file(
-    tmp_path: Path, small_pieces: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    small_pieces: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written = write_model(
-        tmp_path, "llama", change=byte_level, vocab_size=300, max_position_embeddings=512, num_hidden_layers=1
+        tmp_path,
+        "llama",
+        change=byte_level,
+        vocab_size=300,
+        max_position_embeddings=512,
+        num_hidden_layers=1,
     )
     engine = ["--memory", "2GiB", "--context", "96"]
     by_file = [str(written.file), *engine]
@@ -300,7 +329,7 @@ def test_every_command_takes_a_file(
 def test_weights_of_the_same_input_are_multiplied_in_one_call(
     gguf_model: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries, keys and values, then gate and up; where they are in memory and there are few rows."""
+    """Queries, keys and values, then gate and up, for locked weights and few rows."""
     calls: list[int] = []
     multiply = flexinfer.kernels.ggml.Library.multiply
 

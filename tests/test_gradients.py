@@ -1,4 +1,6 @@
-"""Gradients go through streamed weights as through those of stock transformers, whatever becomes of memory before the backward pass."""
+"""Gradients go through streamed weights as through those of stock transformers, whatever becomes of
+memory before the backward pass.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +30,9 @@ def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> WriteGGUF:
 
 
 @torch.no_grad()
-def embedded(model: PreTrainedModel, batch: int = 2, tokens: int = 9, seed: int = 0) -> torch.Tensor:
+def embedded(
+    model: PreTrainedModel, batch: int = 2, tokens: int = 9, seed: int = 0
+) -> torch.Tensor:
     embeds: torch.Tensor = model.get_input_embeddings()(prompt(batch, tokens, seed))
     return embeds.clone()
 
@@ -67,7 +71,9 @@ def test_gradients_for_embeddings_in_every_budget(
                 torch.testing.assert_close(found, expected, **CLOSE)
 
 
-def test_gradients_of_locked_weights_are_stocks_to_the_bit(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_gradients_of_locked_weights_are_stocks_to_the_bit(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     path = checkpoint("qwen2")
     reference, model = stock(path), load(path)
     embeds = embedded(reference)
@@ -93,7 +99,9 @@ def test_gradients_in_16_bits_err_no_more_than_stocks(
 @pytest.mark.parametrize(
     ("family", "kind"), [("llama", "F32"), ("gpt2", "F32"), ("gpt_oss", "F32"), ("llama", "Q8_0")]
 )
-def test_gradients_through_gguf_files(gguf_model: WriteGGUF, load: Load, family: str, kind: str) -> None:
+def test_gradients_through_gguf_files(
+    gguf_model: WriteGGUF, load: Load, family: str, kind: str
+) -> None:
     written = gguf_model(family, (kind,))
     reference = (eager if family in MIXTURES else stock)(written.stock).requires_grad_(False)
     model = load(written.file)
@@ -105,8 +113,11 @@ def test_gradients_through_gguf_files(gguf_model: WriteGGUF, load: Load, family:
             found = saliency(model, embeds, use_cache=use_cache)
             if kind == "F32":
                 torch.testing.assert_close(found, expected, **CLOSE)
-            else:  # ggml quantises activations, and the errors of such a model grow from layer to layer
-                alike = torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0)
+            # Ggml quantises activations, and the errors of such a model grow from layer to layer.
+            else:
+                alike = torch.nn.functional.cosine_similarity(
+                    found.flatten(), expected.flatten(), dim=0
+                )
                 assert alike > 0.97, (share, use_cache)
 
 
@@ -141,7 +152,9 @@ def test_gradients_of_experts_in_blocks(gguf_model: WriteGGUF, load: Load, famil
     for share in (1.2, 0.0):
         resize_to_share(model, share)
         for count in (5, 1):
-            for ours, theirs in zip(found_by(model, count), found_by(reference, count), strict=True):
+            for ours, theirs in zip(
+                found_by(model, count), found_by(reference, count), strict=True
+            ):
                 assert (ours - theirs).norm() / theirs.norm() < 0.03
 
 
@@ -189,7 +202,9 @@ def test_gradients_go_through_a_cache_from_one_pass_to_the_next(
         return torch.autograd.grad(loss, given)[0]
 
     for first_grad in (True, False):
-        torch.testing.assert_close(two_passes(model, first_grad), two_passes(reference, first_grad), **CLOSE)
+        torch.testing.assert_close(
+            two_passes(model, first_grad), two_passes(reference, first_grad), **CLOSE
+        )
 
 
 class Adapter(nn.Module):
@@ -221,14 +236,20 @@ def test_adapters_norms_and_biases_are_trained(
             resize_to_share(model, 0.2)
         for layer in model.model.layers:
             setattr(layer.self_attn, role, Adapter(getattr(layer.self_attn, role)))
-        trained = [p for n, p in model.named_parameters() if n.endswith((".a", ".b", "norm.weight", "bias"))]
+        trained = [
+            p
+            for n, p in model.named_parameters()
+            if n.endswith((".a", ".b", "norm.weight", "bias"))
+        ]
         for parameter in trained:
             parameter.requires_grad_(True)
         if checkpointed:
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})
         losses = [
-            model(input_ids=prompt(2, 9, seed), labels=prompt(2, 9, seed), use_cache=not checkpointed).loss
+            model(
+                input_ids=prompt(2, 9, seed), labels=prompt(2, 9, seed), use_cache=not checkpointed
+            ).loss
             for seed in (0, 1)
         ]
         sum(losses).backward()
@@ -237,7 +258,9 @@ def test_adapters_norms_and_biases_are_trained(
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-def test_streamed_weights_themselves_have_no_gradients(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_streamed_weights_themselves_have_no_gradients(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint("llama"))
     with pytest.raises(RuntimeError, match=r"embed_tokens.weight is streamed.*cannot be trained"):
         model.requires_grad_(True)
@@ -249,7 +272,9 @@ def test_streamed_weights_themselves_have_no_gradients(checkpoint: MakeCheckpoin
     assert not weight.requires_grad
 
 
-def test_no_second_derivatives_and_none_after_the_end(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_no_second_derivatives_and_none_after_the_end(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint("llama"))
     embeds = embedded(model).requires_grad_(True)
     (first,) = torch.autograd.grad(loss_of(model, embeds), embeds, create_graph=True)

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM, sent to real processes: the token in hand is finished, everything is closed, the exit code says why."""
+"""Ctrl-C and SIGTERM, sent to real processes: the token in hand is finished, everything is closed,
+the exit code says why.
+"""
 
 import json
 import os
@@ -37,12 +39,16 @@ SAMPLING = (
 @pytest.fixture(scope="module")
 def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama with a tokenizer of bytes that never ends by itself."""
-    return add_tokenizer(checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("interrupt") / "model")
+    return add_tokenizer(
+        checkpoint("llama", **CONFIG), tmp_path_factory.mktemp("interrupt") / "model"
+    )
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
-    """start(*argv) -> `flexinfer ARGV` with pipes, unbuffered; killed after the test if it still runs."""
+    """start(*argv) -> `flexinfer ARGV` with pipes, unbuffered; killed after the test if it still
+    runs.
+    """
     running: list[subprocess.Popen[bytes]] = []
 
     def begin(*argv: str, run: tuple[str, ...] = ("-m", "flexinfer")) -> "subprocess.Popen[bytes]":
@@ -107,7 +113,9 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_the_second_ctrl_c_ends_generate_at_once(model_dir: Path, tmp_path: Path, start: Any) -> None:
+def test_the_second_ctrl_c_ends_generate_at_once(
+    model_dir: Path, tmp_path: Path, start: Any
+) -> None:
     """Both come within one pass: after the first text each of its 29 reads takes a second."""
     slow = tmp_path / "slow"
     argv = ("generate", str(model_dir), "abc", *SAMPLING, "--io-threads", "0")
@@ -134,7 +142,8 @@ def wait_until_caught(process: "subprocess.Popen[bytes]", number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_there_is_no_text_yet(number: int, model_dir: Path, start: Any) -> None:
-    process = start("generate", str(model_dir), "--memory", "2GiB")  # waits for the prompt, on stdin
+    # Waits for the prompt, on stdin.
+    process = start("generate", str(model_dir), "--memory", "2GiB")
     wait_until_caught(process, signal.SIGTERM)
     process.send_signal(number)
     assert ended(process) == (128 + number, ["stopped"])
@@ -198,7 +207,10 @@ def test_a_stopped_quantize_leaves_nothing_that_loads_and_goes_on(
 def test_interrupt_stops_softly_first_and_at_once_the_second_time() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     ids = torch.zeros(2, 3, dtype=torch.long)
-    for number, raised, code in ((signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, Terminated, 143)):
+    for number, raised, code in (
+        (signal.SIGINT, KeyboardInterrupt, 130),
+        (signal.SIGTERM, Terminated, 143),
+    ):
         with Interrupt() as interrupt:
             assert not interrupt(ids, None).any()
             signal.raise_signal(number)
@@ -228,7 +240,9 @@ def test_terminable_puts_the_handler_back() -> None:
 @pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
 )
-def test_a_signal_that_is_held_back_comes_at_the_end(number: int, raised: type[BaseException]) -> None:
+def test_a_signal_that_is_held_back_comes_at_the_end(
+    number: int, raised: type[BaseException]
+) -> None:
     reached: list[int] = []
 
     def run() -> None:

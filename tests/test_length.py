@@ -1,4 +1,6 @@
-"""A length that is asked for and does not fit is refused before the first pass; one that nobody asked for ends at the context."""
+"""A length that is asked for and does not fit is refused before the first pass; one that nobody
+asked for ends at the context.
+"""
 
 import json
 import shutil
@@ -53,7 +55,11 @@ REQUESTS: dict[
     "max_new_tokens": (1, {"max_new_tokens": 40}, 46),
     "one token too many": (1, {"max_new_tokens": 27}, 33),
     "max_length": (1, {"max_length": 40}, 39),
-    "generation config": (1, {"generation_config": GenerationConfig(max_new_tokens=40, **GREEDY)}, 46),
+    "generation config": (
+        1,
+        {"generation_config": GenerationConfig(max_new_tokens=40, **GREEDY)},
+        46,
+    ),
     "its max_length": (1, {"generation_config": GenerationConfig(max_length=41, **GREEDY)}, 40),
     "min_new_tokens": (1, {"min_new_tokens": 40, "max_new_tokens": 60}, 66),
     "batch": (3, {"max_new_tokens": 9}, 45),
@@ -86,7 +92,9 @@ def test_what_is_asked_for_is_refused_first_and_fits_into_the_context_that_is_na
 @pytest.mark.parametrize(
     "options", [{}, {"prompt_lookup_num_tokens": 4}, {"num_beams": 2}, {"prefill_chunk_size": 2}]
 )
-def test_what_just_fits_is_made(checkpoint: MakeCheckpoint, load: Load, options: dict[str, Any]) -> None:
+def test_what_just_fits_is_made(
+    checkpoint: MakeCheckpoint, load: Load, options: dict[str, Any]
+) -> None:
     rows = options.get("num_beams", 1)
     options = GREEDY | options | {"max_new_tokens": CONTEXT // rows - 7 + 1}
     model = load(checkpoint(), context=CONTEXT, logits_to_keep=8)
@@ -109,7 +117,8 @@ def test_with_a_draft(checkpoint: MakeCheckpoint, load: Load, draft: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_length": 4096}, {"max_new_tokens": 2048}, {"min_new_tokens": 50, "max_length": 99}]
+    "settings",
+    [{"max_length": 4096}, {"max_new_tokens": 2048}, {"min_new_tokens": 50, "max_length": 99}],
 )
 @pytest.mark.parametrize("given", ["nothing", "the model's", "a time", "an empty one"])
 def test_a_length_of_the_checkpoint_is_a_default(
@@ -133,7 +142,9 @@ def test_a_length_of_the_checkpoint_is_a_default(
         model.generate(prompt(tokens=33))
 
 
-def test_without_any_length_twenty_tokens_or_what_fits(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_without_any_length_twenty_tokens_or_what_fits(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint(), context=CONTEXT)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -175,7 +186,8 @@ def test_tokens_of_a_cache_from_an_earlier_turn_count(
     for one in (model, reference):
         cache = DynamicCache(config=one.config)
         first = one.generate(prompt(), cache=cache, max_new_tokens=9, **GREEDY)
-        whole = torch.cat((first, prompt(tokens=3, seed=1)), dim=-1)  # 19 tokens, of which the cache has 15
+        # 19 tokens, of which the cache has 15.
+        whole = torch.cat((first, prompt(tokens=3, seed=1)), dim=-1)
         ids = whole[:, cache.get_seq_length() :] if only_new else whole
         turn = {"cache": cache, "attention_mask": torch.ones_like(whole)} | GREEDY
         if one is model:
@@ -190,9 +202,13 @@ def test_embeddings_as_a_prompt(checkpoint: MakeCheckpoint, load: Load) -> None:
     embeds = [one.get_input_embeddings()(prompt()).detach() for one in (model, reference)]
     assert refused(model, inputs_embeds=embeds[0], max_new_tokens=27, **GREEDY) == 33
     ours = model.generate(inputs_embeds=embeds[0], max_new_tokens=26, **GREEDY)
-    assert torch.equal(ours, reference.generate(inputs_embeds=embeds[1], max_new_tokens=26, **GREEDY))
+    assert torch.equal(
+        ours, reference.generate(inputs_embeds=embeds[1], max_new_tokens=26, **GREEDY)
+    )
     with pytest.warns(RuntimeWarning, match=REACHED):
-        out = model.generate(inputs_embeds=embeds[0], stopping_criteria=[MaxLengthCriteria(99)], **GREEDY)
+        out = model.generate(
+            inputs_embeds=embeds[0], stopping_criteria=[MaxLengthCriteria(99)], **GREEDY
+        )
     assert torch.equal(out, ours)
 
 
@@ -202,7 +218,9 @@ def test_what_needs_no_memory_that_is_set_aside_goes_on_while_there_is_other(
 ) -> None:
     model = load(checkpoint(), context=CONTEXT)
     options = GREEDY | options | {"max_new_tokens": 29}
-    assert torch.equal(model.generate(prompt(), **options), stock(checkpoint()).generate(prompt(), **options))
+    assert torch.equal(
+        model.generate(prompt(), **options), stock(checkpoint()).generate(prompt(), **options)
+    )
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
@@ -232,7 +250,9 @@ def test_sliding_windows_alone_have_no_end_and_count_their_full_layers_elsewhere
     alone = checkpoint("mistral", sliding_window=8)
     model = load(alone, context=CONTEXT)
     options = GREEDY | {"max_new_tokens": 60}
-    assert torch.equal(model.generate(prompt(), **options), stock(alone).generate(prompt(), **options))
+    assert torch.equal(
+        model.generate(prompt(), **options), stock(alone).generate(prompt(), **options)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -247,7 +267,9 @@ def test_a_loop_of_ones_own_is_told_before_the_pass_and_can_go_on(
         for one, cache in zip((model, reference), caches, strict=True):
             one(ids[:, :-1], cache=cache)
         passes = model.flexinfer.stats()["passes"]
-        with pytest.raises(ContextError, match=r"nothing was run and the cache is as it was.*context=33"):
+        with pytest.raises(
+            ContextError, match=r"nothing was run and the cache is as it was.*context=33"
+        ):
             model(prompt(tokens=2), cache=caches[0])
         assert model.flexinfer.stats()["passes"] == passes
         assert [layer.get_seq_length() for layer in caches[0].layers] == [31] * 4
@@ -282,12 +304,17 @@ def test_pipelines(checkpoint: MakeCheckpoint, load: Load, tmp_path: Path) -> No
         assert len(pipe("hello", **options)[0]["generated_token_ids"]) == 33
     own = GenerationConfig(do_sample=False)
     with pytest.warns(RuntimeWarning, match=REACHED):
-        assert len(pipe("hello", return_tensors=True, generation_config=own)[0]["generated_token_ids"]) == 33
+        assert (
+            len(pipe("hello", return_tensors=True, generation_config=own)[0]["generated_token_ids"])
+            == 33
+        )
     assert len(pipe("hello", max_new_tokens=4, **options)[0]["generated_token_ids"]) == 9
     asked = TextGenerationPipeline(model=model, tokenizer=tokenizer, max_new_tokens=256)
     for call in (
         lambda: pipe("hello", max_new_tokens=256, **options),
-        lambda: pipe("hello", return_tensors=True, generation_config=GenerationConfig(max_new_tokens=256)),
+        lambda: pipe(
+            "hello", return_tensors=True, generation_config=GenerationConfig(max_new_tokens=256)
+        ),
         lambda: asked("hello", **options),
     ):
         with pytest.raises(ContextError, match="context=260"):

@@ -1,4 +1,6 @@
-"""A loaded model from beginning to end: what it holds, how it changes its budget, how it fails, and that nothing is left."""
+"""A loaded model from beginning to end: what it holds, how it changes its budget, how it fails, and
+that nothing is left.
+"""
 
 import gc
 import os
@@ -62,9 +64,14 @@ def test_close_leaves_no_thread_file_or_memory(
 def test_library_pages_that_a_pass_needs_are_locked_while_a_model_is_loaded(
     checkpoint: MakeCheckpoint, load: Load
 ) -> None:
-    """In a full control group they would be the first to go, and come back one read-ahead at a time."""
+    """In a full control group they would be the first to go, and come back one read-ahead at a
+    time.
+    """
     before = status_bytes("VmLck")
-    streamed = [load(checkpoint(), policy="none"), load(checkpoint(), policy="none", dtype="float32")]
+    streamed = [
+        load(checkpoint(), policy="none"),
+        load(checkpoint(), policy="none", dtype="float32"),
+    ]
     streamed[0](prompt())
     for model in streamed:
         libraries = model.flexinfer.store.libraries
@@ -92,7 +99,9 @@ def test_use_after_close_says_so(checkpoint: MakeCheckpoint, load: Load) -> None
             lambda model=model: model.model.layers[0].mlp.up_proj(torch.ones(1, 64)),
             lambda model=model: model.flexinfer.resize("8GiB"),
         ):
-            with pytest.raises(RuntimeError, match=r"closed; load it again with flexinfer\.from_pretrained"):
+            with pytest.raises(
+                RuntimeError, match=r"closed; load it again with flexinfer\.from_pretrained"
+            ):
                 use()
         assert model.flexinfer.stats()["passes"] == 0
         assert model.flexinfer.plan.total_bytes > 0
@@ -112,7 +121,9 @@ def test_collecting_an_unclosed_model_ends_its_threads_and_files(
 def test_collecting_a_model_inside_its_own_reader_locks_nothing_up(
     checkpoint: MakeCheckpoint, small_pieces: None
 ) -> None:
-    """The collector runs in whatever thread allocates, a reader of the dropped model too, and while the window's lock is held."""
+    """The collector runs in whatever thread allocates, a reader of the dropped model too, and while
+    the window's lock is held.
+    """
     for held in (False, True):
         before = holdings()
         model = flexinfer.from_pretrained(checkpoint(), "8GiB", context=64, policy="none")
@@ -139,7 +150,12 @@ def test_collecting_a_model_inside_its_own_reader_locks_nothing_up(
 
 def test_a_refused_load_leaves_nothing(checkpoint: MakeCheckpoint, load: Load) -> None:
     before = holdings()
-    for bad in ({"memory": "1MiB"}, {"policy": "bananas"}, {"window": "4 bananas"}, {"memory": "4 bananas"}):
+    for bad in (
+        {"memory": "1MiB"},
+        {"policy": "bananas"},
+        {"window": "4 bananas"},
+        {"memory": "4 bananas"},
+    ):
         with pytest.raises(ValueError, match=r"bananas|too little"):
             load(checkpoint(), **bad)
     for bad in ({"io_threads": -1}, {"context": 0}):
@@ -211,7 +227,9 @@ def test_memory_is_locked_and_follows_the_budget(checkpoint: MakeCheckpoint) -> 
     assert status_bytes("VmLck") == before
 
 
-def test_a_budget_that_is_refused_leaves_the_model_as_it_was(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_a_budget_that_is_refused_leaves_the_model_as_it_was(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint())
     resize_to_share(model, 0.5)
     expected, plan = logits(model, prompt()), model.flexinfer.plan
@@ -234,7 +252,9 @@ def test_weights_cannot_be_saved_from_a_streamed_model(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_sequence_longer_than_the_context_is_refused(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_a_sequence_longer_than_the_context_is_refused(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint(), context=16)
     assert model.generate(prompt(tokens=8), max_new_tokens=8, eos_token_id=None).shape == (1, 16)
     with pytest.raises(ContextError, match=r"context=16.*from_pretrained\(\.\.\., context=17\)"):
@@ -269,16 +289,22 @@ def test_a_shard_cut_short_while_running_is_an_error_and_mends(
     expected = logits(model, prompt())
     weights.write_bytes(content[: len(content) // 2])
     for _ in range(2):
-        with pytest.raises(ReadError, match=r"model.safetensors: ends before byte \d+: truncated while"):
+        with pytest.raises(
+            ReadError, match=r"model.safetensors: ends before byte \d+: truncated while"
+        ):
             logits(model, prompt())
     weights.write_bytes(content)
     before = model.flexinfer.stats()["passes"]
-    assert torch.equal(logits(model, prompt()), expected), "the first pass after the repair is right"
+    assert torch.equal(logits(model, prompt()), expected), (
+        "the first pass after the repair is right"
+    )
     assert torch.equal(logits(model, prompt()), expected)
     assert model.flexinfer.stats()["passes"] > before
 
 
-def test_a_pass_that_is_interrupted_and_the_next_one(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_a_pass_that_is_interrupted_and_the_next_one(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model, reference = load(checkpoint(), policy="none"), stock(checkpoint())
 
     def interrupt(*_: object) -> None:
@@ -315,12 +341,15 @@ def test_bytes_read_in_a_pass_are_those_of_the_plan(
     model = load(checkpoint(), io_threads=io_threads)
     if not model.flexinfer.store.reader.direct:
         pytest.skip(
-            "no direct reads on this file system, and those through the page cache are counted otherwise"
+            "no direct reads on this file system, and those through the page cache are counted "
+            "otherwise"
         )
     resize_to_share(model, share)
     engine = model.flexinfer
     streamed = [
-        p for w in engine.runner.planner.weights for p in w.pieces[engine.plan.locked_pieces.get(w.name, 0) :]
+        p
+        for w in engine.runner.planner.weights
+        for p in w.pieces[engine.plan.locked_pieces.get(w.name, 0) :]
     ]
     assert sum(p.nbytes for p in streamed) == engine.plan.streamed_bytes > 0
     with_pages = sum(p.memory_bytes for p in streamed)

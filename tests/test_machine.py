@@ -23,7 +23,11 @@ def test_what_others_in_the_group_use_is_not_to_spare_and_pages_of_files_are(
     root = tmp_path / "cgroup"
     if version == 1:
         line, parent = "4:memory:/box/inner\n", root / "memory/box"
-        limit, usage, field = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        limit, usage, field = (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        )
     else:
         line, parent = "0::/box/inner\n", root / "box"
         limit, usage, field = "memory.max", "memory.current", "inactive_file"
@@ -33,7 +37,9 @@ def test_what_others_in_the_group_use_is_not_to_spare_and_pages_of_files_are(
     monkeypatch.setattr(machine, "CGROUP_ROOT", root)
     monkeypatch.setattr(machine, "CGROUPS_FILE", tmp_path / "self")
     monkeypatch.setattr(machine, "anonymous_bytes", lambda: GIB)
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 64 * GIB}))
+    monkeypatch.setattr(
+        machine.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 64 * GIB})
+    )
     assert available_bytes() == pytest.approx(0.9 * (GIB + 2 * GIB), abs=1)
     (parent / usage).write_text(f"{5 * GIB}\n")
     assert available_bytes() == pytest.approx(0.9 * GIB, abs=1)

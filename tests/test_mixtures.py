@@ -1,4 +1,6 @@
-"""Mixtures of experts: streamed logits equal, bit for bit, those of stock transformers with its "eager" experts."""
+"""Mixtures of experts: streamed logits equal, bit for bit, those of stock transformers with its
+"eager" experts.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -45,13 +47,35 @@ MIXTURES: dict[str, Callable[..., PretrainedConfig]] = {
         **{**SHAPE, **TOKENS, "num_local_experts": 8, **over}
     ),
     "qwen2_moe": lambda **over: transformers.Qwen2MoeConfig(
-        **{**SHAPE, **TOKENS, **EXPERTS, "num_experts": 8, "shared_expert_intermediate_size": 80, **over}
+        **{
+            **SHAPE,
+            **TOKENS,
+            **EXPERTS,
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 80,
+            **over,
+        }
     ),
     "qwen3_moe": lambda **over: transformers.Qwen3MoeConfig(
-        **{**SHAPE, **TOKENS, **EXPERTS, "num_experts": 12, "head_dim": 16, "norm_topk_prob": True, **over}
+        **{
+            **SHAPE,
+            **TOKENS,
+            **EXPERTS,
+            "num_experts": 12,
+            "head_dim": 16,
+            "norm_topk_prob": True,
+            **over,
+        }
     ),
     "olmoe": lambda **over: transformers.OlmoeConfig(
-        **{**SHAPE, **TOKENS, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3, **over}
+        **{
+            **SHAPE,
+            **TOKENS,
+            "intermediate_size": 48,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            **over,
+        }
     ),
     "granitemoe": lambda **over: transformers.GraniteMoeConfig(
         **{
@@ -92,8 +116,12 @@ def _families() -> Iterator[None]:
 
 
 def eager(path: Path, **options: Any) -> PreTrainedModel:
-    """The same checkpoint by transformers alone, resident, with its own plain implementation of experts."""
-    return AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager", **options).eval()
+    """The same checkpoint by transformers alone, resident, with its own plain implementation of
+    experts.
+    """
+    return AutoModelForCausalLM.from_pretrained(
+        path, experts_implementation="eager", **options
+    ).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,7 +136,10 @@ def test_every_family_in_every_budget(
         if share is not None:
             resize_to_share(model, share)
         for batch in (1, 3):
-            assert torch.equal(logits(model, prompt(batch, 9), steps=3), expected[batch]), (share, batch)
+            assert torch.equal(logits(model, prompt(batch, 9), steps=3), expected[batch]), (
+                share,
+                batch,
+            )
 
 
 def test_experts_are_found_and_budgeted(checkpoint: MakeCheckpoint, load: Load) -> None:
@@ -130,7 +161,9 @@ def test_experts_are_found_and_budgeted(checkpoint: MakeCheckpoint, load: Load) 
     assert plan.streamed_bytes == int(plan.experts.token_bytes * (1 - plan.experts.hit_rate))
     engine.resize(smallest + dense // 2)
     assert engine.plan.locked_bytes < plan.locked_bytes
-    assert engine.plan.experts.cache_bytes <= 3 * 16_384 + 2 * experts.slot_bytes, "a cache like a window"
+    assert engine.plan.experts.cache_bytes <= 3 * 16_384 + 2 * experts.slot_bytes, (
+        "a cache like a window"
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -150,7 +183,9 @@ def test_every_policy_with_and_without_looking_ahead(
 
 
 def test_little_is_read_in_vain_in_a_small_cache(checkpoint: MakeCheckpoint, load: Load) -> None:
-    """In a cache of a few experts what was foretold is gone before it is wanted: then looking ahead stops."""
+    """In a cache of a few experts what was foretold is gone before it is wanted: then looking ahead
+    stops.
+    """
     model = load(checkpoint("qwen3_moe"))
     logits(model, prompt(), steps=0)
     smallest, slot_bytes = smallest_budget(model), model.flexinfer.plan.experts.slot_bytes
@@ -165,7 +200,8 @@ def test_little_is_read_in_vain_in_a_small_cache(checkpoint: MakeCheckpoint, loa
 
 def test_an_unknown_policy_is_refused(checkpoint: MakeCheckpoint, load: Load) -> None:
     with pytest.raises(
-        ValueError, match="expert_policy='bananas' does not exist; there are fixed, frequency, recency"
+        ValueError,
+        match="expert_policy='bananas' does not exist; there are fixed, frequency, recency",
     ):
         load(checkpoint("qwen3_moe"), expert_policy="bananas")
 
@@ -187,7 +223,9 @@ def test_what_fits_is_read_once_and_what_does_not_at_most_once_a_pass(
     logits(model, ids, steps=0)
     read = model.flexinfer.stats()["bytes_read"] - before
     pieces = sum(len(one) for one in model.flexinfer.mixture.pieces())
-    dense = sum(p.memory_bytes + 4096 for w in model.flexinfer.runner.planner.weights for p in w.pieces)
+    dense = sum(
+        p.memory_bytes + 4096 for w in model.flexinfer.runner.planner.weights for p in w.pieces
+    )
     assert read <= pieces * experts.slot_bytes + 2 * dense + ids.numel() * 8192
 
 
@@ -207,21 +245,29 @@ def test_resizing_while_it_generates(checkpoint: MakeCheckpoint, load: Load) -> 
 
 
 def test_router_logits_are_those_of_the_pass(checkpoint: MakeCheckpoint, load: Load) -> None:
-    """Looking ahead calls routers once more; what the program asks to be recorded is not touched by it."""
+    """Looking ahead calls routers once more; what the program asks to be recorded is not touched by
+    it.
+    """
     path = checkpoint("qwen3_moe")
     model, reference = load(path), eager(path)
     with torch.no_grad():
         ours, theirs = (one(prompt(1, 3), output_router_logits=True) for one in (model, reference))
     assert model.flexinfer.stats()["experts_foretold"] > 0
     assert len(ours.router_logits) == len(theirs.router_logits) == 4
-    assert all(torch.equal(a, b) for a, b in zip(ours.router_logits, theirs.router_logits, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.router_logits, theirs.router_logits, strict=True)
+    )
 
 
-def test_parameters_of_experts_say_that_they_are_streamed(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_parameters_of_experts_say_that_they_are_streamed(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = load(checkpoint("mixtral"))
     weight = model.model.layers[0].mlp.experts.gate_up_proj
     assert weight.shape == (8, 352, 64)
-    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.experts\.gate_up_proj is streamed from disk"):
+    with pytest.raises(
+        RuntimeError, match=r"layers\.0\.mlp\.experts\.gate_up_proj is streamed from disk"
+    ):
         weight.sum()
     model.flexinfer.close()
     with pytest.raises(RuntimeError, match="this model is closed"):
@@ -235,7 +281,9 @@ def test_a_read_that_fails_is_raised_and_the_next_pass_is_right(
     model, expected = load(path), logits(eager(path), prompt())
     resize_to_share(model, 0.3)
     reader = model.flexinfer.store.reader
-    experts = {piece.offset_bytes for pieces in model.flexinfer.mixture.pieces() for piece in pieces}
+    experts = {
+        piece.offset_bytes for pieces in model.flexinfer.mixture.pieces() for piece in pieces
+    }
     real = reader.read_now
 
     def fail(file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
@@ -262,7 +310,9 @@ def test_quantised_where_llama_cpp_has_no_words_for_the_family_here(
     assert any("experts.down_proj" in name for name in report.kept)
     ours, source = load(tmp_path / "copy"), load(path)
     expected, found = logits(source, prompt(2)), logits(ours, prompt(2))
-    assert (found - expected).norm() < 0.2 * expected.norm(), "here and there another expert is chosen"
+    assert (found - expected).norm() < 0.2 * expected.norm(), (
+        "here and there another expert is chosen"
+    )
     resize_to_share(ours, 0.4)
     assert torch.equal(logits(ours, prompt(2)), found)
 
@@ -274,7 +324,9 @@ def test_experts_that_are_not_all_there(checkpoint: MakeCheckpoint, tmp_path: Pa
     gone = next(name for name in tensors if name.endswith("experts.3.w3.weight"))
     kept = tensors.pop(gone)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(flexinfer.CheckpointError, match=r"experts of .*gate_up_proj' are not all there"):
+    with pytest.raises(
+        flexinfer.CheckpointError, match=r"experts of .*gate_up_proj' are not all there"
+    ):
         flexinfer.from_pretrained(path, "8GiB")
     save_file(tensors | {gone: kept[1:].clone()}, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(

@@ -48,7 +48,10 @@ def test_the_docs_and_the_help_name_every_option() -> None:
         ({"memory": 0}, "memory=0 must be at least 1 byte"),
         ({"window": "0 layers"}, "window='0 layers'"),
         ({"policy": "best"}, "policy='best' does not exist; there are"),
-        ({"experiment": {"expert_policy": "best"}}, "expert_policy='best' does not exist; there are"),
+        (
+            {"experiment": {"expert_policy": "best"}},
+            "expert_policy='best' does not exist; there are",
+        ),
         ({"io_threads": -1}, "io_threads=-1 must be 0"),
         ({"experiment": {"read_timeout_s": 0.0}}, "read_timeout_s=0.0 must be more than 0"),
         ({"experiment": {"read_timeout_s": 5.0}, "io_threads": 0}, "needs a reader thread"),
@@ -58,7 +61,10 @@ def test_the_docs_and_the_help_name_every_option() -> None:
         ({"kv_dtype": "int3"}, "kv_dtype='int3' is not supported"),
         ({"experiment": {"draft_type": "q8_0"}}, "draft_type='q8_0' needs a draft"),
         ({"draft": "auto", "experiment": {"draft_tokens": 0}}, "draft_tokens=0 must be at least 1"),
-        ({"draft": "lookup", "experiment": {"draft_dir": "/tmp"}}, "draft='lookup' has no substitute"),
+        (
+            {"draft": "lookup", "experiment": {"draft_dir": "/tmp"}},
+            "draft='lookup' has no substitute",
+        ),
         ({"experiment": 3}, "experiment=3 must be a flexinfer.Experiment"),
         ({"trace": "/nothing/here/run.json"}, "cannot be written"),
     ],
@@ -77,7 +83,9 @@ def test_sizes_that_are_none_are_budget_errors() -> None:
 def test_a_misspelt_option_is_told_the_right_one() -> None:
     with pytest.raises(TypeError, match="no option 'io_thread'; did you mean 'io_threads'"):
         flexinfer.from_pretrained("no/such/model", io_thread=3)
-    with pytest.raises(TypeError, match=r"pass experiment=flexinfer.Experiment\(read_ahead=False\)"):
+    with pytest.raises(
+        TypeError, match=r"pass experiment=flexinfer.Experiment\(read_ahead=False\)"
+    ):
         flexinfer.from_pretrained("no/such/model", read_ahead=False)
     with pytest.raises(TypeError, match="readahead"):
         flexinfer.from_pretrained("no/such/model", experiment={"readahead": False})

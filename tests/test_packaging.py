@@ -1,4 +1,6 @@
-"""What is installed: one list of packages in two files, the package data, the entry points, the Makefile's targets."""
+"""What is installed: one list of packages in two files, the package data, the entry points, the
+Makefile's targets.
+"""
 
 import ast
 import re
@@ -29,20 +31,28 @@ def ranges(requirements: list[str]) -> dict[str, set[str]]:
     for line in requirements:
         match = re.fullmatch(r"([A-Za-z0-9._-]+)\s*(.*)", line)
         assert match is not None, line
-        found[match[1].lower().replace("_", "-")] = {one.replace(" ", "") for one in match[2].split(",")}
+        found[match[1].lower().replace("_", "-")] = {
+            one.replace(" ", "") for one in match[2].split(",")
+        }
     return found
 
 
 def test_environment_and_project_name_the_same_packages_and_ranges() -> None:
     listed = next(one["pip"] for one in ENVIRONMENT["dependencies"] if isinstance(one, dict))
     extras = PROJECT["optional-dependencies"]
-    wanted = ranges([*PROJECT["dependencies"], *(line for name in INSTALLED for line in extras[name])])
+    wanted = ranges(
+        [*PROJECT["dependencies"], *(line for name in INSTALLED for line in extras[name])]
+    )
     assert ranges([line for line in listed if not line.startswith("-")]) == wanted
     assert {"--editable .", "--constraint constraints.txt"} <= set(listed)
 
 
 def test_environment_and_project_ask_for_the_same_python() -> None:
-    conda = [one for one in ENVIRONMENT["dependencies"] if isinstance(one, str) and one.startswith("python")]
+    conda = [
+        one
+        for one in ENVIRONMENT["dependencies"]
+        if isinstance(one, str) and one.startswith("python")
+    ]
     assert conda == ["python" + PROJECT["requires-python"]]
 
 
@@ -54,7 +64,10 @@ def test_a_range_that_differs_would_be_noticed() -> None:
 def test_every_package_is_pinned_within_its_range() -> None:
     pins = ranges([line for line in CONSTRAINTS.splitlines() if not line.startswith("#")])
     extras = PROJECT["optional-dependencies"]
-    for line in (*PROJECT["dependencies"], *(line for name in (*INSTALLED, "docs") for line in extras[name])):
+    for line in (
+        *PROJECT["dependencies"],
+        *(line for name in (*INSTALLED, "docs") for line in extras[name]),
+    ):
         requirement = Requirement(line)
         (pin,) = pins[requirement.name.lower().replace("_", "-")]
         assert pin.startswith("=="), line
@@ -80,7 +93,9 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> N
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "flexinfer", tree / "flexinfer", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "flexinfer", tree / "flexinfer", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name in ("experiments", "tests", "conf", "scripts"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -98,7 +113,11 @@ def test_the_engine_imports_neither_harness_nor_tests() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"experiments", "scripts", "tests"}, file
+            assert not {name.split(".")[0] for name in names} & {
+                "experiments",
+                "scripts",
+                "tests",
+            }, file
 
 
 @pytest.mark.parametrize(
@@ -106,7 +125,9 @@ def test_the_engine_imports_neither_harness_nor_tests() -> None:
 )
 def test_both_ways_to_start_it_show_the_commands(command: list[str]) -> None:
     program = shutil.which(command[0], path=str(Path(sys.executable).parent)) or command[0]
-    done = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [program, *command[1:], "--help"], capture_output=True, text=True, check=True
+    )
     for name in ("generate", "chat", "serve", "plan", "ls", "quantize", "doctor"):
         assert name in done.stdout
 
@@ -115,7 +136,11 @@ def test_make_help_names_every_target() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = next(line for line in text.splitlines() if line.startswith(".PHONY:")).split()[1:]
     shown = subprocess.run(
-        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert {line.split()[1] for line in shown.splitlines()} == set(targets)
     for target in targets:

@@ -166,7 +166,9 @@ def test_commands_take_home_directories(
 
 def test_options_take_home_directories(checkpoint: MakeCheckpoint, load: Load, home: Path) -> None:
     path = checkpoint(intermediate_size=192)
-    model = load(path, verify="~/sums", trace="~/trace.json", draft="substitute", draft_dir="~/drafts")
+    model = load(
+        path, verify="~/sums", trace="~/trace.json", draft="substitute", draft_dir="~/drafts"
+    )
     model.generate(prompt(), max_new_tokens=2)
     model.flexinfer.close()
     assert list((home / "sums").iterdir())
@@ -237,9 +239,15 @@ def test_a_process_whose_home_cannot_be_written_to_runs_and_leaves_nothing(
     path = checkpoint() if kind == "safetensors" else write_model(tmp_path, "llama").file
     (tmp_path / "temporary").mkdir()
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("FLEXINFER", "HF_", "XDG"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("FLEXINFER", "HF_", "XDG"))
     }
-    environment |= {"HOME": "/dev/null", "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "HOME": "/dev/null",
+        "TMPDIR": str(tmp_path / "temporary"),
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path)],
         env=environment,
@@ -258,15 +266,22 @@ def test_folders_that_are_named_and_cannot_be_written_to_are_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     path = checkpoint(intermediate_size=192)
-    with pytest.raises(ValueError, match=r"verify='.*file': nothing can be written there.*another directory"):
+    with pytest.raises(
+        ValueError, match=r"verify='.*file': nothing can be written there.*another directory"
+    ):
         load(path, verify=tmp_path / "file")
     with pytest.raises(ValueError, match=r"draft_dir='.*file/x': nothing can be written there"):
         load(path, draft="substitute", draft_dir=tmp_path / "file" / "x")
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_bars_in_a_notebook_without_ipywidgets_are_text_and_nothing_warns(tmp_path: Path, ours: bool) -> None:
-    """As in a kernel, by whose modules tqdm knows it, and looks for ipywidgets then. Alone it warns."""
+def test_bars_in_a_notebook_without_ipywidgets_are_text_and_nothing_warns(
+    tmp_path: Path, ours: bool
+) -> None:
+    """As in a kernel, by whose modules tqdm knows it, and looks for ipywidgets then.
+
+    Alone it warns.
+    """
     (tmp_path / "ipywidgets.py").write_text("raise ImportError")
     program = (
         "import sys, types; "

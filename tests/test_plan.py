@@ -1,4 +1,6 @@
-"""The plan: every byte of the budget accounted for, the policies of the paper as printed, and ours better than those."""
+"""The plan: every byte of the budget accounted for, the policies of the paper as printed, and ours
+better than those.
+"""
 
 import math
 from collections import Counter
@@ -11,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexinfer.plan.plan import Costs, Overheads, Plan
-from flexinfer.plan.planner import DEFAULT_WINDOW_BYTES, MIN_SLOTS, Planner, page_table_bytes, parse_window
+from flexinfer.plan.planner import (
+    DEFAULT_WINDOW_BYTES,
+    MIN_SLOTS,
+    Planner,
+    page_table_bytes,
+    parse_window,
+)
 from flexinfer.plan.preservation import POLICIES
 from flexinfer.plan.weights import Kind, Piece, Weight
 from flexinfer.sizes import (
@@ -46,7 +54,9 @@ def named_bytes(refused: Exception) -> int:
     return int(str(refused).split("at least ")[1].split()[0])
 
 
-def weight(name: str, role: str, layer: int, kind: Kind, sizes: list[int], padding_bytes: int = 0) -> Weight:
+def weight(
+    name: str, role: str, layer: int, kind: Kind, sizes: list[int], padding_bytes: int = 0
+) -> Weight:
     """A weight whose pieces have these sizes; each takes `padding_bytes` more in memory."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return Weight(
@@ -55,7 +65,17 @@ def weight(name: str, role: str, layer: int, kind: Kind, sizes: list[int], paddi
         layer,
         kind,
         tuple(
-            Piece(name, layer, i, i + 1, Path("f"), start, size, size + padding_bytes, size + padding_bytes)
+            Piece(
+                name,
+                layer,
+                i,
+                i + 1,
+                Path("f"),
+                start,
+                size,
+                size + padding_bytes,
+                size + padding_bytes,
+            )
             for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
         ),
     )
@@ -68,7 +88,9 @@ def stack(roles: list[Role], layers: int, head_pieces: int = 0) -> list[Weight]:
         for layer in range(layers)
         for role, kind, pieces in roles
     ]
-    return weights + ([weight("head", "head", layers, "head", [PAGE] * head_pieces)] if head_pieces else [])
+    return weights + (
+        [weight("head", "head", layers, "head", [PAGE] * head_pieces)] if head_pieces else []
+    )
 
 
 def plan_for(
@@ -88,11 +110,17 @@ def whole(plan: Plan, weights: list[Weight]) -> set[str]:
 
 @st.composite
 def any_weights(draw: st.DrawFn) -> list[Weight]:
-    """Any decoder: roles of any size, pieces alike but for the last of each weight, padded as direct reads are."""
+    """Any decoder: roles of any size, pieces alike but for the last of each weight, padded as
+    direct reads are.
+    """
     piece_bytes = draw(st.integers(1, 50)) * PAGE
     roles = draw(
         st.lists(
-            st.tuples(st.sampled_from(["attention", "ffn"]), st.integers(1, 9), st.integers(1, piece_bytes)),
+            st.tuples(
+                st.sampled_from(["attention", "ffn"]),
+                st.integers(1, 9),
+                st.integers(1, piece_bytes),
+            ),
             min_size=1,
             max_size=7,
         )
@@ -104,7 +132,9 @@ def any_weights(draw: st.DrawFn) -> list[Weight]:
         for i, (kind, pieces, last) in enumerate(roles)
     ]
     if draw(st.booleans()):
-        weights.append(weight("head", "head", 99, "head", [piece_bytes] * draw(st.integers(2, 20)), padding))
+        weights.append(
+            weight("head", "head", 99, "head", [piece_bytes] * draw(st.integers(2, 20)), padding)
+        )
     return weights
 
 
@@ -124,7 +154,11 @@ def test_every_byte_is_accounted_for(
         p.memory_bytes for w in weights for p in w.pieces[: plan.locked_pieces.get(w.name, 0)]
     )
 
-    assert plan.locked_bytes + plan.streamed_bytes == plan.total_bytes == sum(w.nbytes for w in weights)
+    assert (
+        plan.locked_bytes + plan.streamed_bytes
+        == plan.total_bytes
+        == sum(w.nbytes for w in weights)
+    )
     assert plan.unused_bytes >= 0
     assert plan.overheads == replace(OVERHEADS, process_bytes=OVERHEADS.process_bytes + tables)
     assert plan.overheads.nbytes + plan.window_bytes + locked_memory + plan.unused_bytes == budget
@@ -152,12 +186,17 @@ def test_balanced_leaves_less_than_one_piece_unused(weights: list[Weight], share
 
 
 @given(any_weights(), st.floats(0, 1))
-def test_balanced_spreads_what_is_streamed_over_the_whole_pass(weights: list[Weight], share: float) -> None:
-    """At every point of a pass the share that was streamed is the share of the whole, to within three pieces."""
+def test_balanced_spreads_what_is_streamed_over_the_whole_pass(
+    weights: list[Weight], share: float
+) -> None:
+    """At every point of a pass the share that was streamed is the share of the whole, to within
+    three pieces.
+    """
     plan = plan_for(weights, int(share * sum(w.locked_bytes for w in weights)))
     slot_bytes = plan.slot_bytes
     locked_memory = {
-        w.name: sum(p.memory_bytes for p in w.pieces[: plan.locked_pieces.get(w.name, 0)]) for w in weights
+        w.name: sum(p.memory_bytes for p in w.pieces[: plan.locked_pieces.get(w.name, 0)])
+        for w in weights
     }
     memory = sum(w.locked_bytes for w in weights)
     locked_share = sum(locked_memory.values()) / memory
@@ -192,7 +231,9 @@ def test_more_memory_never_streams_more_page_by_page() -> None:
     weights = stack(LLAMA, layers=5, head_pieces=30)
     smallest = OVERHEADS.nbytes + MIN_SLOTS * PAGE
     streamed = [
-        Planner(weights, OVERHEADS, COSTS, window=16 * PAGE).plan(smallest + i * PAGE).streamed_bytes
+        Planner(weights, OVERHEADS, COSTS, window=16 * PAGE)
+        .plan(smallest + i * PAGE)
+        .streamed_bytes
         for i in range(5 * 80 + 40)
     ]
     assert streamed == sorted(streamed, reverse=True)
@@ -209,13 +250,17 @@ TRUE_SHAPES = {  # hidden, intermediate, layers, key-value share, bytes of a wei
 
 @pytest.mark.parametrize("shape", TRUE_SHAPES)
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.33, 0.5, 0.77, 0.95])
-def test_at_true_shapes_balanced_uses_98_percent_and_algorithm1_does_not(shape: str, share: float) -> None:
+def test_at_true_shapes_balanced_uses_98_percent_and_algorithm1_does_not(
+    shape: str, share: float
+) -> None:
     hidden, intermediate, layers, kv_share, itemsize = TRUE_SHAPES[shape]
 
     def pieces(nbytes: float) -> int:
         return math.ceil(nbytes / (4 << 20))
 
-    attention, kv, ffn = (int(n * itemsize) for n in (hidden**2, hidden**2 * kv_share, hidden * intermediate))
+    attention, kv, ffn = (
+        int(n * itemsize) for n in (hidden**2, hidden**2 * kv_share, hidden * intermediate)
+    )
     sizes: list[tuple[str, Kind, int]] = [
         ("q", "attention", attention),
         ("k", "attention", kv),
@@ -226,18 +271,29 @@ def test_at_true_shapes_balanced_uses_98_percent_and_algorithm1_does_not(shape: 
         ("down", "ffn", ffn),
     ]
     weights = [
-        weight(f"{layer}.{role}", role, layer, kind, [nbytes // pieces(nbytes)] * pieces(nbytes), 2 * PAGE)
+        weight(
+            f"{layer}.{role}",
+            role,
+            layer,
+            kind,
+            [nbytes // pieces(nbytes)] * pieces(nbytes),
+            2 * PAGE,
+        )
         for layer in range(layers)
         for role, kind, nbytes in sizes
     ]
     lock_bytes = int(share * sum(w.locked_bytes for w in weights))
     balanced = plan_for(weights, lock_bytes)
     assert balanced.unused_bytes <= 0.02 * lock_bytes
-    assert balanced.streamed_bytes <= plan_for(weights, lock_bytes, "algorithm1").streamed_bytes + (4 << 20)
+    assert balanced.streamed_bytes <= plan_for(weights, lock_bytes, "algorithm1").streamed_bytes + (
+        4 << 20
+    )
 
 
 def test_algorithm1_thresholds_as_printed() -> None:
-    """m >= 3 f N + 2 a N: all FFN; m >= 2 f N: two of each layer; m >= f N: one; then attention, one by one."""
+    """m >= 3 f N + 2 a N: all FFN; m >= 2 f N: two of each layer; m >= f N: one; then attention,
+    one by one.
+    """
     layers = 4
     roles: list[Role] = [(r, "attention", 2) for r in "qkvo"] + [
         (r, "ffn", 5) for r in ("gate", "up", "down")
@@ -289,7 +345,9 @@ def test_roles_are_locked_in_order_small_ones_first(policy: str, order: list[str
             f"{layer}.{role}" for role in order[:i] for layer in range(layers)
         }
         of_role = {
-            n for n in whole(plan_for(weights, half * PAGE, policy), weights) if n.endswith("." + order[i])
+            n
+            for n in whole(plan_for(weights, half * PAGE, policy), weights)
+            if n.endswith("." + order[i])
         }
         assert of_role == {f"0.{order[i]}", f"2.{order[i]}"}  # spread evenly, not the leading ones
 
@@ -323,17 +381,23 @@ def test_none_locks_nothing_even_when_all_would_fit() -> None:
 def test_window_of_layers_holds_that_many_whole_layers() -> None:
     weights = stack(LLAMA, layers=6, head_pieces=30)
     for layers in (1, 2, 3):
-        plan = Planner(weights, OVERHEADS, COSTS, policy="none", window=f"{layers} layers").plan(10**8)
+        plan = Planner(weights, OVERHEADS, COSTS, policy="none", window=f"{layers} layers").plan(
+            10**8
+        )
         assert plan.window_layers == layers
         assert plan.slots == layers * 80
 
 
 @given(any_weights(), st.sampled_from(sorted(POLICIES)))
 def test_refused_budget_names_the_smallest_that_works(weights: list[Weight], policy: str) -> None:
-    with pytest.raises(BudgetError, match=r"memory=1 B is too little.* at least \d+ bytes") as refused:
+    with pytest.raises(
+        BudgetError, match=r"memory=1 B is too little.* at least \d+ bytes"
+    ) as refused:
         Planner(weights, OVERHEADS, COSTS, policy=policy).plan(1)
     named, smallest = named_bytes(refused.value), Planner(weights, OVERHEADS).smallest_bytes
-    assert SLACK_BYTES <= named - smallest < SLACK_BYTES + (1 << 20), "accepted by the next process too"
+    assert SLACK_BYTES <= named - smallest < SLACK_BYTES + (1 << 20), (
+        "accepted by the next process too"
+    )
     for budget in (named, smallest):
         Planner(weights, OVERHEADS, COSTS, policy=policy).plan(budget)
     with pytest.raises(BudgetError, match=f"at least {named} bytes"):
@@ -343,7 +407,9 @@ def test_refused_budget_names_the_smallest_that_works(weights: list[Weight], pol
 @given(st.integers(1, 1 << 38))
 def test_a_budget_is_named_as_it_can_be_given(smallest: int) -> None:
     given = name_budget(smallest).split("(")[1].rstrip(")")
-    assert parse_size(given) == named_budget_bytes(smallest) == int(name_budget(smallest).split()[0])
+    assert (
+        parse_size(given) == named_budget_bytes(smallest) == int(name_budget(smallest).split()[0])
+    )
     assert parse_size(whole_mib(smallest)) >= smallest
 
 
@@ -362,7 +428,9 @@ def test_the_smallest_budget_holds_a_tokenizer_while_it_is_loaded() -> None:
 
 
 def test_speeds_are_those_of_the_cost_model() -> None:
-    """Equation 4: 1 / max(compute, streamed / bandwidth); the bound has all but process and KV cache for weights."""
+    """Equation 4: 1 / max(compute, streamed / bandwidth); the bound has all but process and KV
+    cache for weights.
+    """
     weights = stack(LLAMA, layers=5)
     total = sum(w.nbytes for w in weights)
     plan = plan_for(weights, 100 * PAGE)
@@ -370,7 +438,9 @@ def test_speeds_are_those_of_the_cost_model() -> None:
     assert plan.predicted_tokens_per_s == pytest.approx(1e6 / (total - 100 * PAGE))
     at_best = plan.budget_bytes - OVERHEADS.process_bytes - OVERHEADS.kv_bytes
     assert plan.bound_tokens_per_s == pytest.approx(1e6 / (total - at_best))
-    slow = Planner(weights, OVERHEADS, replace(COSTS, compute_s=9.0), window=2 * PAGE).plan(plan.budget_bytes)
+    slow = Planner(weights, OVERHEADS, replace(COSTS, compute_s=9.0), window=2 * PAGE).plan(
+        plan.budget_bytes
+    )
     assert slow.predicted_tokens_per_s == slow.bound_tokens_per_s == pytest.approx(1 / 9)
     assert plan_for(weights, total).predicted_tokens_per_s == pytest.approx(1e3)
 
@@ -458,7 +528,12 @@ def test_a_number_of_bytes_is_itself(nbytes: int) -> None:
 
 
 def test_formatted_sizes() -> None:
-    assert [format_size(n) for n in (5, 2048, 3 << 20, 3 << 30)] == ["5 B", "2 KiB", "3 MiB", "3.00 GiB"]
+    assert [format_size(n) for n in (5, 2048, 3 << 20, 3 << 30)] == [
+        "5 B",
+        "2 KiB",
+        "3 MiB",
+        "3.00 GiB",
+    ]
 
 
 def test_windows() -> None:
@@ -466,7 +541,16 @@ def test_windows() -> None:
     assert parse_window("64MiB") == (64 << 20, None)
     assert parse_window("3 layers") == (None, 3)
     assert parse_window("1 layer") == (None, 1)
-    for bad in ("0 layers", "-1 layers", "x layers", "layers", "3 layers please", "3 bananas", 0, True):
+    for bad in (
+        "0 layers",
+        "-1 layers",
+        "x layers",
+        "layers",
+        "3 layers please",
+        "3 bananas",
+        0,
+        True,
+    ):
         with pytest.raises(BudgetError, match="window="):
             parse_window(bad)
 
@@ -483,7 +567,12 @@ def test_a_model_with_nothing_to_stream_has_a_plan_under_every_policy() -> None:
     costs = Costs(bandwidth_bytes_per_s=1.0, compute_s=0.0)
     for policy in POLICIES:
         plan = Planner([], overheads, costs, policy=policy).plan(100)
-        assert (plan.streamed_bytes, plan.locked_bytes, plan.slots, plan.unused_bytes) == (0, 0, 0, 59)
+        assert (plan.streamed_bytes, plan.locked_bytes, plan.slots, plan.unused_bytes) == (
+            0,
+            0,
+            0,
+            59,
+        )
         with pytest.raises(BudgetError, match="at least"):
             Planner([], overheads, costs, policy=policy).plan(40)
 

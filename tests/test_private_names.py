@@ -1,7 +1,9 @@
-"""What we use of torch and transformers beyond their documented names is listed here, and is there in what is installed.
+"""What we use of torch and transformers beyond their documented names is listed here, and is there
+in what is installed.
 
-`make test` runs this with the pinned versions. At other ends of the ranges in pyproject.toml: install those versions beside pytest, and run
-`python -m pytest --noconftest tests/test_private_names.py`.
+`make test` runs this with the pinned versions. At other ends of the ranges in pyproject.toml:
+install those versions beside pytest, and run `python -m pytest --noconftest
+tests/test_private_names.py`.
 """
 
 import ast
@@ -50,7 +52,8 @@ PRIVATE = {
 # Attributes with a leading underscore, of objects of theirs.
 ATTRIBUTES = {
     *("_C", "_cdata", "_is_param", "_make_subclass", "_schema", "_to_copy"),  # torch
-    *("_apply_gate", "_attn_implementation", "_experts_implementation", "_from_config"),  # transformers
+    # Transformers.
+    *("_apply_gate", "_attn_implementation", "_experts_implementation", "_from_config"),
     *("_eos_token_tensor", "_pad_token_tensor", "_generation_defaults"),
     *("_non_streaming", "_normalize_response_items"),  # of its server's handlers
 }
@@ -62,13 +65,17 @@ def engine_files() -> list[Path]:
 
 
 def imported() -> dict[str, set[str]]:
-    """Names by the module of torch or transformers below the top that the engine takes them from."""
+    """Names that the engine takes from modules of torch or transformers below the top."""
     found: dict[str, set[str]] = {}
     for file in engine_files():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module is not None:
                 top, _, below = node.module.partition(".")
-                if top in ("torch", "transformers") and below and node.module != "transformers.utils":
+                if (
+                    top in ("torch", "transformers")
+                    and below
+                    and node.module != "transformers.utils"
+                ):
                     found.setdefault(node.module, set()).update(one.name for one in node.names)
     return found
 
@@ -90,7 +97,11 @@ def test_no_other_attribute_of_theirs_is_private() -> None:
     ours, used = set(), set()
     for file in engine_files():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr.startswith("_")
+                and not node.attr.endswith("__")
+            ):
                 of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
                 (ours if of_self else used).add(node.attr)
             elif isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -1,4 +1,5 @@
-"""Examples in README and docs work: Python runs, commands run on a small model, experiments compose.
+"""Examples in README and docs work: Python runs, commands run on a small model, experiments
+compose.
 
 `path/to/model` stands for a checkpoint there and is replaced by a small random one here.
 """
@@ -132,7 +133,12 @@ def swept(override: str) -> list[str]:
 def run_script(*argv: str, cache: Path | None = None) -> None:
     environment = os.environ | ({"FLEXINFER_CACHE": str(cache)} if cache else {})
     done = subprocess.run(
-        [sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -143,13 +149,17 @@ def test_links_lead_somewhere() -> None:
     texts = {file: file.read_text(encoding="utf-8") for file in (*pages, ROOT / "CHANGELOG.md")}
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        texts[notebook] = "\n".join("".join(one["source"]) for one in cells if one["cell_type"] == "markdown")
+        texts[notebook] = "\n".join(
+            "".join(one["source"]) for one in cells if one["cell_type"] == "markdown"
+        )
     for file, text in texts.items():
         for path, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", text):
             target = (file.parent / path).resolve() if path else file
             assert target.exists(), f"{file.name}: {path}"
             if anchor:
-                assert anchor in anchors(target.read_text(encoding="utf-8")), f"{file.name}: {path}#{anchor}"
+                assert anchor in anchors(target.read_text(encoding="utf-8")), (
+                    f"{file.name}: {path}#{anchor}"
+                )
 
 
 def anchors(text: str) -> set[str]:

@@ -80,7 +80,10 @@ RUN: dict[str, float] = {"passes": 10, "pass_s": 10.0, "bytes_read": 9_500_000_0
             RUN | {"wait_s": 9.0, "compute_s": 1.0, "resyncs": 200, "wasted_bytes": 2 << 30},
             r"^order: the readers were sent elsewhere 200 times in 10 passes and read 2.00 GiB",
         ),
-        (RUN | {"wait_s": 9.0, "compute_s": 1.0, "resyncs": 2, "wasted_bytes": 1 << 20}, r"^disk: "),
+        (
+            RUN | {"wait_s": 9.0, "compute_s": 1.0, "resyncs": 2, "wasted_bytes": 1 << 20},
+            r"^disk: ",
+        ),
         ({}, r"^nothing: no pass"),
     ],
 )
@@ -90,7 +93,14 @@ def test_the_bottleneck_is_named_with_its_figure(spent: dict[str, float], expect
 
 def test_the_plan_is_one_line() -> None:
     line = plan_line(PLAN)
-    for part in ("4.00 GiB", "3.00 GiB of weights locked", "954 MiB streamed", "20 MiB", "0.987", "1.23"):
+    for part in (
+        "4.00 GiB",
+        "3.00 GiB of weights locked",
+        "954 MiB streamed",
+        "20 MiB",
+        "0.987",
+        "1.23",
+    ):
         assert part in line
     assert "\n" not in line
 
@@ -103,7 +113,8 @@ def test_pressure_is_that_of_the_own_group(tmp_path: Path) -> None:
     group = tmp_path / "sys/fs/cgroup/user.slice/run.scope"
     group.mkdir(parents=True)
     (group / "memory.pressure").write_text(
-        "some avg10=0.00 avg60=0.00 avg300=0.00 total=2500000\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=9\n"
+        "some avg10=0.00 avg60=0.00 avg300=0.00 total=2500000\nfull avg10=0.00 avg60=0.00 "
+        "avg300=0.00 total=9\n"
     )
     assert memory_stall_s(tmp_path) == 2.5
 

@@ -1,4 +1,6 @@
-"""What stock transformers reads of a checkpoint is what is read here: tied weights, which of several files, other files beside them."""
+"""What stock transformers reads of a checkpoint is what is read here: tied weights, which of
+several files, other files beside them.
+"""
 
 import json
 import shutil
@@ -25,9 +27,11 @@ HEAD = "lm_head.weight"
 
 @pytest.fixture
 def copy(checkpoint: MakeCheckpoint, tmp_path: Path) -> Copy:
-    """copy(family, change, **config) -> a checkpoint of its own whose tensors `change` has changed."""
+    """copy(family, change, **config) -> a checkpoint of its own, its tensors changed."""
 
-    def make(family: str = "llama", change: Callable[[Tensors], None] | None = None, **config: Any) -> Path:
+    def make(
+        family: str = "llama", change: Callable[[Tensors], None] | None = None, **config: Any
+    ) -> Path:
         path = tmp_path / "copy"
         shutil.copytree(checkpoint(family, **config), path)
         if change is not None:
@@ -40,7 +44,9 @@ def copy(checkpoint: MakeCheckpoint, tmp_path: Path) -> Copy:
 
 
 def write(file: Path, tensors: Tensors) -> None:
-    save_file({name: one.contiguous() for name, one in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: one.contiguous() for name, one in tensors.items()}, file, metadata={"format": "pt"}
+    )
 
 
 def write_shards(
@@ -75,7 +81,9 @@ def assert_same(load: Load, path: Path, to_the_bit: bool = True) -> None:
 
 def embedding_of(tensors: Tensors) -> str:
     return next(
-        name for name in tensors if name.endswith(("embed_tokens.weight", "embed_in.weight", "wte.weight"))
+        name
+        for name in tensors
+        if name.endswith(("embed_tokens.weight", "embed_in.weight", "wte.weight"))
     )
 
 
@@ -100,8 +108,11 @@ def different(tensors: Tensors) -> None:
 def test_tied_weights_in_every_state(
     copy: Copy, load: Load, family: str, change: Callable[[Tensors], None] | None
 ) -> None:
-    # Of two equal tensors transformers multiplies with the other one, which may lie at another multiple of 16 bytes.
-    assert_same(load, copy(family, change, tie_word_embeddings=True), to_the_bit=change is not equal)
+    # Of two equal tensors transformers multiplies with the other one, which may lie at another
+    # multiple of 16 bytes.
+    assert_same(
+        load, copy(family, change, tie_word_embeddings=True), to_the_bit=change is not equal
+    )
 
 
 @pytest.mark.parametrize("change", [only_head, equal, different])
@@ -109,11 +120,14 @@ def test_tied_weights_in_shards_without_the_base_models_prefix(
     copy: Copy, load: Load, change: Callable[[Tensors], None]
 ) -> None:
     path = copy("llama", change, tie_word_embeddings=True)
-    tensors = {name.removeprefix("model."): one for name, one in load_file(path / SINGLE_FILE).items()}
+    tensors = {
+        name.removeprefix("model."): one for name, one in load_file(path / SINGLE_FILE).items()
+    }
     (path / SINGLE_FILE).unlink()
     head = {HEAD: tensors.pop(HEAD)}
     write_shards(
-        path, {"model-00001-of-00002.safetensors": tensors, "model-00002-of-00002.safetensors": head}
+        path,
+        {"model-00001-of-00002.safetensors": tensors, "model-00002-of-00002.safetensors": head},
     )
     assert_same(load, path, to_the_bit=change is not equal)
 
@@ -125,7 +139,9 @@ def test_weights_that_are_not_tied_are_needed_each(copy: Copy, load: Load) -> No
 
 
 @pytest.mark.parametrize("change", [None, only_head, equal, different])
-@pytest.mark.parametrize("family", ["llama", "opt"], ids=["names-of-llama.cpp", "names-of-transformers"])
+@pytest.mark.parametrize(
+    "family", ["llama", "opt"], ids=["names-of-llama.cpp", "names-of-transformers"]
+)
 def test_the_quantised_copy_has_the_head_of_its_source(
     copy: Copy, tmp_path: Path, load: Load, family: str, change: Callable[[Tensors], None] | None
 ) -> None:
@@ -169,7 +185,11 @@ def test_files_of_other_kinds_beside_it_are_not_read(copy: Copy, load: Load, sha
     if sharded:
         (path / SINGLE_FILE).unlink()
         write_shards(path, split(tensors))
-    for name in ("model.fp16.safetensors", "consolidated.safetensors", "model-00003-of-00003.safetensors"):
+    for name in (
+        "model.fp16.safetensors",
+        "consolidated.safetensors",
+        "model-00003-of-00003.safetensors",
+    ):
         write(path / name, other(tensors))
     torch.save(other(tensors), path / "pytorch_model.bin")
     assert_same(load, path)
@@ -196,7 +216,9 @@ def test_all_tensors_of_the_shards_count_and_the_last_of_two(copy: Copy, load: L
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_file_that_config_json_names_goes_before_all(copy: Copy, load: Load, sharded: bool) -> None:
+def test_the_file_that_config_json_names_goes_before_all(
+    copy: Copy, load: Load, sharded: bool
+) -> None:
     path = copy()
     tensors = other(load_file(path / SINGLE_FILE))
     name = "mine.safetensors.index.json" if sharded else "mine.safetensors"
@@ -210,7 +232,9 @@ def test_the_file_that_config_json_names_goes_before_all(copy: Copy, load: Load,
 
 
 @pytest.mark.parametrize("name", ["../mine.safetensors", "missing.safetensors", "model.bin", 3, ""])
-def test_a_file_that_config_json_cannot_name_is_refused(copy: Copy, load: Load, name: object) -> None:
+def test_a_file_that_config_json_cannot_name_is_refused(
+    copy: Copy, load: Load, name: object
+) -> None:
     path = copy()
     (path / "model.bin").touch()
     write(path.parent / "mine.safetensors", {})
@@ -249,7 +273,9 @@ def test_an_adapter_is_refused(copy: Copy, load: Load, what: str, tmp_path: Path
         (path / SINGLE_FILE).rename(path / "model.gguf")
     base = "not name" if what == "damaged" else "owner/base"
     for call in (lambda: load(path), lambda: quantize(path, tmp_path / "small")):
-        with pytest.raises(CheckpointError, match=rf"adapter_config.json: .*{base}.*merge_and_unload.*move"):
+        with pytest.raises(
+            CheckpointError, match=rf"adapter_config.json: .*{base}.*merge_and_unload.*move"
+        ):
             call()
     if what == "beside a model":
         adapter.unlink()
@@ -270,7 +296,9 @@ def write_gguf(file: Path, architecture: str, kind: str | None = None) -> None:
     writer.close()
 
 
-def test_gguf_files_that_are_no_model_are_passed_over(copy: Copy, tmp_path: Path, load: Load) -> None:
+def test_gguf_files_that_are_no_model_are_passed_over(
+    copy: Copy, tmp_path: Path, load: Load
+) -> None:
     small = tmp_path / "small"
     quantize(copy(), small, "q8_0")
     expected = logits(load(small), prompt())
@@ -281,5 +309,7 @@ def test_gguf_files_that_are_no_model_are_passed_over(copy: Copy, tmp_path: Path
     write_gguf(small / "vocab.gguf", "llama", "vocab")
     assert torch.equal(logits(load(small), prompt()), expected)
     write_gguf(small / "second.gguf", "llama", "model")
-    with pytest.raises(CheckpointError, match=r"several models: model.gguf, second.gguf; .*gguf_file="):
+    with pytest.raises(
+        CheckpointError, match=r"several models: model.gguf, second.gguf; .*gguf_file="
+    ):
         load(small)

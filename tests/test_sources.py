@@ -1,4 +1,6 @@
-"""Where a model may come from: a directory, the Hugging Face cache without a network, and kinds that cannot be streamed."""
+"""Where a model may come from: a directory, the Hugging Face cache without a network, and kinds
+that cannot be streamed.
+"""
 
 import os
 import shutil
@@ -34,7 +36,11 @@ def test_a_hub_id_is_taken_from_the_cache_without_a_network(
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
 
@@ -47,11 +53,19 @@ def test_what_is_neither_a_directory_nor_a_hub_id_is_said(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small mixture of experts, some of whose tensors transformers converts in a way that is not known here."""
+    """A small mixture of experts, some of whose tensors transformers converts in a way that is not
+    known here.
+    """
     path = tmp_path_factory.mktemp("converted")
     torch.manual_seed(0)
     shape = {**SHAPE, "num_key_value_heads": 4, "num_hidden_layers": 2}
-    latent = {"q_lora_rank": 24, "qk_rope_head_dim": 16, "head_dim": 32, "o_lora_rank": 16, "o_groups": 2}
+    latent = {
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 16,
+        "head_dim": 32,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+    }
     config = transformers.AutoConfig.for_model(
         "deepseek_v4", **shape, **TOKENS, **latent, n_routed_experts=4, moe_intermediate_size=32
     )

@@ -1,6 +1,8 @@
-"""Tokenizers: AutoTokenizer's to the last id, in a memory that was measured, so that the budget holds with real ones too.
+"""Tokenizers: AutoTokenizer's to the last id, in a memory that was measured, so that the budget
+holds with real ones too.
 
-Runs in control groups are fresh processes in groups of exactly their budget, with real tokenizers of 32,000 to 262,000 tokens.
+Runs in control groups are fresh processes in groups of exactly their budget, with real tokenizers
+of 32,000 to 262,000 tokens.
 """
 
 import json
@@ -44,11 +46,13 @@ def made(path: Path, backend: Tokenizer, **options: Any) -> Path:
 
 
 def byte_pairs() -> Tokenizer:
-    """Words with spaces and line ends in merges, added tokens within the vocabulary and behind it."""
+    """Spaces and line ends in merges, added tokens within the vocabulary and behind it."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<s>", "</s>", *letters, "ab", "abab", "\u0120a"]
     merges = [("a", "b"), ("ab", "ab"), ("\u0120", "a")]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, ignore_merges=True))
+    backend = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, merges, ignore_merges=True)
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", "<mask>"])
@@ -110,7 +114,9 @@ def test_it_is_autotokenizers_in_all_that_it_does(tmp_path: Path, cache: Path, k
 
 
 def test_a_published_one_whose_class_and_file_differ() -> None:
-    """Llama 2's: its class cuts a leading space in another way than tokenizer.json, and pads on the other side."""
+    """Llama 2's: its class cuts a leading space in another way than tokenizer.json, and pads on the
+    other side.
+    """
     path = _or_skip(real_tokenizer, "llama2")
     ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
     by_file = PreTrainedTokenizerFast.from_pretrained(path)
@@ -145,14 +151,17 @@ def test_it_is_made_again_where_its_files_change_or_what_was_kept_is_damaged(
     words = first.form / WORDS
     words.write_bytes(words.read_bytes()[:-7])
     assert (
-        load_tokenizer(path)("abab")["input_ids"] == AutoTokenizer.from_pretrained(path)("abab")["input_ids"]
+        load_tokenizer(path)("abab")["input_ids"]
+        == AutoTokenizer.from_pretrained(path)("abab")["input_ids"]
     )
     (path / "chat_template.jinja").write_text("two")
     assert load_tokenizer(path).chat_template == "two"
     assert len(list((cache / "tokenizers").iterdir())) == 2, "nothing unfinished is left"
 
 
-def test_files_that_make_none_are_a_problem_only_where_it_is_used(tmp_path: Path, cache: Path) -> None:
+def test_files_that_make_none_are_a_problem_only_where_it_is_used(
+    tmp_path: Path, cache: Path
+) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     prepared = prepare_tokenizer(tmp_path)
     assert prepared.memory.peak_bytes == 0
@@ -164,9 +173,14 @@ def test_files_that_make_none_are_a_problem_only_where_it_is_used(tmp_path: Path
 
 def test_first_uses_at_the_same_time(tmp_path: Path, cache: Path) -> None:
     path = made(tmp_path / "model", byte_pairs())
-    program = "import sys; from pathlib import Path; from flexinfer.formats.tokenizer import load_tokenizer; print(load_tokenizer(Path(sys.argv[1]))('abab')['input_ids'])"
+    program = (
+        "import sys; from pathlib import Path; from flexinfer.formats.tokenizer import "
+        "load_tokenizer; print(load_tokenizer(Path(sys.argv[1]))('abab')['input_ids'])"
+    )
     runs = [
-        subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     expected = str(AutoTokenizer.from_pretrained(path)("abab")["input_ids"])
@@ -189,7 +203,9 @@ def test_a_full_disk_and_a_process_that_was_killed(
         return subprocess.CompletedProcess([], -9, "", "")
 
     monkeypatch.setattr(flexinfer.formats.child, "run_apart", killed)
-    with pytest.raises(CheckpointError, match=r"takes \d+ MiB of memory, once.*run `flexinfer plan`"):
+    with pytest.raises(
+        CheckpointError, match=r"takes \d+ MiB of memory, once.*run `flexinfer plan`"
+    ):
         prepare_tokenizer(path)
     assert not list(cache.glob("tokenizers/*"))
     monkeypatch.setattr(flexinfer.formats.child, "run_apart", full)
@@ -234,7 +250,9 @@ def _in_group() -> None:
         pytest.skip(f"no right to limit memory here: {place.why_not}")
 
 
-def use(how: str, path: Path, memory: int, limits: Limits | None = None) -> subprocess.CompletedProcess[str]:
+def use(
+    how: str, path: Path, memory: int, limits: Limits | None = None
+) -> subprocess.CompletedProcess[str]:
     """Make text with a model in a process of its own."""
     ours = [sys.executable, "-m", "flexinfer", how, str(path)]
     options = ["--memory", str(memory)]
@@ -246,14 +264,20 @@ def use(how: str, path: Path, memory: int, limits: Limits | None = None) -> subp
     }.get(how, [sys.executable, "-c", PROGRAM, str(path), str(memory), how])
     command = limits.command(command) if limits else command
     if how != "serve":
-        return subprocess.run(command, input="Hi\nAnd now?\n", capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, input="Hi\nAnd now?\n", capture_output=True, text=True, check=False
+        )
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said, answer = "", ""
     for line in process.stderr:
         said += line
         if (url := re.search(r"(http://\S+/v1)", line)) is not None:
-            body = {"model": path.name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+            body = {
+                "model": path.name,
+                "messages": [{"role": "user", "content": "Hi"}],
+                "max_tokens": 4,
+            }
             answer = _post(f"{url[1]}/chat/completions", body)
             process.send_signal(signal.SIGTERM)
             break
@@ -264,7 +288,9 @@ def use(how: str, path: Path, memory: int, limits: Limits | None = None) -> subp
 
 
 def _post(url: str, body: dict[str, Any]) -> str:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request) as response:
         return str(json.loads(response.read())["choices"][0]["message"]["role"])
 
@@ -299,11 +325,15 @@ def test_the_budget_that_is_named_is_accepted_and_is_enough(
 
 
 def test_a_first_use_in_a_small_group_says_what_is_needed(tmp_path: Path, cache: Path) -> None:
-    """Nothing is in the cache: the process that prepares the tokenizer must not take the one that waits for it with it."""
+    """Nothing is in the cache: the process that prepares the tokenizer must not take the one that
+    waits for it with it.
+    """
     _in_group()
     path = _or_skip(with_tokenizer, "gemma3")
     with Limits(memory_bytes=450 * MIB) as limits:
         done = use("early", path, 450 * MIB, limits)
         assert limits.usage().oom_kills == 0
     assert done.returncode == 1
-    assert re.search(r"takes \d+ MiB of memory, once.*run `flexinfer plan`", done.stderr), done.stderr[-2000:]
+    assert re.search(r"takes \d+ MiB of memory, once.*run `flexinfer plan`", done.stderr), (
+        done.stderr[-2000:]
+    )

@@ -95,8 +95,9 @@ def spans_by_track(entries: list[dict[str, Any]]) -> dict[int, list[dict[str, An
 
 
 def check_format(entries: list[dict[str, Any]]) -> None:
-    """What the trace-event format asks for; and, of the spans of one thread, what Perfetto does not drop: each is after
-    the one before it or lies within it, in the order of the file."""
+    """What the trace-event format asks for; and, of the spans of one thread, what Perfetto does not
+    drop: each is after the one before it or lies within it, in the order of the file.
+    """
     for entry in entries:
         assert entry["ph"] in {"M", "X", "C"}
         assert isinstance(entry["name"], str)
@@ -123,7 +124,9 @@ def check_format(entries: list[dict[str, Any]]) -> None:
 
 
 def test_spans_that_touch_or_nest_do_so_in_whole_microseconds_too() -> None:
-    """Rounding begin and duration on their own makes them half overlap by one: then Perfetto drops the second."""
+    """Rounding begin and duration on their own makes them half overlap by one: then Perfetto drops
+    the second.
+    """
     at = [round(i * 1.7e-6 + 5, 10) for i in range(400)]
     spans = [Event("wait", "x", 0, a, b, 1, "main") for a, b in itertools.pairwise(at)]
     passes = [Event("pass", "", 0, at[i], at[i + 3], 1, "main") for i in range(0, 396, 3)]
@@ -139,7 +142,10 @@ def test_a_trace_file_opens_in_perfetto(
     file = tmp_path / "run.json"
     model = load(checkpoint("llama"), trace=str(file), io_threads=io_threads, policy="none")
     model.generate(prompt(tokens=5), max_new_tokens=4, eos_token_id=None)
-    budget_bytes, window_bytes = model.flexinfer.plan.budget_bytes, model.flexinfer.plan.window_bytes
+    budget_bytes, window_bytes = (
+        model.flexinfer.plan.budget_bytes,
+        model.flexinfer.plan.window_bytes,
+    )
     resize_to_share(model, 0.5)
     smaller = model.flexinfer.plan
     model(prompt())

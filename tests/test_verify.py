@@ -35,7 +35,9 @@ def damage(file: Path, offset: int) -> None:
 
 @pytest.mark.parametrize("policy", ["none", "balanced"])
 @pytest.mark.parametrize("io_threads", [0, 2])
-def test_sound_files_pass(copy: Path, load: Load, tmp_path: Path, policy: str, io_threads: int) -> None:
+def test_sound_files_pass(
+    copy: Path, load: Load, tmp_path: Path, policy: str, io_threads: int
+) -> None:
     for _ in range(2):  # the second time with the checksums of the first
         model = load(copy, policy=policy, io_threads=io_threads, verify=tmp_path / "sums")
         for _ in range(2):
@@ -74,7 +76,8 @@ def test_damage_in_passing_is_read_again(
 ) -> None:
     load(copy, verify=tmp_path / "sums").flexinfer.close()
     chance, damaged = random.Random(0), 0
-    wrong: set[int] = set()  # threads whose last read was damaged: their next one, of the same bytes, is not
+    # Threads whose last read was damaged: their next one, of the same bytes, is not.
+    wrong: set[int] = set()
 
     class FlippingOs:
         def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
@@ -131,4 +134,6 @@ def test_a_file_that_was_written_anew_has_new_checksums_and_none_are_made_twice(
     model = load(copy, verify=made)
     logits(model, prompt())
     assert len(list(made.iterdir())) == len(first) + 1
-    assert not [file for file in made.iterdir() if file.suffix != ".xxh3"], "nothing half made is left"
+    assert not [file for file in made.iterdir() if file.suffix != ".xxh3"], (
+        "nothing half made is left"
+    )

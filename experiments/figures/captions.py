@@ -1,4 +1,4 @@
-"""What a figure says below itself (machine, limits, rounds, commit), and the file it is saved in."""
+"""What a figure says below itself (machine, limits, rounds, commit), and its file."""
 
 import json
 import re
@@ -21,26 +21,35 @@ def caption(records: Sequence[Record], extra: str = "", shows: str = LINES) -> s
     methods = ", ".join(
         sorted(
             {
-                f"cgroup {one.limits.method}" if one.limits.method.startswith("v") else one.limits.method
+                f"cgroup {one.limits.method}"
+                if one.limits.method.startswith("v")
+                else one.limits.method
                 for one in records
             }
         )
     )
     rates = sorted({f"{one.cell.device.name} {_rate(one)}" for one in records})
     commits = sorted(
-        {one.provenance.git_commit[:8] + ("+" if one.provenance.git_dirty else "") for one in records}
+        {
+            one.provenance.git_commit[:8] + ("+" if one.provenance.git_dirty else "")
+            for one in records
+        }
     )
     engines = sorted({one.provenance.engine for one in records})
     days = sorted({one.provenance.started.date().isoformat() for one in records})
     counted = [one.tokens for one in records if one.status == "ok"]
     tokens = f"{span(counted)} tokens counted a cell" if counted else ""
     parts = [
-        f"{first.provenance.machine}; Linux {first.provenance.kernel}, {first.provenance.file_system}"
-        + "".join(f"; {name.replace('_', ' ')} {value}" for name, value in first.provenance.about.items())
+        f"{first.provenance.machine}; Linux {first.provenance.kernel}, "
+        f"{first.provenance.file_system}"
+        + "".join(
+            f"; {name.replace('_', ' ')} {value}" for name, value in first.provenance.about.items()
+        )
         + ".",
         f"Memory and read limits: {methods}; device {', '.join(rates)}.",
         f"{shows.format(n=_rounds(records))}; {tokens}.",
-        f"FlexInfer {', '.join(engines)}, commit {', '.join(commits)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
+        f"FlexInfer {', '.join(engines)}, commit {', '.join(commits)}; "
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         extra,
     ]
     return " ".join(part for part in parts if part)
@@ -56,7 +65,9 @@ def _rounds(records: Sequence[Record]) -> str:
     return span(counts)
 
 
-def finish(figure: Figure, records: Sequence[Record], extra: str = "", shows: str = LINES) -> Figure:
+def finish(
+    figure: Figure, records: Sequence[Record], extra: str = "", shows: str = LINES
+) -> Figure:
     """Refuses records that must not meet, and puts the caption below."""
     check_comparable(records)
     text = caption(records, extra, shows)

@@ -43,7 +43,10 @@ def bars(
         highest = panel.medians["bound"].max()
         axes.axvline(highest, label="highest bound", **BOUND)
         axes.set_yticks(range(len(order)), names, fontsize=7)
-        axes.set(xlabel="throughput [tokens/s]", xlim=(0, 1.15 * max(highest, panel.medians["high"].max())))
+        axes.set(
+            xlabel="throughput [tokens/s]",
+            xlim=(0, 1.15 * max(highest, panel.medians["high"].max())),
+        )
         axes.grid(axis="y", visible=False)
 
     panels = [
@@ -70,10 +73,14 @@ def residents(records: Sequence[Record], title: str) -> Figure | None:
         speeds = part.assign(value=part["tokens_per_s"], low=part["low"], high=part["high"])
         panels.append((f"{name}: decoding", speeds))
         model, weights, device = part.iloc[0][["model", "weights", "device"]]
-        same = lengths[(lengths[["model", "weights", "device"]] == [model, weights, device]).all(axis=1)]
+        same = lengths[
+            (lengths[["model", "weights", "device"]] == [model, weights, device]).all(axis=1)
+        ]
         for tokens, timed in same.groupby("prompt_tokens"):
             rates = {"value": "median", "low": "max", "high": "min"}
-            rates_of = timed.assign(**{name: tokens / timed[column] for name, column in rates.items()})
+            rates_of = timed.assign(
+                **{name: tokens / timed[column] for name, column in rates.items()}
+            )
             panels.append((f"prefill of {tokens} tokens", rates_of))
 
     def draw(axes: Axes, part: pd.DataFrame) -> None:
@@ -92,11 +99,16 @@ def residents(records: Sequence[Record], title: str) -> Figure | None:
         axes.set_xticks([])
 
     columns = 1 + lengths["prompt_tokens"].nunique()
-    shows = "Bars are medians: of the rounds (decoding, n = {n}), of all repeats (prefill); whiskers the least and the greatest"
+    shows = (
+        "Bars are medians: of the rounds (decoding, n = {n}), of all repeats (prefill); whiskers "
+        "the least and the greatest"
+    )
     return draw_panels(records, title, panels, draw, columns=columns, size=(3.0, 2.6), shows=shows)
 
 
-def _bar(axes: Axes, place: int, system: str, label: str, value: float, low: float, high: float) -> None:
+def _bar(
+    axes: Axes, place: int, system: str, label: str, value: float, low: float, high: float
+) -> None:
     """One system's bar, from the least to the greatest round."""
     axes.bar(
         place,
@@ -120,11 +132,7 @@ def against_bound(records: Sequence[Record], title: str) -> Figure | None:
     for system, part in table.groupby("system", sort=False):
         look = LOOKS[str(system)]
         axes.scatter(
-            part["bound"],
-            part["tokens_per_s"],
-            label=part["label"].iloc[0],
-            s=30,
-            **look.mark,
+            part["bound"], part["tokens_per_s"], label=part["label"].iloc[0], s=30, **look.mark
         )
     values = pd.concat([table["bound"], table["tokens_per_s"]])
     ends = [values.min() / 1.3, values.max() * 1.3]

@@ -69,7 +69,9 @@ def shares(records: Sequence[Record], title: str) -> Figure | None:
     return draw_panels(records, title, curves_of(records), draw, size=(4.2, 3.1), share_x=True)
 
 
-def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[tuple[float, float, str, str]]:
+def draw_lines(
+    axes: Axes, panel: Panel, column: str = "tokens_per_s"
+) -> list[tuple[float, float, str, str]]:
     """A line through the medians of each system and a mark for every round.
 
     Returns where its label goes (x, y), label and colour.
@@ -81,16 +83,14 @@ def draw_lines(axes: Axes, panel: Panel, column: str = "tokens_per_s") -> list[t
         look, label = LOOKS[str(system)], str(part["label"].iloc[0])
         ok = part[part[column].notna()]
         axes.plot(
-            panel.share(ok["budget_gib"]), ok[column], color=look.colour, linestyle=look.line, linewidth=1.2
+            panel.share(ok["budget_gib"]),
+            ok[column],
+            color=look.colour,
+            linestyle=look.line,
+            linewidth=1.2,
         )
         seen = panel.rounds[(panel.rounds["system"] == system) & panel.rounds[column].notna()]
-        axes.scatter(
-            panel.share(seen["budget_gib"]),
-            seen[column],
-            s=16,
-            zorder=3,
-            **look.mark,
-        )
+        axes.scatter(panel.share(seen["budget_gib"]), seen[column], s=16, zorder=3, **look.mark)
         if len(ok):
             x = panel.share(ok["budget_gib"].max())
             ends.append((x, float(ok[column].iloc[-1]), label, look.colour))
@@ -118,22 +118,34 @@ def draw_bounds(axes: Axes, panel: Panel) -> None:
     labels = {one.cell.system.label for one in panel.records}
     for records, label, style in (
         (own, "bound of FlexInfer", "-"),
-        (panel.records, "highest bound of any" if len(labels) > 1 else f"bound of {labels.pop()}", ":"),
+        (
+            panel.records,
+            "highest bound of any" if len(labels) > 1 else f"bound of {labels.pop()}",
+            ":",
+        ),
     ):
         curve = bound_curve(records, panel)
         if not curve.empty:
             axes.plot(
-                curve.index, curve, label=label, color="black", linewidth=0.9, linestyle=style, zorder=1
+                curve.index,
+                curve,
+                label=label,
+                color="black",
+                linewidth=0.9,
+                linestyle=style,
+                zorder=1,
             )
 
 
 def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
-    """The highest bound of `records`' systems in tokens/s, by the budget as a share of the weights."""
+    """The highest bound of `records`' systems in tokens/s, by budget as a share of the weights."""
     budgets = panel.medians["budget_gib"]
     known = [one for one in records if one.bound_tokens_per_s]
     if any(one.missed_bytes is not None for one in known):
         names = {one.cell.system.name for one in known}
-        bounds = panel.medians[panel.medians["system"].isin(names)].groupby("budget_gib")["bound"].max()
+        bounds = (
+            panel.medians[panel.medians["system"].isin(names)].groupby("budget_gib")["bound"].max()
+        )
         return bounds.dropna().set_axis(panel.share(bounds.dropna().index.to_series()).to_numpy())
     by_system: dict[str, list[Record]] = defaultdict(list)
     for one in known:
@@ -146,7 +158,8 @@ def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
         [
             bound_tokens_per_s(
                 found[0].total_weight_bytes or 0,
-                int(budget * GIB) - min((one.process_bytes or 0) + (one.kv_bytes or 0) for one in found),
+                int(budget * GIB)
+                - min((one.process_bytes or 0) + (one.kv_bytes or 0) for one in found),
                 max(one.bandwidth_bytes_per_s or 0.0 for one in found),
                 min(one.compute_s_per_pass or float("inf") for one in found),
             )
@@ -155,7 +168,9 @@ def bound_curve(records: Sequence[Record], panel: Panel) -> pd.Series:
         for found in by_system.values()
     ]
     highest = [max(values) for values in zip(*curves, strict=True)]
-    return pd.Series(highest, index=[panel.share(place) for place in places[: len(highest)]], dtype=float)
+    return pd.Series(
+        highest, index=[panel.share(place) for place in places[: len(highest)]], dtype=float
+    )
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

@@ -67,7 +67,9 @@ def draw_panels(
         columns = -(-len(panels) // -(-len(panels) // 3))  # four as two and two
     lines = -(-len(panels) // columns)
     figsize = (size[0] * max(columns, 2), size[1] * lines + 0.5)
-    figure, grid = plt.subplots(lines, columns, figsize=figsize, squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(
+        lines, columns, figsize=figsize, squeeze=False, layout="constrained"
+    )
     for axes, (name, part) in zip(grid.flat, panels, strict=False):
         draw(axes, part)
         axes.set_title(name)

@@ -8,7 +8,9 @@ from experiments.record_files import load_records, say_none
 from experiments.records import Record, with_common_costs
 
 
-def find_records(results_dir: Path, command: str, tokens: str = "one by one") -> dict[str, list[Record]]:
+def find_records(
+    results_dir: Path, command: str, tokens: str = "one by one"
+) -> dict[str, list[Record]]:
     """The records below `results_dir` that may stand in one figure, by machine: the one with most
     records first.
 
@@ -27,7 +29,9 @@ def find_records(results_dir: Path, command: str, tokens: str = "one by one") ->
     for one in records:
         machines[one.provenance.machine].append(one)
     largest_first = sorted(machines.items(), key=lambda one: (-len(one[1]), one[0]))
-    return {machine: with_common_costs(_limited(machine, found)) for machine, found in largest_first}
+    return {
+        machine: with_common_costs(_limited(machine, found)) for machine, found in largest_first
+    }
 
 
 def _tokens(record: Record) -> str:
@@ -37,7 +41,9 @@ def _tokens(record: Record) -> str:
     return "drafts" if workload.texts or workload.replayed else "one by one"
 
 
-def of_systems(found: Mapping[str, Sequence[Record]], systems: Collection[str]) -> dict[str, list[Record]]:
+def of_systems(
+    found: Mapping[str, Sequence[Record]], systems: Collection[str]
+) -> dict[str, list[Record]]:
     """Of every machine the records of `systems`, without those of the experiments that have budgets
     of their own, and without what was measured in one budget on a device of its own (mapped,
     devices).
@@ -66,6 +72,7 @@ def _limited(machine: str, records: list[Record]) -> list[Record]:
     if not 0 < len(unlimited) < len(ran):
         return records
     print(
-        f"{machine}: {len(unlimited)} records without limits are left out beside {len(ran) - len(unlimited)} with"
+        f"{machine}: {len(unlimited)} records without limits are left out beside "
+        f"{len(ran) - len(unlimited)} with"
     )
     return [one for one in records if one.run_id not in unlimited]

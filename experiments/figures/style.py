@@ -64,7 +64,13 @@ ABLATION = {
     "attention-first": "+ balanced locking",
     "algorithm1": "+ Algorithm 1",
 }
-ROUND: dict[str, Any] = {"s": 10, "color": "white", "edgecolor": "black", "linewidth": 0.6, "zorder": 3}
+ROUND: dict[str, Any] = {
+    "s": 10,
+    "color": "white",
+    "edgecolor": "black",
+    "linewidth": 0.6,
+    "zorder": 3,
+}
 LINES = "Lines join the medians of the rounds, marks are the rounds; n = {n}"
 MEDIANS = "Marks are medians of the rounds; n = {n}"
 BOUND: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": (0, (6, 2))}

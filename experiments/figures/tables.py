@@ -88,7 +88,9 @@ def summary(data: pd.DataFrame) -> pd.DataFrame:
         weights_gib=("weights_gib", "max"),
         status=("status", lambda found: "ok" if "ok" in set(found) else found.iloc[-1]),
     ).reset_index()
-    highest = table.groupby(["model", "weights", "device", "budget_bytes"])["bound"].transform("max")
+    highest = table.groupby(["model", "weights", "device", "budget_bytes"])["bound"].transform(
+        "max"
+    )
     table["best"] = table["tokens_per_s"] / highest
     order = {name: place for place, name in enumerate(LOOKS)}
     return table.sort_values(
@@ -139,7 +141,9 @@ def why_faster(records: Iterable[Record], base: str = "llama-cpp-mmap") -> pd.Da
     data = frame(records)
     data = data[(data["status"] == "ok") & (data["bytes_per_token"] > 0)]
     keys = ["model", "weights", "device", "budget_gib"]
-    medians = data.groupby([*keys, "system"])[["tokens_per_s", "bytes_per_token"]].median().unstack()
+    medians = (
+        data.groupby([*keys, "system"])[["tokens_per_s", "bytes_per_token"]].median().unstack()
+    )
     if not {"flexinfer", base} <= set(data["system"]):
         return pd.DataFrame()
     speed, nbytes = medians["tokens_per_s"], medians["bytes_per_token"]
@@ -166,7 +170,9 @@ def side_by_side(
         table = summary(frame(records)).dropna(subset="tokens_per_s")
         table = table.assign(budget=table["budget_gib"].round(2))
         mine = table[
-            (table["model"] == model) & (table["device"] == device) & table["budget"].isin(budgets_gib)
+            (table["model"] == model)
+            & (table["device"] == device)
+            & table["budget"].isin(budgets_gib)
         ]
         if len(mine):
             rows = mine.set_index(["weights", "budget", "label"])
@@ -184,7 +190,8 @@ def coverage(found: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
             place = tuple(part.iloc[0][["model", "weights", "device"]])
             rounds = span(sorted(part["n"]))
             counts = (
-                f"{part['budget_bytes'].nunique()} budgets, {part['system'].nunique()} systems, n = {rounds}"
+                f"{part['budget_bytes'].nunique()} budgets, {part['system'].nunique()} systems, n "
+                f"= {rounds}"
             )
             columns.setdefault(name, {})[place] = counts
     return pd.DataFrame(columns).rename_axis(["model", "weights", "device"]).sort_index().fillna("")

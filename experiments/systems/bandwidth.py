@@ -29,7 +29,8 @@ def measure_bandwidth(
     ]
     if not blocks:
         raise ValueError(
-            f"files: {files} hold less than {request_bytes} bytes each: too small to measure a bandwidth"
+            f"files: {files} hold less than {request_bytes} bytes each: too small to measure a "
+            "bandwidth"
         )
     lock, start_s = threading.Lock(), time.perf_counter()
     finished: list[tuple[float, int]] = []
@@ -37,9 +38,8 @@ def measure_bandwidth(
 
     def read() -> None:
         buffer = mmap.mmap(-1, request_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(
-            AttributeError, OSError
-        ):  # without huge pages ordinary ones do, at a third less
+        # Without huge pages ordinary ones do, at a third less.
+        with contextlib.suppress(AttributeError, OSError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
         opened: dict[str, int] = {}
         try:
@@ -64,7 +64,9 @@ def measure_bandwidth(
     later = [(at_s, got) for at_s, got in finished if at_s >= 0.3]
     if len(later) < 2:
         later = finished
-    first_s = max([at_s for at_s, _ in finished if at_s < 0.3] or [0.0]) if later is not finished else 0.0
+    first_s = (
+        max([at_s for at_s, _ in finished if at_s < 0.3] or [0.0]) if later is not finished else 0.0
+    )
     return sum(got for _, got in later) / (later[-1][0] - first_s)
 
 

@@ -24,7 +24,9 @@ class LlamaCpp:
         params.use_extra_bufts = self.job["options"].get("use_extra_bufts", True)
         self.model = self.api.llama_model_load_from_file(self.job["model"].encode(), params)
         if not self.model:
-            raise RuntimeError(f"llama.cpp does not load {self.job['model']}; its reason stands above")
+            raise RuntimeError(
+                f"llama.cpp does not load {self.job['model']}; its reason stands above"
+            )
         if self.job["options"].get("madvise_random"):
             madvise_random(self.job["model"])
         params = self.api.llama_context_default_params()

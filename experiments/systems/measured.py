@@ -18,7 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.systems.bandwidth import WAYS_TO_READ, measure_bandwidth
-from experiments.systems.interface import System, UnsupportedError, bytes_read, prompt_ids, resident_bytes
+from experiments.systems.interface import (
+    System,
+    UnsupportedError,
+    bytes_read,
+    prompt_ids,
+    resident_bytes,
+)
 from experiments.systems.llamacpp import LlamaCpp
 from experiments.systems.on_torch import OLLM, Accelerate, AirLLM, FlexInfer, TorchSystem
 
@@ -92,7 +98,9 @@ def measure_texts(job: dict[str, Any], system: System, emit: Callable[..., None]
     found = texts.decode(system.model, job, emit, bytes_read)
     emit("engine", told=system.engine() | {"texts": found})
     emit(
-        "done", bytes_read=bytes_read(), peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        "done",
+        bytes_read=bytes_read(),
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     system.close()
 
@@ -128,7 +136,11 @@ def main() -> int:
             else:
                 measure(job, emit)
         except ModuleNotFoundError as error:
-            emit("failed", status="missing", message=f"{error.name} is not installed; {INSTALL} installs it")
+            emit(
+                "failed",
+                status="missing",
+                message=f"{error.name} is not installed; {INSTALL} installs it",
+            )
         except UnsupportedError as error:
             emit("failed", status="unsupported", message=str(error))
         except Exception as error:

@@ -13,12 +13,19 @@ from typing import Any
 from experiments.systems.interface import UnsupportedError, resident_bytes
 
 ALLOCATOR_BYTES = 64 << 20  # of accelerate's process beside weights and cache; our choice
-COUNTERS = {"expert_hits", "expert_misses", "experts_foretold", "experts_foretold_right", "wasted_bytes"}
-SPIN_COUNT = "6000"  # as flexinfer.cli.main, which says why; not imported, for its memory would count
+COUNTERS = {
+    "expert_hits",
+    "expert_misses",
+    "experts_foretold",
+    "experts_foretold_right",
+    "wasted_bytes",
+}
+# As flexinfer.cli.main, which says why; not imported, for its memory would count.
+SPIN_COUNT = "6000"
 
 
 class TorchSystem:
-    """What the systems on top of transformers share: forward passes with a cache, and the argmax."""
+    """What systems on top of transformers share: passes with a cache, and the argmax."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
@@ -42,7 +49,9 @@ class TorchSystem:
     def start(self, prompt: list[int]) -> None:
         from transformers import DynamicCache
 
-        shifted = (prompt[i % len(prompt) :] + prompt[: i % len(prompt)] for i in range(self.job["batch"]))
+        shifted = (
+            prompt[i % len(prompt) :] + prompt[: i % len(prompt)] for i in range(self.job["batch"])
+        )
         self.ids, self.cache = list(shifted), None  # the old one goes first
         self.cache = DynamicCache(config=self.model.config)
         parameters = inspect.signature(self.model.forward).parameters
@@ -82,9 +91,18 @@ class FlexInfer(TorchSystem):
         """
         job = self.job
         context = f"--context={job['context']}"
-        argv = ["plan", job["model"], f"--memory={job['budget_bytes']}", context, f"--batch={job['batch']}"]
+        argv = [
+            "plan",
+            job["model"],
+            f"--memory={job['budget_bytes']}",
+            context,
+            f"--batch={job['batch']}",
+        ]
         told = subprocess.run(
-            [sys.executable, "-m", "flexinfer", *argv, "--json"], check=True, capture_output=True, text=True
+            [sys.executable, "-m", "flexinfer", *argv, "--json"],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         self.predicted = {"batches": json.loads(told.stdout)["batches"]}
 
@@ -93,7 +111,10 @@ class FlexInfer(TorchSystem):
         importlib.import_module("flexinfer.imports").defer()
         flexinfer = importlib.import_module("flexinfer")
         batch = self.job["batch"]
-        told: dict[str, Any] = {"memory": self.job["budget_bytes"], "context": self.job["context"] * batch}
+        told: dict[str, Any] = {
+            "memory": self.job["budget_bytes"],
+            "context": self.job["context"] * batch,
+        }
         if batch > 1:
             told["logits_to_keep"] = batch
         if self.job["trace"]:
@@ -101,14 +122,17 @@ class FlexInfer(TorchSystem):
         self.model = flexinfer.from_pretrained(self.job["model"], **(told | self.options))
 
     def counters(self) -> dict[str, int]:
-        return {name: value for name, value in self.model.flexinfer.stats().items() if name in COUNTERS}
+        return {
+            name: value for name, value in self.model.flexinfer.stats().items() if name in COUNTERS
+        }
 
     def engine(self) -> dict[str, Any]:
         engine = self.model.flexinfer
         plan: dict[str, Any] = {
             name: value
             for name in dir(engine.plan)
-            if not name.startswith("_") and isinstance(value := getattr(engine.plan, name), int | float | str)
+            if not name.startswith("_")
+            and isinstance(value := getattr(engine.plan, name), int | float | str)
         }
         draft = engine.plan.draft
         if draft is not None:
@@ -127,7 +151,11 @@ class Accelerate(TorchSystem):
         if allowance_bytes is None:
             # accelerate itself keeps room for the largest layer of what it is allowed
             allowance_bytes = max(
-                0, self.job["budget_bytes"] - resident_bytes() - self.job["kv_bytes"] - ALLOCATOR_BYTES
+                0,
+                self.job["budget_bytes"]
+                - resident_bytes()
+                - self.job["kv_bytes"]
+                - ALLOCATOR_BYTES,
             )
         self.options |= {"device_map": "auto", "max_memory": {"cpu": allowance_bytes}}
         self.options.setdefault("offload_folder", self.job["scratch"])
@@ -157,7 +185,9 @@ class AirLLM(TorchSystem):
             "norm": "model.norm",
             "lm_head": "lm_head",
         }
-        self.utils.find_or_create_local_splitted_path(self.job["model"], self.job["copy"], layer_names=names)
+        self.utils.find_or_create_local_splitted_path(
+            self.job["model"], self.job["copy"], layer_names=names
+        )
 
     def load(self) -> None:
         base: type[Any] = self.base
@@ -167,7 +197,10 @@ class AirLLM(TorchSystem):
                 return None
 
         airllm = WithoutTokenizer(
-            self.job["model"], device="cpu", layer_shards_saving_path=self.job["copy"], **self.options
+            self.job["model"],
+            device="cpu",
+            layer_shards_saving_path=self.job["copy"],
+            **self.options,
         )
         self.model = airllm.model
 

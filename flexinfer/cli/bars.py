@@ -1,7 +1,8 @@
-"""What takes its time, shown on a terminal: a spinner, or a bar where it is known how much there is to do.
+"""What takes its time, shown on a terminal: a spinner, or a bar where it is known how much there is
+to do.
 
-It goes to stderr and is gone when it is done; where stderr is no terminal nothing is shown. A bar appears only when the
-rest will take a while, so that nothing flickers.
+It goes to stderr and is gone when it is done; where stderr is no terminal nothing is shown. A bar
+appears only when the rest will take a while, so that nothing flickers.
 """
 
 import sys
@@ -59,7 +60,9 @@ class Bars:
     def stopping(self) -> None:
         """Say on the bar, if there is one, that a wish to stop was heard; for `Interrupt`."""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], description="one token more (Ctrl-C again: none)")
+            self._bar.update(
+                self._bar.task_ids[0], description="one token more (Ctrl-C again: none)"
+            )
 
     def _report(self, stage: str, done_bytes: int, total_bytes: int) -> None:
         if stage not in self._wanted:
@@ -96,7 +99,10 @@ class Bars:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
         self.stop()
 

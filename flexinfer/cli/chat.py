@@ -32,7 +32,11 @@ System = Annotated[str | None, typer.Option(help="system message")]
 
 
 def chat(
-    model: Model, options: Options, decoding: Decoding, system: System = None, verbose: Verbose = False
+    model: Model,
+    options: Options,
+    decoding: Decoding,
+    system: System = None,
+    verbose: Verbose = False,
 ) -> int:
     """Talk to an instruction-tuned model; /exit leaves.
 
@@ -52,7 +56,10 @@ def chat(
 
 
 def _has_template(path: Path) -> bool:
-    """Whether the model has a chat template, before it is loaded. Raises CheckpointError where it has no tokenizer."""
+    """Whether the model has a chat template, before it is loaded.
+
+    Raises CheckpointError where it has no tokenizer.
+    """
     from flexinfer.formats.checkpoint import open_checkpoint
     from flexinfer.formats.tokenizer import prepare_tokenizer
 
@@ -63,13 +70,22 @@ def plan_lines(path: Path, plan: Plan) -> tuple[str, str]:
     """What a conversation will be like: where the weights are, and how fast it is."""
     weights = f"{path.name}: {format_size(plan.total_bytes)} of weights a token"
     if plan.streamed_bytes:
-        stay = f"{format_size(plan.total_bytes - plan.streamed_bytes)} stay in memory, {format_size(plan.streamed_bytes)} are read"
+        stay = (
+            f"{format_size(plan.total_bytes - plan.streamed_bytes)} stay in memory, "
+            f"{format_size(plan.streamed_bytes)} are read"
+        )
     else:
         stay = "all of them in memory"
     if plan.draft is not None:
-        speed = f"{plan.draft.predicted_tokens_per_s:.2g} tokens/s, {plan.draft.tokens_per_pass:.2g} a pass by the draft"
+        speed = (
+            f"{plan.draft.predicted_tokens_per_s:.2g} tokens/s, {plan.draft.tokens_per_pass:.2g} a "
+            "pass by the draft"
+        )
     else:
-        speed = f"{plan.predicted_tokens_per_s:.2g} tokens/s, at most {plan.bound_tokens_per_s:.2g} in this budget"
+        speed = (
+            f"{plan.predicted_tokens_per_s:.2g} tokens/s, at most {plan.bound_tokens_per_s:.2g} in "
+            "this budget"
+        )
     return (
         f"{weights}, {stay}; budget {format_size(plan.budget_bytes)}",
         f"about {speed}; context {plan.overheads.context_tokens} tokens",
@@ -125,7 +141,8 @@ class Conversation:
         self._cache: Any = None
 
     def ask(self, question: str) -> str:
-        """Stream the answer to `question`; both join the history. Returns the answer, as far as it went.
+        """Stream the answer to `question`; both join the history. Returns the answer, as far as it
+        went.
 
         Raises Terminated after the token in hand when SIGTERM comes.
         """
@@ -136,7 +153,8 @@ class Conversation:
         if prompt is None:
             self.turns.pop()
             note(
-                f"this question does not fit into a context of {self._context} tokens and is forgotten; start with a larger --context"
+                f"this question does not fit into a context of {self._context} tokens and is "
+                "forgotten; start with a larger --context"
             )
             return ""
         self._keep_common(prompt)
@@ -155,7 +173,8 @@ class Conversation:
                     stopping_criteria=[interrupt],
                     **options,
                 )[0].tolist()
-            except KeyboardInterrupt:  # in the middle of a pass: the layers of the cache no longer agree
+            # In the middle of a pass: the layers of the cache no longer agree.
+            except KeyboardInterrupt:
                 self._cache, self._cached = None, []
                 self._bars.stop()
                 self.turns.pop()
@@ -172,8 +191,9 @@ class Conversation:
         return answer
 
     def _fit_prompt(self) -> list[int] | None:
-        """The token ids of the history, its oldest turns dropped where there is no room; None, and nothing dropped, when the last turn alone
-        is too long."""
+        """The token ids of the history, its oldest turns dropped where there is no room; None, and
+        nothing dropped, when the last turn alone is too long.
+        """
         least_answer = min(16, self._decoding.new_tokens)
         for dropped in range(0, len(self.turns), 2):
             encoded = self._tokenizer.apply_chat_template(
@@ -183,12 +203,17 @@ class Conversation:
             if len(prompt) + least_answer <= self._context:
                 if dropped:
                     del self.turns[:dropped]
-                    note(f"the oldest {dropped} turns no longer fit into the context and are forgotten")
+                    note(
+                        f"the oldest {dropped} turns no longer fit into the context and are "
+                        "forgotten"
+                    )
                 return prompt
         return None
 
     def _keep_common(self, prompt: list[int]) -> None:
-        """Make the cache hold exactly the beginning that it has in common with `prompt`, less at least one token."""
+        """Make the cache hold exactly the beginning that it has in common with `prompt`, less at
+        least one token.
+        """
         common = 0
         for ours, theirs in zip(self._cached, prompt[:-1], strict=False):
             if ours != theirs:

@@ -46,22 +46,28 @@ def facts_table(facts: "Facts") -> "Table":
 
     made = table("what", "measured", left=2)
     made.add_row(
-        "processor", f"{facts.cpu}, {facts.cores} cores, {facts.vector_width}, load {facts.load:.1f}"
+        "processor",
+        f"{facts.cpu}, {facts.cores} cores, {facts.vector_width}, load {facts.load:.1f}",
     )
     made.add_row("threads of torch", str(facts.torch_threads))
     made.add_row("memory to be had", format_size(facts.memory_bytes))
     limit = "unlimited" if facts.lock_limit_bytes is None else format_size(facts.lock_limit_bytes)
     worked = "works" if facts.lock_works else "refused"
     made.add_row("locking memory", f"limit {limit}; {format_size(LOCK_TEST_BYTES)}: {worked}")
-    made.add_row("disk", f"{facts.path} ({facts.file_system}), {format_size(facts.free_disk_bytes)} free")
+    made.add_row(
+        "disk", f"{facts.path} ({facts.file_system}), {format_size(facts.free_disk_bytes)} free"
+    )
     made.add_row("writing", shown_speed(facts.write_bytes_per_s))
-    made.add_row("direct reads", _by_threads(facts.direct_bytes_per_s) or f"no: {facts.direct_note}")
+    made.add_row(
+        "direct reads", _by_threads(facts.direct_bytes_per_s) or f"no: {facts.direct_note}"
+    )
     made.add_row("buffered reads", _by_threads(facts.buffered_bytes_per_s))
     for name, by_rows in facts.kernel_s.items():
         many = max(by_rows)
         made.add_row(
             f"{name} kernel",
-            f"{facts.kernel_bytes_per_s[name] / 1e9:.1f} GB/s of weights at 1 row; {by_rows[1] * 1e3:.2f} ms at 1 row, "
+            f"{facts.kernel_bytes_per_s[name] / 1e9:.1f} GB/s of weights at 1 row; "
+            f"{by_rows[1] * 1e3:.2f} ms at 1 row, "
             f"{by_rows[many] * 1e3:.1f} ms at {many}",
         )
     made.add_row("ggml", facts.ggml)
@@ -72,6 +78,6 @@ def facts_table(facts: "Facts") -> "Table":
 def _by_threads(speeds: dict[int, float]) -> str:
     from flexinfer.cli.doctor_facts import shown_speed
 
-    return ", ".join(f"{shown_speed(speed)} with {threads}" for threads, speed in speeds.items()) + (
-        " threads" if speeds else ""
-    )
+    return ", ".join(
+        f"{shown_speed(speed)} with {threads}" for threads, speed in speeds.items()
+    ) + (" threads" if speeds else "")

@@ -1,10 +1,11 @@
 """What this machine will do: its disk, its kernels and its rights, measured in some seconds.
 
-Mechanism: a scratch file of random bytes is written on the disk in question and read the ways the engine can read it (direct
-and through the page cache, with one reader thread and more); the kernels of the engine run on one weight of a 7B
-model, at one activation row and at many, its bytes coming from memory rather than from the CPU's cache. `advice`
-turns the numbers into sentences; it is pure, so that it can be tested without this machine.
-It measures peaks of a quiet machine: what else runs at the time takes its share.
+Mechanism: a scratch file of random bytes is written on the disk in question and read the ways the
+engine can read it (direct and through the page cache, with one reader thread and more); the kernels
+of the engine run on one weight of a 7B model, at one activation row and at many, its bytes coming
+from memory rather than from the CPU's cache. `advice` turns the numbers into sentences; it is pure,
+so that it can be tested without this machine. It measures peaks of a quiet machine: what else runs
+at the time takes its share.
 """
 
 import contextlib
@@ -72,17 +73,21 @@ class Facts:
 
 
 def measure_machine(path: Path, size_bytes: int) -> Facts:
-    """Measure the machine, its disk in directory `path` with a scratch file of at most `size_bytes`.
+    """Measure the machine, its disk in directory `path` with a scratch file of at most
+    `size_bytes`.
 
     Raises ValueError when `path` is no directory or its disk is too full for the file.
     """
     if not path.is_dir():
-        raise ValueError(f"path={str(path)!r} is no directory; name one on the disk the models lie on")
+        raise ValueError(
+            f"path={str(path)!r} is no directory; name one on the disk the models lie on"
+        )
     size_bytes = max(size_bytes // REQUEST_BYTES, 2 * max(THREADS)) * REQUEST_BYTES
     free_bytes = psutil.disk_usage(str(path)).free
     if free_bytes < size_bytes + (64 << 20):
         raise ValueError(
-            f"size={format_size(size_bytes)} does not fit: {format_size(free_bytes)} are free at {path}; give a smaller --size"
+            f"size={format_size(size_bytes)} does not fit: {format_size(free_bytes)} are free at "
+            f"{path}; give a smaller --size"
         )
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=path, prefix=SCRATCH) as scratch:
@@ -94,8 +99,12 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
             works = _read_works(file)
             note = str(caught[0].message) if caught else ""
         if works:
-            direct = {threads: _read_speed(file, size_bytes, threads, direct=True) for threads in THREADS}
-        buffered = {threads: _read_speed(file, size_bytes, threads, direct=False) for threads in THREADS}
+            direct = {
+                threads: _read_speed(file, size_bytes, threads, direct=True) for threads in THREADS
+            }
+        buffered = {
+            threads: _read_speed(file, size_bytes, threads, direct=False) for threads in THREADS
+        }
     kernels = _kernels()
     soft_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     with warnings.catch_warnings():
@@ -117,7 +126,9 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
         write_bytes_per_s=write_speed,
         direct_bytes_per_s=direct,
         buffered_bytes_per_s=buffered,
-        kernel_bytes_per_s={name: nbytes / by_rows[1] for name, (nbytes, by_rows) in kernels.items()},
+        kernel_bytes_per_s={
+            name: nbytes / by_rows[1] for name, (nbytes, by_rows) in kernels.items()
+        },
         kernel_s={name: by_rows for name, (_, by_rows) in kernels.items()},
         lock_limit_bytes=None if soft_limit == resource.RLIM_INFINITY else soft_limit,
         lock_works=lock_works,
@@ -130,7 +141,8 @@ def advice(facts: Facts) -> list[str]:
     lines = []
     if facts.load > 0.5 * facts.cores:
         lines.append(
-            f"The machine is busy (load {facts.load:.1f} on {facts.cores} cores): what it does alone is more than this; measure again "
+            f"The machine is busy (load {facts.load:.1f} on {facts.cores} cores): what it does "
+            "alone is more than this; measure again "
             "when it is quiet."
         )
     best = max((*facts.direct_bytes_per_s.values(), *facts.buffered_bytes_per_s.values()))
@@ -138,39 +150,49 @@ def advice(facts: Facts) -> list[str]:
     if "Q4_K" in facts.kernel_bytes_per_s:
         half_s = max(EXAMPLE_BYTES / 2 / best, EXAMPLE_BYTES / facts.kernel_bytes_per_s["Q4_K"])
         lines.append(
-            f"A 7B model in 4 bit (3.8 GB), half of it in memory: at most {1 / half_s:.2g} tokens/s; in memory as a whole "
+            f"A 7B model in 4 bit (3.8 GB), half of it in memory: at most {1 / half_s:.2g} "
+            "tokens/s; in memory as a whole "
             f"{facts.kernel_bytes_per_s['Q4_K'] / EXAMPLE_BYTES:.2g}."
         )
     if not facts.direct_works:
         lines.append(
-            f"Direct reads do not work at {facts.path} ({facts.direct_note}); the engine reads through the page cache there. "
+            f"Direct reads do not work at {facts.path} ({facts.direct_note}); the engine reads "
+            "through the page cache there. "
             "A directory on an ordinary disk (ext4, xfs, btrfs) is faster."
         )
     else:
-        direct, buffered = max(facts.direct_bytes_per_s.values()), max(facts.buffered_bytes_per_s.values())
+        direct, buffered = (
+            max(facts.direct_bytes_per_s.values()),
+            max(facts.buffered_bytes_per_s.values()),
+        )
         if buffered > 1.15 * direct:
             lines.append(
-                f"Buffered reads are faster here ({shown_speed(buffered)} against {shown_speed(direct)}): try --buffered."
+                f"Buffered reads are faster here ({shown_speed(buffered)} against "
+                f"{shown_speed(direct)}): try --buffered."
             )
         threads = better_threads(facts.direct_bytes_per_s)
         if threads is not None:
             lines.append(
-                f"This disk reads faster with {threads} reader threads than with 2: try --io-threads {threads}."
+                f"This disk reads faster with {threads} reader threads than with 2: try "
+                f"--io-threads {threads}."
             )
     slowest = min(facts.kernel_bytes_per_s, key=lambda name: facts.kernel_bytes_per_s[name])
     if facts.kernel_bytes_per_s[slowest] < best:
         lines.append(
-            f"The {slowest} kernel takes {shown_speed(facts.kernel_bytes_per_s[slowest])} of weights, less than the disk gives: for such "
+            f"The {slowest} kernel takes {shown_speed(facts.kernel_bytes_per_s[slowest])} of "
+            "weights, less than the disk gives: for such "
             "weights the CPU is the limit, and a larger budget will not help."
         )
     if facts.memory_bytes < 2 << 30:
         lines.append(
-            f"Only {format_size(facts.memory_bytes)} of memory are to be had; the process itself takes about 220 MiB of them."
+            f"Only {format_size(facts.memory_bytes)} of memory are to be had; the process itself "
+            "takes about 220 MiB of them."
         )
     if not facts.lock_works:
         limit = "unknown" if facts.lock_limit_bytes is None else format_size(facts.lock_limit_bytes)
         lines.append(
-            f"Memory cannot be locked (limit {limit}), so the system may page weights out: `ulimit -l unlimited`, or raise memlock "
+            f"Memory cannot be locked (limit {limit}), so the system may page weights out: `ulimit "
+            "-l unlimited`, or raise memlock "
             "in /etc/security/limits.conf."
         )
     if not facts.cgroups_writable:
@@ -180,13 +202,16 @@ def advice(facts: Facts) -> list[str]:
         )
     if facts.free_disk_bytes < 10e9:
         lines.append(
-            f"{format_size(facts.free_disk_bytes)} of disk are free: a model of 7B in bf16 needs 13 GB, in 4 bit 4 GB."
+            f"{format_size(facts.free_disk_bytes)} of disk are free: a model of 7B in bf16 needs "
+            "13 GB, in 4 bit 4 GB."
         )
     return lines
 
 
 def better_threads(speeds: dict[int, float]) -> int | None:
-    """The number of reader threads to take instead of the default of 2, or None if that is good enough."""
+    """The number of reader threads to take instead of the default of 2, or None if that is good
+    enough.
+    """
     best = max(speeds, key=lambda threads: speeds[threads])
     return best if best != 2 and speeds[best] > 1.2 * speeds[2] else None
 
@@ -226,7 +251,10 @@ def _read_speed(file: Path, size_bytes: int, threads: int, *, direct: bool) -> f
 
 
 def disk_speed(folder: Path, size_bytes: int, threads: int = 2) -> float:
-    """Bytes per second of reading a scratch file in `folder` the way the engine does. Raises OSError where none can be written."""
+    """Bytes per second of reading a scratch file in `folder` the way the engine does.
+
+    Raises OSError where none can be written.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
         file = Path(scratch) / "blob"
         _write(file, size_bytes)
@@ -236,7 +264,9 @@ def disk_speed(folder: Path, size_bytes: int, threads: int = 2) -> float:
 
 
 def kernel_times(name: str) -> tuple[int, dict[int, float]]:
-    """Of a weight of KERNEL_SHAPE, stored as `name` ("bfloat16", "Q4_K"): its bytes, and the kernel's seconds by activation rows."""
+    """Of a weight of KERNEL_SHAPE, stored as `name` ("bfloat16", "Q4_K"): its bytes, and the
+    kernel's seconds by activation rows.
+    """
     out_features, in_features = KERNEL_SHAPE
     if name in TYPES:
         dtype = torch.float32
@@ -246,7 +276,8 @@ def kernel_times(name: str) -> tuple[int, dict[int, float]]:
         dtype = getattr(torch, name)
         kernel = DenseKernel(in_features, dtype, dtype)
         nbytes = out_features * in_features * dtype.itemsize
-    buffer = Buffer(4 * nbytes, lock=False)  # several weights, so that none stays in the CPU's cache
+    # Several weights, so that none stays in the CPU's cache.
+    buffer = Buffer(4 * nbytes, lock=False)
     buffer.bytes.zero_()
     return nbytes, {
         rows: kernel_s(kernel, out_features, nbytes, dtype, buffer, rows, repeats)

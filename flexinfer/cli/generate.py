@@ -30,7 +30,9 @@ SPECIAL_TOKENS = (
 Prompt = Annotated[
     str | None,
     typer.Argument(
-        metavar="[PROMPT]", help="the text to go on from (standard input if left out)", show_default=False
+        metavar="[PROMPT]",
+        help="the text to go on from (standard input if left out)",
+        show_default=False,
     ),
 ]
 
@@ -68,7 +70,8 @@ def generate(
             least = needed if decoding.max_new_tokens is not None else prompt_tokens + 1
             if context < least:
                 raise ValueError(
-                    f"context={context} is too small for {prompt_tokens} prompt tokens and what is to follow; "
+                    f"context={context} is too small for {prompt_tokens} prompt tokens and what is "
+                    "to follow; "
                     f"leave it out, or give --context {needed}"
                 )
             room = context - prompt_tokens
@@ -81,11 +84,18 @@ def generate(
             token_ids = output[0, prompt_tokens:].tolist()
     if as_json:
         text = tokenizer.decode(token_ids, skip_special_tokens=True)
-        print(json.dumps({"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result))
+        print(
+            json.dumps(
+                {"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result
+            )
+        )
     else:
         if room < decoding.new_tokens and len(token_ids) >= room:
             note(at_context(context))
         note(("stopped; " if interrupt.pressed else "") + speed_line(result))
         if result["draft_that_pays"] is not None:
-            note(f"--draft auto may give {result['draft_that_pays']:.3g} tokens/s, with the same output")
+            note(
+                f"--draft auto may give {result['draft_that_pays']:.3g} tokens/s, with the same "
+                "output"
+            )
     return interrupt.code

@@ -1,7 +1,9 @@
-"""Ctrl-C and SIGTERM while text is made: the token in hand is finished, so that a KV cache stays whole.
+"""Ctrl-C and SIGTERM while text is made: the token in hand is finished, so that a KV cache stays
+whole.
 
-Elsewhere Ctrl-C raises KeyboardInterrupt, as always in Python, and SIGTERM raises `Terminated` inside `terminable`: both
-pass through every `with` block and `finally`, so threads end, files close and a terminal gets its state back.
+Elsewhere Ctrl-C raises KeyboardInterrupt, as always in Python, and SIGTERM raises `Terminated`
+inside `terminable`: both pass through every `with` block and `finally`, so threads end, files close
+and a terminal gets its state back.
 """
 
 import contextlib
@@ -31,7 +33,10 @@ def exit_code(stop: BaseException) -> int:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Within it SIGTERM raises Terminated. Does nothing outside the main thread, where no handler can be set."""
+    """Within it SIGTERM raises Terminated.
+
+    Does nothing outside the main thread, where no handler can be set.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,9 +53,11 @@ def terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Within it SIGINT and SIGTERM wait until its end: C code of libraries that are being imported swallows what a handler raises.
+    """Within it SIGINT and SIGTERM wait until its end: C code of libraries that are being imported
+    swallows what a handler raises.
 
-    A mask would not do: another thread takes the signal, and Python runs the handler in the main thread all the same.
+    A mask would not do: another thread takes the signal, and Python runs the handler in the main
+    thread all the same.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,10 +77,11 @@ def held_back() -> Iterator[None]:
 
 
 class Interrupt:
-    """While text is made: the first SIGINT or SIGTERM ends it after the token in hand, the second at once.
+    """While text is made: the first SIGINT or SIGTERM ends it after the token in hand, the second
+    at once.
 
-    A stopping criterion of transformers; a pass cut short would leave a KV cache whose layers do not agree. `heard` is
-    called at the first.
+    A stopping criterion of transformers; a pass cut short would leave a KV cache whose layers do
+    not agree. `heard` is called at the first.
     """
 
     def __init__(self, heard: Callable[[], None] | None = None) -> None:
@@ -91,7 +99,10 @@ class Interrupt:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

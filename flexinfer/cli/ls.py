@@ -28,7 +28,9 @@ SPLIT = "-00001-of-"
 
 Folders = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[DIR]...", help="look there (the Hub cache if left out)", show_default=False),
+    typer.Argument(
+        metavar="[DIR]...", help="look there (the Hub cache if left out)", show_default=False
+    ),
 ]
 Memory = Annotated[str, typer.Option(help="the budget to plan for; auto: what is to spare")]
 
@@ -61,11 +63,17 @@ def ls(folders: Folders = None, memory: Memory = "auto", as_json: Json = False) 
     for folder in folders:
         if not folder.is_dir():
             problem = "not a directory" if folder.exists() else "no such directory"
-            raise ValueError(f"{folder}: {problem}; name one that holds models, or none for the Hub cache")
+            raise ValueError(
+                f"{folder}: {problem}; name one that holds models, or none for the Hub cache"
+            )
     found: list[Found] = []
     with Bars() as bars:
         bars.spin("looking for models")
-        places = [place for folder in folders for place in in_folder(folder)] if folders else in_hub_cache()
+        places = (
+            [place for folder in folders for place in in_folder(folder)]
+            if folders
+            else in_hub_cache()
+        )
         # The process before its first model; later ones leave something behind.
         process: ProcessMemory | None = None
         for name, path in places:
@@ -83,13 +91,18 @@ def show(found: list[Found], where: str) -> None:
     """`flexinfer ls` for people."""
     if not found:
         print(
-            f"no models in {where}; `flexinfer chat owner/name` fetches one, `flexinfer ls DIR` looks elsewhere"
+            f"no models in {where}; `flexinfer chat owner/name` fetches one, `flexinfer ls DIR` "
+            "looks elsewhere"
         )
     made = table("model", "weights", "kind", "smallest budget", "read per token", "in a budget of")
     for one in found:
         if one.smallest_bytes is not None:
-            weights, read, budget = map(_size, (one.weights_bytes, one.streamed_bytes, one.budget_bytes))
-            made.add_row(one.name, weights, one.encoding, whole_mib(one.smallest_bytes), read, budget)
+            weights, read, budget = map(
+                _size, (one.weights_bytes, one.streamed_bytes, one.budget_bytes)
+            )
+            made.add_row(
+                one.name, weights, one.encoding, whole_mib(one.smallest_bytes), read, budget
+            )
     if made.row_count:
         console().print(made)
     for one in found:
@@ -102,7 +115,9 @@ def _size(nbytes: int | None) -> str:
 
 
 def in_hub_cache() -> Iterator[tuple[str, Path]]:
-    """Id and checkpoint of each model in the Hub cache; a GGUF file by its path, where a repository has several."""
+    """Id and checkpoint of each model in the Hub cache; a GGUF file by its path, where a repository
+    has several.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for folder in sorted(Path(HF_HUB_CACHE).glob("models--*--*")):
@@ -141,13 +156,20 @@ def look_at(
         sizes: dict[str, int] = {}
         for spec in checkpoint.tensors.values():
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-        found |= {"weights_bytes": sum(sizes.values()), "encoding": max(sizes, key=lambda kind: sizes[kind])}
+        found |= {
+            "weights_bytes": sum(sizes.values()),
+            "encoding": max(sizes, key=lambda kind: sizes[kind]),
+        }
         prepared = prepare(checkpoint, options, process=process)
         process = prepared.process
         least = min(SMALLEST_DEFAULT_CONTEXT, context_limit(prepared.skeleton.config))
-        smallest = replace(prepared.planner(), overheads=prepared.overheads(context=least)).smallest_bytes
+        smallest = replace(
+            prepared.planner(), overheads=prepared.overheads(context=least)
+        ).smallest_bytes
         found["smallest_bytes"] = named_budget_bytes(smallest)
         plan = prepared.planner().plan(useful_bytes(prepared))
     except (ValueError, OSError, ImportError) as error:
         return Found(**found, problem=str(error).partition("; ")[0]), process
-    return Found(**found, budget_bytes=plan.budget_bytes, streamed_bytes=plan.streamed_bytes), process
+    return Found(
+        **found, budget_bytes=plan.budget_bytes, streamed_bytes=plan.streamed_bytes
+    ), process

@@ -1,9 +1,10 @@
 """The command line: flexinfer generate | chat | serve | plan | ls | quantize | doctor.
 
-Text goes to stdout, everything about it (progress, speed, notes) to stderr, so that output can be piped; `--json` prints
-one object instead. What the user got wrong is one line on stderr and exit code 2. torch and transformers are imported by the
-command that needs them, so that `--help` is quick. It adds nothing to the engine: every command is a few calls that
-a program could make as well.
+Text goes to stdout, everything about it (progress, speed, notes) to stderr, so that output can be
+piped; `--json` prints one object instead. What the user got wrong is one line on stderr and exit
+code 2. torch and transformers are imported by the command that needs them, so that `--help` is
+quick. It adds nothing to the engine: every command is a few calls that a program could make as
+well.
 """
 
 import os
@@ -26,21 +27,26 @@ from flexinfer.cli.serve import serve
 from flexinfer.cli.terminal import error, note, note_warning
 from flexinfer.imports import defer
 
-# Turns a thread of libgomp spins before it sleeps. Its default is milliseconds: cores burnt while the disk is awaited (0.9 of a CPU at
-# 1 GB/s, now 0.15), and ten times the time for a token on a busy machine, where spinning threads keep the one they wait for off the
-# core. With as few turns a quiet machine is no slower (docs/log.md). Read once, when torch loads libgomp.
+# Turns a thread of libgomp spins before it sleeps. Its default is milliseconds: cores burnt while
+# the disk is awaited (0.9 of a CPU at 1 GB/s, now 0.15), and ten times the time for a token on a
+# busy machine, where spinning threads keep the one they wait for off the core. With as few turns a
+# quiet machine is no slower (docs/log.md). Read once, when torch loads libgomp.
 SPIN_COUNT = "6000"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C,
+    143 after SIGTERM.
+    """
     given = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     command = typer.main.get_command(commands())
     try:
         with terminable(), warnings.catch_warnings():
             warnings.showwarning = note_warning
-            run: Any = command.main(given or ["--help"], prog_name="flexinfer", standalone_mode=False)
+            run: Any = command.main(
+                given or ["--help"], prog_name="flexinfer", standalone_mode=False
+            )
             if run == INTERRUPTED:  # while the line was read
                 raise KeyboardInterrupt
             # A help text was shown.
@@ -68,7 +74,10 @@ def main(argv: list[str] | None = None) -> int:
 def commands() -> typer.Typer:
     """The commands and their options."""
     app = typer.Typer(
-        help="Runs language models that do not fit in memory, inside a memory budget, with the output unchanged.",
+        help=(
+            "Runs language models that do not fit in memory, inside a memory budget, with the "
+            "output unchanged."
+        ),
         rich_markup_mode="rich" if sys.stdout.isatty() else None,
         context_settings={"help_option_names": ["--help", "-h"]},
     )

@@ -1,4 +1,7 @@
-"""Parameters of commands. A field of a dataclass that a command takes becomes an option of its line, so it is declared once."""
+"""Parameters of commands.
+
+A field of a dataclass that a command takes becomes an option of its line, so it is declared once.
+"""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -43,14 +46,20 @@ Verbose = Annotated[
 
 
 def parsed(command: Callable[..., int], left_out: Iterable[str] = ()) -> Callable[..., Run]:
-    """What typer is given for `command`: it takes what the line says, and returns the command with its arguments.
+    """What typer is given for `command`: it takes what the line says, and returns the command with
+    its arguments.
 
-    Parameters that are dataclasses are taken apart into their fields, but for those `left_out`, and put together again.
+    Parameters that are dataclasses are taken apart into their fields, but for those `left_out`, and
+    put together again.
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
-    whole: dict[str, Any] = {one.name: one.annotation for one in parameters if is_dataclass(one.annotation)}
+    whole: dict[str, Any] = {
+        one.name: one.annotation for one in parameters if is_dataclass(one.annotation)
+    }
     parts: dict[str, list[Field[Any]]] = {
-        name: [f for f in fields(kind) if f.metadata.get("on_line", True) and f.name not in left_out]
+        name: [
+            f for f in fields(kind) if f.metadata.get("on_line", True) and f.name not in left_out
+        ]
         for name, kind in whole.items()
     }
 

@@ -34,7 +34,9 @@ BAR_COLUMNS = 32
 BatchOption = Annotated[
     int | None,
     typer.Option(
-        "--batch", metavar="N", help="tokens/s for 1, 2, 4, ... N sequences at a time, each of the context"
+        "--batch",
+        metavar="N",
+        help="tokens/s for 1, 2, 4, ... N sequences at a time, each of the context",
     ),
 ]
 
@@ -46,7 +48,9 @@ def plan(model: Model, options: Options, batch: BatchOption = None, as_json: Jso
     """
     counts = counts_up_to(batch) if batch is not None else []
     if counts and options.draft is not None:
-        raise ValueError(f"batch={batch}: batches go without a draft; leave one of --batch and --draft out")
+        raise ValueError(
+            f"batch={batch}: batches go without a draft; leave one of --batch and --draft out"
+        )
     with Bars() as bars:
         path = find(model, options, bars)
         bars.spin(f"reading {model}")
@@ -70,7 +74,9 @@ def plan(model: Model, options: Options, batch: BatchOption = None, as_json: Jso
         return 0
     show(console(), prepared.skeleton, chosen, plans, drafted)
     if batches:
-        console().print(f"Several sequences at a time, of {chosen.overheads.context_tokens} tokens each")
+        console().print(
+            f"Several sequences at a time, of {chosen.overheads.context_tokens} tokens each"
+        )
         console().print(batch_table(batches))
     return 0
 
@@ -111,7 +117,10 @@ def _measured(prepared: "Prepared") -> Costs:
 
 
 def _drafted(prepared: "Prepared", planner: Planner, budget_bytes: int) -> "list[Option]":
-    """The plan with each draft that is possible; none where no draft is asked for. Measures what they cost."""
+    """The plan with each draft that is possible; none where no draft is asked for.
+
+    Measures what they cost.
+    """
     from flexinfer.draft.costs import measure_draft_costs
     from flexinfer.draft.drafter import draft_options
 
@@ -124,14 +133,20 @@ def _drafted(prepared: "Prepared", planner: Planner, budget_bytes: int) -> "list
         drafted,
         undrafted,
         budget_bytes,
-        lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype),
+        lambda: measure_draft_costs(
+            skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype
+        ),
     )
 
 
-def _batches(prepared: "Prepared", planner: Planner, budget_bytes: int, counts: Sequence[int]) -> list[Batch]:
-    """What so many sequences at a time give, each of the context. Measures what passes of so many rows cost.
+def _batches(
+    prepared: "Prepared", planner: Planner, budget_bytes: int, counts: Sequence[int]
+) -> list[Batch]:
+    """What so many sequences at a time give, each of the context. Measures what passes of so many
+    rows cost.
 
-    As `from_pretrained(..., context=sequences * context, logits_to_keep=sequences)` plans it. Raises ValueError for a mixture.
+    As `from_pretrained(..., context=sequences * context, logits_to_keep=sequences)` plans it.
+    Raises ValueError for a mixture.
     """
     from flexinfer.streaming.costs import measure_rows
 
@@ -140,7 +155,8 @@ def _batches(prepared: "Prepared", planner: Planner, budget_bytes: int, counts: 
         return []
     if skeleton.mixture is not None:
         raise ValueError(
-            "batch: this is a mixture of experts, whose reads depend on what sequences are routed to; plan it without --batch"
+            "batch: this is a mixture of experts, whose reads depend on what sequences are routed "
+            "to; plan it without --batch"
         )
     return plan_batches(
         counts,
@@ -165,7 +181,9 @@ def locked_by_role(weights: list[Weight], plan: Plan) -> list[dict[str, Any]]:
 
 
 def expert_facts(plan: Plan) -> dict[str, Any] | None:
-    """Of a mixture: bytes of all experts, of those that a token uses and of the cache, and the hits where routing is uniform."""
+    """Of a mixture: bytes of all experts, of those that a token uses and of the cache, and the hits
+    where routing is uniform.
+    """
     experts = plan.experts
     if experts is None:
         return None
@@ -187,7 +205,9 @@ def draft_facts(option: "Option") -> dict[str, Any]:
 
 
 def batch_facts(batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    """What each number of sequences takes and gives; the speed is None where the budget is too small."""
+    """What each number of sequences takes and gives; the speed is None where the budget is too
+    small.
+    """
     return [
         {
             "sequences": one.sequences,
@@ -205,7 +225,9 @@ def batch_facts(batches: Sequence[Batch]) -> list[dict[str, Any]]:
 
 def batch_table(batches: Sequence[Batch]) -> "Table":
     """tokens/s by the number of sequences."""
-    made = table("sequences", "KV and activations", "read per pass", "compute", "tokens/s predicted", left=0)
+    made = table(
+        "sequences", "KV and activations", "read per pass", "compute", "tokens/s predicted", left=0
+    )
     for one in batches:
         best = one is best_batch(batches)
         sizes = format_size(one.overheads.kv_bytes + one.overheads.activation_bytes)
@@ -213,8 +235,13 @@ def batch_table(batches: Sequence[Batch]) -> "Table":
         if one.plan is None:
             made.add_row(number, sizes, "", "", "does not fit")
             continue
-        read, compute = format_size(one.plan.streamed_bytes), f"{one.plan.costs.compute_s * 1e3:.0f} ms"
-        made.add_row(number, sizes, read, compute, f"{one.tokens_per_s:.3g}", style="bold" if best else "")
+        read, compute = (
+            format_size(one.plan.streamed_bytes),
+            f"{one.plan.costs.compute_s * 1e3:.0f} ms",
+        )
+        made.add_row(
+            number, sizes, read, compute, f"{one.tokens_per_s:.3g}", style="bold" if best else ""
+        )
     return made
 
 
@@ -249,10 +276,13 @@ def plan_facts(skeleton: "Skeleton", plan: Plan, plans: list[Plan]) -> dict[str,
 def show(
     screen: "Console", skeleton: "Skeleton", plan: Plan, plans: list[Plan], drafted: "list[Option]"
 ) -> None:
-    """`flexinfer plan` for people: a bar of the budget and tables; bars only where a terminal sees them."""
+    """`flexinfer plan` for people: a bar of the budget and tables; bars only where a terminal sees
+    them.
+    """
     name, parts = skeleton.checkpoint.path.name, budget_parts(plan)
     screen.print(
-        f"{name}: where {format_size(plan.budget_bytes)} go, for a context of {plan.overheads.context_tokens} tokens"
+        f"{name}: where {format_size(plan.budget_bytes)} go, for a context of "
+        f"{plan.overheads.context_tokens} tokens"
     )
     if screen.is_terminal:
         screen.print()
@@ -301,13 +331,19 @@ def locked_table(skeleton: "Skeleton", plan: Plan) -> "Table":
         made.add_row(row["role"], row["kind"], *sizes, f"{share:.0%}")
     if (experts := plan.experts) is not None:
         sizes = format_size(experts.total_bytes), f"cache {format_size(experts.cache_bytes)}"
-        name, hits = f"experts ({format_size(experts.token_bytes)} a token)", f"{experts.hit_rate:.0%} hits"
+        name, hits = (
+            f"experts ({format_size(experts.token_bytes)} a token)",
+            f"{experts.hit_rate:.0%} hits",
+        )
         made.add_row(name, "ffn", *sizes, hits)
     return made
 
 
 def speed_table(plan: Plan, plans: list[Plan], bars: bool) -> "Table":
-    """tokens/s over budgets. Bars: as far as it will go solid, as far as any system could go shaded."""
+    """tokens/s over budgets.
+
+    Bars: as far as it will go solid, as far as any system could go shaded.
+    """
     from rich.text import Text
 
     made = table("budget", "read per token", "tokens/s predicted", "bound", left=0)

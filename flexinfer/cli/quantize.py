@@ -18,9 +18,14 @@ from flexinfer.sizes import format_size
 
 TYPES = [kind.lower() for kind in KINDS]
 SOURCE = typer.Argument(
-    metavar="SRC", help="checkpoint directory, or Hub id", autocompletion=complete_model, show_default=False
+    metavar="SRC",
+    help="checkpoint directory, or Hub id",
+    autocompletion=complete_model,
+    show_default=False,
 )
-TARGET = typer.Argument(metavar="DST", help="directory of the copy; must not exist", show_default=False)
+TARGET = typer.Argument(
+    metavar="DST", help="directory of the copy; must not exist", show_default=False
+)
 TYPE = typer.Option(
     "--type",
     help=f"ggml's type of blocks: {', '.join(TYPES)}",
@@ -59,10 +64,14 @@ def quantize(
         return 0
     counts = Counter(tensor.kind for tensor in report.packed).most_common()
     print(
-        f"{report.path}: {format_size(report.source_bytes)} -> {format_size(report.nbytes)} in {report.seconds:.0f} s; "
+        f"{report.path}: {format_size(report.source_bytes)} -> {format_size(report.nbytes)} in "
+        f"{report.seconds:.0f} s; "
         f"{', '.join(f'{count} tensors {kind}' for kind, count in counts)}"
     )
-    print(f"largest relative error of a weight: {report.worst.relative_error:.4f} ({report.worst.name})")
+    print(
+        f"largest relative error of a weight: {report.worst.relative_error:.4f} "
+        f"({report.worst.name})"
+    )
     for name, reason in report.kept.items():
         print(f"left as it is: {name}: {reason}")
     reader = f"llama.cpp too ({report.architecture})" if report.architecture else "flexinfer"

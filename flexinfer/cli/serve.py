@@ -14,7 +14,8 @@ INSTALL = "pip install 'flexinfer[serve]'"
 Host = Annotated[str, typer.Option(help="where to listen; only this machine reaches the default")]
 Port = Annotated[int, typer.Option(help="0 takes a free one")]
 ApiKey = Annotated[
-    str | None, typer.Option(help="that requests have to bring ($FLEXINFER_API_KEY, or none, if left out)")
+    str | None,
+    typer.Option(help="that requests have to bring ($FLEXINFER_API_KEY, or none, if left out)"),
 ]
 Queue = Annotated[int, typer.Option(help="requests that may wait")]
 Grace = Annotated[float, typer.Option(metavar="SECONDS", help="after SIGTERM, for what runs")]
@@ -38,6 +39,8 @@ def serve(
             from flexinfer.serve import server
     except ImportError as error:
         raise ImportError(f"flexinfer serve needs {error.name}: {INSTALL}") from error
-    given = {one.name: getattr(options, one.name) for one in fields(options) if one.name != "tokenizer"}
+    given = {
+        one.name: getattr(options, one.name) for one in fields(options) if one.name != "tokenizer"
+    }
     server.serve(model, host=host, port=port, api_key=api_key, queue=queue, grace_s=grace, **given)
     return 0

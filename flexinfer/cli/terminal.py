@@ -1,4 +1,6 @@
-"""What the commands say: text to stdout, everything about it to stderr; colours and lines where a terminal sees them, else plain."""
+"""What the commands say: text to stdout, everything about it to stderr; colours and lines where a
+terminal sees them, else plain.
+"""
 
 import contextlib
 import logging
@@ -20,7 +22,9 @@ def note(text: str) -> None:
 
 
 def error(text: str) -> None:
-    """What went wrong, in one line; red on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    """What went wrong, in one line; red on a terminal, unless NO_COLOR is set
+    (https://no-color.org).
+    """
     import typer
 
     line = "error: " + " ".join(text.split())
@@ -52,7 +56,9 @@ def table(*columns: str, left: int = 1) -> "Table":
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, header_style="bold", pad_edge=False)
+    made = Table(
+        box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, header_style="bold", pad_edge=False
+    )
     for place, column in enumerate(columns):
         made.add_column(column, justify="left" if place < left else "right", overflow="fold")
     return made

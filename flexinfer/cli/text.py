@@ -1,4 +1,7 @@
-"""Making text: how it is decoded, a model loaded for it, and what it took. For generate and chat."""
+"""Making text: how it is decoded, a model loaded for it, and what it took.
+
+For generate and chat.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,15 +25,27 @@ if TYPE_CHECKING:
     from flexinfer.engine.prepare import ContextOf
 
 NEW_TOKENS = 256  # of a text, where nothing is said
-DRAFT_STATS = ("draft", "drafted", "accepted", "acceptance", "draft_s", "draft_predicted_tokens_per_s")
+DRAFT_STATS = (
+    "draft",
+    "drafted",
+    "accepted",
+    "acceptance",
+    "draft_s",
+    "draft_predicted_tokens_per_s",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
-    """How tokens are chosen: greedily, unless a temperature or top-p is given. Raises ValueError for what cannot be."""
+    """How tokens are chosen: greedily, unless a temperature or top-p is given.
+
+    Raises ValueError for what cannot be.
+    """
 
     max_new_tokens: int | None = option(
-        None, f"at most so many (default: {NEW_TOKENS}, or what the context has room for)", panel=DECODING
+        None,
+        f"at most so many (default: {NEW_TOKENS}, or what the context has room for)",
+        panel=DECODING,
     )
     temperature: float | None = option(
         None, "sample with this temperature (greedy if left out)", panel=DECODING
@@ -55,16 +70,23 @@ class Decoding:
         return self.max_new_tokens or NEW_TOKENS
 
     def keywords(self, room: int) -> dict[str, Any]:
-        """Keyword arguments of transformers' generate(), where the context has room for so many tokens."""
+        """Keyword arguments of transformers' generate(), where the context has room for so many
+        tokens.
+        """
         sample = bool(self.temperature) or self.top_p is not None
-        options: dict[str, Any] = {"max_new_tokens": min(self.new_tokens, room), "do_sample": sample}
+        options: dict[str, Any] = {
+            "max_new_tokens": min(self.new_tokens, room),
+            "do_sample": sample,
+        }
         if sample:
             options |= {"temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0}
         return options
 
 
 def find(model: str, options: Options, bars: Bars) -> Path:
-    """The checkpoint on this disk, fetched from the Hub if it is not there yet; with the Hub's own bars meanwhile."""
+    """The checkpoint on this disk, fetched from the Hub if it is not there yet; with the Hub's own
+    bars meanwhile.
+    """
     bars.spin(f"loading {model}")
     with held_back():
         # All libraries that a run needs.
@@ -82,7 +104,11 @@ def find(model: str, options: Options, bars: Bars) -> Path:
 
 @contextlib.contextmanager
 def loaded(
-    path: Path, options: Options, decoding: Decoding, bars: Bars, context_of: "ContextOf | None" = None
+    path: Path,
+    options: Options,
+    decoding: Decoding,
+    bars: Bars,
+    context_of: "ContextOf | None" = None,
 ) -> "Iterator[PreTrainedModel]":
     """The model of a checkpoint with its tokenizer, closed at the end of the block."""
     import torch
@@ -162,9 +188,11 @@ def engine_of(model: "PreTrainedModel") -> "Engine":
 
 
 def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
-    """What making this text took: the first token apart (it waits for the prompt), then the decoding, and its bottleneck.
+    """What making this text took: the first token apart (it waits for the prompt), then the
+    decoding, and its bottleneck.
 
-    `ratio` is passes per second over the bound of the budget; with more than one token a pass, tokens/s may exceed it.
+    `ratio` is passes per second over the bound of the budget; with more than one token a pass,
+    tokens/s may exceed it.
     """
     engine = engine_of(model)
     stats, plan = engine.stats(), engine.plan
@@ -182,7 +210,9 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
         "tokens_per_s": speed,
         "bytes_read": bytes_read,
         "read_bytes_per_s": decoding_bytes / decoding_s if decoding_bytes is not None else None,
-        "bytes_per_token": decoding_bytes / (tokens - counts[0]) if decoding_bytes is not None else None,
+        "bytes_per_token": decoding_bytes / (tokens - counts[0])
+        if decoding_bytes is not None
+        else None,
         "streamed_bytes_per_pass": plan.streamed_bytes,
         "total_bytes_per_pass": plan.total_bytes,
         "peak_bytes": stats["peak_bytes"],
@@ -197,7 +227,10 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
 
 def at_context(context: int) -> str:
     """What to say of a text that had no more room."""
-    return f"the text ends at the context of {context} tokens; start with a larger --context for a longer one"
+    return (
+        f"the text ends at the context of {context} tokens; start with a larger --context for a "
+        "longer one"
+    )
 
 
 def speed_line(result: dict[str, Any]) -> str:
@@ -221,10 +254,13 @@ def speed_line(result: dict[str, Any]) -> str:
             parts.append(f"{times:.3g} times the bound of one token a pass")
     if (draft := result.get("draft")) is not None:
         parts.append(
-            f"draft {draft['draft'] or 'none'}: {draft['accepted']} of {draft['drafted']} candidates accepted"
+            f"draft {draft['draft'] or 'none'}: {draft['accepted']} of {draft['drafted']} "
+            "candidates accepted"
         )
     if result["bytes_per_token"] is not None:
         parts.append(f"{format_size(result['bytes_per_token'])} read per token")
-    parts.append(f"peak {format_size(result['peak_bytes'])} of {format_size(result['budget_bytes'])}")
+    parts.append(
+        f"peak {format_size(result['peak_bytes'])} of {format_size(result['budget_bytes'])}"
+    )
     parts.append(f"limited by {result['bottleneck'].partition(':')[0]}")
     return ", ".join(parts)

@@ -62,7 +62,9 @@ class Entry:
         return ENCODING_OF[self.kind].nbytes(math.prod(self.shape))
 
 
-def lay_out(skeleton: Skeleton, kind: str, file: Path) -> tuple[dict[str, Entry], str | None, list[str]]:
+def lay_out(
+    skeleton: Skeleton, kind: str, file: Path
+) -> tuple[dict[str, Entry], str | None, list[str]]:
     """Write `file` without the weights' bytes; returns its tensors in order, llama.cpp's name of
     the model, and notes.
 
@@ -71,7 +73,9 @@ def lay_out(skeleton: Skeleton, kind: str, file: Path) -> tuple[dict[str, Entry]
     family = FAMILIES.get(skeleton.config.model_type)
     try:
         if family is None:
-            raise HeaderError(f"llama.cpp's header of a {skeleton.config.model_type} is not known here")
+            raise HeaderError(
+                f"llama.cpp's header of a {skeleton.config.model_type} is not known here"
+            )
         entries = _entries(skeleton, kind, family)
         notes = _write_header(file, skeleton, kind, family, entries)
         if lost := difference(skeleton.config, config_of(read_gguf(file))):
@@ -129,15 +133,21 @@ def _entries(skeleton: Skeleton, kind: str, family: Family | None) -> dict[str, 
     # Biases of experts among them.
     of_experts = {entry.parameter for entry in experts.values()}
     name_of = tensor_names(family.architecture, skeleton.model) if family else None
-    heads = {skeleton.specs[weight.name].name for weight in skeleton.weights if weight.kind == "head"}
-    head_kind = max(kind, HEAD_KIND, key=lambda name: TYPES[name].block_bytes / TYPES[name].block_elements)
+    heads = {
+        skeleton.specs[weight.name].name for weight in skeleton.weights if weight.kind == "head"
+    }
+    head_kind = max(
+        kind, HEAD_KIND, key=lambda name: TYPES[name].block_bytes / TYPES[name].block_elements
+    )
     entries = {}
     for parameter in _in_order_of_use(skeleton):
         if parameter in of_experts:
             continue
         name = name_of(parameter) if name_of else parameter
         if name is None:
-            raise HeaderError(f"llama.cpp's {family and family.architecture} has no name for {parameter}")
+            raise HeaderError(
+                f"llama.cpp's {family and family.architecture} has no name for {parameter}"
+            )
         wanted = head_kind if skeleton.specs[parameter].name in heads else kind
         entries[name] = _entry(skeleton, parameter, wanted, name if family else None)
     return entries | experts
@@ -165,7 +175,11 @@ def _entry(skeleton: Skeleton, parameter: str, kind: str, tensor: str | None) ->
     shape = _shape((spec, take))
     if len(shape) != 2 or (kernel is None and parameter != f"{skeleton.embedding_name}.weight"):
         # Numbers that are not weights are float32, as llama.cpp wants them.
-        plain = "F32" if spec.encoding.is_float else {"U8": "I8", "BOOL": "I8"}.get(spec.dtype, spec.dtype)
+        plain = (
+            "F32"
+            if spec.encoding.is_float
+            else {"U8": "I8", "BOOL": "I8"}.get(spec.dtype, spec.dtype)
+        )
         return Entry(parameter, plain, shape, [(spec, take)])
     packed, kept = _packed(kind, shape[-1])
     if packed is None and tensor is None:
@@ -260,7 +274,11 @@ def blocks(parts: Iterable[Part], weights: int) -> Iterator[Callable[[], torch.T
         step = max(1, weights // max(1, math.prod(rest)))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield partial(_read, spec, start, stop) if whole is None else partial(_rows, whole, start, stop)
+            yield (
+                partial(_read, spec, start, stop)
+                if whole is None
+                else partial(_rows, whole, start, stop)
+            )
 
 
 def _rows(whole: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -86,11 +86,17 @@ def add_model(writer: GGUFWriter, config: PretrainedConfig, family: Family) -> N
         "rope.freq_base": rope.get("rope_theta"),
         "rope.freq_base_swa": ropes.get("sliding_attention", {}).get("rope_theta"),
     }
-    known = {key: facts.get(theirs, getattr(config, theirs, None)) for key, theirs in family.keys.items()}
+    known = {
+        key: facts.get(theirs, getattr(config, theirs, None)) for key, theirs in family.keys.items()
+    }
     values |= {key: value for key, value in known.items() if value is not None}
     for key, value in (values | family.only | _scaling(rope)).items():
         if value is not None:
-            add(writer, f"{family.architecture}.{key}", float(value) if key.endswith(RATIOS) else value)
+            add(
+                writer,
+                f"{family.architecture}.{key}",
+                float(value) if key.endswith(RATIOS) else value,
+            )
 
 
 def add(writer: GGUFWriter, key: str, value: bool | int | float | str) -> None:
@@ -121,7 +127,10 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, npt.NDArray[np.float32]]
     rope = ropes.get("full_attention", ropes)
     kind = rope.get("rope_type")
     if kind == "longrope":
-        rows = {f"rope_factors_{length}.weight": rope[f"{length}_factor"] for length in ("long", "short")}
+        rows = {
+            f"rope_factors_{length}.weight": rope[f"{length}_factor"]
+            for length in ("long", "short")
+        }
     elif kind == "llama3":
         rotated = facts.get("head_dim") or config.hidden_size // config.num_attention_heads
         rows = {"rope_freqs.weight": llama3_divisors(rope, rope["rope_theta"], rotated)}
@@ -146,7 +155,10 @@ def difference(config: PretrainedConfig, read: Mapping[str, Any]) -> str | None:
 
 def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
-        pairs = ([side.get(key, ROPE_DEFAULTS.get(key)) for side in (one, other)] for key in {*one, *other})
+        pairs = (
+            [side.get(key, ROPE_DEFAULTS.get(key)) for side in (one, other)]
+            for key in {*one, *other}
+        )
         return all(_alike(*pair) for pair in pairs)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_alike, one, other))

@@ -60,16 +60,22 @@ def _add_tokens(writer: GGUFWriter, file: Path, vocab_size: int) -> tuple[bool, 
     writer.add_token_types([int(kinds.get(i, TokenType.UNUSED)) for i in range(vocab_size)])
     if not falls_back:
         writer.add_tokenizer_pre(name or "default")
-        note = "llama.cpp has no name for how the tokenizer cuts text: there it is cut as GPT-2 does"
+        note = (
+            "llama.cpp has no name for how the tokenizer cuts text: there it is cut as GPT-2 does"
+        )
         return False, [] if name else [note]
     rank = {merge.replace(" ", ""): -float(i) for i, merge in reversed(list(enumerate(merged)))}
-    writer.add_token_scores([rank.get(token_of.get(i, ""), -float(len(merged))) for i in range(vocab_size)])
+    writer.add_token_scores(
+        [rank.get(token_of.get(i, ""), -float(len(merged))) for i in range(vocab_size)]
+    )
     steps = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]).lower()
     writer.add_add_space_prefix("prepend" in steps.replace('"prepend_scheme": "never"', ""))
     return True, []
 
 
-def _tokens(tokenizer: dict[str, Any], falls_back: bool) -> tuple[dict[str, int], dict[int, TokenType]]:
+def _tokens(
+    tokenizer: dict[str, Any], falls_back: bool
+) -> tuple[dict[str, int], dict[int, TokenType]]:
     """The number of each token, and the kind of each number."""
     model = tokenizer["model"]
     ids: dict[str, int] = dict(model["vocab"])
@@ -78,7 +84,9 @@ def _tokens(tokenizer: dict[str, Any], falls_back: bool) -> tuple[dict[str, int]
         ids[added["content"]] = added["id"]
         kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     if falls_back:
-        kinds |= {n: TokenType.BYTE for token, n in ids.items() if len(token) == 6 and token[:3] == "<0x"}
+        kinds |= {
+            n: TokenType.BYTE for token, n in ids.items() if len(token) == 6 and token[:3] == "<0x"
+        }
         if model.get("unk_token") in ids:
             kinds[ids[model["unk_token"]]] = TokenType.UNKNOWN
     return ids, kinds

@@ -60,11 +60,13 @@ DEFAULT_KIND = "Q4_K"
 
 BLOCK_WEIGHTS = 1 << 20  # quantised at a time
 
-MARGIN_BYTES = 64 << 20  # of the disk that stay free: header, tokenizer files, the file system's own
+# Of the disk that stay free: header, tokenizer files, the file system's own.
+MARGIN_BYTES = 64 << 20
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-STATE_FILE = "quantize_state.json"  # in DST.partial: what it is made of, then a line for each finished tensor
+# In DST.partial: what it is made of, then a line for each finished tensor.
+STATE_FILE = "quantize_state.json"
 
 REPORT_FILE = "quantize_report.json"
 
@@ -111,7 +113,9 @@ class Report:
 Done = list[TensorReport | None]
 
 
-def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progress: bool = True) -> Report:
+def quantize(
+    src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progress: bool = True
+) -> Report:
     """Write a copy of checkpoint directory `src` in ggml's blocks to directory `dst`, which must
     not exist yet.
 
@@ -131,7 +135,9 @@ def quantize(src: str | Path, dst: str | Path, kind: str = DEFAULT_KIND, progres
         try:
             fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise QuantizeError(f"{partial}: another run is writing it; wait for it to finish") from error
+            raise QuantizeError(
+                f"{partial}: another run is writing it; wait for it to finish"
+            ) from error
         entries, architecture, notes = lay_out(skeleton, kind, partial / HEADER_FILE)
         kept = {entry.parameter: entry.kept for entry in entries.values() if entry.kept}
         if not any(entry.kind in TYPES for entry in entries.values()):
@@ -163,13 +169,16 @@ def _open(src: Path, dst: Path, kind: str) -> Skeleton:
     if kind not in KINDS:
         raise QuantizeError(f"type {kind!r}: there are {', '.join(KINDS).lower()}")
     if dst.suffix.lower() == ".gguf":
-        raise QuantizeError(f"{dst}: DST is a directory, the file in it is {MODEL_FILE}; leave .gguf out")
+        raise QuantizeError(
+            f"{dst}: DST is a directory, the file in it is {MODEL_FILE}; leave .gguf out"
+        )
     if dst.exists():
         raise QuantizeError(f"{dst}: exists already; choose another directory, or remove it first")
     source = open_checkpoint(src)
     if source.in_gguf:
         raise QuantizeError(
-            f"{src}: a GGUF file runs as it is; to make a smaller copy, start from the original checkpoint"
+            f"{src}: a GGUF file runs as it is; to make a smaller copy, start from the original "
+            "checkpoint"
         )
     skeleton = build_skeleton(source)
     specs = skeleton.specs
@@ -209,7 +218,9 @@ def _resume(state: TextIO, source: Checkpoint, partial: Path) -> Done:
     with header.open("rb") as stream:
         first = min(spec.offset_bytes for spec in read_gguf(header).tensors.values())
         digest = hashlib.sha256(stream.read(first)).hexdigest()
-    files = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
+    files = {
+        str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files
+    }
     facts = {"header": digest, "files": files}
     state.seek(0)
     lines = [line for line in state if line.endswith("\n")]
@@ -240,20 +251,30 @@ def _write_missing(
     state: TextIO,
     progress: bool,
 ) -> None:
-    """Write the entries that are not done yet to their places, and note each in `done` and `state`."""
+    """Write the entries that are not done yet, and note each in `done` and `state`."""
     names = list(entries)[len(done) :]
     total_bytes = sum(entry.nbytes for entry in entries.values())
     missing_bytes = sum(entries[name].nbytes for name in names)
     check_free_disk(partial, missing_bytes)
     # disable=None: no bar where stderr is no terminal.
     bar = tqdm(
-        desc="quantize", unit="B", unit_scale=True, disable=None if progress else True, total=total_bytes
+        desc="quantize",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+        total=total_bytes,
     )
     bar.update(total_bytes - missing_bytes)
-    with bar, _one_thread_each() as pool, (partial / UNFINISHED_FILE).open("r+b", buffering=0) as file:
+    with (
+        bar,
+        _one_thread_each() as pool,
+        (partial / UNFINISHED_FILE).open("r+b", buffering=0) as file,
+    ):
         for name in names:
             with _full_disk_explained(partial, missing_bytes):
-                done.append(_write(file, entries[name], places[name].offset_bytes, pool, bar.update))
+                done.append(
+                    _write(file, entries[name], places[name].offset_bytes, pool, bar.update)
+                )
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 print(json.dumps(done[-1] and asdict(done[-1])), file=state, flush=True)
@@ -332,7 +353,9 @@ def _finish(partial: Path, src: Path, report: Report) -> None:
     for file in src.iterdir():
         if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in NOT_COPIED:
             shutil.copyfile(file, partial / file.name)
-    config = {key: value for key, value in read_json(src / "config.json").items() if key != "torch_dtype"}
+    config = {
+        key: value for key, value in read_json(src / "config.json").items() if key != "torch_dtype"
+    }
     facts: dict[str, Any] = asdict(report) | {"path": str(report.path)}
     for name, value in ((REPORT_FILE, facts), ("config.json", config | {"dtype": "float32"})):
         (partial / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -350,7 +373,11 @@ def _full_disk_explained(partial: Path, missing_bytes: int) -> Iterator[None]:
         if error.errno not in DISK_FULL:
             raise
         short_bytes = missing_bytes + MARGIN_BYTES - free_disk_bytes(partial)
-        short = f"{short_bytes} bytes ({format_size(short_bytes)}) are missing; " if short_bytes > 0 else ""
+        short = (
+            f"{short_bytes} bytes ({format_size(short_bytes)}) are missing; "
+            if short_bytes > 0
+            else ""
+        )
         raise QuantizeError(
             f"{partial}: {error.strerror}: {short}make room there and give the same command again, "
             "it goes on after the last finished tensor"
@@ -364,12 +391,14 @@ def free_disk_bytes(directory: Path) -> int:
 
 
 def check_free_disk(directory: Path, needed_bytes: int) -> None:
-    """Raises QuantizeError when `needed_bytes` and a margin do not fit on the disk of `directory`."""
+    """Raises QuantizeError when `needed_bytes` and a margin do not fit on that disk."""
     free_bytes = free_disk_bytes(directory)
     short_bytes = needed_bytes + MARGIN_BYTES - free_bytes
     if short_bytes > 0:
         raise QuantizeError(
-            f"{directory}: needs {format_size(needed_bytes)} and {format_size(MARGIN_BYTES)} to spare, "
-            f"{format_size(free_bytes)} are free: {short_bytes} bytes ({format_size(short_bytes)}) are missing; "
+            f"{directory}: needs {format_size(needed_bytes)} and {format_size(MARGIN_BYTES)} to "
+            "spare, "
+            f"{format_size(free_bytes)} are free: {short_bytes} bytes ({format_size(short_bytes)}) "
+            "are missing; "
             "make room there, or choose a directory on another disk"
         )

@@ -1,12 +1,15 @@
-"""Who drafts candidates, and how they reach transformers: as the `assistant_model` of its `generate()`.
+"""Who drafts candidates, and how they reach transformers: as the `assistant_model` of its
+`generate()`.
 
-transformers' assisted generation keeps of the candidates those that the model would have chosen itself (greedy), or accepts and redraws
-them so that the distribution is the model's own (sampling; Leviathan et al., arXiv 2211.17192, algorithm 1). Nothing of that verification is
-here: `Assistant` has the few attributes of a model that generation asks of one, and hands candidates in.
+transformers' assisted generation keeps of the candidates those that the model would have chosen
+itself (greedy), or accepts and redraws them so that the distribution is the model's own (sampling;
+Leviathan et al., arXiv 2211.17192, algorithm 1). Nothing of that verification is here: `Assistant`
+has the few attributes of a model that generation asks of one, and hands candidates in.
 
-The model itself drafts with the KV cache of the text, cropped afterwards: the passes that verify write true keys and values over
-those of its candidates. A small model keeps a cache of its own. transformers wants at least one candidate of every assistant: where nothing in
-the text is found, the last token once more.
+The model itself drafts with the KV cache of the text, cropped afterwards: the passes that verify
+write true keys and values over those of its candidates. A small model keeps a cache of its own.
+transformers wants at least one candidate of every assistant: where nothing in the text is found,
+the last token once more.
 """
 
 import inspect
@@ -21,13 +24,16 @@ from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTr
 
 from flexinfer.draft.economics import Pace, looked_up
 
-Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of transformers: ids and scores to scores
+# Of transformers: ids and scores to scores.
+Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Assistant:
-    """Candidates of one text that stand in it already, as `assistant_model` of transformers' `generate()`.
+    """Candidates of one text that stand in it already, as `assistant_model` of transformers'
+    `generate()`.
 
-    Of a model it has what assisted generation asks for (transformers 5.24): `config`, `generation_config`, `device`, `generate`.
+    Of a model it has what assisted generation asks for (transformers 5.24): `config`,
+    `generation_config`, `device`, `generate`.
     """
 
     device = torch.device("cpu")
@@ -58,7 +64,9 @@ class Assistant:
         attention_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> SimpleNamespace:
-        """At least one candidate after input_ids [1, tokens], and the scores [1, vocab] that each was drawn from."""
+        """At least one candidate after input_ids [1, tokens], and the scores [1, vocab] that each
+        was drawn from.
+        """
         ids = input_ids[0].tolist()
         self._see_what_became(ids)
         most = min(max_new_tokens, self._pace.candidates())
@@ -68,13 +76,17 @@ class Assistant:
         return SimpleNamespace(sequences=sequences, scores=tuple(scores), cache=None)
 
     def _see_what_became(self, ids: list[int]) -> None:
-        """Tell the pace how many of the last candidates are in the text now, and how long their pass took; the first pass is that of
-        the prompt, and tells nothing."""
+        """Tell the pace how many of the last candidates are in the text now, and how long their
+        pass took; the first pass is that of the prompt, and tells nothing.
+        """
         if self._rounds < 2:
             return
         self._pace.took(pass_s=perf_counter() - self._began_s, rows=len(self._drafted) + 1)
         kept, accepted = ids[self._start :], 0
-        while accepted < min(len(self._drafted), len(kept) - 1) and kept[accepted] == self._drafted[accepted]:
+        while (
+            accepted < min(len(self._drafted), len(kept) - 1)
+            and kept[accepted] == self._drafted[accepted]
+        ):
             accepted += 1
         if not self._guessed:
             self._pace.saw(len(self._drafted), accepted)
@@ -95,7 +107,9 @@ class Assistant:
 
 
 class ModelAssistant(Assistant):
-    """Candidates that a model drafts: the one that they are for, or a small one with a cache of its own."""
+    """Candidates that a model drafts: the one that they are for, or a small one with a cache of its
+    own.
+    """
 
     def __init__(
         self,
@@ -118,10 +132,14 @@ class ModelAssistant(Assistant):
         logits_processor: Sequence[Process],
         mask: torch.Tensor | None,
     ) -> list[torch.Tensor]:
-        """The cache is as long afterwards as before; one of its own holds what it has read of the text."""
+        """The cache is as long afterwards as before; one of its own holds what it has read of the
+        text.
+        """
         cache = self._cache()
         expected = input_ids.shape[1] - 1  # tokens that passes have read
-        if cache is None or (not self._own and (self._rounds == 0 or cache.get_seq_length() != expected)):
+        if cache is None or (
+            not self._own and (self._rounds == 0 or cache.get_seq_length() != expected)
+        ):
             # The prompt has not been read yet, or this thread has begun another text in between.
             return super()._draft(input_ids, most, generation_config, logits_processor, mask)
         ends = generation_config.eos_token_id
@@ -135,7 +153,10 @@ class ModelAssistant(Assistant):
             for _ in range(most):
                 start_s, new = perf_counter(), ids[:, cache.get_seq_length() :]
                 logits = self._model(
-                    input_ids=new, cache=cache, use_cache=True, **self._placed(ids, new.shape[1], mask)
+                    input_ids=new,
+                    cache=cache,
+                    use_cache=True,
+                    **self._placed(ids, new.shape[1], mask),
                 ).logits[:, -1]
                 logits = logits.float()
                 for process in logits_processor:
@@ -155,8 +176,12 @@ class ModelAssistant(Assistant):
             cache.crop(length - cache.get_seq_length())
         return scores
 
-    def _placed(self, ids: torch.Tensor, new_tokens: int, mask: torch.Tensor | None) -> dict[str, Any]:
-        """Arguments of a pass over the last `new_tokens` of ids [1, tokens]; mask: of the prompt, where it is padded."""
+    def _placed(
+        self, ids: torch.Tensor, new_tokens: int, mask: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Arguments of a pass over the last `new_tokens` of ids [1, tokens]; mask: of the prompt,
+        where it is padded.
+        """
         model: Any = self._model
         told: dict[str, Any] = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         if mask is not None:

@@ -20,7 +20,8 @@ def measure_draft_costs(
     dtype: torch.dtype,
     memory_bytes: int = CACHE_BYTES,
 ) -> DraftCosts:
-    """What passes of several rows take, and a draft pass: by `substitutes` of the weights, or a model with `model_share` of them.
+    """What passes of several rows take, and a draft pass: by `substitutes` of the weights, or a
+    model with `model_share` of them.
 
     As `measure_costs`: from one piece of each role, in at most `memory_bytes` or two pieces.
     """
@@ -33,7 +34,9 @@ def measure_draft_costs(
             if weight.role not in seconds:
                 substitute = substitutes[weight.name]
                 nbytes = substitute.view(buffer, 0, rows).nbytes
-                seconds[weight.role] = kernel_s(substitute, rows, nbytes, dtype, buffer) / piece.nbytes
+                seconds[weight.role] = (
+                    kernel_s(substitute, rows, nbytes, dtype, buffer) / piece.nbytes
+                )
             draft_s += weight.nbytes * seconds[weight.role]
     alone_s = rows_s[0][1]
     return DraftCosts(rows_s, draft_s or model_share * alone_s, alone_s)

@@ -1,4 +1,6 @@
-"""Drafts for the texts of one model: chooses what drafts, hands it to `generate()`, and follows what comes of it."""
+"""Drafts for the texts of one model: chooses what drafts, hands it to `generate()`, and follows
+what comes of it.
+"""
 
 import logging
 from collections.abc import Callable
@@ -44,9 +46,14 @@ logger = logging.getLogger("flexinfer")
 
 
 def draft_options(
-    drafts: Drafts, drafted: Planner, undrafted: Planner, budget_bytes: int, measure: Callable[[], DraftCosts]
+    drafts: Drafts,
+    drafted: Planner,
+    undrafted: Planner,
+    budget_bytes: int,
+    measure: Callable[[], DraftCosts],
 ) -> list[Option]:
-    """The draft that was asked for, or with "auto" all that the budget has room for, no draft among them.
+    """The draft that was asked for, or with "auto" all that the budget has room for, no draft among
+    them.
 
     Args:
         drafted: plans with the overheads of a draft.
@@ -65,22 +72,39 @@ def draft_options(
 
 
 def choose_draft(
-    drafts: Drafts, drafted: Planner, undrafted: Planner, budget_bytes: int, measure: Callable[[], DraftCosts]
+    drafts: Drafts,
+    drafted: Planner,
+    undrafted: Planner,
+    budget_bytes: int,
+    measure: Callable[[], DraftCosts],
 ) -> tuple[Planner, DraftCosts]:
-    """Of `draft_options` the one of most tokens per second: sets `drafts.kind` and `type`. Returns its planner, and what it costs."""
+    """Of `draft_options` the one of most tokens per second: sets `drafts.kind` and `type`.
+
+    Returns its planner, and what it costs.
+    """
     found = draft_options(drafts, drafted, undrafted, budget_bytes, measure)
     best = max(found, key=lambda option: option.tokens_per_s)
     drafts.kind, drafts.type = best.kind, best.type
     if drafts.auto:
-        speeds = ", ".join(f"{one.kind or 'none'} {one.type} {one.tokens_per_s:.3g}" for one in found)
+        speeds = ", ".join(
+            f"{one.kind or 'none'} {one.type} {one.tokens_per_s:.3g}" for one in found
+        )
         logger.info("draft %s: tokens/s expected: %s", best.kind or "none", speeds)
     if best.kind is None:
         return undrafted, best.costs
-    return replace(drafted, substitutes=drafts.substitutes if best.kind == "substitute" else None), best.costs
+    return replace(
+        drafted, substitutes=drafts.substitutes if best.kind == "substitute" else None
+    ), best.costs
 
 
 def substitute_source(
-    drafts: Drafts, skeleton: Skeleton, planner: Planner, reader: FileReader, trace: Trace, *, direct: bool
+    drafts: Drafts,
+    skeleton: Skeleton,
+    planner: Planner,
+    reader: FileReader,
+    trace: Trace,
+    *,
+    direct: bool,
 ) -> SubstituteSource:
     """Where substitutes come from; makes their file, where there is to be one."""
     weights, kernels = skeleton.weights, skeleton.kernels
@@ -94,7 +118,9 @@ def substitute_source(
             return maker
     if not file.exists:
         where, size = file.path.parent, format_size(file.nbytes)
-        logger.warning("making the draft's substitute (%s), once: %s in %s", drafts.type, size, where)
+        logger.warning(
+            "making the draft's substitute (%s), once: %s in %s", drafts.type, size, where
+        )
     file.make(maker, trace.progress)
     file.open(direct=direct)
     return file
@@ -111,16 +137,23 @@ class Drafter:
         self.pace: Pace | None = None
 
     def planned(self, plan: Plan) -> DraftPlan | None:
-        """What the draft gives in addition to `plan`; None where "auto" has found that none pays."""
+        """What the draft adds to `plan`; None where "auto" has found that none pays."""
         if self.drafts.kind is None:
             return None
         acceptance = self.pace.acceptance if self.pace is not None else None
         return self.drafts.planned(plan, plan.costs, self._costs, acceptance)
 
     def generate(
-        self, runner: Any, model: PreTrainedModel, generate: Callable[..., Any], *args: Any, **kwargs: Any
+        self,
+        runner: Any,
+        model: PreTrainedModel,
+        generate: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """transformers' `generate` with the draft handed in, where it can be: one text, no beams, a cache, and no other draft."""
+        """transformers' `generate` with the draft handed in, where it can be: one text, no beams, a
+        cache, and no other draft.
+        """
         plan = runner.store.plan.draft
         if plan is None or not self.drafts.serves(model, args, kwargs):
             return generate(*args, **kwargs)
@@ -131,7 +164,9 @@ class Drafter:
         def cache_of_text() -> DynamicCache | None:
             return runner.text.cache() if runner.text.cache is not None else None
 
-        assistant = self.drafts.assistant(model, self.pace, runner.store.running_drafts, cache_of_text)
+        assistant = self.drafts.assistant(
+            model, self.pace, runner.store.running_drafts, cache_of_text
+        )
         runner.text.passes = 0
         output = generate(*args, **kwargs | {"assistant_model": assistant})
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -143,7 +178,9 @@ class Drafter:
         return output
 
     def _reconsider(self, runner: Any) -> None:
-        """Let go of a substitute that does not pay by what has been seen, and lock more instead ("auto")."""
+        """Let go of a substitute that does not pay by what has been seen, and lock more instead
+        ("auto").
+        """
         pace = self.pace
         assert pace is not None
         with runner.store.lock:
@@ -156,7 +193,8 @@ class Drafter:
                 self.drafts.kind, self.pace = "substitute", pace
                 return
             logger.info(
-                "draft: %.2f of its candidates are accepted, too few; weights are locked in its memory instead",
+                "draft: %.2f of its candidates are accepted, too few; weights are locked in its "
+                "memory instead",
                 pace.acceptance,
             )
             runner.replan(without)
@@ -165,7 +203,9 @@ class Drafter:
         """Draft statistics of the texts that `generate()` made."""
         trace, pace, draft = self._trace, self.pace, plan.draft
         seconds = trace.pass_s + trace.draft_s
-        predicted = pace.predicted_tokens_per_s() if pace else draft and draft.predicted_tokens_per_s
+        predicted = (
+            pace.predicted_tokens_per_s() if pace else draft and draft.predicted_tokens_per_s
+        )
         return {
             "draft": self.drafts.kind,
             "drafted": trace.drafted,
@@ -175,12 +215,15 @@ class Drafter:
             "draft_s": trace.draft_s,
             "acceptance": pace.acceptance if pace else draft and draft.acceptance,
             "draft_predicted_tokens_per_s": predicted,
-            "times_bound": trace.texts_tokens / seconds / plan.bound_tokens_per_s if seconds else 0.0,
+            "times_bound": trace.texts_tokens / seconds / plan.bound_tokens_per_s
+            if seconds
+            else 0.0,
         }
 
 
 def draft_that_pays(planner: Planner, plan: Plan, kernels: dict[str, Kernel]) -> DraftPlan | None:
-    """The draft that would give at least half as many tokens per second again, by a cautious estimate, for a model without one.
+    """The draft that would give at least half as many tokens per second again, by a cautious
+    estimate, for a model without one.
 
     None where none would, or where passes are as fast as people read.
     """
@@ -196,5 +239,7 @@ def draft_that_pays(planner: Planner, plan: Plan, kernels: dict[str, Kernel]) ->
     bits = next(iter(of_ggml.values())).type
     acceptance = acceptance_of(8 * bits.block_bytes / bits.block_elements)
     costs = rough_costs(planner.costs.compute_s)
-    found = plan_draft(drafted, planner.costs, costs, "substitute", DEFAULT_TYPE, acceptance, range(1, 9))
+    found = plan_draft(
+        drafted, planner.costs, costs, "substitute", DEFAULT_TYPE, acceptance, range(1, 9)
+    )
     return found if found.predicted_tokens_per_s > 1.5 * plan.predicted_tokens_per_s else None

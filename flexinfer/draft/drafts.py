@@ -1,4 +1,6 @@
-"""What can draft for a model, and what does: a substitute of its streamed weights, a small model, or the text so far."""
+"""What can draft for a model, and what does: a substitute of its streamed weights, a small model,
+or the text so far.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -50,7 +52,9 @@ class Option:
     def tokens_per_s(self) -> float:
         """As planned."""
         draft = self.plan.draft
-        return draft.predicted_tokens_per_s if draft is not None else self.plan.predicted_tokens_per_s
+        return (
+            draft.predicted_tokens_per_s if draft is not None else self.plan.predicted_tokens_per_s
+        )
 
 
 class Drafts:
@@ -83,9 +87,12 @@ class Drafts:
 
     def _add(self, type: str, skeleton: Skeleton) -> None:
         if skeleton.experts is not None or not skeleton.weights:
-            what = "a mixture of experts" if skeleton.experts is not None else "kept in memory whole"
+            what = (
+                "a mixture of experts" if skeleton.experts is not None else "kept in memory whole"
+            )
             raise DraftError(
-                f"draft='substitute': {skeleton.checkpoint.path.name} is {what}, of which no substitute is made; "
+                f"draft='substitute': {skeleton.checkpoint.path.name} is {what}, of which no "
+                "substitute is made; "
                 "use draft='lookup', or a small model"
             )
         kernels = substitute_kernels(skeleton.weights, skeleton.kernels, type, skeleton.dtype)
@@ -97,21 +104,27 @@ class Drafts:
         found = open_checkpoint(resolve(choice.model))
         if found.in_gguf:
             raise DraftError(
-                f"draft={str(choice.model)!r}: a draft model has to be in safetensors, this is a GGUF file"
+                f"draft={str(choice.model)!r}: a draft model has to be in safetensors, this is a "
+                "GGUF file"
             )
         vocab = load_config(found).get_text_config().vocab_size
         if vocab != self._vocab:
             raise DraftError(
-                f"draft={str(choice.model)!r}: has a vocabulary of {vocab} tokens and the model one of {self._vocab}; a draft model "
+                f"draft={str(choice.model)!r}: has a vocabulary of {vocab} tokens and the model "
+                f"one of {self._vocab}; a draft model "
                 "needs the model's tokenizer"
             )
         self._small = resident_skeleton(found, self._dtype)
         numbers = sum(spec.nbytes for spec in found.tensors.values())
-        self.model_share = numbers / max(1, sum(spec.nbytes for spec in skeleton.checkpoint.tensors.values()))
+        self.model_share = numbers / max(
+            1, sum(spec.nbytes for spec in skeleton.checkpoint.tensors.values())
+        )
 
     @property
     def kernels(self) -> dict[str, GgmlKernel]:
-        """What multiplies substitutes of the present type, by the name of the weight; none where there are none."""
+        """What multiplies substitutes of the present type, by the name of the weight; none where
+        there are none.
+        """
         return self._kernels.get(self.type, {})
 
     @property
@@ -125,10 +138,12 @@ class Drafts:
         costs: Costs,
         measure: Callable[[], DraftCosts],
     ) -> list["Option"]:
-        """The draft that was asked for, or with "auto" all those that the budget has room for, none at all among them.
+        """The draft that was asked for, or with "auto" all those that the budget has room for, none
+        at all among them.
 
-        plan_with: divides the budget, with substitutes of what is streamed or without. measure: costs with the kernels of the present type.
-        Raises BudgetError where there is no room for the one that was asked for.
+        plan_with: divides the budget, with substitutes of what is streamed or without. measure:
+        costs with the kernels of the present type. Raises BudgetError where there is no room for
+        the one that was asked for.
         """
         asked = [(self.kind, self.type)]
         if self.auto:
@@ -151,18 +166,25 @@ class Drafts:
             if self.type not in costs_of:
                 costs_of[self.type] = measure()
             draft = self.planned(plan, costs, costs_of[self.type]) if self.kind else None
-            found.append(Option(self.kind, self.type, costs_of[self.type], replace(plan, draft=draft)))
+            found.append(
+                Option(self.kind, self.type, costs_of[self.type], replace(plan, draft=draft))
+            )
         return found
 
     def fit(self, budget_bytes: int) -> int:
-        """Bound the number of candidates by the memory that their scores may take, and return it."""
+        """Bound the number of candidates by the memory of their scores, and return it."""
         if self.choice.candidates is None:
-            while self.most > 1 and self.most * self._vocab * SCORES_BYTES > SCORES_SHARE * budget_bytes:
+            while (
+                self.most > 1
+                and self.most * self._vocab * SCORES_BYTES > SCORES_SHARE * budget_bytes
+            ):
                 self.most //= 2
         return self.most
 
     def bytes_beside(self, context: int) -> int:
-        """Memory for scores of candidates, and for a small model with its cache of `context` tokens."""
+        """Memory for scores of candidates, and for a small model with its cache of `context`
+        tokens.
+        """
         if self._small is not None and context not in self._bytes:
             self._bytes[context] = whole_model_bytes(self._small, context)
         return self.most * self._vocab * SCORES_BYTES + self._bytes.get(context, 0)
@@ -188,7 +210,13 @@ class Drafts:
             counts = range(self.choice.candidates, self.choice.candidates + 1)
         type = self.type if in_few_bits else None
         return plan_draft(
-            plan, costs, draft_costs, self.kind, type, acceptance or ACCEPTANCE_OF[self.kind], counts
+            plan,
+            costs,
+            draft_costs,
+            self.kind,
+            type,
+            acceptance or ACCEPTANCE_OF[self.kind],
+            counts,
         )
 
     def assistant(
@@ -198,7 +226,9 @@ class Drafts:
         drafting: Callable[[], AbstractContextManager[None]],
         cache_of_text: Callable[[], DynamicCache | None],
     ) -> "Assistant":
-        """Who drafts the next text of `model`. drafting: entered while it does. cache_of_text: the one that a pass of it has left."""
+        """Who drafts the next text of `model`. drafting: entered while it does. cache_of_text: the
+        one that a pass of it has left.
+        """
         if self.kind == "lookup":
             return Assistant(model.config, pace)
         if self.model is None:
@@ -207,7 +237,9 @@ class Drafts:
         return ModelAssistant(self.model, pace, drafting, lambda: own, own=True)
 
     def serves(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call of `generate` can have a draft: one text as token ids, no beams, a cache, and no way of its own."""
+        """Whether a call of `generate` can have a draft: one text as token ids, no beams, a cache,
+        and no way of its own.
+        """
         config = kwargs.get("generation_config") or model.generation_config
 
         def told(name: str) -> Any:

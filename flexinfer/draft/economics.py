@@ -1,12 +1,15 @@
-"""Drafts: several tokens for each pass over the weights, with the same output. What they give, and how many candidates: pure functions.
+"""Drafts: several tokens for each pass over the weights, with the same output. What they give, and
+how many candidates: pure functions.
 
-A draft proposes candidates, and one pass over the true weights computes the logits of all of them (flexinfer.assistant). It is the model
-itself with a low-bit substitute of its streamed rows (flexinfer.streaming.substitute), a small resident model of the same tokenizer, or what
-stands in the text already.
+A draft proposes candidates, and one pass over the true weights computes the logits of all of them
+(flexinfer.assistant). It is the model itself with a low-bit substitute of its streamed rows
+(flexinfer.streaming.substitute), a small resident model of the same tokenizer, or what stands in
+the text already.
 
-Cost model. A candidate is accepted with probability a if those before it were, so k of them give (1 - a^(k+1)) / (1 - a) tokens; that
-takes k draft passes and one pass over the weights of k + 1 rows. `best_candidates` takes the k of most tokens per second; `Pace` follows
-acceptance and seconds as they are seen. Not done: trees of candidates.
+Cost model. A candidate is accepted with probability a if those before it were, so k of them give (1
+- a^(k+1)) / (1 - a) tokens; that takes k draft passes and one pass over the weights of k + 1 rows.
+`best_candidates` takes the k of most tokens per second; `Pace` follows acceptance and seconds as
+they are seen. Not done: trees of candidates.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +28,14 @@ MOST_CANDIDATES = 16
 
 LOOKUP_CANDIDATES = 10  # transformers' default
 
-# Of a candidate whose predecessors were accepted, before any was seen: at 4.5 and 8.5 bits of SmolLM2-135M (docs/log.md), else guessed.
+# Of a candidate whose predecessors were accepted, before any was seen: at 4.5 and 8.5 bits of
+# SmolLM2-135M (docs/log.md), else guessed.
 ACCEPTANCE_OF_BITS = ((2.6, 0.45), (3.5, 0.7), (4.5, 0.85), (5.5, 0.9), (8.5, 0.95))
 
 ACCEPTANCE_OF = {"model": 0.7, "lookup": 0.2}
 
-PRIOR_CANDIDATES = 16.0  # as many the prior counts for at first; it is forgotten as what was seen is
+# As many the prior counts for at first; it is forgotten as what was seen is.
+PRIOR_CANDIDATES = 16.0
 
 FORGETTING = 0.85  # what was seen counts so much less with each pass (docs/log.md)
 
@@ -51,21 +56,32 @@ class DraftChoice:
 
     @classmethod
     def of(
-        cls, draft: str | Path | None, type: str | None, candidates: int | None, folder: str | Path | None
+        cls,
+        draft: str | Path | None,
+        type: str | None,
+        candidates: int | None,
+        folder: str | Path | None,
     ) -> "DraftChoice | None":
         """Raises ValueError for arguments that do not go together."""
-        for name, value in (("draft_type", type), ("draft_tokens", candidates), ("draft_dir", folder)):
+        for name, value in (
+            ("draft_type", type),
+            ("draft_tokens", candidates),
+            ("draft_dir", folder),
+        ):
             if draft is None and value is not None:
                 raise ValueError(f"{name}={value!r} needs a draft, such as draft='auto'")
         if draft is None:
             return None
         if candidates is not None and candidates < 1:
             raise ValueError(
-                f"draft_tokens={candidates} must be at least 1 candidate; leave it out to have it chosen"
+                f"draft_tokens={candidates} must be at least 1 candidate; leave it out to have it "
+                "chosen"
             )
         kind = str(draft) if draft in DRAFTS else "model"
         if kind in ("lookup", "model") and (type is not None or folder is not None):
-            raise ValueError(f"draft={str(draft)!r} has no substitute: leave draft_type and draft_dir out")
+            raise ValueError(
+                f"draft={str(draft)!r} has no substitute: leave draft_type and draft_dir out"
+            )
         where = draft if kind == "model" else None
         return cls(kind, where, type, candidates, user_path(folder) if folder is not None else None)
 
@@ -89,18 +105,26 @@ def rough_costs(compute_s: float) -> DraftCosts:
 
 
 def acceptance_of(bits: float) -> float:
-    """What to expect of a substitute of so many bits a weight before any of its candidates was seen."""
+    """What to expect of a substitute of so many bits a weight before any of its candidates was
+    seen.
+    """
     before = ACCEPTANCE_OF_BITS[0]
     for after in ACCEPTANCE_OF_BITS:
         if after[0] >= bits:
             width = after[0] - before[0]
-            return after[1] if not width else before[1] + (bits - before[0]) / width * (after[1] - before[1])
+            return (
+                after[1]
+                if not width
+                else before[1] + (bits - before[0]) / width * (after[1] - before[1])
+            )
         before = after
     return before[1]
 
 
 def expected_tokens(acceptance: float, candidates: int) -> float:
-    """Tokens that a pass gives which verifies so many candidates, each accepted with `acceptance` if those before it were."""
+    """Tokens that a pass gives which verifies so many candidates, each accepted with `acceptance`
+    if those before it were.
+    """
     if acceptance >= 1:
         return candidates + 1.0
     return (1 - acceptance ** (candidates + 1)) / (1 - acceptance)
@@ -111,7 +135,8 @@ def best_candidates(
 ) -> tuple[int, float]:
     """The number of candidates, one of `counts`, that gives most tokens per second, and how many.
 
-    draft_s: seconds of drafting one candidate. pass_s: seconds of a pass of so many rows, reading included.
+    draft_s: seconds of drafting one candidate. pass_s: seconds of a pass of so many rows, reading
+    included.
     """
 
     def speed(candidates: int) -> float:
@@ -131,8 +156,9 @@ def plan_draft(
     acceptance: float,
     counts: range,
 ) -> DraftPlan:
-    """What drafts of `kind` give in the memory that `plan` divides, of so many candidates as `counts` has and pay most. While they are
-    made the window is filled."""
+    """What drafts of `kind` give in the memory that `plan` divides, of so many candidates as
+    `counts` has and pay most. While they are made the window is filled.
+    """
     read_s = plan.streamed_bytes / costs.bandwidth_bytes_per_s
     streamed = plan.streamed_bytes / plan.total_bytes if plan.total_bytes else 0.0
     draft_s = streamed * draft_costs.draft_s + (1 - streamed) * draft_costs.locked_s
@@ -149,7 +175,9 @@ def plan_draft(
 
 @dataclass(slots=True)
 class Pace:
-    """How many candidates the next pass gets: follows acceptance and seconds as they are seen, from what was planned."""
+    """How many candidates the next pass gets: follows acceptance and seconds as they are seen, from
+    what was planned.
+    """
 
     planned: DraftPlan
     most: int
@@ -174,10 +202,14 @@ class Pace:
         self._accepted = self._accepted * FORGETTING + accepted
         self._rejected = self._rejected * FORGETTING + (accepted < candidates)
 
-    def took(self, draft_s: float | None = None, pass_s: float | None = None, rows: int = 1) -> None:
+    def took(
+        self, draft_s: float | None = None, pass_s: float | None = None, rows: int = 1
+    ) -> None:
         """Seconds of one draft pass, or of one pass over the weights with so many rows."""
         if draft_s is not None:
-            self._draft_s = draft_s if self._draft_s is None else 0.9 * self._draft_s + 0.1 * draft_s
+            self._draft_s = (
+                draft_s if self._draft_s is None else 0.9 * self._draft_s + 0.1 * draft_s
+            )
         if pass_s is not None:
             self._pass_s = pass_s if self._pass_s is None else 0.7 * self._pass_s + 0.3 * pass_s
             self._pass_rows, self.passes = rows, self.passes + 1
@@ -199,9 +231,8 @@ class Pace:
         if self._draft_s is None or self._pass_s is None:
             return self.planned.candidates, self.planned.predicted_tokens_per_s
         measured_s, computing_s = self._pass_s, self.rows_s(self._pass_rows)
-        reading = (
-            computing_s < READING_SHARE * measured_s
-        )  # then more rows cost nothing, until computing them takes as long
+        # Then more rows cost nothing, until computing them takes as long.
+        reading = computing_s < READING_SHARE * measured_s
 
         def pass_s(rows: int) -> float:
             if reading:
@@ -212,7 +243,9 @@ class Pace:
 
 
 def looked_up(ids: Sequence[int], most: int) -> list[int]:
-    """What followed the last tokens of `ids` where they stood before, the longest and latest such place first; at most `most`."""
+    """What followed the last tokens of `ids` where they stood before, the longest and latest such
+    place first; at most `most`.
+    """
     for length in range(min(LOOKED_UP_TOKENS, len(ids) - 1), 0, -1):
         end = list(ids[-length:])
         for start in range(len(ids) - length - 1, -1, -1):

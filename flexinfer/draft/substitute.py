@@ -1,13 +1,17 @@
-"""Low-bit substitutes of streamed rows: what drafts the tokens that a pass over the true weights then verifies.
+"""Low-bit substitutes of streamed rows: what drafts the tokens that a pass over the true weights
+then verifies.
 
-SubSpec (arXiv 2509.18344): of each weight that is streamed in part, the streamed rows are also in memory in a few bits (ggml's
-blocks, flexinfer.kernels.ggml). While candidates are drafted the same modules compute locked rows as they are and the others from their
-substitute, so a draft pass reads no weight. They are in the file's order of rows, as the weights are.
+SubSpec (arXiv 2509.18344): of each weight that is streamed in part, the streamed rows are also in
+memory in a few bits (ggml's blocks, flexinfer.kernels.ggml). While candidates are drafted the same
+modules compute locked rows as they are and the others from their substitute, so a draft pass reads
+no weight. They are in the file's order of rows, as the weights are.
 
-Where they come from: made of the true rows by the first pass, which has them in memory to multiply them, or read before the first draft from
-a file that holds those of all rows, made once (`SubstituteFile`), so that any budget finds its part there. Costs: the first quantises the
-streamed rows (on two cores 800 million weights a second for Q4_0, 25 for Q4_K: flexinfer.formats.quantize), the second reads a third of them. Memory: a piece and 32,768
-numbers for each thread. Not here: how many bits, and what is locked (flexinfer.plan, flexinfer.draft).
+Where they come from: made of the true rows by the first pass, which has them in memory to multiply
+them, or read before the first draft from a file that holds those of all rows, made once
+(`SubstituteFile`), so that any budget finds its part there. Costs: the first quantises the streamed
+rows (on two cores 800 million weights a second for Q4_0, 25 for Q4_K: flexinfer.formats.quantize),
+the second reads a third of them. Memory: a piece and 32,768 numbers for each thread. Not here: how
+many bits, and what is locked (flexinfer.plan, flexinfer.draft).
 """
 
 import fcntl
@@ -49,27 +53,35 @@ class DraftError(ValueError):
 def substitute_kernels(
     weights: Sequence[Weight], kernels: Mapping[str, Kernel], kind: str, dtype: torch.dtype
 ) -> dict[str, GgmlKernel]:
-    """What multiplies the substitute of each weight: blocks of `kind`, or of the nearest type where rows are no multiple of 256.
+    """What multiplies the substitute of each weight: blocks of `kind`, or of the nearest type where
+    rows are no multiple of 256.
 
-    Raises DraftError for a type that there is not, and a weight whose rows cannot be cut into blocks.
+    Raises DraftError for a type that there is not, and a weight whose rows cannot be cut into
+    blocks.
     """
     if kind.upper() not in KINDS:
-        raise DraftError(f"draft_type={kind!r} does not exist; there are {', '.join(KINDS).lower()}")
+        raise DraftError(
+            f"draft_type={kind!r} does not exist; there are {', '.join(KINDS).lower()}"
+        )
     found = {}
     for weight in weights:
         in_features = kernels[weight.name].in_features
         name = kind_for(kind.upper(), in_features)
         if name is None:
             raise DraftError(
-                f"draft='substitute': rows of {weight.name} have {in_features} numbers, no multiple of 32, "
+                f"draft='substitute': rows of {weight.name} have {in_features} numbers, no "
+                "multiple of 32, "
                 "and cannot be cut into blocks; use draft='lookup' or a small model"
             )
         found[weight.name] = GgmlKernel(in_features, TYPES[name], dtype)
     return found
 
 
-def substitute_bytes(weights: Sequence[Weight], kernels: Mapping[str, GgmlKernel]) -> dict[str, list[int]]:
-    """Memory that the substitute of each piece takes, by the name of its weight; the last has what a buffer takes besides.
+def substitute_bytes(
+    weights: Sequence[Weight], kernels: Mapping[str, GgmlKernel]
+) -> dict[str, list[int]]:
+    """Memory that the substitute of each piece takes, by the name of its weight; the last has what
+    a buffer takes besides.
 
     Raises DraftError where substitutes are no smaller than the weights.
     """
@@ -78,10 +90,14 @@ def substitute_bytes(weights: Sequence[Weight], kernels: Mapping[str, GgmlKernel
         row_bytes = kernels[weight.name].row_bytes
         sizes = [(piece.row_stop - piece.row_start) * row_bytes for piece in weight.pieces]
         found[weight.name] = [*sizes[:-1], sizes[-1] + EXTRA_BYTES]
-    if sum(map(sum, found.values())) >= (whole_bytes := sum(weight.locked_bytes for weight in weights)):
+    if sum(map(sum, found.values())) >= (
+        whole_bytes := sum(weight.locked_bytes for weight in weights)
+    ):
         raise DraftError(
-            f"draft='substitute': in {next(iter(kernels.values())).type.name.lower()} it would take as much memory as the weights "
-            f"({format_size(whole_bytes)}); choose a draft_type of fewer bits, draft='lookup' or a small model"
+            f"draft='substitute': in {next(iter(kernels.values())).type.name.lower()} it would "
+            "take as much memory as the weights "
+            f"({format_size(whole_bytes)}); choose a draft_type of fewer bits, draft='lookup' or a "
+            "small model"
         )
     return found
 
@@ -97,7 +113,9 @@ def true_rows(kernel: Kernel, view: torch.Tensor, start: int, stop: int) -> torc
 
 
 class Substitute:
-    """The rows of a weight from one piece on, in few bits; complete when none of `pieces` is missing."""
+    """The rows of a weight from one piece on, in few bits; complete when none of `pieces` is
+    missing.
+    """
 
     def __init__(
         self,
@@ -111,9 +129,14 @@ class Substitute:
         self._pack = pack
 
     def add(self, piece: Piece, view: torch.Tensor) -> None:
-        """Make the part of `piece`, whose true rows `view` has; nothing where it is read from a file, or there already."""
+        """Make the part of `piece`, whose true rows `view` has; nothing where it is read from a
+        file, or there already.
+        """
         if self._pack is not None and piece.row_start in self.missing:
-            start, stop = piece.row_start - self.rows.row_start, piece.row_stop - self.rows.row_start
+            start, stop = (
+                piece.row_start - self.rows.row_start,
+                piece.row_stop - self.rows.row_start,
+            )
             self._pack(view, self.rows.view[start:stop])
             del self.missing[piece.row_start]
 
@@ -122,17 +145,24 @@ class SubstituteMaker:
     """Makes substitutes of the true rows, as passes have them in memory."""
 
     def __init__(
-        self, kernels: Mapping[str, Kernel], substitutes: Mapping[str, GgmlKernel], reader: FileReader
+        self,
+        kernels: Mapping[str, Kernel],
+        substitutes: Mapping[str, GgmlKernel],
+        reader: FileReader,
     ) -> None:
         self._kernels, self._substitutes, self._reader = kernels, substitutes, reader
 
     def begin(self, weight: Weight, first: int) -> Substitute:
-        """Memory for the substitute of all pieces of `weight` from number `first` on, which passes fill as they multiply them."""
+        """Memory for the substitute of all pieces of `weight` from number `first` on, which passes
+        fill as they multiply them.
+        """
         kernel = self._substitutes[weight.name]
         count = weight.pieces[-1].row_stop - weight.pieces[first].row_start
         packed = kernel.view(Buffer(count * kernel.row_bytes, lock=True), 0, count)
         return Substitute(
-            _as_rows(weight, first, packed, kernel), weight.pieces[first:], partial(self._pack, weight)
+            _as_rows(weight, first, packed, kernel),
+            weight.pieces[first:],
+            partial(self._pack, weight),
         )
 
     def complete(self, weight: Weight, substitute: Substitute) -> None:
@@ -147,7 +177,10 @@ class SubstituteMaker:
         """Nothing to close: the reader is the store's."""
 
     def seconds_per_number(self, weight: Weight) -> float:
-        """Of quantising, all cores at work: measured on as few rows as are quantised in one call. Reading is not in it."""
+        """Of quantising, all cores at work: measured on as few rows as are quantised in one call.
+
+        Reading is not in it.
+        """
         kernel, substitute = self._kernels[weight.name], self._substitutes[weight.name]
         rows = torch.ones(max(1, NUMBERS_AT_ONCE // kernel.in_features), kernel.in_features)
         rows *= torch.linspace(-1, 1, kernel.in_features)
@@ -159,7 +192,9 @@ class SubstituteMaker:
         return min(times_s) / rows.numel() / max(1, len(os.sched_getaffinity(0)))
 
     def pack(self, weight: Weight, piece: Piece, scratch: Buffer, packed: torch.Tensor) -> None:
-        """Read a piece of `weight` into `scratch`, and write its substitute to `packed` [rows, row_bytes] uint8."""
+        """Read a piece of `weight` into `scratch`, and write its substitute to `packed` [rows,
+        row_bytes] uint8.
+        """
         position = self._read(piece, scratch)
         view = self._kernels[weight.name].view(scratch, position, piece.row_stop - piece.row_start)
         self._pack(weight, view, packed)
@@ -170,15 +205,21 @@ class SubstituteMaker:
 
     def _pack(self, weight: Weight, view: torch.Tensor, packed: torch.Tensor) -> None:
         """The substitute of the rows that `view` has, to `packed` [rows, row_bytes] uint8."""
-        kernel, substitute, rows = self._kernels[weight.name], self._substitutes[weight.name], len(packed)
+        kernel, substitute, rows = (
+            self._kernels[weight.name],
+            self._substitutes[weight.name],
+            len(packed),
+        )
         step = max(1, NUMBERS_AT_ONCE // kernel.in_features)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            packed[start:stop] = quantize_rows(substitute.type, true_rows(kernel, view, start, stop))
+            packed[start:stop] = quantize_rows(
+                substitute.type, true_rows(kernel, view, start, stop)
+            )
 
 
 def _as_rows(weight: Weight, first: int, packed: torch.Tensor, kernel: GgmlKernel) -> Rows:
-    """The rows of the pieces of `weight` from number `first` on, `packed` [rows, row_bytes] uint8."""
+    """Rows of the pieces of `weight` from number `first` on, `packed` [rows, row_bytes] uint8."""
     pieces = weight.pieces[first:]
     step = max(piece.row_stop - piece.row_start for piece in pieces)
     return Rows(pieces[0].row_start, len(packed), step, packed.numel(), packed, kernel)
@@ -193,10 +234,12 @@ class _Place:
 
 
 class SubstituteFile:
-    """Substitutes of all rows of all weights in one file, in order of use; made by the first who wants it.
+    """Substitutes of all rows of all weights in one file, in order of use; made by the first who
+    wants it.
 
-    Kept under the path, size and time of change of the checkpoint's files, so that one that is written anew has a new one. A run that is
-    killed while it is made goes on after the last finished piece.
+    Kept under the path, size and time of change of the checkpoint's files, so that one that is
+    written anew has a new one. A run that is killed while it is made goes on after the last
+    finished piece.
     """
 
     def __init__(
@@ -215,7 +258,9 @@ class SubstituteFile:
             end = round_up(end + nbytes)
         self.nbytes = end
         files = sorted({piece.file for weight in weights for piece in weight.pieces})
-        facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        facts = [
+            (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files
+        ]
         told = json.dumps([facts, kind.lower(), [weight.name for weight in weights], end])
         name = f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.{kind.lower()}"
         self.path = in_cache("drafts", name) if folder is None else folder / name
@@ -225,8 +270,13 @@ class SubstituteFile:
     def exists(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size == self.nbytes
 
-    def make(self, maker: SubstituteMaker, progress: Callable[[str, int, int], None] | None) -> None:
-        """Make the file unless it is there. Raises DraftError where the disk is too full or another process makes it now."""
+    def make(
+        self, maker: SubstituteMaker, progress: Callable[[str, int, int], None] | None
+    ) -> None:
+        """Make the file unless it is there.
+
+        Raises DraftError where the disk is too full or another process makes it now.
+        """
         if self.exists:
             return
         make_folder(self.path.parent, "draft_dir")
@@ -236,14 +286,18 @@ class SubstituteFile:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise DraftError(f"{partial}: another process is making it; wait for it to finish") from error
-            # Written in order and synced before the length grows past it, so its length says how far it is.
+                raise DraftError(
+                    f"{partial}: another process is making it; wait for it to finish"
+                ) from error
+            # Written in order and synced before the length grows past it, so its length says how
+            # far it is.
             have = os.fstat(descriptor).st_size
             free = os.statvfs(self.path.parent)
             missing = self.nbytes - have + SPARE_DISK_BYTES - free.f_bavail * free.f_frsize
             if missing > 0:
                 raise DraftError(
-                    f"{self.path.parent}: the substitute takes {format_size(self.nbytes)} there, {format_size(missing)} are missing; "
+                    f"{self.path.parent}: the substitute takes {format_size(self.nbytes)} there, "
+                    f"{format_size(missing)} are missing; "
                     "make room, or name a directory on another disk with draft_dir"
                 )
             for weight in self._weights:
@@ -272,13 +326,17 @@ class SubstituteFile:
         self._file = FileReader([self.path], direct=direct)
 
     def begin(self, weight: Weight, first: int) -> Substitute:
-        """Memory for the substitute of all pieces of `weight` from number `first` on, which `complete` fills."""
+        """Memory for the substitute of all pieces of `weight` from number `first` on, which
+        `complete` fills.
+        """
         offset, nbytes = self._span(weight, first)
         buffer = Buffer(padded_bytes(offset, nbytes), lock=True)
         count = nbytes // self._substitutes[weight.name].row_bytes
         kernel = self._substitutes[weight.name]
         packed = kernel.view(buffer, offset % PAGE_BYTES, count)
-        return Substitute(_as_rows(weight, first, packed, kernel), weight.pieces[first:], memory=buffer)
+        return Substitute(
+            _as_rows(weight, first, packed, kernel), weight.pieces[first:], memory=buffer
+        )
 
     def complete(self, weight: Weight, substitute: Substitute) -> None:
         """Read it from the file. Raises ReadError."""
@@ -291,7 +349,10 @@ class SubstituteFile:
 
     def _span(self, weight: Weight, first: int) -> tuple[int, int]:
         """Where the substitute of the pieces from `first` on lies in the file, and its bytes."""
-        row_bytes, row_start = self._substitutes[weight.name].row_bytes, weight.pieces[first].row_start
+        row_bytes, row_start = (
+            self._substitutes[weight.name].row_bytes,
+            weight.pieces[first].row_start,
+        )
         offset = self._places[weight.name].offset_bytes + row_start * row_bytes
         return offset, (weight.pieces[-1].row_stop - row_start) * row_bytes
 
@@ -301,7 +362,7 @@ class SubstituteFile:
 
 
 def _write(descriptor: int, data: memoryview, offset_bytes: int) -> None:
-    """Whole, then synced: in a file that is longer than some bytes these are what they should be."""
+    """Whole, then synced, so that the bytes of a file of full length are right."""
     written = 0
     while written < len(data):
         written += os.pwrite(descriptor, data[written:], offset_bytes + written)

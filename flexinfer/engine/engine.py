@@ -93,16 +93,32 @@ class Engine:
         return self._tokenizer
 
     def stats(self) -> dict[str, Any]:
-        """Counters since loading: passes over the weights, tokens (rows) that went through, bytes and seconds.
+        """Counters since loading: passes over the weights, tokens (rows) that went through, bytes
+        and seconds.
 
-        Of a mixture also experts that were in memory when a layer wanted them (hits) or had to be read (misses), and those that were
-        predicted. After the first pass "first_token_s", from the call of `from_pretrained` on.
+        Of a mixture also experts that were in memory when a layer wanted them (hits) or had to be
+        read (misses), and those that were predicted. After the first pass "first_token_s", from the
+        call of `from_pretrained` on.
         """
         trace, facts = self._trace, dict[str, Any]()
         if self.mixture is not None:
-            of_experts = ("expert_hits", "expert_misses", "experts_foretold", "experts_foretold_right")
+            of_experts = (
+                "expert_hits",
+                "expert_misses",
+                "experts_foretold",
+                "experts_foretold_right",
+            )
             facts |= {name: getattr(trace, name) for name in of_experts}
-        names = ("passes", "tokens", "bytes_read", "reads", "pass_s", "wait_s", "resyncs", "wasted_bytes")
+        names = (
+            "passes",
+            "tokens",
+            "bytes_read",
+            "reads",
+            "pass_s",
+            "wait_s",
+            "resyncs",
+            "wasted_bytes",
+        )
         facts |= {name: getattr(trace, name) for name in names}
         if self.drafter is not None:
             facts |= self.drafter.stats(self.plan)
@@ -116,20 +132,27 @@ class Engine:
         }
 
     def draft_that_pays(self) -> DraftPlan | None:
-        """The draft that would give at least half as many tokens per second again; None with a draft, or where none would."""
+        """The draft that would give at least half as many tokens per second again; None with a
+        draft, or where none would.
+        """
         return (
-            draft_that_pays(self.runner.planner, self.plan, self._kernels) if self.drafter is None else None
+            draft_that_pays(self.runner.planner, self.plan, self._kernels)
+            if self.drafter is None
+            else None
         )
 
     def explain(self) -> str:
-        """Why the passes since the last call, or since loading, took as long as they did: "disk: ..." (kernels, memory, order).
+        """Why the passes since the last call, or since loading, took as long as they did: "disk:
+        ..." (kernels, memory, order).
 
-        Also logged (logger "flexinfer", INFO), without being called, when another text begins and at close().
+        Also logged (logger "flexinfer", INFO), without being called, when another text begins and
+        at close().
         """
         return self._explainer.explain()
 
     def record_routing(self) -> list[list[int]]:
-        """A list that from now on grows by the experts that each layer of each pass is routed to, numbered over all layers.
+        """A list that from now on grows by the experts that each layer of each pass is routed to,
+        numbered over all layers.
 
         Its memory is not in the plan.
         """
@@ -139,11 +162,14 @@ class Engine:
         return routing
 
     def events(self) -> list[dict[str, Any]]:
-        """The timeline of reads, waits and kernels, oldest first; empty unless loaded with trace=True."""
+        """The timeline of reads, waits and kernels, oldest first; empty unless loaded with
+        trace=True.
+        """
         return self._trace.events()
 
     def timeline(self) -> "Figure":
-        """Reads, waits and kernels of the last pass as a matplotlib figure, for a model loaded with trace=True.
+        """Reads, waits and kernels of the last pass as a matplotlib figure, for a model loaded with
+        trace=True.
 
         Raises ValueError where no pass was recorded, ImportError without matplotlib.
         """
@@ -156,13 +182,16 @@ class Engine:
     def resize(self, memory: str | int) -> Plan:
         """Change the budget of the live model, from any thread. Returns the new plan.
 
-        While a pass is running, memory is given back before its next weight is used and taken at its end; the text stays the same.
-        Raises BudgetError, and leaves all as it is, when `memory` is too small.
+        While a pass is running, memory is given back before its next weight is used and taken at
+        its end; the text stays the same. Raises BudgetError, and leaves all as it is, when `memory`
+        is too small.
         """
         return self.runner.resize(memory)
 
     def follow(self) -> None:
-        """From now on give memory back when others need it, and take it again later, up to the present budget."""
+        """From now on give memory back when others need it, and take it again later, up to the
+        present budget.
+        """
         if self._follower is None:
             self._follower = Follower(
                 self.resize,
@@ -173,14 +202,19 @@ class Engine:
             )
 
     def close_when_collected(self) -> None:
-        """`close`, called by the garbage collector: in whatever thread it runs, and wherever that thread is."""
+        """`close`, called by the garbage collector: in whatever thread it runs, and wherever that
+        thread is.
+        """
         if self.store.closes_here():
             self.close()
         else:
             threading.Thread(target=self.close, name="flexinfer-close", daemon=True).start()
 
     def close(self) -> None:
-        """End the threads, close the files, free the weights. The model cannot run any more. Safe to call twice."""
+        """End the threads, close the files, free the weights.
+
+        The model cannot run any more. Safe to call twice.
+        """
         if self._follower is not None:
             self._follower.close()
         already = self.store.closed
@@ -194,12 +228,17 @@ class Engine:
             try:
                 write_trace(user_path(self._trace_file), self._trace.timeline())
             except OSError as error:
-                warnings.warn(f"the trace could not be written: {error}", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"the trace could not be written: {error}", RuntimeWarning, stacklevel=2
+                )
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
         self.close()

@@ -1,4 +1,6 @@
-"""Puts streamed modules where the linears, the experts and the input embedding of an empty model are, and reads the parameters that stay."""
+"""Puts streamed modules where the linears, the experts and the input embedding of an empty model
+are, and reads the parameters that stay.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +31,8 @@ CACHE_LINE_BYTES = 64
 def install(
     skeleton: Skeleton, store: WeightStore, trace: Trace, *, look_ahead: bool, kept_rows: int
 ) -> list[StreamedExperts]:
-    """Make the empty model of `skeleton` a streamed one. Returns the experts of each layer, if there are some.
+    """Make the empty model of `skeleton` a streamed one. Returns the experts of each layer, if
+    there are some.
 
     Args:
         skeleton: the model.
@@ -64,7 +67,9 @@ def install(
         name = skeleton.embedding_name
         spec, stock = skeleton.specs[name + ".weight"], model.get_input_embeddings()
         assert isinstance(stock, nn.Embedding)
-        rows = StreamedEmbedding(stock, spec, decoder_of(spec), skeleton.dtype, store, trace, kept_rows)
+        rows = StreamedEmbedding(
+            stock, spec, decoder_of(spec), skeleton.dtype, store, trace, kept_rows
+        )
         model.set_submodule(name, rows)
     return experts
 
@@ -73,7 +78,9 @@ def _group(
     linears: list[StreamedLinear], kernels: Mapping[str, Kernel], store: WeightStore, trace: Trace
 ) -> None:
     """Have linears that get the same input computed in one call, where ggml can."""
-    of_ggml = [kernel for one in linears if isinstance(kernel := kernels[one.spec.name], GgmlKernel)]
+    of_ggml = [
+        kernel for one in linears if isinstance(kernel := kernels[one.spec.name], GgmlKernel)
+    ]
     if len(of_ggml) == len(linears):
         group = Group(linears, of_ggml, store, trace)
         for linear in linears:
@@ -142,7 +149,8 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
 def _copy_as_mapped(tensor: torch.Tensor, offset_bytes: int) -> torch.Tensor:
     """A copy that begins at such an address as it does where transformers maps the file.
 
-    MKL may add up the products of a single row of fp32 in another order at an address that is no multiple of 16.
+    MKL may add up the products of a single row of fp32 in another order at an address that is no
+    multiple of 16.
     """
     memory = torch.empty(tensor.nbytes + CACHE_LINE_BYTES, dtype=torch.uint8)
     start = (offset_bytes - memory.data_ptr()) % CACHE_LINE_BYTES

@@ -1,11 +1,13 @@
 """How long a text of `generate()` may become, seen to before its first pass.
 
-The KV cache has room for a number of tokens. A length that a call asks for, by an argument or a `GenerationConfig` of its own, is refused
-where it cannot fit, before anything is computed. A length that nobody asked for (transformers' default, the checkpoint's
-generation_config.json, a pipeline's default, a stopping criterion) is cut to what fits: the text ends there, with a warning.
+The KV cache has room for a number of tokens. A length that a call asks for, by an argument or a
+`GenerationConfig` of its own, is refused where it cannot fit, before anything is computed. A length
+that nobody asked for (transformers' default, the checkpoint's generation_config.json, a pipeline's
+default, a stopping criterion) is cut to what fits: the text ends there, with a warning.
 
-transformers says what it has made of all settings in three methods, which are extended for the one model: `_prepare_generation_config`
-(who named a length), `_prepare_generated_length` (what it comes to) and `_get_stopping_criteria`. Its loops are its own.
+transformers says what it has made of all settings in three methods, which are extended for the one
+model: `_prepare_generation_config` (who named a length), `_prepare_generated_length` (what it comes
+to) and `_get_stopping_criteria`. Its loops are its own.
 """
 
 import sys
@@ -53,9 +55,15 @@ class Lengths:
             setattr(model, name, wraps(stock)(partial(method, stock)))
 
     def _config(
-        self, stock: Callable[..., Any], generation_config: GenerationConfig | None = None, **kwargs: Any
+        self,
+        stock: Callable[..., Any],
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Keep who names a length. The model's own generation config is a default, also where it is passed again."""
+        """Keep who names a length.
+
+        The model's own generation config is a default, also where it is passed again.
+        """
         call, asked = self._call, set()
         defaults = stock.__self__.generation_config  # type: ignore[attr-defined]
         for name in LENGTHS:
@@ -68,11 +76,16 @@ class Lengths:
         found = stock(generation_config, **kwargs)
         mask = kwargs.get("attention_mask")
         call.asked, call.cache = frozenset(asked), kwargs.get("cache")
-        call.mask_tokens = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
+        call.mask_tokens = (
+            mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
+        )
         return found
 
     def _length(self, stock: Callable[..., Any], **kwargs: Any) -> GenerationConfig:
-        """Refuse or cut the length of this text where there is no room for it. Raises ContextError."""
+        """Refuse or cut the length of this text where there is no room for it.
+
+        Raises ContextError.
+        """
         config: GenerationConfig = stock(**kwargs)
         call, cache = self._call, self._call.cache
         call.cache = None  # it is the program's, to be let go
@@ -105,30 +118,42 @@ class Lengths:
         context = self._runner.context
         less = room_tokens + 1 - prompt_tokens
         raise ContextError(
-            f"the KV cache is sized for context={context} tokens in all ({rows} x {room_tokens}) and this text needs "
-            f"{rows} x {fed_tokens}, {prompt_tokens} of each for its prompt; nothing was run. Load the model with a larger context, "
+            f"the KV cache is sized for context={context} tokens in all ({rows} x {room_tokens}) "
+            "and this text needs "
+            f"{rows} x {fed_tokens}, {prompt_tokens} of each for its prompt; nothing was run. Load "
+            "the model with a larger context, "
             f"flexinfer.from_pretrained(..., context={rows * fed_tokens})"
             + (f", or ask for at most max_new_tokens={less}" if less > 0 else "")
         )
 
-    def _criteria(self, stock: Callable[..., Any], generation_config: GenerationConfig, **kwargs: Any) -> Any:
-        """End the text where the room ends: of a length that was cut, or a criterion of the program's that names a larger one."""
+    def _criteria(
+        self, stock: Callable[..., Any], generation_config: GenerationConfig, **kwargs: Any
+    ) -> Any:
+        """End the text where the room ends: of a length that was cut, or a criterion of the
+        program's that names a larger one.
+        """
         criteria: StoppingCriteriaList = stock(generation_config=generation_config, **kwargs)
         call, longest = self._call, self._call.longest
         call.longest = None
         if longest is not None:
             wanted = max(call.wanted, criteria.max_length or 0)
             limit = longest(call.beside + wanted - 1) + 1 - call.beside
-            if (generation_config.num_beams or 1) == 1:  # drafts go by it, and would never end past it
+            # Drafts go by it, and would never end past it.
+            if (generation_config.num_beams or 1) == 1:
                 generation_config.max_length = min(wanted, limit)
             if limit < wanted:
                 ends = (generation_config._eos_token_tensor, generation_config._pad_token_tensor)
-                criteria.append(_AtContext(limit, self._runner.context, [t for t in ends if t is not None]))
+                criteria.append(
+                    _AtContext(limit, self._runner.context, [t for t in ends if t is not None])
+                )
         return criteria
 
 
 class _AtContext:
-    """A stopping criterion: the sequences are as long as there is room for. Says so, unless they have ended by themselves."""
+    """A stopping criterion: the sequences are as long as there is room for.
+
+    Says so, unless they have ended by themselves.
+    """
 
     def __init__(self, limit: int, context: int, ends: list[torch.Tensor]) -> None:
         self._limit, self._context, self._ends = limit, context, ends
@@ -137,8 +162,10 @@ class _AtContext:
         done = input_ids.shape[1] >= self._limit
         if done and not any(torch.isin(input_ids[:, -1], end).all() for end in self._ends):
             warnings.warn(
-                f"the text has reached the context of {self._context} tokens (over all sequences) and ends there; for a longer one "
-                f"load the model with a larger context, such as flexinfer.from_pretrained(..., context={2 * self._context})",
+                f"the text has reached the context of {self._context} tokens (over all sequences) "
+                "and ends there; for a longer one "
+                "load the model with a larger context, such as flexinfer.from_pretrained(..., "
+                f"context={2 * self._context})",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -146,7 +173,9 @@ class _AtContext:
 
 
 def _is_default_of_pipeline(max_new_tokens: int) -> bool:
-    """Whether the number is a pipeline's own, which it hands to `generate()` as if it had been asked for."""
+    """Whether the number is a pipeline's own, which it hands to `generate()` as if it had been
+    asked for.
+    """
     base = sys.modules.get("transformers.pipelines.base")
     frame = sys._getframe(1) if base is not None else None
     while frame is not None:
@@ -157,6 +186,8 @@ def _is_default_of_pipeline(max_new_tokens: int) -> bool:
             )
             asked_in = asked.get("generation_config")
             named = asked.get("max_new_tokens") or getattr(asked_in, "max_new_tokens", None)
-            return named is None and max_new_tokens == pipeline._generation_defaults.get("max_new_tokens")
+            return named is None and max_new_tokens == pipeline._generation_defaults.get(
+                "max_new_tokens"
+            )
         frame = frame.f_back
     return False

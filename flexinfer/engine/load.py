@@ -1,9 +1,10 @@
 """`from_pretrained`: a stock transformers model whose weights come from disk as they are needed.
 
-The way: prepare (flexinfer.engine.prepare), measure what reading and computing cost, divide the budget (flexinfer.plan), make the store
-(flexinfer.streaming.store), and put streamed modules where the linears are (flexinfer.engine.install). Everything else of the model, and
-`generate()` with all that is built on it, stays transformers' own. Parameters that are no weight of a linear or an expert are not
-streamed: they stay in memory, or the budget is refused and they are named.
+The way: prepare (flexinfer.engine.prepare), measure what reading and computing cost, divide the
+budget (flexinfer.plan), make the store (flexinfer.streaming.store), and put streamed modules where
+the linears are (flexinfer.engine.install). Everything else of the model, and `generate()` with all
+that is built on it, stays transformers' own. Parameters that are no weight of a linear or an expert
+are not streamed: they stay in memory, or the budget is refused and they are named.
 """
 
 import logging
@@ -46,9 +47,10 @@ def from_pretrained(
     """Load a causal LM that streams its weights from disk inside a memory budget.
 
     Args:
-        path_or_hub_id: a checkpoint directory (safetensors), a GGUF file or a directory with one, or a Hugging Face Hub id, taken
-            from the local cache when it is there.
-        memory: budget of the whole process, "4GiB" or bytes; "auto" takes what the machine or its cgroup has to spare.
+        path_or_hub_id: a checkpoint directory (safetensors), a GGUF file or a directory with one,
+            or a Hugging Face Hub id, taken from the local cache when it is there.
+        memory: budget of the whole process, "4GiB" or bytes; "auto" takes what the machine or its
+            cgroup has to spare.
         options: the other fields of `flexinfer.Options`, by name, which say what they mean.
 
     Returns:
@@ -57,7 +59,8 @@ def from_pretrained(
     Raises:
         CheckpointError: not a checkpoint, or a damaged one.
         DraftError: the draft cannot be made of, or for, this model.
-        BudgetError: `memory` or `window` is no size, or too small for this model; names the smallest that works.
+        BudgetError: `memory` or `window` is no size, or too small for this model; names the
+            smallest that works.
         ValueError: another argument is wrong.
         TypeError: there is no option of that name.
     """
@@ -71,7 +74,9 @@ from_pretrained.__signature__ = Options.signature_of(from_pretrained)  # type: i
 def load(
     path_or_hub_id: str | Path, options: Options, context_of: ContextOf | None = None
 ) -> PreTrainedModel:
-    """`from_pretrained`, with options that are made already, and with the context of a prompt where none is given."""
+    """`from_pretrained`, with options that are made already, and with the context of a prompt where
+    none is given.
+    """
     progress = TqdmBars() if options.progress is True else options.progress or None
     # Before the process is measured: its memory is part of it.
     trace = Trace(max_events=MAX_EVENTS if options.trace else 0, progress=progress)
@@ -92,12 +97,17 @@ def load(
 def _load(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase | None, trace: Trace, undo: ExitStack
 ) -> PreTrainedModel:
-    """Plan, read the parameters that stay, and put the streamed modules in place. BudgetError comes before anything is read."""
+    """Plan, read the parameters that stay, and put the streamed modules in place.
+
+    BudgetError comes before anything is read.
+    """
     skeleton, options, budget_bytes = prepared.skeleton, prepared.options, prepared.budget_bytes
     planner = prepared.planner()
     planner.plan(budget_bytes)
     if prepared.not_streamable:
-        warnings.warn(f"{prepared.not_streamable}; it is kept in memory whole", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            f"{prepared.not_streamable}; it is kept in memory whole", RuntimeWarning, stacklevel=4
+        )
         skeleton.model = load_whole(skeleton)
     libraries = prepared.process.libraries
     libraries.lock()
@@ -132,7 +142,9 @@ def _load(
     drafting = drafter is not None and drafter.drafts.kind is not None
     logits_to_keep = prepared.logits_to_keep if drafting else prepared.undrafted_logits
     kept_rows = 2 * logits_to_keep if planner.substitutes is not None else 0
-    experts = install(skeleton, store, trace, look_ahead=options.experiment.look_ahead, kept_rows=kept_rows)
+    experts = install(
+        skeleton, store, trace, look_ahead=options.experiment.look_ahead, kept_rows=kept_rows
+    )
     if drafter is not None and drafter.drafts.kind == "model":
         drafter.drafts.load()
     engine = Engine(prepared, tokenizer, planner, store, trace, experts, drafter, logits_to_keep)
@@ -153,7 +165,9 @@ def _choose_draft(
             skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype, room_bytes
         )
 
-    planner, costs = choose_draft(drafts, *prepared.drafted_planners(planner), prepared.budget_bytes, measure)
+    planner, costs = choose_draft(
+        drafts, *prepared.drafted_planners(planner), prepared.budget_bytes, measure
+    )
     drafter = Drafter(drafts, costs, trace)
     return replace(planner, draft=drafter.planned), drafter
 
@@ -164,7 +178,9 @@ def _substitutes(
     if prepared.drafts is None or planner.substitutes is None:
         return None
     direct = prepared.options.direct
-    return substitute_source(prepared.drafts, prepared.skeleton, planner, reader, trace, direct=direct)
+    return substitute_source(
+        prepared.drafts, prepared.skeleton, planner, reader, trace, direct=direct
+    )
 
 
 def _expert_cache(experts: Experts | None, policy: str, trace: Trace) -> ExpertCache | None:

@@ -1,7 +1,8 @@
-"""What is known of a model before its budget is divided. Shared by loading, `flexinfer plan`, `ls` and the server.
+"""What is known of a model before its budget is divided. Shared by loading, `flexinfer plan`, `ls`
+and the server.
 
-The way: index the checkpoint, build the model empty (flexinfer.model.skeleton), see what can draft, measure the process. Reads
-headers, never weights.
+The way: index the checkpoint, build the model empty (flexinfer.model.skeleton), see what can draft,
+measure the process. Reads headers, never weights.
 """
 
 import gc
@@ -64,7 +65,8 @@ class ProcessMemory:
     def measure(cls, skeleton: Skeleton, *, in_blocks: bool = False) -> "ProcessMemory":
         """Measured after what every run does once has been done, on a model of a few kilobytes.
 
-        in_blocks: whether ggml's kernels are used, even if no weight of `skeleton` lies in its blocks.
+        in_blocks: whether ggml's kernels are used, even if no weight of `skeleton` lies in its
+        blocks.
         """
         libraries = rehearse_once(
             skeleton.dtype,
@@ -80,7 +82,8 @@ class ProcessMemory:
     def with_loaded_tokenizer(self, taken_bytes: int) -> "ProcessMemory":
         """The same process with its tokenizer, which took `taken_bytes`.
 
-        The sum stays what it was, so that a budget that was accepted still is: what was taken beyond the plan is part of the margin.
+        The sum stays what it was, so that a budget that was accepted still is: what was taken
+        beyond the plan is part of the margin.
         """
         planned_bytes = self.tokenizer.stays_bytes + self.tokenizer.use_bytes
         return replace(
@@ -100,7 +103,8 @@ class Prepared:
     budget_bytes: int
     process: ProcessMemory
     context: int
-    # Positions of a pass that there is room for the logits of, with candidates of a draft or without.
+    # Positions of a pass that there is room for the logits of, with candidates of a draft or
+    # without.
     logits_to_keep: int
     undrafted_logits: int
     drafts: Drafts | None
@@ -113,7 +117,9 @@ class Prepared:
     def overheads(
         self, *, drafted: bool = True, context: int | None = None, logits_to_keep: int | None = None
     ) -> Overheads:
-        """What the process takes besides the weights of linears: with the draft or without, for this context or another."""
+        """What the process takes besides the weights of linears: with the draft or without, for
+        this context or another.
+        """
         kept = self.logits_to_keep if drafted else self.undrafted_logits
         return overheads_of(
             self.skeleton,
@@ -158,7 +164,8 @@ def prepare(
         checkpoint: the model.
         options: what `from_pretrained` was given.
         context_of: the context, where the options leave it to a prompt.
-        process: what this process held before its first model, where this is another; measured if left out.
+        process: what this process held before its first model, where this is another; measured if
+            left out.
         progress: called while checksums are made.
 
     Raises:
@@ -182,7 +189,9 @@ def prepare(
         logits_to_keep = max(logits_to_keep, drafts.fit(budget_bytes) + 1)
     tokenizer = prepare_tokenizer(checkpoint.config_dir) if options.tokenizer is None else None
     if process is None:
-        process = ProcessMemory.measure(skeleton, in_blocks=drafts is not None and bool(drafts.kernels))
+        process = ProcessMemory.measure(
+            skeleton, in_blocks=drafts is not None and bool(drafts.kernels)
+        )
     if tokenizer is not None:
         process = replace(process, tokenizer=tokenizer.memory)
     context = options.context or (context_of.least if context_of is not None else None)
@@ -205,7 +214,8 @@ def prepare(
 def load_tokenizer(
     prepared: Prepared, context_of: ContextOf | None
 ) -> tuple[Prepared, PreTrainedTokenizerBase | None]:
-    """Load the tokenizer beside the weights, before anything else takes memory, and take the context that it tells.
+    """Load the tokenizer beside the weights, before anything else takes memory, and take the
+    context that it tells.
 
     Raises BudgetError before it is loaded, where the budget is too small.
     """
@@ -235,7 +245,9 @@ def overheads_of(
     logits_to_keep: int = 1,
     drafts: Drafts | None = None,
 ) -> Overheads:
-    """What the process takes besides the weights of linears, with `context` tokens in the cache and in one pass."""
+    """What the process takes besides the weights of linears, with `context` tokens in the cache and
+    in one pass.
+    """
     state = skeleton.model.state_dict()
     kv_bytes, attention_bytes = reserved_bytes(
         skeleton.cache_layers, context, skeleton.kv_dtype, skeleton.dtype
@@ -265,14 +277,16 @@ def default_context(
 ) -> int:
     """Tokens a model is loaded for where no context is given.
 
-    2048, or the model's own limit if that is less; halved, down to 128, while the KV cache and activations would take more than a
-    quarter of the budget, or the rest not fit beside them.
+    2048, or the model's own limit if that is less; halved, down to 128, while the KV cache and
+    activations would take more than a quarter of the budget, or the rest not fit beside them.
     """
     context = min(LARGEST_DEFAULT_CONTEXT, context_limit(skeleton.config))
     substitutes = drafts.substitutes if drafts is not None and not drafts.auto else None
     while context >= 2 * SMALLEST_DEFAULT_CONTEXT:
         overheads = overheads_of(skeleton, process, context, logits_to_keep, drafts)
-        planner = Planner(skeleton.weights, overheads, mixture=skeleton.mixture, substitutes=substitutes)
+        planner = Planner(
+            skeleton.weights, overheads, mixture=skeleton.mixture, substitutes=substitutes
+        )
         fits = planner.smallest_bytes <= budget_bytes
         if fits and overheads.kv_bytes + overheads.activation_bytes <= budget_bytes // 4:
             break
@@ -288,11 +302,14 @@ def context_limit(config: PretrainedConfig) -> int:
 
 def _large_parameters(skeleton: Skeleton) -> str:
     """Large parameters that are not streamed, and why."""
-    large = [spec.name for spec in skeleton.resident.values() if spec.nbytes > LARGE_PARAMETER_BYTES]
+    large = [
+        spec.name for spec in skeleton.resident.values() if spec.nbytes > LARGE_PARAMETER_BYTES
+    ]
     if not large:
         return ""
     return (
-        f"{large[0]} and {len(large) - 1} more are not weights of linears or of experts that can be told apart, "
+        f"{large[0]} and {len(large) - 1} more are not weights of linears or of experts that can "
+        "be told apart, "
         "cannot be streamed yet and have to stay in memory"
     )
 
@@ -304,6 +321,9 @@ def _checksums(
         return None
     if not skeleton.weights:
         raise ValueError(
-            "verify=True: this model is loaded whole by transformers, which does not check what it reads"
+            "verify=True: this model is loaded whole by transformers, which does not check what it "
+            "reads"
         )
-    return checksums_of(skeleton.checkpoint.files, None if verify is True else user_path(verify), progress)
+    return checksums_of(
+        skeleton.checkpoint.files, None if verify is True else user_path(verify), progress
+    )

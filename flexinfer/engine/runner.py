@@ -1,7 +1,7 @@
 """Passes over the weights: one at a time, each admitted before it runs, inside the budget.
 
-A call that the plan has no room for is refused before anything runs. Where the process has grown since the plan was made, locked memory
-is given back for it.
+A call that the plan has no room for is refused before anything runs. Where the process has grown
+since the plan was made, locked memory is given back for it.
 """
 
 import gc
@@ -81,7 +81,8 @@ class PassRunner:
         # Before the lock, which another thread may have held at the fork.
         if os.getpid() != self._pid:
             raise RuntimeError(
-                f"this model was loaded in another process ({self._pid}), whose reader threads are not in this one; load it again here"
+                f"this model was loaded in another process ({self._pid}), whose reader threads are "
+                "not in this one; load it again here"
             )
         store = self.store
         with store.lock:
@@ -94,7 +95,11 @@ class PassRunner:
                 self._plan_first_fill()
             given = inspect.signature(forward).bind(*args, **kwargs).arguments
             given |= given.pop("kwargs", {})
-            ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+            ids = (
+                given.get("input_ids")
+                if given.get("input_ids") is not None
+                else given.get("inputs_embeds")
+            )
             if ids is None:
                 return self._run(forward, 0, *args, **kwargs)
             kwargs |= self._admit(forward, ids, given)
@@ -104,7 +109,9 @@ class PassRunner:
         """The pass itself, counted unless it is a draft."""
         drafting, trace = self.store.drafting, self._trace
         reused = (
-            ReusedResults(self.store.plan.overheads.activation_bytes) if rows >= MANY_ROWS else nullcontext()
+            ReusedResults(self.store.plan.overheads.activation_bytes)
+            if rows >= MANY_ROWS
+            else nullcontext()
         )
         if drafting:
             with self.store.running_pass(), reused:
@@ -119,8 +126,9 @@ class PassRunner:
     def resize(self, memory: str | int) -> Plan:
         """Change the budget, from any thread. Returns the new plan.
 
-        While a pass is running, in this thread or another, memory is given back before its next weight is used and taken at its end.
-        Raises BudgetError, and leaves all as it is, when `memory` is too small.
+        While a pass is running, in this thread or another, memory is given back before its next
+        weight is used and taken at its end. Raises BudgetError, and leaves all as it is, when
+        `memory` is too small.
         """
         if self.store.closed:
             raise RuntimeError(CLOSED)
@@ -134,7 +142,10 @@ class PassRunner:
         self.planner = planner
 
     def planned_bytes(self, shape: PassShape) -> int:
-        """What this process holds by plan while a pass of `shape` runs, without the margin. Reads and computes nothing."""
+        """What this process holds by plan while a pass of `shape` runs, without the margin.
+
+        Reads and computes nothing.
+        """
         plan = self.store.plan
         without = plan.overheads.activation_bytes + plan.overheads.margin_bytes + plan.unused_bytes
         return plan.budget_bytes - without + self.meter.extra_bytes(shape, self.context)
@@ -171,7 +182,9 @@ class PassRunner:
     def _room_bytes(self) -> int:
         """What a pass may take beyond what is in memory before it."""
         plan = self.store.plan
-        return plan.overheads.activation_bytes + plan.unused_bytes + plan.overheads.margin_bytes // 2
+        return (
+            plan.overheads.activation_bytes + plan.unused_bytes + plan.overheads.margin_bytes // 2
+        )
 
     # ---- admission
 
@@ -191,11 +204,17 @@ class PassRunner:
             replace(self.planner, overheads=overheads),
             self.store.proposed_plan.budget_bytes,
         )
-        self.planner, plan = planner.grown(grown_bytes if grown_bytes > GROWTH_BYTES else 0, budget_bytes)
+        self.planner, plan = planner.grown(
+            grown_bytes if grown_bytes > GROWTH_BYTES else 0, budget_bytes
+        )
         self.store.apply(plan)
 
-    def _admit(self, forward: Callable[..., Any], ids: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        """See that the pass has room, and that its keys and values go into the memory reserved for them. Returns arguments to add."""
+    def _admit(
+        self, forward: Callable[..., Any], ids: torch.Tensor, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """See that the pass has room, and that its keys and values go into the memory reserved for
+        them. Returns arguments to add.
+        """
         added: dict[str, Any] = {}
         # "past_key_values" was its name before transformers 5.24.
         passed = cache = given.get("cache", given.get("past_key_values"))
@@ -206,10 +225,13 @@ class PassRunner:
         if uses_cache:
             kv.check(cache, ids.shape[0], ids.shape[1])
         # A graph needs keys and values that nothing overwrites.
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in forward.__self__.parameters())  # type: ignore[attr-defined]
+        parameters = forward.__self__.parameters()  # type: ignore[attr-defined]
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         if cache is None and uses_cache and kv.layers:
             config = self._config.get_text_config(decoder=True)
-            added["cache"] = cache = DynamicCache(config=config) if trained else kv.new_cache(config)
+            added["cache"] = cache = (
+                DynamicCache(config=config) if trained else kv.new_cache(config)
+            )
         elif isinstance(cache, DynamicCache) and not trained:
             kv.adopt(cache)
         if isinstance(cache, DynamicCache):
@@ -232,7 +254,9 @@ class PassRunner:
         return added
 
     def _find_room(self, shape: PassShape, can_keep_fewer: bool) -> None:
-        """Raise BudgetError when the plan has no room for a pass of `shape`; give locked memory back where the process has grown."""
+        """Raise BudgetError when the plan has no room for a pass of `shape`; give locked memory
+        back where the process has grown.
+        """
         store = self.store
         planned = (
             shape.cached
@@ -259,8 +283,10 @@ class PassRunner:
         before = self.store.plan
         planner, plan = self.planner.grown(grown_bytes, before.budget_bytes)
         warnings.warn(
-            f"the process has grown by {format_size(grown_bytes)} since the model was loaded; to stay within "
-            f"memory={format_size(plan.budget_bytes)} {format_size(plan.streamed_bytes - before.streamed_bytes)} more "
+            f"the process has grown by {format_size(grown_bytes)} since the model was loaded; to "
+            "stay within "
+            f"memory={format_size(plan.budget_bytes)} "
+            f"{format_size(plan.streamed_bytes - before.streamed_bytes)} more "
             "are read for each pass",
             RuntimeWarning,
             stacklevel=2,
@@ -268,7 +294,9 @@ class PassRunner:
         self.planner = planner
         self.store.apply(plan)
 
-    def _too_large(self, shape: PassShape, needed_bytes: int, room_bytes: int, can_keep_fewer: bool) -> str:
+    def _too_large(
+        self, shape: PassShape, needed_bytes: int, room_bytes: int, can_keep_fewer: bool
+    ) -> str:
         """What a call needs and what would make it fit."""
         kept, budget_bytes = shape.batch * shape.kept_tokens, self.store.plan.budget_bytes
         larger_bytes = budget_bytes + needed_bytes - room_bytes
@@ -281,15 +309,20 @@ class PassRunner:
             remedies.append("fewer tokens at a time")
         if not shape.cached:
             remedies.append(
-                "delete the KV cache of an earlier call (this one gets its own in addition), or pass use_cache=False"
+                "delete the KV cache of an earlier call (this one gets its own in addition), or "
+                "pass use_cache=False"
             )
         remedies.append(
-            f"plan for it: flexinfer.from_pretrained(..., memory={whole_mib(named_budget_bytes(larger_bytes))!r}, "
-            f"context={max(self.context, shape.total_tokens)}, logits_to_keep={max(kept, self.logits_to_keep)})"
+            "plan for it: flexinfer.from_pretrained(..., "
+            f"memory={whole_mib(named_budget_bytes(larger_bytes))!r}, "
+            f"context={max(self.context, shape.total_tokens)}, "
+            f"logits_to_keep={max(kept, self.logits_to_keep)})"
         )
         return (
-            f"a pass of {shape.batch} x {shape.new_tokens} new tokens after {shape.past_tokens}, with logits of {kept} positions, takes "
-            f"{format_size(needed_bytes)} and memory={format_size(budget_bytes)} leaves {format_size(room_bytes)} for it "
-            f"(context={self.context}, logits_to_keep={self.logits_to_keep}); nothing was run. What would make it fit: "
-            + "; or ".join(remedies)
+            f"a pass of {shape.batch} x {shape.new_tokens} new tokens after {shape.past_tokens}, "
+            f"with logits of {kept} positions, takes "
+            f"{format_size(needed_bytes)} and memory={format_size(budget_bytes)} leaves "
+            f"{format_size(room_bytes)} for it "
+            f"(context={self.context}, logits_to_keep={self.logits_to_keep}); nothing was run. "
+            "What would make it fit: " + "; or ".join(remedies)
         )

@@ -32,7 +32,8 @@ def make_apart(source: Path, needed_bytes: int, module: str, *arguments: str) ->
     spare_bytes = available_bytes() - anonymous_bytes()
     too_little = CheckpointError(
         f"{source}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and "
-        f"{format_size(spare_bytes)} are to spare; run `flexinfer plan` on the model where there is "
+        f"{format_size(spare_bytes)} are to spare; run `flexinfer plan` on the model where there "
+        "is "
         f"more: it is kept in {cache_dir()}"
     )
     if spare_bytes < needed_bytes:
@@ -48,12 +49,19 @@ def make_apart(source: Path, needed_bytes: int, module: str, *arguments: str) ->
 
 
 def run_apart(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a module of ours in a process of its own. Raises OSError where it found no room on the disk."""
+    """Run a module of ours in a process of its own.
+
+    Raises OSError where it found no room on the disk.
+    """
     done = subprocess.run(
         [sys.executable, "-P", "-m", module, *arguments],
-        # The modules of this process, and large blocks given back when they are freed, as this process does.
+        # The modules of this process, and large blocks given back when they are freed, as this
+        # process does.
         env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MALLOC_MMAP_THRESHOLD_": str(128 << 10)},
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "MALLOC_MMAP_THRESHOLD_": str(128 << 10),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -76,7 +84,7 @@ def guarded(task: Callable[[], None]) -> int:
 
 
 def _first_to_go() -> None:
-    """Have the system end this process, and not the one that waits for it, where memory runs out."""
+    """Have the system end this process, not its parent, where memory runs out."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
     except OSError:

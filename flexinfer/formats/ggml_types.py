@@ -24,7 +24,9 @@ class GgmlType:
         """Bytes of a row. Raises: GgmlError if the row does not end with a block."""
         blocks, rest = divmod(in_features, self.block_elements)
         if rest:
-            raise GgmlError(f"{self.name}: rows of {in_features} are no multiple of {self.block_elements}")
+            raise GgmlError(
+                f"{self.name}: rows of {in_features} are no multiple of {self.block_elements}"
+            )
         return blocks * self.block_bytes
 
 
@@ -56,7 +58,8 @@ TYPES = {
         ("NVFP4", 40, 64, 36),
     )
 }
-# Those that weights are quantised to: the others need calibration, or are of models trained in them.
+# Those that weights are quantised to: the others need calibration, or are of models trained in
+# them.
 KINDS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S"),

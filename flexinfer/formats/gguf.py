@@ -34,7 +34,8 @@ MAX_DIMENSIONS = 4
 CHUNK_BYTES = 1 << 18
 MAX_ENTRIES = 1 << 16  # values, and tensors
 MAX_STRINGS = 1 << 22  # of an array: of a vocabulary and its merges there are some hundred thousand
-MAX_KEPT_BYTES = 32 << 20  # strings and numbers, with vocabulary and merges where they are asked for
+# Strings and numbers, with vocabulary and merges where they are asked for.
+MAX_KEPT_BYTES = 32 << 20
 MAX_KEPT_NUMBERS = 4096  # of an array: one for each layer, or each frequency
 SMALLEST_VALUE_BYTES = 8 + 4 + 1  # a name's length, a type and a value
 SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, dimensions, type and offset
@@ -43,7 +44,19 @@ PROJECTORS = {"clip"}  # architectures of what turns pictures and sound into tok
 AGAIN = "damaged; download it again"
 
 STRING, ARRAY = 8, 9
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 
 PACKAGES = ("gguf", "transcribe_cpp_native")  # of the extra `ggml`
 
@@ -65,7 +78,8 @@ class GGUF:
     """A model's metadata and tensors, from all its files."""
 
     files: tuple[Path, ...]
-    metadata: dict[str, Any]  # numbers, strings and short arrays of numbers; LongArray for the others
+    # Numbers, strings and short arrays of numbers; LongArray for the others.
+    metadata: dict[str, Any]
     tensors: dict[str, TensorSpec]
 
     @property
@@ -107,7 +121,8 @@ def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
         if no != number or count not in {len(files), 0}:
             _refuse(
                 part,
-                f"says it is part {no + 1} of {count} and is named as part {number + 1} of {len(files)}; "
+                f"says it is part {no + 1} of {count} and is named as part {number + 1} of "
+                f"{len(files)}; "
                 "give the files the names they were published with",
             )
     tensors = {spec.name: spec for spec in specs}
@@ -122,7 +137,9 @@ def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether `file` is to be read as GGUF: by its first bytes, since Ollama's have no suffix, or by its suffix."""
+    """Whether `file` is to be read as GGUF: by its first bytes, since Ollama's have no suffix, or
+    by its suffix.
+    """
     if not file.is_file():
         return False
     if file.suffix.lower() == ".gguf":
@@ -132,7 +149,10 @@ def is_gguf(file: Path) -> bool:
 
 
 def is_model(file: Path) -> bool:
-    """Whether a GGUF file is, by its header, a language model. A file that cannot be read counts as one, so that its error is shown."""
+    """Whether a GGUF file is, by its header, a language model.
+
+    A file that cannot be read counts as one, so that its error is shown.
+    """
     try:
         metadata, _ = _read_header(file, ())
     except CheckpointError:
@@ -151,7 +171,9 @@ def _count(file: Path, metadata: dict[str, Any], key: str, default: int) -> int:
 
 
 def part_name(name: str, number: int) -> str:
-    """The name of part `number` of the model that the file called `name` is a part of; `name` where it is no part."""
+    """The name of part `number` of the model that the file called `name` is a part of; `name` where
+    it is no part.
+    """
     named = SPLIT_NAME.fullmatch(name)
     return f"{name[: named.start(2)]}{number:05d}{name[named.end(2) :]}" if named else name
 
@@ -165,7 +187,10 @@ def _parts(file: Path) -> tuple[Path, ...]:
         return (file,)
     count = int(named[3])
     if not 1 <= int(named[2]) <= count:
-        _refuse(file, f"is named as part {int(named[2])} of {count}; give it the name it was published with")
+        _refuse(
+            file,
+            f"is named as part {int(named[2])} of {count}; give it the name it was published with",
+        )
     parts = tuple(file.with_name(part_name(file.name, i)) for i in range(1, count + 1))
     if missing := [part.name for part in parts if not part.is_file()]:
         lost = f"{len(missing)} of its {count} parts are not beside it, such as {missing[0]}"
@@ -185,7 +210,9 @@ def _read_header(file: Path, arrays: Collection[str]) -> tuple[dict[str, Any], l
         tensor_count = source.number("Q", "the number of tensors")
         value_count = source.number("Q", "the number of values")
         entries = f"{value_count} values and {tensor_count} tensors"
-        source.expect(value_count * SMALLEST_VALUE_BYTES + tensor_count * SMALLEST_TENSOR_BYTES, entries)
+        source.expect(
+            value_count * SMALLEST_VALUE_BYTES + tensor_count * SMALLEST_TENSOR_BYTES, entries
+        )
         if max(value_count, tensor_count) > MAX_ENTRIES:
             _refuse(file, f"{entries}, at most {MAX_ENTRIES} are read: {AGAIN}")
         metadata: dict[str, Any] = {}
@@ -217,7 +244,8 @@ def _check_start(source: "_Source") -> None:
         supported = f"supported are {VERSIONS[0]} and {VERSIONS[1]}"
         _refuse(
             file,
-            f"GGUF version {version}, {supported}; take a newer file of this model, or convert it again",
+            f"GGUF version {version}, {supported}; take a newer file of this model, or convert it "
+            "again",
         )
 
 
@@ -247,12 +275,15 @@ def _value(source: "_Source", key: str, whole: bool) -> Any:
             return [source.string(key) for _ in range(count)]
         source.skip_strings(count, key)
     else:
-        _refuse(source.file, f"{key} is an array of type {kind}, which cannot be read; download it again")
+        _refuse(
+            source.file,
+            f"{key} is an array of type {kind}, which cannot be read; download it again",
+        )
     return LongArray(count)
 
 
 def _tensor(source: "_Source", alignment: int) -> TensorSpec:
-    """One tensor of the table, plausible by itself; its offset counts from the start of the data."""
+    """One tensor of the table, plausible by itself; its offset is from the start of the data."""
     name = source.string("the name of a tensor")
     named = f"tensor {shown(name)}"
     dimensions = source.number("I", named)
@@ -302,7 +333,10 @@ class _Source:
             _refuse(self.file, f"truncated or damaged: {what} would take {left}; download it again")
 
     def keep(self, nbytes: int, what: str) -> None:
-        """Count what stays in memory. Raises CheckpointError when that is more than a header has."""
+        """Count what stays in memory.
+
+        Raises CheckpointError when that is more than a header has.
+        """
         self._kept_bytes += nbytes
         if self._kept_bytes > MAX_KEPT_BYTES:
             much = f"more than {MAX_KEPT_BYTES} bytes of strings and numbers, up to {what}"

@@ -30,7 +30,9 @@ def family_of(gguf: GGUF) -> Family:
         gguf.refuse(f"the architecture {shown(name)} cannot be run; these can: {works}")
     alike = [family for family in found if family.experts == experts]
     if not alike:
-        gguf.refuse(f"{name} {'with' if experts else 'without'} experts (a mixture), which cannot be run")
+        gguf.refuse(
+            f"{name} {'with' if experts else 'without'} experts (a mixture), which cannot be run"
+        )
     return alike[0]
 
 
@@ -38,7 +40,11 @@ def config_of(gguf: GGUF) -> dict[str, Any]:
     """What config.json would say. Raises CheckpointError for an architecture that cannot be run."""
     family = family_of(gguf)
     tokens = _tensor(gguf, "token_embd.weight").shape[0]
-    config: dict[str, Any] = {"dtype": "float32", "model_type": family.model_type, "vocab_size": tokens}
+    config: dict[str, Any] = {
+        "dtype": "float32",
+        "model_type": family.model_type,
+        "vocab_size": tokens,
+    }
     config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
     for key in ("embedding_length", "attention.head_count", "block_count"):
         _needed(gguf, key)
@@ -47,7 +53,9 @@ def config_of(gguf: GGUF) -> dict[str, Any]:
             config[theirs] = _ratio(gguf, key) if key.endswith(RATIOS) else _size(gguf, key)
     for key, value in family.only.items():
         if _of(gguf, key) != value:
-            gguf.refuse(f"{gguf.architecture}.{key} is {shown(_of(gguf, key))}, only {value} can be run yet")
+            gguf.refuse(
+                f"{gguf.architecture}.{key} is {shown(_of(gguf, key))}, only {value} can be run yet"
+            )
     if family.experts:
         count, used = _needed(gguf, "expert_count"), _needed(gguf, "expert_used_count")
         if used > count:
@@ -83,7 +91,10 @@ def _of_heads(gguf: GGUF, family: Family) -> dict[str, Any]:
     if rope["rope_type"] == "yarn":
         rope |= family.yarn
     if family.two_rotations:
-        local = {"rope_type": "default", "rope_theta": _ratio(gguf, "rope.freq_base_swa") or 10_000.0}
+        local = {
+            "rope_type": "default",
+            "rope_theta": _ratio(gguf, "rope.freq_base_swa") or 10_000.0,
+        }
         found["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     if family.layers_of_27b:
         of_27b = _needed(gguf, "block_count") == family.layers_of_27b
@@ -106,7 +117,9 @@ def _of(gguf: GGUF, key: str) -> Any:
     if isinstance(value, list) and len(set(value)) == 1:
         return value[0]
     if isinstance(value, list | LongArray):
-        gguf.refuse(f"{gguf.architecture}.{key} differs from layer to layer, which cannot be run yet")
+        gguf.refuse(
+            f"{gguf.architecture}.{key} differs from layer to layer, which cannot be run yet"
+        )
     return value
 
 
@@ -149,7 +162,10 @@ def _rope_parameters(gguf: GGUF, rotated: int) -> dict[str, Any]:
     """How positions are rotated, in transformers' words."""
     kind, factor = _of(gguf, "rope.scaling.type"), _ratio(gguf, "rope.scaling.factor")
     original = _size(gguf, "rope.scaling.original_context_length")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _ratio(gguf, "rope.freq_base") or 10_000.0}
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": _ratio(gguf, "rope.freq_base") or 10_000.0,
+    }
     if "rope_freqs.weight" in gguf.tensors:
         return rope | _llama3(gguf, rope["rope_theta"], rotated)
     if "rope_factors_long.weight" in gguf.tensors:
@@ -179,19 +195,29 @@ def _llama3(gguf: GGUF, theta: float, rotated: int) -> dict[str, Any]:
     scaling = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0}
     scaling["high_freq_factor"] = 4.0
     tried = [scaling | {"original_max_position_embeddings": 1 << power} for power in range(10, 21)]
-    alike = [one for one in tried if np.allclose(divisors, llama3_divisors(one, theta, rotated), rtol=1e-3)]
+    alike = [
+        one
+        for one in tried
+        if np.allclose(divisors, llama3_divisors(one, theta, rotated), rtol=1e-3)
+    ]
     if not alike:
-        gguf.refuse("rope_freqs.weight scales the rotation in a way that is not Llama 3's; it cannot be run")
+        gguf.refuse(
+            "rope_freqs.weight scales the rotation in a way that is not Llama 3's; it cannot be run"
+        )
     return alike[0]
 
 
-def llama3_divisors(scaling: Mapping[str, Any], theta: float, rotated: int) -> npt.NDArray[np.float64]:
+def llama3_divisors(
+    scaling: Mapping[str, Any], theta: float, rotated: int
+) -> npt.NDArray[np.float64]:
     """What Llama 3's `scaling`, in transformers' words, divides the frequencies of `rotated`
     numbers of a head by: [rotated / 2].
     """
     lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)  # of each wave, in tokens
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    share = np.clip((scaling["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1)
+    share = np.clip(
+        (scaling["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1
+    )
     divisors: npt.NDArray[np.float64] = 1 / ((1 - share) / scaling["factor"] + share)
     return divisors
 

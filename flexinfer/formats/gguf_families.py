@@ -20,14 +20,18 @@ class Family:
     architecture: str  # llama.cpp's name
     keys: dict[str, str]  # of the header -> of the config
     fixed: dict[str, Any] = field(default_factory=dict)  # of the config, the same in every file
-    present: dict[str, str] = field(default_factory=dict)  # of the config: whether this tensor is there
+    # Of the config: whether this tensor is there.
+    present: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)  # of the config: whether it is not
-    widths: dict[str, str] = field(default_factory=dict)  # of the config: how long this tensor's rows are
-    only: dict[str, int] = field(default_factory=dict)  # of the header: the one value that can be run
+    # Of the config: how long this tensor's rows are.
+    widths: dict[str, str] = field(default_factory=dict)
+    # Of the header: the one value that can be run.
+    only: dict[str, int] = field(default_factory=dict)
     experts: bool = False
     # The numbers of a head that rotary positions rotate: all, the first ones, or none
     rotated: Literal["all", "part", "none"] = "all"
-    two_rotations: bool = False  # layers with a sliding window have a base of their own, and no scaling
+    # Layers with a sliding window have a base of their own, and no scaling.
+    two_rotations: bool = False
     yarn: dict[str, Any] = field(default_factory=dict)  # of the config: how YaRN scales
     layers_of_27b: int = 0  # the size of Gemma whose attention is scaled by the width of all heads
     rows_by_pairs: bool = False  # rows of Q and K: those that are rotated together lie side by side
@@ -71,13 +75,16 @@ LLAMA = Family(
     present={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
     rows_by_pairs=True,
 )
-# Of several entries for one architecture a file is read as the first that agrees on whether there are experts.
+# Of several entries for one architecture a file is read as the first that agrees on whether there
+# are experts.
 FAMILIES = {
     family.model_type: family
     for family in (
         LLAMA,
         replace(LLAMA, model_type="mistral", present={}),
-        replace(LLAMA, model_type="mixtral", keys=RMS | HEAD | LOCAL_EXPERTS, present={}, experts=True),
+        replace(
+            LLAMA, model_type="mixtral", keys=RMS | HEAD | LOCAL_EXPERTS, present={}, experts=True
+        ),
         Family(model_type="qwen2", architecture="qwen2", keys=RMS),
         Family(model_type="qwen3", architecture="qwen3", keys=RMS | HEAD),
         Family(
@@ -85,7 +92,8 @@ FAMILIES = {
             architecture="qwen2moe",
             keys=RMS | EXPERTS | EXPERT_WIDTH | SHARED_WIDTH,
             fixed={"norm_topk_prob": False},
-            widths=ROWS_OF_EXPERT | {"shared_expert_intermediate_size": "blk.0.ffn_down_shexp.weight"},
+            widths=ROWS_OF_EXPERT
+            | {"shared_expert_intermediate_size": "blk.0.ffn_down_shexp.weight"},
             experts=True,
             flat=("ffn_gate_inp_shexp.weight",),
         ),
@@ -108,7 +116,11 @@ FAMILIES = {
         Family(
             model_type="gpt_oss",
             architecture="gpt-oss",
-            keys=RMS | HEAD | WINDOW | LOCAL_EXPERTS | {"expert_feed_forward_length": "intermediate_size"},
+            keys=RMS
+            | HEAD
+            | WINDOW
+            | LOCAL_EXPERTS
+            | {"expert_feed_forward_length": "intermediate_size"},
             experts=True,
             yarn={"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
         ),
@@ -134,7 +146,9 @@ FAMILIES = {
             fixed={"sliding_window": None},
             rotated="part",
         ),
-        Family(model_type="starcoder2", architecture="starcoder2", keys=_layer_norm("norm_epsilon")),
+        Family(
+            model_type="starcoder2", architecture="starcoder2", keys=_layer_norm("norm_epsilon")
+        ),
         Family(
             model_type="stablelm",
             architecture="stablelm",
@@ -150,7 +164,8 @@ FAMILIES = {
             rotated="part",
             norms_plus_one=True,
         ),
-        # With several heads of keys (Falcon 40B) llama.cpp puts rows in an order that is not known here.
+        # With several heads of keys (Falcon 40B) llama.cpp puts rows in an order that is not known
+        # here.
         Family(
             model_type="falcon",
             architecture="falcon",

@@ -32,10 +32,12 @@ from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE
 from flexinfer.formats.tensors import Checkpoint, CheckpointError
 from flexinfer.formats.tokenizer_form import OF_GGUF
 
-NAMES_KEY = "flexinfer.names"  # whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json
+# Whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json.
+NAMES_KEY = "flexinfer.names"
 NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
 CACHE_VERSION = 2  # of what is kept
-TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100  # of the process that makes a tokenizer, and for each token
+# Of the process that makes a tokenizer, and for each token.
+TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100
 
 
 def gguf_in(path: Path) -> Path | None:
@@ -47,13 +49,18 @@ def gguf_in(path: Path) -> Path | None:
         return path.with_name(part_name(path.name, 1))
     if not path.is_dir() or (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return None
-    models = [file for file in path.iterdir() if file.suffix.lower() in {".gguf", ""} and is_gguf(file)]
+    models = [
+        file for file in path.iterdir() if file.suffix.lower() in {".gguf", ""} and is_gguf(file)
+    ]
     found = {file for file in map(gguf_in, models) if file}
-    if len(found) > 1:  # beside a model lie projectors of pictures, importance matrices and adapters
+    # Beside a model lie projectors of pictures, importance matrices and adapters.
+    if len(found) > 1:
         found = {file for file in found if not file.is_file() or is_model(file)} or found
     if len(found) > 1:
         names = ", ".join(sorted(file.name for file in found))
-        raise CheckpointError(f"{path}: holds several models: {names}; name one of them with gguf_file=")
+        raise CheckpointError(
+            f"{path}: holds several models: {names}; name one of them with gguf_file="
+        )
     return next(iter(found), None)
 
 
@@ -69,11 +76,14 @@ def open_gguf(file: Path) -> Checkpoint:
     if whose == "transformers":
         if not (file.parent / "config.json").is_file():
             raise CheckpointError(
-                f"{file}: has no config.json beside it, as `flexinfer quantize` has put there; copy the whole directory"
+                f"{file}: has no config.json beside it, as `flexinfer quantize` has put there; "
+                "copy the whole directory"
             )
         return Checkpoint(file, gguf.tensors, file.parent)
     beside = whose is not None and (file.parent / "config.json").is_file()
-    return Checkpoint(file, gguf.tensors, file.parent if beside else _config_dir(gguf), gguf.architecture)
+    return Checkpoint(
+        file, gguf.tensors, file.parent if beside else _config_dir(gguf), gguf.architecture
+    )
 
 
 def _config_dir(gguf: GGUF) -> Path:
@@ -115,4 +125,6 @@ def _make_tokenizer(gguf: GGUF, directory: Path) -> None:
     why = make_apart(file, needed_bytes, "flexinfer.formats.gguf_tokenizer", *paths)
     if why is not None:
         (directory / NO_TOKENIZER).write_text(why)
-        warnings.warn(f"{file}: no tokenizer could be made from it ({why})", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{file}: no tokenizer could be made from it ({why})", RuntimeWarning, stacklevel=2
+        )

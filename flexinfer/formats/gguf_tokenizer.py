@@ -1,7 +1,9 @@
-"""Makes the tokenizer that a GGUF file describes: `python -m flexinfer.formats.gguf_tokenizer FILE DIRECTORY`.
+"""Makes the tokenizer that a GGUF file describes: `python -m flexinfer.formats.gguf_tokenizer FILE
+DIRECTORY`.
 
-A process of its own, without torch: building a vocabulary of 260,000 tokens takes some hundred megabytes, which would stay. By transformers'
-own conversion, completed where it does not know how a vocabulary cuts text before its merges.
+A process of its own, without torch: building a vocabulary of 260,000 tokens takes some hundred
+megabytes, which would stay. By transformers' own conversion, completed where it does not know how a
+vocabulary cuts text before its merges.
 """
 
 import json
@@ -16,16 +18,23 @@ from flexinfer.formats.gguf import read_gguf
 
 ARRAYS = ("tokens", "scores", "token_type", "merges", "precompiled_charsmap")
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-END_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+END_KEYS = (
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.eom_token_id",
+)
 EACH_DIGIT = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
-ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"}  # of an answer
-# Of these a word of the vocabulary is never cut, and a text begins with BOS unless it is said otherwise.
+# Of an answer.
+ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"}
+# Of these a word of the vocabulary is never cut, and a text begins with BOS unless it is said
+# otherwise.
 WHOLE_WORDS = {"falcon3", "llama-bpe", "llama-v3", "llama3", "tekken"}
 AS_GPT2 = {"default", "gpt-2", "jais", "mpt", "olmo", "phi-2"}
 
 
 def make_tokenizer(file: Path, directory: Path) -> None:
-    """Write tokenizer.json and, with the chat template, tokenizer_config.json; add to generation_config.json what ends an answer.
+    """Write tokenizer.json and, with the chat template, tokenizer_config.json; add to
+    generation_config.json what ends an answer.
 
     Raises ValueError for a kind of tokenizer that is not known.
     """
@@ -54,7 +63,11 @@ def make_tokenizer(file: Path, directory: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-    elif tokens["tokenizer_type"] == "gpt2" and kind not in GGUF_PRE_TOKENIZER_SPLITS and kind not in AS_GPT2:
+    elif (
+        tokens["tokenizer_type"] == "gpt2"
+        and kind not in GGUF_PRE_TOKENIZER_SPLITS
+        and kind not in AS_GPT2
+    ):
         print(f"tokenizer.ggml.pre is {kind!r}, which is not known: text is cut as GPT-2 does")
     if kind in WHOLE_WORDS:
         backend.model.ignore_merges = True
@@ -63,8 +76,12 @@ def make_tokenizer(file: Path, directory: Path) -> None:
     for name, theirs in SPECIAL.items():
         number = gguf.metadata.get(f"tokenizer.ggml.{name}_token_id")
         config[theirs] = None if number is None else tokens["tokens"][number]
-    before = [config["bos_token"]] if config.pop("add_bos_token", False) and config["bos_token"] else []
-    after = [config["eos_token"]] if config.pop("add_eos_token", False) and config["eos_token"] else []
+    before = (
+        [config["bos_token"]] if config.pop("add_bos_token", False) and config["bos_token"] else []
+    )
+    after = (
+        [config["eos_token"]] if config.pop("add_eos_token", False) and config["eos_token"] else []
+    )
     backend.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[
@@ -83,7 +100,9 @@ def make_tokenizer(file: Path, directory: Path) -> None:
     ends = {number for number, token in enumerate(tokens["tokens"]) if token in ENDS}
     ends |= {gguf.metadata[key] for key in END_KEYS if key in gguf.metadata}
     generation = directory / "generation_config.json"
-    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": sorted(ends)}))
+    generation.write_text(
+        json.dumps(json.loads(generation.read_text()) | {"eos_token_id": sorted(ends)})
+    )
 
 
 def main(file: str, directory: str) -> int:

@@ -23,7 +23,8 @@ class Encoding:
     name: str
     block_elements: int
     block_bytes: int
-    torch_name: str | None = None  # torch's name of the dtype; None where it has none, as for blocks of ggml
+    # Torch's name of the dtype; None where it has none, as for blocks of ggml.
+    torch_name: str | None = None
 
     @property
     def is_float(self) -> bool:
@@ -55,12 +56,18 @@ ENCODINGS = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of a kind that cannot be run. Names the file and the remedy."""
+    """A checkpoint that is missing, damaged or of a kind that cannot be run.
+
+    Names the file and the remedy.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where one tensor lies, and how it differs from the model's parameter. `offset_bytes` counts from the start of `file`."""
+    """Where one tensor lies, and how it differs from the model's parameter.
+
+    `offset_bytes` counts from the start of `file`.
+    """
 
     name: str  # in the file
     file: Path
@@ -69,7 +76,8 @@ class TensorSpec:
     encoding: Encoding
     shape: tuple[int, ...]  # of its elements; its last dimension is made of whole blocks
     added: float = 0.0  # to each element, to get the parameter
-    row_order: tuple[int, ...] | None = None  # row i of the parameter is row row_order[i] in the file
+    # Row i of the parameter is row row_order[i] in the file.
+    row_order: tuple[int, ...] | None = None
     transposed: bool = False  # the rows of the file are the columns of the parameter
     alternate: "TensorSpec | None" = None  # a tensor whose columns alternate with those of this one
 
@@ -108,7 +116,7 @@ class Checkpoint:
 
     @property
     def config_file(self) -> Path:
-        """The file that says what the model is: config.json, or the GGUF file that it was made of."""
+        """The file that describes the model: config.json, or the GGUF file it was made of."""
         return self.path if self.architecture else self.config_dir / "config.json"
 
     @property
@@ -118,16 +126,20 @@ class Checkpoint:
 
 
 def read_json(path: Path, most_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`; raises CheckpointError when it is not one, or too large to be one."""
+    """The JSON object in `path`; raises CheckpointError when it is none, or too large."""
     size_bytes = path.stat().st_size
     if size_bytes > most_bytes:
         raise CheckpointError(
-            f"{path}: {size_bytes} bytes of JSON, at most {most_bytes} are read; download the file again"
+            f"{path}: {size_bytes} bytes of JSON, at most {most_bytes} are read; download the file "
+            "again"
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number or a nesting without end
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
+    # No UTF-8, no JSON, a number or a nesting without end.
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({error}); download the file again"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{path}: expected a JSON object, found {type(value).__name__}; download the file again"

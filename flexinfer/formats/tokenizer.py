@@ -1,8 +1,10 @@
 """The tokenizer beside the weights, in little memory.
 
-What AutoTokenizer makes of its files is kept in the cache directory, once for the same files, in a form that loads in half the memory
-(flexinfer.formats.tokenizer_form), with the memory that this takes, as measured. A plan can count on those numbers, and the tokenizer is loaded
-before the process is measured for its plan. What comes out is a stock transformers tokenizer all the same, of the same class.
+What AutoTokenizer makes of its files is kept in the cache directory, once for the same files, in a
+form that loads in half the memory (flexinfer.formats.tokenizer_form), with the memory that this
+takes, as measured. A plan can count on those numbers, and the tokenizer is loaded before the
+process is measured for its plan. What comes out is a stock transformers tokenizer all the same, of
+the same class.
 """
 
 import hashlib
@@ -29,22 +31,22 @@ FORM_VERSION = 2
 
 MARKS = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json")
 
-READ = {
-    ".json",
-    ".jinja",
-    ".txt",
-    ".model",
-    ".tiktoken",
-    ".spm",
-    ".vocab",
-    ".bpe",
-}  # what AutoTokenizer reads
+# What AutoTokenizer reads.
+READ = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe"}
 
-MADE_WITH = ("transformers", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "protobuf")
+MADE_WITH = (
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "tiktoken",
+    "mistral_common",
+    "protobuf",
+)
 
 CHUNK_BYTES = 1 << 20
 
-# Of the process that makes the form: for each string of tokenizer.json, and each byte of a file that is no JSON (docs/log.md)
+# Of the process that makes the form: for each string of tokenizer.json, and each byte of a file
+# that is no JSON (docs/log.md)
 MAKING_BYTES, STRING_BYTES, OTHER_BYTES = 96 << 20, 330, 60
 
 
@@ -91,11 +93,14 @@ class PreparedTokenizer:
         self._check()
         return_freed_memory()
         try:
-            tokenizer: PreTrainedTokenizerBase = load(self.source, self.form, bool(self.facts["stock"]))
+            tokenizer: PreTrainedTokenizerBase = load(
+                self.source, self.form, bool(self.facts["stock"])
+            )
         except Exception as error:
             shutil.rmtree(self.form, ignore_errors=True)
             raise CheckpointError(
-                f"{self.form}: the tokenizer that was kept there cannot be loaded ({type(error).__name__}: {one_line(str(error))}); "
+                f"{self.form}: the tokenizer that was kept there cannot be loaded "
+                f"({type(error).__name__}: {one_line(str(error))}); "
                 "it is removed, and made again when the model is loaded again"
             ) from error
         trim_heap()
@@ -108,19 +113,24 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def prepare_tokenizer(path: Path) -> PreparedTokenizer:
-    """What is known of the tokenizer in directory `path`. It is brought into its form, once, where that has not been done yet.
+    """What is known of the tokenizer in directory `path`. It is brought into its form, once, where
+    that has not been done yet.
 
     Raises CheckpointError where there is too little memory to do so.
     """
     if not has_tokenizer(path):
-        problem = f"{path}: no tokenizer beside the weights; put its files there (tokenizer.json, ...)"
+        problem = (
+            f"{path}: no tokenizer beside the weights; put its files there (tokenizer.json, ...)"
+        )
         if (path / NO_TOKENIZER).is_file():
             why = (path / NO_TOKENIZER).read_text()
             problem = f"no tokenizer could be made from the GGUF file: {why}; load one of your own"
         return PreparedTokenizer(path, path, {"problem": problem})
     fingerprint, making_bytes = _read_files(path)
     form = make_once(
-        f"tokenizers/{fingerprint}", _is_complete, lambda unfinished: _make(path, unfinished, making_bytes)
+        f"tokenizers/{fingerprint}",
+        _is_complete,
+        lambda unfinished: _make(path, unfinished, making_bytes),
     )
     return PreparedTokenizer(path, form, json.loads((form / FACTS).read_text(encoding="utf-8")))
 
@@ -148,7 +158,9 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _read_files(path: Path) -> tuple[str, int]:
-    """A fingerprint of the files and of what reads them, and the memory that reading them takes, about."""
+    """A fingerprint of the files and of what reads them, and the memory that reading them takes,
+    about.
+    """
     digest = hashlib.blake2b(
         json.dumps([FORM_VERSION, _versions(), (path / OF_GGUF).is_file()]).encode(), digest_size=16
     )
@@ -161,7 +173,9 @@ def _read_files(path: Path) -> tuple[str, int]:
                 in_json = file.suffix == ".json"
                 needed_bytes += STRING_BYTES * (chunk.count(b'"') // 2) if in_json else 0
                 needed_bytes += (
-                    OTHER_BYTES * len(chunk) if file.suffix in {".model", ".tiktoken", ".spm"} else 0
+                    OTHER_BYTES * len(chunk)
+                    if file.suffix in {".model", ".tiktoken", ".spm"}
+                    else 0
                 )
     return digest.hexdigest(), needed_bytes
 
@@ -180,8 +194,13 @@ def _versions() -> list[str]:
 def _make(path: Path, form: Path, needed_bytes: int) -> None:
     """Have the form made, and measured, by two processes one after the other."""
     for role in ("make", "measure"):
-        why = make_apart(path, needed_bytes, "flexinfer.formats.tokenizer_form", role, str(path), str(form))
+        why = make_apart(
+            path, needed_bytes, "flexinfer.formats.tokenizer_form", role, str(path), str(form)
+        )
         if why is not None:
-            problem = f"{path}: no tokenizer can be made of the files beside the weights ({why}); load one of your own"
+            problem = (
+                f"{path}: no tokenizer can be made of the files beside the weights ({why}); load "
+                "one of your own"
+            )
             (form / FACTS).write_text(json.dumps({"problem": problem}), encoding="utf-8")
             return

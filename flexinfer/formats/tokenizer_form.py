@@ -1,12 +1,16 @@
-"""The form in which a tokenizer is kept: it loads in half the memory, and is what AutoTokenizer made, attribute by attribute.
+"""The form in which a tokenizer is kept: it loads in half the memory, and is what AutoTokenizer
+made, attribute by attribute.
 
-`python -m flexinfer.formats.tokenizer_form make SOURCE FORM` has AutoTokenizer build the tokenizer of directory SOURCE, in a process of its own and
-without torch, and writes to directory FORM the class, the attributes and the backend of what came out. It then reads the form and compares
-both on awkward texts; where they differ, or the tokenizer has no backend of the tokenizers library, facts.json says that the stock one
-has to be used. `... measure SOURCE FORM` loads it as flexinfer.formats.tokenizer will and adds to facts.json what that takes.
+`python -m flexinfer.formats.tokenizer_form make SOURCE FORM` has AutoTokenizer build the tokenizer
+of directory SOURCE, in a process of its own and without torch, and writes to directory FORM the
+class, the attributes and the backend of what came out. It then reads the form and compares both on
+awkward texts; where they differ, or the tokenizer has no backend of the tokenizers library,
+facts.json says that the stock one has to be used. `... measure SOURCE FORM` loads it as
+flexinfer.formats.tokenizer will and adds to facts.json what that takes.
 
-tokenizer.json holds a vocabulary and its merges as text that the library parses into a tree first: 340 MB at the peak for 262,000
-tokens. Byte-pair vocabularies are kept as words and numbers instead, and handed over one merge after the other: 170 MB.
+tokenizer.json holds a vocabulary and its merges as text that the library parses into a tree first:
+340 MB at the peak for 262,000 tokens. Byte-pair vocabularies are kept as words and numbers instead,
+and handed over one merge after the other: 170 MB.
 """
 
 import contextlib
@@ -31,15 +35,18 @@ from flexinfer.formats.child import NO_ROOM, guarded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FACTS, STATE, WORDS, REST, WHOLE = "facts.json", "state.json", "words.bin", "rest.json", "tokenizer.json"
+FACTS, STATE, WORDS, REST, WHOLE = (
+    "facts.json",
+    "state.json",
+    "words.bin",
+    "rest.json",
+    "tokenizer.json",
+)
 
 OF_GGUF = "of_gguf"  # a file beside the tokenizer of a GGUF file, which it names
 
-KEPT_IN_BACKEND = (
-    "_tokenizer",
-    "_vocab",
-    "_merges",
-)  # attributes: the last two are copies, for the constructor alone
+# Attributes: the last two are copies, for the constructor alone.
+KEPT_IN_BACKEND = ("_tokenizer", "_vocab", "_merges")
 
 LIMIT_BYTES = 1 << 10  # of a message
 
@@ -56,7 +63,8 @@ TEXTS = (
     "It's we'll they'RE I'm",
     "caf\u00e9 cafe\u0301 \u1e9b\u0323 A\u030a \ufb01 \u2126",
     "\u65e5\u672c\u8a9e\u306e\u6587 \u4e2d\u6587\uff0c\u6e2c\u8a66\u3002 \ud55c\uad6d\uc5b4",
-    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea "
+    "\u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22",
     "\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1f3\U0001f1f4",
     "\x00\x01\x07\x1b[0m\x7f\u200b\u202e\ufeff",
     "def f(x):\n    return x  # \u2581 \u0120 <0x0A>",
@@ -79,12 +87,19 @@ CHATS: tuple[list[dict[str, str]], ...] = (
 
 
 def write_form(tokenizer: Any, source: Path, form: Path) -> None:
-    """Write class, attributes and backend. Raises TypeError for an attribute that cannot be kept."""
+    """Write class, attributes and backend.
+
+    Raises TypeError for an attribute that cannot be kept.
+    """
     kind = type(tokenizer)
     if kind.__module__.partition(".")[0] != "transformers" or not hasattr(tokenizer, "_tokenizer"):
         raise TypeError(f"{kind.__name__} is not made of the tokenizers library by transformers")
     kept = {name: value for name, value in vars(tokenizer).items() if name not in KEPT_IN_BACKEND}
-    state = {"module": kind.__module__, "class": kind.__qualname__, "attributes": _encoded(kept, str(source))}
+    state = {
+        "module": kind.__module__,
+        "class": kind.__qualname__,
+        "attributes": _encoded(kept, str(source)),
+    }
     (form / STATE).write_text(json.dumps(state), encoding="utf-8")
     tokenizer._tokenizer.save(str(form / WHOLE), pretty=False)
 
@@ -112,7 +127,9 @@ def split_vocabulary(form: Path) -> None:
 
 
 def read_form(source: Path, form: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer that was written to `form`; where it speaks of its files, these are those of `source`."""
+    """The tokenizer that was written to `form`; where it speaks of its files, these are those of
+    `source`.
+    """
     state = json.loads((form / STATE).read_text(encoding="utf-8"))
     kind: Any = getattr(importlib.import_module(state["module"]), state["class"])
     tokenizer: Any = kind.__new__(kind)
@@ -138,7 +155,9 @@ class _Merges(Sequence[tuple[str, str]]):
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         words = self._words
-        return ((words[left], words[right]) for left, right in zip(self._left, self._right, strict=True))
+        return (
+            (words[left], words[right]) for left, right in zip(self._left, self._right, strict=True)
+        )
 
 
 def _backend(form: Path) -> Tokenizer:
@@ -153,9 +172,13 @@ def _backend(form: Path) -> Tokenizer:
         ids, left, right = numbers("I", tokens), numbers("I", merges), numbers("I", merges)
         words: list[str] = json.loads(stream.read())
     rest = json.loads((form / REST).read_text(encoding="utf-8"))
-    options = {name: value for name, value in rest["model"].items() if name != "type" and value is not None}
+    options = {
+        name: value for name, value in rest["model"].items() if name != "type" and value is not None
+    }
     pairs: Any = _Merges(words, left, right)
-    backend = Tokenizer(models.BPE(vocab=dict(zip(words, ids, strict=True)), merges=pairs, **options))
+    backend = Tokenizer(
+        models.BPE(vocab=dict(zip(words, ids, strict=True)), merges=pairs, **options)
+    )
     added = sorted(rest.pop("added_tokens"), key=lambda token: token["id"])
     empty = Tokenizer.from_str(
         json.dumps(rest | {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}})
@@ -174,7 +197,10 @@ def _backend(form: Path) -> Tokenizer:
 
 
 def _encoded(value: Any, source: str) -> Any:
-    """`value` for JSON: what JSON has no word for as a list of its kind and its parts. Raises TypeError for anything else."""
+    """`value` for JSON: what JSON has no word for as a list of its kind and its parts.
+
+    Raises TypeError for anything else.
+    """
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
@@ -186,7 +212,10 @@ def _encoded(value: Any, source: str) -> Any:
     if type(value) in (list, tuple):
         return [type(value).__name__, [_encoded(one, source) for one in value]]
     if type(value) is dict:
-        return ["dict", [[_encoded(key, source), _encoded(one, source)] for key, one in value.items()]]
+        return [
+            "dict",
+            [[_encoded(key, source), _encoded(one, source)] for key, one in value.items()],
+        ]
     raise TypeError(f"an attribute of class {type(value).__name__}")
 
 
@@ -208,7 +237,10 @@ def _decoded(value: Any, source: str) -> Any:
 
 
 def make(source: Path, form: Path) -> None:
-    """Write the form of the tokenizer in `source`, and facts.json. Raises what AutoTokenizer raises."""
+    """Write the form of the tokenizer in `source`, and facts.json.
+
+    Raises what AutoTokenizer raises.
+    """
     facts: dict[str, Any] = {"stock": None}  # why the stock one has to be used, if it has to be
     stock: Any = stock_tokenizer(source)
     facts["has_template"] = bool(stock.chat_template)
@@ -220,9 +252,8 @@ def make(source: Path, form: Path) -> None:
         split_vocabulary(form)
         give_back()
         facts["stock"] = difference(expected, observe(read_form(source, form), form))
-        if (
-            facts["stock"] and not (form / WHOLE).is_file()
-        ):  # numbers of tokens that it does not give by itself
+        # Numbers of tokens that it does not give by itself.
+        if facts["stock"] and not (form / WHOLE).is_file():
             whole: Any = stock_tokenizer(source)
             whole._tokenizer.save(str(form / WHOLE), pretty=False)
             del whole
@@ -236,8 +267,9 @@ def make(source: Path, form: Path) -> None:
 
 
 def stock_tokenizer(source: Path) -> Any:
-    """AutoTokenizer's, or, where that cannot be made, what tokenizer.json says: of a GGUF file too, whose header says more than the
-    class of its model."""
+    """AutoTokenizer's, or, where that cannot be made, what tokenizer.json says: of a GGUF file too,
+    whose header says more than the class of its model.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (source / OF_GGUF).is_file():
@@ -249,7 +281,8 @@ def stock_tokenizer(source: Path) -> Any:
             raise
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
         print(
-            f"AutoTokenizer cannot make it ({type(error).__name__}: {error}): tokenizer.json is taken as it is"
+            f"AutoTokenizer cannot make it ({type(error).__name__}: {error}): tokenizer.json is "
+            "taken as it is"
         )
         return tokenizer
 
@@ -269,7 +302,10 @@ def observe(tokenizer: Any, scratch: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             tokenizer.save_pretrained(folder)
             files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
-            return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+            return {
+                str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+                for f in files
+            }
 
     def vocabulary() -> Any:
         digest = hashlib.sha256()
@@ -286,11 +322,15 @@ def observe(tokenizer: Any, scratch: Path) -> dict[str, Any]:
     special = [*map(str, tokenizer.all_special_tokens), "plain"]
     looks: dict[str, Callable[[], Any]] = {
         "ids": lambda: [tokenizer(text)["input_ids"] for text in TEXTS],
-        "ids alone": lambda: [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS],
+        "ids alone": lambda: [
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS
+        ],
         "encoding": lambda: [dict(tokenizer(text, return_offsets_mapping=True)) for text in TEXTS],
         "pairs": lambda: [dict(tokenizer(text, TEXTS[5])) for text in TEXTS],
         "words": lambda: tokenizer(words, add_special_tokens=False)["input_ids"],
-        "special": lambda: [tokenizer(f"a {token}b{token} c{token}")["input_ids"] for token in special],
+        "special": lambda: [
+            tokenizer(f"a {token}b{token} c{token}")["input_ids"] for token in special
+        ],
         "padded left": lambda: batch("left"),
         "padded right": lambda: batch("right"),
         "there and back": lambda: [
@@ -310,7 +350,11 @@ def observe(tokenizer: Any, scratch: Path) -> dict[str, Any]:
         for answer in (False, True):
             looks[f"chat {number} {answer}"] = lambda chat=chat, answer=answer: (  # type: ignore[misc]
                 tokenizer.apply_chat_template(chat, add_generation_prompt=answer, tokenize=False),
-                dict(tokenizer.apply_chat_template(chat, add_generation_prompt=answer, return_dict=True)),
+                dict(
+                    tokenizer.apply_chat_template(
+                        chat, add_generation_prompt=answer, return_dict=True
+                    )
+                ),
             )
     seen: dict[str, Any] = {}
     for name, look in looks.items():
@@ -323,7 +367,9 @@ def observe(tokenizer: Any, scratch: Path) -> dict[str, Any]:
 
 def difference(expected: dict[str, Any], ours: dict[str, Any]) -> str | None:
     """The first thing that differs."""
-    return next((f"{name} differs" for name, value in expected.items() if ours[name] != value), None)
+    return next(
+        (f"{name} differs" for name, value in expected.items() if ours[name] != value), None
+    )
 
 
 # ---- the process that measures it
@@ -335,7 +381,9 @@ def load(source: Path, form: Path, stock: bool) -> Any:
 
 
 def measure(source: Path, form: Path) -> None:
-    """Add to facts.json what the tokenizer takes in memory: at most while it is loaded, afterwards, and when it has been used."""
+    """Add to facts.json what the tokenizer takes in memory: at most while it is loaded, afterwards,
+    and when it has been used.
+    """
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: F401  (as flexinfer.model has them)
 
     facts = json.loads((form / FACTS).read_text(encoding="utf-8"))

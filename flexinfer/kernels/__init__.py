@@ -1,4 +1,7 @@
-"""How the rows of a weight are seen in memory and multiplied, a module for each encoding. Nothing here knows files or budgets."""
+"""How the rows of a weight are seen in memory and multiplied, a module for each encoding.
+
+Nothing here knows files or budgets.
+"""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +19,9 @@ class Kernel(Protocol):
 
     @property
     def resident(self) -> "Kernel":
-        """The kernel of rows that stay: this one, or that of the dtype to which they are converted once."""
+        """The kernel of rows that stay: this one, or that of the dtype to which they are converted
+        once.
+        """
         ...
 
     def resident_bytes(self, nbytes: int) -> int:
@@ -28,7 +33,7 @@ class Kernel(Protocol):
         ...
 
     def work_bytes(self, activation_rows: int, output_rows: int) -> int:
-        """Memory that `multiply` works in, besides its input, its output and copies of the weight."""
+        """Memory that `multiply` works in, besides input, output and copies of the weight."""
         ...
 
     def view(self, buffer: "Buffer", position: int, rows: int) -> "torch.Tensor":
@@ -42,5 +47,7 @@ class Kernel(Protocol):
         ...
 
     def matrix(self, view: "torch.Tensor") -> "torch.Tensor":
-        """The rows in `view` as floats [rows, in_features], for gradients; a copy where they are stored in another way."""
+        """The rows in `view` as floats [rows, in_features], for gradients; a copy where they are
+        stored in another way.
+        """
         ...

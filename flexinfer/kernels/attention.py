@@ -1,9 +1,12 @@
-"""Keys and values that are kept in fewer bits than the model computes in, and attention over them a few heads at a time.
+"""Keys and values that are kept in fewer bits than the model computes in, and attention over them a
+few heads at a time.
 
-A `Rounded` stands for numbers of the wider dtype: whatever is done with it is done with a wide copy. Only scaled_dot_product_attention, which
-has no use for all heads at once, gets them a few at a time, in memory that is set aside for that and stays in the caches of the CPU. Heads
-do not depend on one another, so the bits are the same. A wide copy of a whole layer took four times as long as the weights for a token
-behind 1,400 others: new pages for each layer, and three times the bytes (docs/log.md).
+A `Rounded` stands for numbers of the wider dtype: whatever is done with it is done with a wide
+copy. Only scaled_dot_product_attention, which has no use for all heads at once, gets them a few at
+a time, in memory that is set aside for that and stays in the caches of the CPU. Heads do not depend
+on one another, so the bits are the same. A wide copy of a whole layer took four times as long as
+the weights for a token behind 1,400 others: new pages for each layer, and three times the bytes
+(docs/log.md).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +30,10 @@ ASKED = {  # what may be asked of a tensor without its numbers
 
 
 class Rounded(torch.Tensor):
-    """Numbers in fewer bits than `wide`, in which they take part in operations. `scratch` is memory for wide copies of some heads."""
+    """Numbers in fewer bits than `wide`, in which they take part in operations.
+
+    `scratch` is memory for wide copies of some heads.
+    """
 
     wide: torch.dtype
     scratch: torch.Tensor  # [n] of dtype `wide`
@@ -55,7 +61,9 @@ class Rounded(torch.Tensor):
                 return args[0].wide
             if func is F.scaled_dot_product_attention:
                 return attend(*args, **kwargs)
-            return func(*map(widened, args), **{name: widened(value) for name, value in kwargs.items()})
+            return func(
+                *map(widened, args), **{name: widened(value) for name, value in kwargs.items()}
+            )
 
 
 def widened(value: Any) -> Any:
@@ -72,7 +80,9 @@ def attend(
     attn_mask: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """scaled_dot_product_attention of query [batch, query heads, new tokens, head_dim] to key and value [batch, heads, tokens, head_dim]."""
+    """scaled_dot_product_attention of query [batch, query heads, new tokens, head_dim] to key and
+    value [batch, heads, tokens, head_dim].
+    """
     # A graph would keep the scratch memory, which the next heads and the next layer overwrite.
     in_scratch = query.dim() == key.dim() == 4 and not records_gradients(query)
     if in_scratch and isinstance(key, Rounded) and isinstance(value, Rounded):
@@ -84,9 +94,17 @@ def attend(
 
 
 def _attend_by_heads(
-    query: torch.Tensor, key: Rounded, value: Rounded, mask: torch.Tensor | None, step: int, **options: Any
+    query: torch.Tensor,
+    key: Rounded,
+    value: Rounded,
+    mask: torch.Tensor | None,
+    step: int,
+    **options: Any,
 ) -> torch.Tensor:
-    """`step` heads at a time. `mask`: None, or [..., new tokens, tokens], before that one for each query head or one for all."""
+    """`step` heads at a time.
+
+    `mask`: None, or [..., new tokens, tokens], before that one for each query head or one for all.
+    """
     heads = key.shape[1]
     group = query.shape[1] // heads
     batch, _, tokens, _ = query.shape
@@ -102,7 +120,9 @@ def _attend_by_heads(
     return output
 
 
-def _wide(key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _wide(
+    key: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both in the dtype of `scratch`, and there."""
     keys, both = key.numel(), key.numel() + value.numel()
     return (

@@ -1,4 +1,6 @@
-"""Weights as they lie in a stock checkpoint: bf16, fp16 or fp32, multiplied by the kernels that torch uses for them."""
+"""Weights as they lie in a stock checkpoint: bf16, fp16 or fp32, multiplied by the kernels that
+torch uses for them.
+"""
 
 import os
 from dataclasses import dataclass, replace
@@ -12,23 +14,29 @@ from flexinfer.memory.buffer import Buffer
 # Each keeps up to 1,024 otherwise. A pass has some thirty shapes of pieces.
 KEPT_KERNELS = 48
 ALIGNMENT_BYTES = (
-    16  # of what MKL multiplies a single row of fp32 with: at another address it may add in another order
+    # Of what MKL multiplies a single row of fp32 with: at another address it may add in another
+    # order.
+    16
 )
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 
 def bound_kernel_caches() -> None:
-    """Have torch and oneDNN keep few of the kernels that they compile for bf16 and fp16, one for each number of rows and shape.
+    """Have torch and oneDNN keep few of the kernels that they compile for bf16 and fp16, one for
+    each number of rows and shape.
 
-    Half a megabyte each: prompts of 300 different lengths left 570 MB behind (docs/log.md). Both read their bounds from the
-    environment when the first such product runs, so this comes before; what the user has set stays.
+    Half a megabyte each: prompts of 300 different lengths left 570 MB behind (docs/log.md). Both
+    read their bounds from the environment when the first such product runs, so this comes before;
+    what the user has set stays.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KEPT_KERNELS))
 
 
 def fill_kernel_caches(dtype: torch.dtype) -> None:
-    """Have as many kernels compiled as are kept, so that the memory they take is there to be measured."""
+    """Have as many kernels compiled as are kept, so that the memory they take is there to be
+    measured.
+    """
     if dtype != torch.float32:
         weight = torch.ones(1024, 1024, dtype=dtype)
         for rows in range(2, 2 + KEPT_KERNELS):
@@ -43,7 +51,9 @@ class DenseKernel:
     file_dtype: torch.dtype
     dtype: torch.dtype  # what the model computes in
     aligned: bool = (
-        False  # whether transformers would have copied them to memory of their own, and not mapped the file
+        # Whether transformers would have copied them to memory of their own, and not mapped the
+        # file.
+        False
     )
 
     @property
@@ -54,7 +64,9 @@ class DenseKernel:
         return nbytes // self.file_dtype.itemsize * self.dtype.itemsize
 
     def copied_bytes(self, nbytes: int) -> int:
-        """In another dtype than the file's one copy; and one more where torch lays the weight out anew (see StreamedLinear)."""
+        """In another dtype than the file's one copy; and one more where torch lays the weight out
+        anew (see StreamedLinear).
+        """
         copies = 1 if self.file_dtype == self.dtype and not self._realigns else 2
         return copies * self.resident_bytes(nbytes)
 
@@ -82,7 +94,9 @@ class DenseKernel:
 
 @dataclass(frozen=True, slots=True)
 class ColumnsKernel:
-    """A weight whose rows in the file are inputs, [in_features, rows], as gpt-oss has its experts; never cut."""
+    """A weight whose rows in the file are inputs, [in_features, rows], as gpt-oss has its experts;
+    never cut.
+    """
 
     in_features: int
     file_dtype: torch.dtype
@@ -96,7 +110,9 @@ class ColumnsKernel:
         return nbytes // self.file_dtype.itemsize * self.dtype.itemsize
 
     def copied_bytes(self, nbytes: int) -> int:
-        """In another dtype than the file's one copy; and one more where torch lays the weight out anew (see StreamedLinear)."""
+        """In another dtype than the file's one copy; and one more where torch lays the weight out
+        anew (see StreamedLinear).
+        """
         copies = 1 if self.file_dtype == self.dtype else 2
         return copies * self.resident_bytes(nbytes)
 
@@ -125,5 +141,6 @@ class Conv1DKernel(ColumnsKernel):
         self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
         assert bias is not None
-        y = torch.addmm(bias, x.view(-1, x.size(-1)), view.to(self.dtype))  # [batch x positions, rows]
+        # [batch x positions, rows].
+        y = torch.addmm(bias, x.view(-1, x.size(-1)), view.to(self.dtype))
         return y.view(*x.shape[:-1], rows)

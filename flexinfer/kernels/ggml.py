@@ -1,14 +1,15 @@
-"""ggml's kernels: rows as they lie in a GGUF file, multiplied where they are. All calls of ggml are here.
+"""ggml's kernels: rows as they lie in a GGUF file, multiplied where they are. All calls of ggml are
+here.
 
 A row of a weight is `in_features` numbers in blocks of 32 or 256, each block with its scales: bytes
 that ggml alone has to understand. Activations are float32, quantised (to 8 bit, a row at a time)
 before they are multiplied, as llama.cpp does: by ggml's own function, once for all threads.
 
-How it is called. Output rows are cut into shares, a few for each thread, and a thread takes the next when
-it is done with one: one that wakes late holds the others up less. The graph of a share is built once for
-each shape, the last few shapes are kept, and addresses are set before each call. The threads are
-torch's own, with ggml on one thread in each. A pool of ggml's beside torch's would have to
-share the cores with threads of torch that spin for some milliseconds after each operation: twice
+How it is called. Output rows are cut into shares, a few for each thread, and a thread takes the
+next when it is done with one: one that wakes late holds the others up less. The graph of a share is
+built once for each shape, the last few shapes are kept, and addresses are set before each call. The
+threads are torch's own, with ggml on one thread in each. A pool of ggml's beside torch's would have
+to share the cores with threads of torch that spin for some milliseconds after each operation: twice
 the time (docs/log.md). Calls come one at a time (a lock); the interpreter is free meanwhile.
 
 What changes no bit: cutting a weight by output rows, the address of its bytes, the number of
@@ -64,19 +65,19 @@ F32 = 0  # ggml's number for the type of activations and outputs
 WORK_ROWS = 256  # activation rows that are multiplied at a time
 SHARE_ROWS = 16  # output rows of a share are a multiple of this: float32 outputs of one cache line
 FEW_ROWS = 8  # up to so many activation rows the memory to work in is kept from call to call
-SHARES_OF_FEW, SHARES_OF_MANY = (
-    4,
-    2,
-)  # of output rows, for each thread, with up to FEW_ROWS activation rows and with more
+# Of output rows, for each thread, with up to FEW_ROWS activation rows and with more.
+SHARES_OF_FEW, SHARES_OF_MANY = (4, 2)
 CONTEXT_BYTES = 4096  # for the structures of one product, of which ggml 0.26 takes 1440
-KEPT_SHAPES = 64  # products whose graphs are kept: a model has ten or so, for one token and for a few; experts of a layer three each
+# Products whose graphs are kept: a model has ten or so, for one token and for a few; experts of a
+# layer three each.
+KEPT_SHAPES = 64
 ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
 
-# Of a product: in_features, output rows, activation rows, threads, and which it is of those that are computed together.
+# Of a product: in_features, output rows, activation rows, threads, and which it is of those that
+# are computed together.
 Shape = tuple[GgmlType, int, int, int, int, int]
-Job = Callable[
-    [int], object
-]  # what a thread does, with the address of memory to work in; something true says that it failed
+# What a thread does, with the address of memory to work in; something true says that it failed.
+Job = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +104,11 @@ class GgmlKernel:
         return 0
 
     def work_bytes(self, activation_rows: int, output_rows: int) -> int:
-        """What ggml works in; where the dtype is not float32, a copy of both sides in float32 too."""
+        """What ggml works in; for other dtypes than float32 also a copy of both sides in it."""
         rows = min(activation_rows, WORK_ROWS)
-        copies_bytes = 0 if self.dtype == torch.float32 else 4 * rows * (self.in_features + output_rows)
+        copies_bytes = (
+            0 if self.dtype == torch.float32 else 4 * rows * (self.in_features + output_rows)
+        )
         return library().work_bytes(self.type, self.in_features, output_rows, rows) + copies_bytes
 
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
@@ -144,22 +147,28 @@ class GgmlKernel:
 def multiply_each(
     x: torch.Tensor, parts: Sequence[tuple[GgmlKernel, int, int, torch.Tensor | None]]
 ) -> list[torch.Tensor]:
-    """What each kernel's `multiply` makes of x, the view at an address, its rows and bias, computed together: threads are woken once for all.
+    """What each kernel's `multiply` makes of x, the view at an address, its rows and bias, computed
+    together: threads are woken once for all.
 
     x has FEW_ROWS activation rows at most, and all kernels have its dtype and width.
     """
     flat = x.reshape(-1, x.shape[-1])
     exact = flat.float().contiguous()
     products = [torch.empty(len(flat), rows) for _, _, rows, _ in parts]
-    library().multiply(exact, [(part[0].type, part[1], y) for part, y in zip(parts, products, strict=True)])
+    library().multiply(
+        exact, [(part[0].type, part[1], y) for part, y in zip(parts, products, strict=True)]
+    )
     for (_, _, _, bias), y in zip(parts, products, strict=True):
         if bias is not None:
             y += bias
     return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1]) for y in products]
 
 
-def multiply_rows(x: torch.Tensor, weights: Sequence[tuple[GgmlKernel, int]], rows: int) -> torch.Tensor:
-    """[n, rows]: row i of x [n, in_features] times the `rows` rows at the i-th address, as its kernel's `multiply` makes it; computed together.
+def multiply_rows(
+    x: torch.Tensor, weights: Sequence[tuple[GgmlKernel, int]], rows: int
+) -> torch.Tensor:
+    """[n, rows]: row i of x [n, in_features] times the `rows` rows at the i-th address, as its
+    kernel's `multiply` makes it; computed together.
 
     x is float32 and contiguous, and has as many rows as there are weights.
     """
@@ -170,7 +179,8 @@ def multiply_rows(x: torch.Tensor, weights: Sequence[tuple[GgmlKernel, int]], ro
 
 
 def quantize_rows(kind: GgmlType, weight: torch.Tensor) -> torch.Tensor:
-    """weight [rows, in_features] in blocks of `kind`: uint8 [rows, row_bytes]. Threads may share it out.
+    """weight [rows, in_features] in blocks of `kind`: uint8 [rows, row_bytes]. Threads may share it
+    out.
 
     Raises: GgmlError for a type that needs calibration, for rows that do not end with a block, and
     for numbers that are not finite.
@@ -201,7 +211,9 @@ def library() -> "Library":
     """ggml, loaded by the first who asks. Raises: GgmlError where it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise GgmlError(f"ggml is not installed, which multiplies the weights of GGUF files; run `{INSTALL}`")
+        raise GgmlError(
+            f"ggml is not installed, which multiplies the weights of GGUF files; run `{INSTALL}`"
+        )
     return Library(Path(spec.submodule_search_locations[0]) / "_native")
 
 
@@ -224,7 +236,8 @@ class Library:
             (base.ggml_build_forward_expand, None, [c_void_p, c_void_p]),
             (base.ggml_threadpool_params_init, None, [POINTER(_PoolParams), c_int]),
             (base.ggml_quantize_requires_imatrix, c_bool, [c_int]),
-            (base.ggml_quantize_chunk, c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+            (base.ggml_quantize_chunk, c_size_t,
+             [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
             (base.ggml_get_type_traits, POINTER(_Traits), [c_int]),
             (cpu.ggml_cpu_init, None, []),
             (cpu.ggml_threadpool_new, c_void_p, [POINTER(_PoolParams)]),
@@ -237,7 +250,9 @@ class Library:
         self.version = base.ggml_version().decode()
         self.kernels = kernels.name  # the file of those that suit this CPU
         if not self.version.startswith(VERSION):
-            raise GgmlError(f"ggml {self.version} is installed, flexinfer knows {VERSION}x; run `{INSTALL}`")
+            raise GgmlError(
+                f"ggml {self.version} is installed, flexinfer knows {VERSION}x; run `{INSTALL}`"
+            )
         cpu.ggml_cpu_init()
         self._base, self._cpu = base, cpu
         self._team = _Team()
@@ -254,12 +269,15 @@ class Library:
         *,
         a_row_each: bool = False,
     ) -> None:
-        """For each type, address and y in `weights`: y [n, rows] = x [n, in] times the rows that lie there; with `a_row_each`, y [1, rows] =
-        row i of x times the rows at the i-th address. x and y are float32, all is contiguous."""
+        """For each type, address and y in `weights`: y [n, rows] = x [n, in] times the rows that
+        lie there; with `a_row_each`, y [1, rows] = row i of x times the rows at the i-th address. x
+        and y are float32, all is contiguous.
+        """
         n, in_features = (1 if a_row_each else len(x)), x.shape[1]
         with self._lock:
             threads = torch.get_num_threads()
-            enough = len(weights) >= threads * SHARES_OF_FEW  # weights to go round: none has to be cut
+            # Weights to go round: none has to be cut.
+            enough = len(weights) >= threads * SHARES_OF_FEW
             packed: dict[GgmlType, torch.Tensor] = {}
             products: list[_Product] = []
             for part, (kind, address, y) in enumerate(weights):
@@ -268,7 +286,9 @@ class Library:
                 blocks = activations.type
                 if blocks not in packed:
                     packed[blocks] = self._pack(x, activations, threads)
-                x_address = packed[blocks].data_ptr() + (part * packed[blocks].shape[1] if a_row_each else 0)
+                x_address = packed[blocks].data_ptr() + (
+                    part * packed[blocks].shape[1] if a_row_each else 0
+                )
                 few_threads = 1 if enough or n * rows * in_features < ONE_THREAD_WORK else threads
                 for product in self._shares((kind, in_features, rows, n, few_threads, part)):
                     product.place(address, x_address, y.data_ptr())
@@ -310,7 +330,10 @@ class Library:
             return lambda _: activations.from_float(*addresses, count)
 
         parts = threads if len(x) > FEW_ROWS else 1
-        jobs = [job(*pair) for pair in zip(x.tensor_split(parts), packed.tensor_split(parts), strict=True)]
+        jobs = [
+            job(*pair)
+            for pair in zip(x.tensor_split(parts), packed.tensor_split(parts), strict=True)
+        ]
         self._team.run(jobs, [0] * parts)
         return packed
 
@@ -320,7 +343,8 @@ class Library:
             raise GgmlError(f"{kind.name}: cannot be made without calibration; choose another type")
         if not bool(torch.isfinite(weight).all()):
             raise GgmlError(
-                "weight: holds NaN or infinity; the checkpoint is damaged or not meant to be quantised"
+                "weight: holds NaN or infinity; the checkpoint is damaged or not meant to be "
+                "quantised"
             )
         done = self._base.ggml_quantize_chunk(
             kind.id, weight.data_ptr(), packed.data_ptr(), 0, *weight.shape, None
@@ -335,13 +359,17 @@ class Library:
         _TO_FLOAT(traits.to_float)(packed.data_ptr(), weight.data_ptr(), weight.numel())
 
     def _shares(self, shape: Shape) -> "list[_Product]":
-        """Products that make up one of `shape`: several for each thread if there are enough rows."""
+        """Products that make up one of `shape`: several per thread if there are enough rows."""
         products = self._shared.pop(shape, None)
         if products is None:
             if len(self._shared) == KEPT_SHAPES:
                 self._spare += self._shared.pop(next(iter(self._shared)))
             kind, in_features, rows, n, threads, _ = shape
-            shares = 1 if threads == 1 else threads * (SHARES_OF_FEW if n <= FEW_ROWS else SHARES_OF_MANY)
+            shares = (
+                1
+                if threads == 1
+                else threads * (SHARES_OF_FEW if n <= FEW_ROWS else SHARES_OF_MANY)
+            )
             share = -(-rows // (shares * SHARE_ROWS)) * SHARE_ROWS
             products = []
             for start in range(0, rows, share):
@@ -366,21 +394,25 @@ class _Activations:
     """How activations are quantised before they are multiplied."""
 
     type: GgmlType
-    from_float: Callable[[int, int, int], None]  # addresses of numbers and of blocks, and how many numbers
+    # Addresses of numbers and of blocks, and how many numbers.
+    from_float: Callable[[int, int, int], None]
 
 
 class _Product:
-    """A graph of one share of a product, for one thread: some columns of y, x times some rows of a weight."""
+    """A graph of one share of a product, for one thread: some columns of y, x times some rows of a
+    weight.
+    """
 
     def __init__(self, base: ctypes.CDLL, cpu: ctypes.CDLL) -> None:
-        context = base.ggml_init(
-            _Init(CONTEXT_BYTES, None, True)
-        )  # for good: the structures alone, no numbers
+        # For good: the structures alone, no numbers.
+        context = base.ggml_init(_Init(CONTEXT_BYTES, None, True))
         weight, x = (base.ggml_new_tensor_2d(context, F32, 1, 1) for _ in range(2))
         y = base.ggml_mul_mat(context, weight, x)
         self._graph = base.ggml_new_graph_custom(context, 4, False)
         base.ggml_build_forward_expand(self._graph, y)
-        self._weight, self._x, self._y = (_Tensor.from_address(address) for address in (weight, x, y))
+        self._weight, self._x, self._y = (
+            _Tensor.from_address(address) for address in (weight, x, y)
+        )
         assert self._y.src[:2] == [weight, x]
         params = _PoolParams()
         base.ggml_threadpool_params_init(byref(params), 1)  # one thread, the calling one
@@ -389,7 +421,14 @@ class _Product:
         self._start_row = self._row_bytes = 0
 
     def shape(
-        self, kind: GgmlType, packed: GgmlType, in_features: int, start: int, rows: int, all_rows: int, n: int
+        self,
+        kind: GgmlType,
+        packed: GgmlType,
+        in_features: int,
+        start: int,
+        rows: int,
+        all_rows: int,
+        n: int,
     ) -> None:
         """Say which part of which product this is, and in which blocks x comes."""
         self._start_row, self._row_bytes = start, kind.row_bytes(in_features)
@@ -429,7 +468,8 @@ class _Team:
         self._job = ctypes.cast(self._joined, c_void_p)
         self._known = threading.local()
         try:
-            # With the interpreter held, so that the others wait for it until this thread computes; then without.
+            # With the interpreter held, so that the others wait for it until this thread computes;
+            # then without.
             self._start = ctypes.PyDLL(torch_cpu).GOMP_parallel_start
             self._end = ctypes.CDLL(torch_cpu).GOMP_parallel_end
         except AttributeError as error:
@@ -440,8 +480,9 @@ class _Team:
         self._end.restype = None
 
     def run(self, jobs: Sequence[Job], rooms: Sequence[int]) -> bool:
-        """Do them all, on a thread for each of `rooms`, the addresses of memory to work in; one of them is this thread. Returns
-        whether a job failed."""
+        """Do them all, on a thread for each of `rooms`, the addresses of memory to work in; one of
+        them is this thread. Returns whether a job failed.
+        """
         self._waiting, self._rooms, self._failed = iter(jobs), iter(rooms), False
         if len(rooms) == 1:
             self._take()
@@ -456,7 +497,8 @@ class _Team:
     def _join(self, _: None) -> None:
         """What a thread of torch's does, which Python does not know."""
         if not hasattr(self._known, "yes"):
-            ctypes.pythonapi.PyGILState_Ensure()  # never undone: else Python forgets the thread, which takes 14 us
+            # Never undone: else Python forgets the thread, which takes 14 us.
+            ctypes.pythonapi.PyGILState_Ensure()
             self._known.yes = True
         self._take()
 
@@ -472,12 +514,14 @@ def best_kernels(folder: Path) -> Path:
     """The kernels that suit this CPU best, by ggml's own score; 0 says that it cannot run them."""
     scores = {}
     for path in sorted(folder.glob("libggml-cpu*.so")):
-        score = getattr(ctypes.CDLL(str(path)), "ggml_backend_score", None)  # none: built for one CPU
+        # None: built for one CPU.
+        score = getattr(ctypes.CDLL(str(path)), "ggml_backend_score", None)
         scores[path] = 1 if score is None else score()
     best = max(scores, key=scores.__getitem__, default=None)
     if best is None or not scores[best]:
         raise GgmlError(
-            f"{folder}: ggml has no kernels for this CPU; run `pip install --no-binary :all: --force-reinstall {PACKAGE}`"
+            f"{folder}: ggml has no kernels for this CPU; run `pip install --no-binary :all: "
+            f"--force-reinstall {PACKAGE}`"
         )
     return best
 

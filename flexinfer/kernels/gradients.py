@@ -1,11 +1,13 @@
 """Gradients through weights that are not kept: the backward pass reads the rows once more.
 
-torch would keep a view of the rows for the backward pass, and by then their memory has other rows in it, or has gone back to the
-system; products of ggml are unknown to it. `ReadAgain` keeps nothing. The gradient for the input is the sum over
-the pieces of a weight: to the bit torch's own where there is but one, else up to the order of summation. Through weights in ggml's blocks
-it is that of the numbers that the blocks stand for, as if activations were not quantised.
+torch would keep a view of the rows for the backward pass, and by then their memory has other rows
+in it, or has gone back to the system; products of ggml are unknown to it. `ReadAgain` keeps
+nothing. The gradient for the input is the sum over the pieces of a weight: to the bit torch's own
+where there is but one, else up to the order of summation. Through weights in ggml's blocks it is
+that of the numbers that the blocks stand for, as if activations were not quantised.
 
-What a graph keeps of activations and what the backward pass computes with are beyond the plan. There are no gradients for the weights themselves.
+What a graph keeps of activations and what the backward pass computes with are beyond the plan.
+There are no gradients for the weights themselves.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from torch.autograd.function import once_differentiable
 
 
 class ReadAgain(torch.autograd.Function):
-    """multiply(x), whose gradients are input_gradient(gradient) and, for a bias that has been added, its sum."""
+    """multiply(x), whose gradients are input_gradient(gradient) and, for a bias that has been
+    added, its sum.
+    """
 
     @staticmethod
     def forward(
@@ -60,7 +64,10 @@ def multiply(
 
 
 class Sum:
-    """gradient [..., rows of a weight] times the weight, of which rows come a piece at a time: [..., in_features]."""
+    """gradient [..., rows of a weight] times the weight, of which rows come a piece at a time:
+
+    [..., in_features].
+    """
 
     def __init__(self, gradient: torch.Tensor) -> None:
         self._gradient = gradient

@@ -1,9 +1,10 @@
 """Page-aligned memory: buffers that hold locked weights, and the slots of the window.
 
-Each buffer is a private anonymous mapping, in huge pages where the kernel has them (fewer pages to pin for a direct read, fewer
-TLB misses for a kernel that streams through it: docs/log.md), and begins at the boundary of one; locked with mlock so that
-the kernel cannot take back what the plan counted on. A buffer lives as long as something refers to it or to a tensor
-made from it; there is nothing to free by hand, and the end of one can be released while the rest is in use.
+Each buffer is a private anonymous mapping, in huge pages where the kernel has them (fewer pages to
+pin for a direct read, fewer TLB misses for a kernel that streams through it: docs/log.md), and
+begins at the boundary of one; locked with mlock so that the kernel cannot take back what the plan
+counted on. A buffer lives as long as something refers to it or to a tensor made from it; there is
+nothing to free by hand, and the end of one can be released while the rest is in use.
 """
 
 import contextlib
@@ -29,20 +30,24 @@ def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:
 
 
 class Buffer:
-    """`nbytes` of page-aligned memory, rounded up to whole pages. With `lock`, all of it is in memory, and stays there where that is allowed."""
+    """`nbytes` of page-aligned memory, rounded up to whole pages.
+
+    With `lock`, all of it is in memory, and stays there where that is allowed.
+    """
 
     __slots__ = ("_begin", "_mapping", "_memory", "address", "bytes", "locked", "nbytes")
 
     def __init__(self, nbytes: int, *, lock: bool) -> None:
         self.nbytes = round_up(max(nbytes, 1))
-        huge_bytes = (
-            self.nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-        )  # ordinary pages behind: no more than asked for
+        # Ordinary pages behind: no more than asked for.
+        huge_bytes = self.nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
         slack_bytes = HUGE_PAGE_BYTES if huge_bytes else 0  # to begin at a boundary; never touched
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         mapping = mmap.mmap(-1, self.nbytes + slack_bytes, flags=flags)
         begin = (
-            -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES if huge_bytes else 0
+            -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES
+            if huge_bytes
+            else 0
         )
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
@@ -51,7 +56,8 @@ class Buffer:
                     mapping.madvise(mmap.MADV_HUGEPAGE, begin, huge_bytes)
         self._mapping, self._begin = mapping, begin
         self._memory = memoryview(mapping)[begin : begin + self.nbytes]
-        self.bytes: torch.Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)  # [nbytes] uint8
+        # [nbytes] uint8.
+        self.bytes: torch.Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.address: int = self.bytes.data_ptr()  # of the first byte
         self.locked = lock and self._mlock()
         if lock and not self.locked:  # in memory from the first, so that what is in use shows
@@ -67,7 +73,8 @@ class Buffer:
             return True
         reason = os.strerror(ctypes.get_errno())
         warnings.warn(
-            f"weights could not be locked in memory (mlock: {reason}); the system may page them out. "
+            f"weights could not be locked in memory (mlock: {reason}); the system may page them "
+            "out. "
             "Raise the limit with `ulimit -l unlimited` or in /etc/security/limits.conf",
             RuntimeWarning,
             stacklevel=2,
@@ -75,7 +82,9 @@ class Buffer:
         return False
 
     def release_from(self, start_byte: int) -> None:
-        """Give whole pages from `start_byte` on back to the system; what lies before them stays as it is."""
+        """Give whole pages from `start_byte` on back to the system; what lies before them stays as
+        it is.
+        """
         start = round_up(start_byte)
         if start >= self.nbytes:
             return
@@ -92,4 +101,6 @@ class Buffer:
         count = 1
         for size in shape:
             count *= size
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start_byte).view(shape)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start_byte).view(
+            shape
+        )

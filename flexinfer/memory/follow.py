@@ -1,9 +1,12 @@
-"""A budget that follows the machine: memory is given back while others need it, and taken again when they are done.
+"""A budget that follows the machine: memory is given back while others need it, and taken again
+when they are done.
 
-A thread looks four times a second at what the machine and the process's control groups have to spare (flexinfer.memory.process), and at once when
-the kernel reports that tasks wait for memory (pressure stall information, where there is any). Shrinking is immediate: others
-are waiting. Growing waits until the room has been there for a while and is worth the reading, so that a program which comes and
-goes does not make the model read its weights again and again. Between the two lies a share of the budget in which nothing is done.
+A thread looks four times a second at what the machine and the process's control groups have to
+spare (flexinfer.memory.process), and at once when the kernel reports that tasks wait for memory
+(pressure stall information, where there is any). Shrinking is immediate: others are waiting.
+Growing waits until the room has been there for a while and is worth the reading, so that a program
+which comes and goes does not make the model read its weights again and again. Between the two lies
+a share of the budget in which nothing is done.
 """
 
 import contextlib
@@ -66,11 +69,16 @@ class Follower:
         before, spare_bytes = self._budget(), self._spare()
         roomy = min(spare_bytes, self._largest_bytes) > before * (1 + HYSTERESIS)
         self._calm_polls = self._calm_polls + 1 if roomy else 0
-        after = next_budget(before, spare_bytes, self._smallest(), self._largest_bytes, self._calm_polls)
+        after = next_budget(
+            before, spare_bytes, self._smallest(), self._largest_bytes, self._calm_polls
+        )
         if after != before:
             self._calm_polls = 0
             logger.info(
-                "memory to spare: %d MiB; budget %d -> %d MiB", spare_bytes >> 20, before >> 20, after >> 20
+                "memory to spare: %d MiB; budget %d -> %d MiB",
+                spare_bytes >> 20,
+                before >> 20,
+                after >> 20,
             )
             self._resize(after)
 
@@ -99,7 +107,7 @@ class Follower:
 
 
 def _pressure_fd() -> int | None:
-    """A file that wakes a poll when tasks wait for memory; None where the kernel does not offer it."""
+    """A file that wakes a poll when tasks wait for memory; None where there is none."""
     with contextlib.suppress(OSError):
         fd = os.open(PRESSURE_FILE, os.O_RDWR | os.O_NONBLOCK)
         try:

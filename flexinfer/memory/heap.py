@@ -11,10 +11,12 @@ MMAP_THRESHOLD_BYTES = 128 << 10  # glibc's own first value; naming it keeps it 
 
 
 def return_freed_memory() -> None:
-    """Have glibc give large blocks back to the system when they are freed, instead of keeping them in its heap.
+    """Have glibc give large blocks back to the system when they are freed, instead of keeping them
+    in its heap.
 
-    By default it learns to keep them, and the activations of a long prompt leave a heap several times their size behind
-    (measured: 100 MB for 1,000 tokens of a 135M model, 10 MB so). Without glibc this does nothing.
+    By default it learns to keep them, and the activations of a long prompt leave a heap several
+    times their size behind (measured: 100 MB for 1,000 tokens of a 135M model, 10 MB so). Without
+    glibc this does nothing.
     """
     mallopt = getattr(LIBC, "mallopt", None)
     if mallopt is not None:
@@ -22,7 +24,10 @@ def return_freed_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Give back what glibc's heap holds and nobody uses, and keep large blocks out of it. Without glibc this does nothing."""
+    """Give back what glibc's heap holds and nobody uses, and keep large blocks out of it.
+
+    Without glibc this does nothing.
+    """
     malloc_trim = getattr(LIBC, "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
@@ -30,14 +35,21 @@ def trim_heap() -> None:
 
 
 def _plug_heap() -> None:
-    """Take the holes of glibc's heap that a large tensor would fit into, for good and without touching their pages.
+    """Take the holes of glibc's heap that a large tensor would fit into, for good and without
+    touching their pages.
 
-    Blocks from MMAP_THRESHOLD_BYTES on are mapped one by one and go back when they are freed, but only where the heap has no hole for
-    them. In the holes that a tokenizer leaves behind, the activations of a long prompt lie scattered and stay when they are freed
-    (measured: 59 MB instead of the 40 that they take).
+    Blocks from MMAP_THRESHOLD_BYTES on are mapped one by one and go back when they are freed, but
+    only where the heap has no hole for them. In the holes that a tokenizer leaves behind, the
+    activations of a long prompt lie scattered and stay when they are freed (measured: 59 MB instead
+    of the 40 that they take).
     """
     heap = next(
-        (line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")), None
+        (
+            line
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if line.endswith("[heap]")
+        ),
+        None,
     )
     if heap is None:
         return

@@ -1,4 +1,6 @@
-"""Pages of mapped files, code and tables of libraries for the most part: let go after importing, locked while a model runs."""
+"""Pages of mapped files, code and tables of libraries for the most part: let go after importing,
+locked while a model runs.
+"""
 
 import contextlib
 import ctypes
@@ -15,11 +17,13 @@ MADV_PAGEOUT = 21  # asm-generic/mman-common.h; Python names it from 3.13 on
 
 
 def page_out_libraries() -> None:
-    """Let go of the pages of mapped files that are as they are on disk: code and tables of libraries, for the most part.
+    """Let go of the pages of mapped files that are as they are on disk: code and tables of
+    libraries, for the most part.
 
-    Importing touches four times as many of them as a pass does. Those that are needed come back when they are touched; the others
-    are no longer memory of this process. Where the kernel cannot page them out (before 5.4, or files of somebody else's that others use
-    too) they are at least no longer mapped here.
+    Importing touches four times as many of them as a pass does. Those that are needed come back
+    when they are touched; the others are no longer memory of this process. Where the kernel cannot
+    page them out (before 5.4, or files of somebody else's that others use too) they are at least no
+    longer mapped here.
     """
     for library in _libraries():
         _advise(library, MADV_PAGEOUT)
@@ -33,32 +37,40 @@ class _Library:
 
     start: int
     stop: int
-    changed: bool  # in some page, as by the linker before it was made read-only: that page is nowhere else
+    # In some page, as by the linker before it was made read-only: that page is nowhere else.
+    changed: bool
 
 
 def _libraries() -> Iterator[_Library]:
     start = stop = 0  # of none
-    with Path("/proc/self/smaps").open() as lines:  # line by line: of a large process they are megabytes
+    # Line by line: of a large process they are megabytes.
+    with Path("/proc/self/smaps").open() as lines:
         for line in lines:
             fields = line.split(maxsplit=5)
             if not fields[0].endswith(":"):  # the line that begins a mapping
                 of_file = len(fields) == 6 and fields[5].startswith("/") and "w" not in fields[1]
-                start, stop = (int(address, 16) for address in fields[0].split("-")) if of_file else (0, 0)
+                start, stop = (
+                    (int(address, 16) for address in fields[0].split("-")) if of_file else (0, 0)
+                )
             elif fields[0] == "Anonymous:" and stop:
                 yield _Library(start, stop, changed=fields[1] != "0")
 
 
 def _advise(library: _Library, advice: int) -> None:
     """Where it is not known or not allowed nothing happens."""
-    LIBC.madvise(ctypes.c_void_p(library.start), ctypes.c_size_t(library.stop - library.start), advice)
+    LIBC.madvise(
+        ctypes.c_void_p(library.start), ctypes.c_size_t(library.stop - library.start), advice
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class LibraryPages:
-    """Pages of libraries, by address. Locked they stay in memory, in a control group that is full too.
+    """Pages of libraries, by address. Locked they stay in memory, in a control group that is full
+    too.
 
-    There the system takes such pages first, for it can have them again, and with each it reads as many around it as the disk reads ahead
-    (8 MiB on some machines, and for code whatever madvise says), which push out the next ones: up to 67 GiB were read for a token.
+    There the system takes such pages first, for it can have them again, and with each it reads as
+    many around it as the disk reads ahead (8 MiB on some machines, and for code whatever madvise
+    says), which push out the next ones: up to 67 GiB were read for a token.
     """
 
     ranges: tuple[tuple[int, int], ...] = ()  # start and stop
@@ -91,11 +103,18 @@ _lockers: list[LibraryPages] = []  # of this process, as its pages are: the syst
 def library_pages() -> LibraryPages:
     """Those that are mapped now; none where the system does not tell."""
     ranges: list[tuple[int, int]] = []
-    with contextlib.suppress(OSError), Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+    with (
+        contextlib.suppress(OSError),
+        Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap,
+    ):
         for library in _libraries():
             pagemap.seek(library.start // PAGE_BYTES * 8)
-            entries = np.frombuffer(pagemap.read((library.stop - library.start) // PAGE_BYTES * 8), np.uint64)
-            there = np.flatnonzero(np.diff(entries >> np.uint64(63) == 1, prepend=False, append=False))
+            entries = np.frombuffer(
+                pagemap.read((library.stop - library.start) // PAGE_BYTES * 8), np.uint64
+            )
+            there = np.flatnonzero(
+                np.diff(entries >> np.uint64(63) == 1, prepend=False, append=False)
+            )
             ranges += [
                 (library.start + i * PAGE_BYTES, library.start + j * PAGE_BYTES)
                 for i, j in there.reshape(-1, 2).tolist()

@@ -13,7 +13,9 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
-    """Memory this process may have: what is free on the machine and in its cgroups, and what it has already, less 10 %."""
+    """Memory this process may have: what is free on the machine and in its cgroups, and what it has
+    already, less 10 %.
+    """
     rooms = [psutil.virtual_memory().available, *_cgroup_rooms()]
     return int((anonymous_bytes() + min(rooms)) * 0.9)
 
@@ -33,7 +35,9 @@ def _cgroup_rooms() -> Iterator[int]:
 
 
 def _cgroup_folders() -> Iterator[tuple[Path, str, str, tuple[str, str]]]:
-    """Each memory cgroup this process is in, its own first: folder, files of limit and usage, fields of reclaimable pages."""
+    """Each memory cgroup this process is in, its own first: folder, files of limit and usage,
+    fields of reclaimable pages.
+    """
     with contextlib.suppress(OSError):
         for line in CGROUPS_FILE.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -41,7 +45,10 @@ def _cgroup_folders() -> Iterator[tuple[Path, str, str, tuple[str, str]]]:
                 root, names = CGROUP_ROOT, ("memory.max", "memory.current")
                 fields = ("inactive_file", "active_file")
             elif "memory" in controllers.split(","):
-                root, names = CGROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+                root, names = (
+                    CGROUP_ROOT / "memory",
+                    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+                )
                 fields = ("total_inactive_file", "total_active_file")
             else:
                 continue
@@ -71,7 +78,10 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Count the peak from now on. Where the kernel does not allow it, the peak of the process's whole life counts."""
+    """Count the peak from now on.
+
+    Where the kernel does not allow it, the peak of the process's whole life counts.
+    """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,4 +1,6 @@
-"""One pass on the meta device: the order in which linears run, what a cache layer keeps, and how tokens come to experts."""
+"""One pass on the meta device: the order in which linears run, what a cache layer keeps, and how
+tokens come to experts.
+"""
 
 from collections.abc import Collection
 from functools import partial
@@ -18,8 +20,10 @@ from flexinfer.streaming.kv_cache import LayerShape
 def dry_run(
     model: PreTrainedModel, linears: Collection[str]
 ) -> tuple[list[str], list[list[str]], list[LayerShape], dict[str, Route]]:
-    """One pass on the meta device: the order in which the linears run, which of them are given the same input, what a token keeps in
-    each cache layer, and how it comes to the experts of each module."""
+    """One pass on the meta device: the order in which the linears run, which of them are given the
+    same input, what a token keeps in each cache layer, and how it comes to the experts of each
+    module.
+    """
     order: list[str] = []
     inputs: list[object] = []
 
@@ -39,7 +43,8 @@ def dry_run(
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or isinstance(layer, DynamicIndexedLayer):
             raise CheckpointError(
-                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only attention caches are supported (keys and values, nothing besides)"
+                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only "
+                "attention caches are supported (keys and values, nothing besides)"
             )
         layers.append(
             LayerShape(
@@ -60,7 +65,7 @@ def dry_run(
 
 
 def _watch_routes(model: PreTrainedModel) -> dict[str, Route]:
-    """Filled by the next pass of `model`: by the name of an experts module, how tokens come to it."""
+    """Filled by the next pass of `model`: how tokens come to each experts module, by its name."""
     routes: dict[str, Route] = {}
     chosen: list[tuple[torch.Tensor, Router]] = []  # what modules beside the experts have returned
 
@@ -70,10 +75,14 @@ def _watch_routes(model: PreTrainedModel) -> dict[str, Route]:
         outputs = output if isinstance(output, tuple) else (output,)
         if len(args) == 1 and not kwargs:  # chooses by the hidden states alone
             chosen.extend(
-                (one, Router(name, i)) for i, one in enumerate(outputs) if isinstance(one, torch.Tensor)
+                (one, Router(name, i))
+                for i, one in enumerate(outputs)
+                if isinstance(one, torch.Tensor)
             )
 
-    def note_route(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note_route(
+        name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         index = [*args, *kwargs.values()][1]
         router = next((router for one, router in chosen if one is index), None)
         routes[name] = Route(index.shape[-1], router)

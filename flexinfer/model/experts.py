@@ -1,10 +1,12 @@
 """Experts of a mixture: which modules they are, and where the weights of each expert lie.
 
-transformers keeps the experts of a layer in one module with parameters for all of them (`gate_up_proj` [experts, rows, in] and
-`down_proj`), and lets another implementation compute it (its ExpertsInterface): modules that can be are found by that. In a
-checkpoint the experts lie in one tensor too, or each by itself (`experts.7.gate_proj.weight`) to be joined when they are
-loaded, by rules of transformers' own; in a GGUF file in one tensor for each of gate, up and down. Either way the rows of an expert follow one another, so nothing is joined here: an expert's
-weights are read from where they lie, as one or two parts of `gate_up_proj` and one of `down_proj`.
+transformers keeps the experts of a layer in one module with parameters for all of them
+(`gate_up_proj` [experts, rows, in] and `down_proj`), and lets another implementation compute it
+(its ExpertsInterface): modules that can be are found by that. In a checkpoint the experts lie in
+one tensor too, or each by itself (`experts.7.gate_proj.weight`) to be joined when they are loaded,
+by rules of transformers' own; in a GGUF file in one tensor for each of gate, up and down. Either
+way the rows of an expert follow one another, so nothing is joined here: an expert's weights are
+read from where they lie, as one or two parts of `gate_up_proj` and one of `down_proj`.
 """
 
 import re
@@ -47,7 +49,8 @@ class Experts:
     """The mixture of a model, and what multiplies its weights."""
 
     mixture: Mixture
-    kernels: dict[str, tuple[Kernel, ...]]  # by the name of the module: of the weights of any of its experts
+    # By the name of the module: of the weights of any of its experts.
+    kernels: dict[str, tuple[Kernel, ...]]
     routers: dict[str, Router]  # by the name of the module, where it is known
     alternate: frozenset[str]  # modules whose outputs on the way up alternate between two weights
 
@@ -71,10 +74,13 @@ class JoinedTensors:
 
     def __init__(self, converters: Sequence[WeightConverter]) -> None:
         self._converters = converters
-        self._found: dict[str, dict[int, dict[int, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
+        self._found: dict[str, dict[int, dict[int, TensorSpec]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
 
     def add(self, target: str, source_pattern: str, name: str, spec: TensorSpec) -> bool:
-        """Take the tensor that `source_pattern` of a converter matched; False where the rule is not of the kind known here.
+        """Take the tensor that `source_pattern` of a converter matched; False where the rule is not
+        of the kind known here.
 
         name: of the tensor, renamed.
         """
@@ -87,29 +93,41 @@ class JoinedTensors:
         return True
 
     def parts(self) -> dict[str, Parts]:
-        """By the parameter: the tensors of each expert, in the order in which they are joined. Raises CheckpointError for gaps."""
+        """By the parameter: the tensors of each expert, in the order in which they are joined.
+
+        Raises CheckpointError for gaps.
+        """
         joined = {}
         for target, experts in self._found.items():
             most = max(len(parts) for parts in experts.values())
-            if sorted(experts) != list(range(len(experts))) or any(len(p) < most for p in experts.values()):
+            if sorted(experts) != list(range(len(experts))) or any(
+                len(p) < most for p in experts.values()
+            ):
                 spec = next(iter(next(iter(experts.values())).values()))
                 raise CheckpointError(
-                    f"{spec.file}: experts of {target!r} are not all there; the checkpoint is incomplete, download it again"
+                    f"{spec.file}: experts of {target!r} are not all there; the checkpoint is "
+                    "incomplete, download it again"
                 )
             joined[target] = [
-                [parts[i] for i in sorted(parts)] for _, parts in sorted(experts.items(), key=lambda e: e[0])
+                [parts[i] for i in sorted(parts)]
+                for _, parts in sorted(experts.items(), key=lambda e: e[0])
             ]
         return joined
 
 
 def _only_joins(converter: WeightConverter) -> bool:
-    """Whether experts are stacked, and parts of each put below one another: no number is changed."""
+    """Whether experts are stacked and their parts concatenated, with no number changed."""
     operations = converter.operations
     stacked = type(operations[0]) is MergeModulelist and operations[0].dim == 0
     parts = len(converter.source_patterns)
     if parts == 1:
         return stacked and len(operations) == 1
-    return stacked and len(operations) == 2 and type(operations[1]) is Concatenate and operations[1].dim == 1
+    return (
+        stacked
+        and len(operations) == 2
+        and type(operations[1]) is Concatenate
+        and operations[1].dim == 1
+    )
 
 
 def split_stacked(spec: TensorSpec) -> Parts:
@@ -118,7 +136,10 @@ def split_stacked(spec: TensorSpec) -> Parts:
     return [
         [
             replace(
-                spec, offset_bytes=spec.offset_bytes + i * nbytes, nbytes=nbytes, shape=tuple(spec.shape[1:])
+                spec,
+                offset_bytes=spec.offset_bytes + i * nbytes,
+                nbytes=nbytes,
+                shape=tuple(spec.shape[1:]),
             )
         ]
         for i in range(count)
@@ -139,14 +160,17 @@ class Matrix:
 
 
 def check_shapes(name: str, parts: Parts, shape: Sequence[int]) -> None:
-    """Raise CheckpointError where the experts do not make a parameter of `shape` [experts, rows, width]."""
+    """Raise CheckpointError where the experts do not make a parameter of `shape` [experts, rows,
+    width].
+    """
     for part in parts:
         spec, rows = part[0], sum(spec.shape[0] for spec in part)
         wanted = shape[::-1][:2] if spec.transposed else shape[1:]
         widths = {tuple(one.shape[1:]) for one in part}
         if len(parts) != shape[0] or rows != wanted[0] or widths != {(wanted[1],)}:
             raise CheckpointError(
-                f"{spec.file}: {spec.name!r} and the other experts of {name} make {[len(parts), rows, *spec.shape[1:]]}, "
+                f"{spec.file}: {spec.name!r} and the other experts of {name} make "
+                f"{[len(parts), rows, *spec.shape[1:]]}, "
                 f"config.json says {list(shape)}; the two do not belong together"
             )
 
@@ -160,18 +184,25 @@ def build_experts(
 ) -> Experts:
     """The mixture of `modules`. `parts` by parameter, `routes` by module.
 
-    Raises CheckpointError for experts outside of the decoder layers, or some in another encoding than the others.
+    Raises CheckpointError for experts outside of the decoder layers, or some in another encoding
+    than the others.
     """
     matrices = {name: _matrices(name, module, parts) for name, module in modules.items()}
     sizes = Counter(
-        m.spec.nbytes for experts in matrices.values() for expert in experts for m in expert if m.spec.nbytes
+        m.spec.nbytes
+        for experts in matrices.values()
+        for expert in experts
+        for m in expert
+        if m.spec.nbytes
     )
     piece_bytes = even_piece_bytes(sizes, pieces.PIECE_BYTES)
     layers, kernels = [], {}
     for name in modules:
         place = re.match(re.escape(stack_name) + r"\.(\d+)\.", name)
         if place is None:
-            raise CheckpointError(f"{name}: experts outside of the decoder layers cannot be streamed")
+            raise CheckpointError(
+                f"{name}: experts outside of the decoder layers cannot be streamed"
+            )
         if len({tuple(m.spec.encoding for m in expert) for expert in matrices[name]}) > 1:
             raise CheckpointError(
                 f"{name}: its experts have different encodings, which cannot be streamed yet"
@@ -182,13 +213,22 @@ def build_experts(
         largest_bytes = None if matrices[name][0][0].by_columns else piece_bytes
         experts = tuple(
             tuple(
-                _weight(m, kernel, f"{name}.{number}.{m.role}", f"{prefix}.{m.role}", layer, largest_bytes)
+                _weight(
+                    m,
+                    kernel,
+                    f"{name}.{number}.{m.role}",
+                    f"{prefix}.{m.role}",
+                    layer,
+                    largest_bytes,
+                )
                 for m, kernel in zip(expert, kernels[name], strict=True)
             )
             for number, expert in enumerate(matrices[name])
         )
         layers.append(ExpertLayer(name, layer, routes[name].used, experts))
-    alternate = {n for n, module in modules.items() if not module.is_concatenated and len(matrices[n][0]) > 2}
+    alternate = {
+        n for n, module in modules.items() if not module.is_concatenated and len(matrices[n][0]) > 2
+    }
     routers = {n: r.router for n, r in routes.items() if r.router}
     return Experts(Mixture(tuple(layers)), kernels, routers, frozenset(alternate))
 
@@ -197,7 +237,13 @@ def _weight(
     matrix: Matrix, kernel: Kernel, name: str, role: str, layer: int, piece_bytes: int | None
 ) -> Weight:
     cuts = pieces.cut(
-        matrix.spec, matrix.rows, kernel, piece_bytes, name=name, layer=layer, row_start=matrix.row_start
+        matrix.spec,
+        matrix.rows,
+        kernel,
+        piece_bytes,
+        name=name,
+        layer=layer,
+        row_start=matrix.row_start,
     )
     return Weight(name, role, layer, "ffn", cuts)
 

@@ -1,4 +1,6 @@
-"""Which tensor of a GGUF file is which parameter: by llama.cpp's names, put right where it stores rows in another order."""
+"""Which tensor of a GGUF file is which parameter: by llama.cpp's names, put right where it stores
+rows in another order.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -44,12 +46,17 @@ def specs_of(
         tensor = name_of(parameter)
         if parameter not in parts | specs and tensor in checkpoint.tensors:
             module = model.get_submodule(parameter.rpartition(".")[0])
-            specs[parameter] = _corrected(checkpoint.tensors[tensor], module, value.shape, model.config)
-    used = {spec.name for one in specs.values() for spec in (one, one.alternate) if spec} | ROPE_TENSORS
+            specs[parameter] = _corrected(
+                checkpoint.tensors[tensor], module, value.shape, model.config
+            )
+    used = {
+        spec.name for one in specs.values() for spec in (one, one.alternate) if spec
+    } | ROPE_TENSORS
     used |= {spec.name for of_parameter in parts.values() for spec in of_parameter[0]}
     if unused := [name for name in checkpoint.tensors if name not in used]:
         raise CheckpointError(
-            f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}, such as {shown(unused[0])}; "
+            f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}, "
+            f"such as {shown(unused[0])}; "
             "this kind of model cannot be run yet"
         )
     return specs, parts
@@ -65,9 +72,8 @@ def tensor_names(architecture: str, model: "PreTrainedModel") -> Callable[[str],
     def name_of(parameter: str) -> str | None:
         module, _, leaf = parameter.rpartition(".")
         if leaf in {"weight", "bias"}:
-            found = names.get_name(module) or names.get_name(
-                f"{module}.layer"
-            )  # as it once was in transformers
+            # As it once was in transformers.
+            found = names.get_name(module) or names.get_name(f"{module}.layer")
             return f"{found}.{leaf}" if found else None
         found = names.get_name(parameter)  # a parameter of a layer's own
         return f"{found}.weight" if found else None
@@ -98,7 +104,9 @@ def _experts_of(
         found = [tensors[f"{one}.weight"] for one in names if f"{one}.weight" in tensors]
         alike = {spec.shape[0] for spec in found if len(spec.shape) == 3}
         if len(found) == len(names) and len(alike) == 1:
-            stacked = [split_stacked(replace(spec, transposed=module.is_transposed)) for spec in found]
+            stacked = [
+                split_stacked(replace(spec, transposed=module.is_transposed)) for spec in found
+            ]
             parts[parameter] = [[*chain(*of_expert)] for of_expert in zip(*stacked, strict=True)]
         bias = [tensors[f"{one}.bias"] for one in names if f"{one}.bias" in tensors]
         if module.has_bias and len(bias) == len(names):
@@ -108,7 +116,9 @@ def _experts_of(
     return parts, biases
 
 
-def _corrected(spec: TensorSpec, module: Any, shape: Sequence[int], config: "PretrainedConfig") -> TensorSpec:
+def _corrected(
+    spec: TensorSpec, module: Any, shape: Sequence[int], config: "PretrainedConfig"
+) -> TensorSpec:
     """`spec` with how it differs from its parameter, which has `shape` in `module`."""
     from transformers.pytorch_utils import Conv1D
 

@@ -1,4 +1,6 @@
-"""The linears that can be streamed, cut into pieces of a few MiB, and the kernels that multiply them."""
+"""The linears that can be streamed, cut into pieces of a few MiB, and the kernels that multiply
+them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from flexinfer.model import pieces
 from flexinfer.plan.weights import Kind, Weight
 
 
-def row_orders_of(specs: dict[str, TensorSpec], weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
+def row_orders_of(
+    specs: dict[str, TensorSpec], weights: Sequence[Weight]
+) -> dict[str, torch.Tensor]:
     """An index of rows for each weight that wants one. Layers share them."""
     orders = {weight.name: specs[weight.name].row_order for weight in weights}
     indices = {order: torch.tensor(order) for order in set(orders.values()) if order is not None}
@@ -24,7 +28,9 @@ def row_orders_of(specs: dict[str, TensorSpec], weights: Sequence[Weight]) -> di
 
 
 def decoder_of(spec: TensorSpec) -> Callable[[Buffer, int], torch.Tensor]:
-    """What makes numbers [in_features] of the bytes of one row of `spec`, which begin at a position of a buffer."""
+    """What makes numbers [in_features] of the bytes of one row of `spec`, which begin at a position
+    of a buffer.
+    """
     width = spec.shape[-1]
     if spec.encoding.torch_name is not None:
         return lambda buffer, position: buffer.tensor(position, spec.torch_dtype, (width,))
@@ -43,7 +49,8 @@ def kernel_for(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel
         return DenseKernel(in_features, spec.torch_dtype, dtype)
     if spec.encoding.torch_name is not None:
         raise CheckpointError(
-            f"{spec.file}: {spec.name!r} has dtype {spec.dtype}; the weight of a linear can be {', '.join(sorted(FLOAT_NAMES))}"
+            f"{spec.file}: {spec.name!r} has dtype {spec.dtype}; the weight of a linear can be "
+            f"{', '.join(sorted(FLOAT_NAMES))}"
         )
     from flexinfer.kernels.ggml import TYPES, GgmlKernel  # loads a library
 
@@ -91,20 +98,30 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
 
 def decoder_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The `nn.ModuleList` with the most parameters, and its name."""
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     if not stacks:
         raise CheckpointError(
-            f"{type(model).__name__}: no stack of decoder layers found; this architecture cannot be streamed"
+            f"{type(model).__name__}: no stack of decoder layers found; this architecture cannot "
+            "be streamed"
         )
     return max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def _multiplies_alike(module: nn.Module) -> bool:
-    """Whether a linear of another class is an `nn.Linear` in all but name: Falcon's is, without a bias."""
+    """Whether a linear of another class is an `nn.Linear` in all but name:
+
+    Falcon's is, without a bias.
+    """
     return type(module).__name__ == "FalconLinear" and module.bias is None
 
 
-def weight_of(linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype) -> tuple[Weight, Kernel]:
+def weight_of(
+    linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype
+) -> tuple[Weight, Kernel]:
     """The weight of `linear` as pieces, and what multiplies it."""
     name = linear.name + ".weight"
     spec = specs[name]

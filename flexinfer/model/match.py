@@ -1,4 +1,6 @@
-"""Which tensor of a checkpoint is which parameter of the model, by transformers' own renaming rules."""
+"""Which tensor of a checkpoint is which parameter of the model, by transformers' own renaming
+rules.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,7 +37,10 @@ from flexinfer.modules.experts import expert_modules
 
 
 class NotStreamableError(CheckpointError):
-    """A checkpoint whose weights transformers has to convert before use. Names the first of them."""
+    """A checkpoint whose weights transformers has to convert before use.
+
+    Names the first of them.
+    """
 
 
 def experts_of(
@@ -52,13 +57,7 @@ def experts_of(
     modules = expert_modules(model)
     if not modules:
         return None
-    return build_experts(
-        modules,
-        parts,
-        routes,
-        decoder_stack(model)[0],
-        kernel_of,
-    )
+    return build_experts(modules, parts, routes, decoder_stack(model)[0], kernel_of)
 
 
 def match_tensors(
@@ -73,35 +72,40 @@ def match_tensors(
         specs, parts = _renamed(model, checkpoint)
     _tie(specs, {a: b for a, b in model.all_tied_weights_keys.items() if a in state and b in state})
     if missing := sorted(
-        name for name, _ in model.named_parameters(remove_duplicate=False) if name not in specs | parts
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in specs | parts
     ):
         raise CheckpointError(
-            f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, such as {missing[0]!r}; "
+            f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, "
+            f"such as {missing[0]!r}; "
             "the checkpoint is incomplete or of another model"
         )
     for name, module in modules.items():
         for parameter in parameters_of(name, module):
             if parameter in specs:
                 spec = specs.pop(parameter)
-                in_rows = (
-                    spec.encoding.torch_name is None and module.is_transposed
-                )  # of outputs, as blocks lie
+                # Of outputs, as blocks lie.
+                in_rows = spec.encoding.torch_name is None and module.is_transposed
                 parts[parameter] = split_stacked(replace(spec, transposed=in_rows))
             check_shapes(parameter, parts[parameter], state[parameter].shape)
     for name, spec in specs.items():
         shape = tuple(state[name].shape)
         if spec.shape != (shape[::-1] if spec.transposed else shape):
             raise CheckpointError(
-                f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json says {list(shape)}; "
+                f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json "
+                f"says {list(shape)}; "
                 "the two do not belong together"
             )
     return specs, parts
 
 
 def _tie(specs: dict[str, TensorSpec], sources: Mapping[str, str]) -> None:
-    """Give each parameter that the file lacks the tensor of those that it is tied to; `sources` maps each to the one they have in common.
+    """Give each parameter that the file lacks the tensor of those that it is tied to; `sources`
+    maps each to the one they have in common.
 
-    Of two that the file has, each keeps its own: transformers ties them where they are equal, and then it makes no difference.
+    Of two that the file has, each keeps its own: transformers ties them where they are equal, and
+    then it makes no difference.
     """
     for target, source in sources.items():
         alike = [source, *(one for one, other in sources.items() if other == source)]
@@ -114,7 +118,9 @@ def _tie(specs: dict[str, TensorSpec], sources: Mapping[str, str]) -> None:
 def _renamed(
     model: PreTrainedModel, checkpoint: Checkpoint
 ) -> tuple[dict[str, TensorSpec], dict[str, Parts]]:
-    """The tensors that the file has for the model, by transformers' own renaming rules; and those of experts, by parameter."""
+    """The tensors that the file has for the model, by transformers' own renaming rules; and those
+    of experts, by parameter.
+    """
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -122,10 +128,14 @@ def _renamed(
     specs: dict[str, TensorSpec] = {}
     converted: list[str] = []
     modules = expert_modules(model)
-    of_experts = {parameter for name, module in modules.items() for parameter in parameters_of(name, module)}
+    of_experts = {
+        parameter for name, module in modules.items() for parameter in parameters_of(name, module)
+    }
     joined = JoinedTensors(converters)
     for name, spec in checkpoint.tensors.items():
-        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        target, converter = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
         if converter is not None and name not in state:
             renamed = apply_renamings(name, renamings)
             if target not in of_experts or not joined.add(target, converter, renamed, spec):
@@ -140,7 +150,9 @@ def _renamed(
             specs[name] = replace(spec, transposed=True)
     if converted:
         raise NotStreamableError(
-            f"{checkpoint.path}: {shown(converted[0])} and {len(converted) - 1} more tensors are stored apart and joined when "
-            f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they cannot be streamed yet"
+            f"{checkpoint.path}: {shown(converted[0])} and {len(converted) - 1} more tensors are "
+            "stored apart and joined when "
+            f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they "
+            "cannot be streamed yet"
         )
     return specs, joined.parts()

@@ -1,13 +1,16 @@
 """How much memory a pass takes beside weights and KV cache, found by running it on the meta device.
 
-Tensors on the meta device have shapes and no contents, so a pass over a model of any size takes a fraction of a second and no
-memory. What the pass would have allocated is followed from operation to operation, and given back when Python lets go of it, as it
-would be in earnest: attention that keeps T x T matrices, logits of all positions, the masks of a padded batch and the layers of a
-sliding window need no formula of their own, in any family. What the meta device does not show is added: the output
-of one piece of a weight while it is joined to the others, a piece that the kernel copies, and what sampling makes of the logits.
+Tensors on the meta device have shapes and no contents, so a pass over a model of any size takes a
+fraction of a second and no memory. What the pass would have allocated is followed from operation to
+operation, and given back when Python lets go of it, as it would be in earnest: attention that keeps
+T x T matrices, logits of all positions, the masks of a padded batch and the layers of a sliding
+window need no formula of their own, in any family. What the meta device does not show is added: the
+output of one piece of a weight while it is joined to the others, a piece that the kernel copies,
+and what sampling makes of the logits.
 
-Attention by `scaled_dot_product_attention` runs block by block on a CPU and keeps no T x T matrix; on the meta device it would,
-so it is replaced by its result. Not here: the KV cache of full-attention layers, which is reserved (flexinfer.streaming.kv_cache).
+Attention by `scaled_dot_product_attention` runs block by block on a CPU and keeps no T x T matrix;
+on the meta device it would, so it is replaced by its result. Not here: the KV cache of
+full-attention layers, which is reserved (flexinfer.streaming.kv_cache).
 """
 
 import copy
@@ -32,13 +35,16 @@ from flexinfer.plan.weights import Weight
 from flexinfer.streaming.kv_cache import LayerShape, ReservedLayer
 
 SAMPLING_BYTES = (
-    32  # a position and token: scores in float32, their log-softmax, sorted copies with their indices
+    # A position and token: scores in float32, their log-softmax, sorted copies with their indices.
+    32
 )
 
 FEW_TOKENS = 16  # new tokens of a pass of decoding: one, or the candidates of a draft
 
 MASK_BYTES = (
-    6  # a pair of positions: the boolean masks of padding, causality and their union, before the last one
+    # A pair of positions: the boolean masks of padding, causality and their union, before the last
+    # one.
+    6
 )
 
 
@@ -47,7 +53,8 @@ class PassMemory:
     """Bytes that a pass allocates beside weights and the reserved KV cache."""
 
     start_bytes: int  # sliding-window layers of the cache, there before the pass
-    peak_bytes: int  # the most during the pass and the choice of the next tokens, start_bytes included
+    # The most during the pass and the choice of the next tokens, start_bytes included.
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,10 @@ class Product:
 
 
 class PassMeter:
-    """Says what passes of a model take. Builds it on the meta device when it is first asked, and keeps what it found."""
+    """Says what passes of a model take.
+
+    Builds it on the meta device when it is first asked, and keeps what it found.
+    """
 
     def __init__(
         self,
@@ -78,7 +88,9 @@ class PassMeter:
         self._found: dict[PassShape, PassMemory] = {}
 
     def planned_bytes(self, context: int, logits_to_keep: int) -> int:
-        """What any call takes at most that has up to `context` tokens and `logits_to_keep` positions over all its sequences."""
+        """What any call takes at most that has up to `context` tokens and `logits_to_keep`
+        positions over all its sequences.
+        """
         batch = min(logits_to_keep, context)
         shapes = {
             PassShape(1, context, 0, logits_to_keep),
@@ -91,13 +103,15 @@ class PassMeter:
 
     def extra_bytes(self, shape: PassShape, context: int) -> int:
         """What a pass of `shape` takes beyond what is in memory before it."""
-        if shape.new_tokens <= FEW_TOKENS and shape.total_tokens <= context:  # the same answer for each token
+        # The same answer for each token.
+        if shape.new_tokens <= FEW_TOKENS and shape.total_tokens <= context:
             shape = replace(shape, past_tokens=context // shape.batch - shape.new_tokens)
         found = self._memory(replace(shape, cached=True))
         if shape.cached:
             return found.peak_bytes - found.start_bytes
         sizes = [
-            layer.nbytes(shape.total_tokens, self._dtype.itemsize * self._scale) for layer in self._layers
+            layer.nbytes(shape.total_tokens, self._dtype.itemsize * self._scale)
+            for layer in self._layers
         ]
         grown = sum(sizes) * shape.new_tokens // (shape.new_tokens + shape.past_tokens)
         return found.peak_bytes - found.start_bytes + grown + max(sizes, default=0)
@@ -107,14 +121,17 @@ class PassMeter:
             if self._model is None:
                 self._model = meta_model(self._config, self._dtype)
             found = pass_memory(self._model, self._layers, self._products, shape, self._kv_dtype)
-            self._found[shape] = PassMemory(found.start_bytes * self._scale, found.peak_bytes * self._scale)
+            self._found[shape] = PassMemory(
+                found.start_bytes * self._scale, found.peak_bytes * self._scale
+            )
         return self._found[shape]
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device: shapes alone. Passes over it compute nothing."""
     config = copy.deepcopy(config)
-    config.pad_token_id = None  # else GPT-2 looks for padding among token ids that have no values here
+    # Else GPT-2 looks for padding among token ids that have no values here.
+    config.pad_token_id = None
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
@@ -126,7 +143,10 @@ def pass_memory(
     shape: PassShape,
     kv_dtype: torch.dtype,
 ) -> PassMemory:
-    """What a pass of `shape` through `model`, which is on the meta device, would allocate. `layers` as in the cache."""
+    """What a pass of `shape` through `model`, which is on the meta device, would allocate.
+
+    `layers` as in the cache.
+    """
     config = model.config.get_text_config(decoder=True)
     itemsize = model.dtype.itemsize
     rows = shape.batch * shape.new_tokens
@@ -148,10 +168,14 @@ def pass_memory(
     moved_bytes = max((layer.nbytes(shape.total_tokens, itemsize) for layer in layers), default=0)
     kept_rows = shape.batch * shape.kept_tokens if can_keep_fewer else rows
     copied_bytes = max(
-        (_copied_bytes(one, kept_rows if one.weight.kind == "head" else rows, itemsize) for one in products),
+        (
+            _copied_bytes(one, kept_rows if one.weight.kind == "head" else rows, itemsize)
+            for one in products
+        ),
         default=0,
     )
-    table_bytes = rows * config.hidden_size * itemsize  # the rows of the input embedding that were looked up
+    # The rows of the input embedding that were looked up.
+    table_bytes = rows * config.hidden_size * itemsize
     peak_bytes = max(
         meter.peak_bytes + copied_bytes + table_bytes + padding_bytes,
         sampling_bytes
@@ -161,8 +185,9 @@ def pass_memory(
 
 
 def _copied_bytes(product: Product, rows: int, itemsize: int) -> int:
-    """What `StreamedLinear` holds at most besides the output: one part of it, a piece as the kernel may copy it, what the
-    kernel works in, and the output once more to put its rows in order."""
+    """What `StreamedLinear` holds at most besides the output: one part of it, a piece as the kernel
+    may copy it, what the kernel works in, and the output once more to put its rows in order.
+    """
     weight = product.weight
     piece = max(weight.pieces, key=lambda piece: piece.nbytes)
     piece_rows = piece.row_stop - piece.row_start
@@ -176,8 +201,9 @@ def _copied_bytes(product: Product, rows: int, itemsize: int) -> int:
 def _cache(
     model: PreTrainedModel, layers: Sequence[LayerShape], shape: PassShape, kv_dtype: torch.dtype
 ) -> tuple[DynamicCache, list[torch.Tensor]]:
-    """A cache on the meta device that holds `past_tokens`: reserved layers with their memory, and transformers' own for sliding
-    windows."""
+    """A cache on the meta device that holds `past_tokens`: reserved layers with their memory, and
+    transformers' own for sliding windows.
+    """
     memory: list[torch.Tensor] = []
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     length = shape.past_tokens + shape.new_tokens
@@ -187,7 +213,10 @@ def _cache(
             return torch.empty(shape.batch, of[0], tokens, of[1], dtype=model.dtype)
 
         if layer.window is None:
-            room = (states(length, layer.value).to(kv_dtype), states(length, layer.key).to(kv_dtype))
+            room = (
+                states(length, layer.value).to(kv_dtype),
+                states(length, layer.key).to(kv_dtype),
+            )
             memory.extend(room)
             reserved = ReservedLayer(partial(_of_pair, room), torch.empty(0, dtype=model.dtype))
             if i < len(cache.layers):
@@ -201,7 +230,9 @@ def _cache(
     return cache, memory
 
 
-def _of_pair(room: tuple[torch.Tensor, torch.Tensor], states: torch.Tensor, is_key: bool) -> torch.Tensor:
+def _of_pair(
+    room: tuple[torch.Tensor, torch.Tensor], states: torch.Tensor, is_key: bool
+) -> torch.Tensor:
     return room[is_key]
 
 
@@ -213,7 +244,9 @@ def _tensors_of(cache: DynamicCache) -> list[torch.Tensor]:
 
 
 class _Meter(TorchDispatchMode):
-    """Follows the bytes of all storages that operations make, from their making until Python lets go of them."""
+    """Follows the bytes of all storages that operations make, from their making until Python lets
+    go of them.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -242,7 +275,11 @@ class _Meter(TorchDispatchMode):
         self.live_bytes -= nbytes
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else (result,)
@@ -251,10 +288,16 @@ class _Meter(TorchDispatchMode):
 
 
 class _AttentionByBlocks(TorchFunctionMode):
-    """scaled_dot_product_attention as the CPU's kernel does it: no matrix of all pairs, the output laid out by position."""
+    """scaled_dot_product_attention as the CPU's kernel does it: no matrix of all pairs, the output
+    laid out by position.
+    """
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             query, key, value = args[:3]

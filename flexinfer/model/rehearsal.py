@@ -1,7 +1,9 @@
-"""What every run does once, done on a model of a few kilobytes: so that it is measured instead of guessed.
+"""What every run does once, done on a model of a few kilobytes: so that it is measured instead of
+guessed.
 
-A first pass imports modules, starts kernel threads and has the kernels set memory aside; it touches the code that all later passes
-need. After a rehearsal all of that is in the process, and what is measured then is what a run takes beside its model.
+A first pass imports modules, starts kernel threads and has the kernels set memory aside; it touches
+the code that all later passes need. After a rehearsal all of that is in the process, and what is
+measured then is what a run takes beside its model.
 """
 
 from functools import cache
@@ -25,10 +27,14 @@ SHAPE: dict[str, Any] = {
 
 
 @cache
-def rehearse_once(dtype: torch.dtype, attention: str, *, dense: bool, in_blocks: bool) -> LibraryPages:
-    """Rehearse, and let go of the library pages that importing has touched. Returns those that a pass needs.
+def rehearse_once(
+    dtype: torch.dtype, attention: str, *, dense: bool, in_blocks: bool
+) -> LibraryPages:
+    """Rehearse, and let go of the library pages that importing has touched. Returns those that a
+    pass needs.
 
-    Once a process for each dtype and kind of attention, and for weights that are floats (`dense`) or in ggml's blocks or both.
+    Once a process for each dtype and kind of attention, and for weights that are floats (`dense`)
+    or in ggml's blocks or both.
     """
     rehearse(dtype, attention, in_blocks)
     if dense:
@@ -39,8 +45,9 @@ def rehearse_once(dtype: torch.dtype, attention: str, *, dense: bool, in_blocks:
 
 
 def rehearse(dtype: torch.dtype, attention: str, in_blocks: bool = False) -> None:
-    """Generate two tokens with a model of random weights, by the kernels for `dtype` and the given kind of attention; and
-    multiply with weights `in_blocks`."""
+    """Generate two tokens with a model of random weights, by the kernels for `dtype` and the given
+    kind of attention; and multiply with weights `in_blocks`.
+    """
     if in_blocks:
         from flexinfer.kernels import ggml  # loads a library
 

@@ -1,4 +1,6 @@
-"""Models that cannot be streamed, loaded whole by transformers: what they take, and how they are loaded."""
+"""Models that cannot be streamed, loaded whole by transformers: what they take, and how they are
+loaded.
+"""
 
 import math
 
@@ -13,11 +15,15 @@ from flexinfer.model.skeleton import Skeleton, compute_dtype_of
 
 
 def resident_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
-    """A checkpoint that is to be loaded whole: no weights to stream, the model on the meta device. Reads headers alone."""
+    """A checkpoint that is to be loaded whole: no weights to stream, the model on the meta device.
+
+    Reads headers alone.
+    """
     config = load_config(checkpoint)
     compute_dtype = compute_dtype_of(dtype, config, checkpoint)
     with refusing(checkpoint.config_file, "no causal LM"):
-        # In bfloat16, the one dtype in which torch's product for experts runs on the meta device; scaled to the other.
+        # In bfloat16, the one dtype in which torch's product for experts runs on the meta device;
+        # scaled to the other.
         model = meta_model(config, torch.bfloat16)
         layers = dry_run(model, ())[2]
     whole_bytes = sum(
@@ -37,7 +43,11 @@ def resident_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skele
         cache_layers=layers,
         kv_dtype=compute_dtype,
         meter=PassMeter(
-            config, torch.bfloat16, layers, [], scale=compute_dtype.itemsize // torch.bfloat16.itemsize
+            config,
+            torch.bfloat16,
+            layers,
+            [],
+            scale=compute_dtype.itemsize // torch.bfloat16.itemsize,
         ),
         whole_bytes=whole_bytes,
         whole_dtype=compute_dtype,
@@ -46,7 +56,9 @@ def resident_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skele
 
 def whole_model_bytes(skeleton: Skeleton, context: int) -> int:
     """What a model that is loaded whole takes: weights, KV cache and activations."""
-    kv_bytes = sum(layer.nbytes(context, skeleton.dtype.itemsize) for layer in skeleton.cache_layers)
+    kv_bytes = sum(
+        layer.nbytes(context, skeleton.dtype.itemsize) for layer in skeleton.cache_layers
+    )
     activation_bytes = skeleton.meter.planned_bytes(context, 1) if skeleton.cache_layers else 0
     return skeleton.whole_bytes + kv_bytes + activation_bytes
 

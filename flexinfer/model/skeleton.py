@@ -1,9 +1,11 @@
-"""The empty model: a stock transformers model without weights, and where each of its weights lies in the checkpoint.
+"""The empty model: a stock transformers model without weights, and where each of its weights lies
+in the checkpoint.
 
-Works for any causal LM whose decoder layers are made of `nn.Linear` (or GPT-2's `Conv1D`); there is no file per family. The
-decoder stack and its linears are found by their types, tensors are matched to parameters by transformers' own renaming
-rules, and the order of use and the shape of the KV cache are learnt from one pass on the meta device, which computes
-nothing. Reads headers, never weights.
+Works for any causal LM whose decoder layers are made of `nn.Linear` (or GPT-2's `Conv1D`); there is
+no file per family. The decoder stack and its linears are found by their types, tensors are matched
+to parameters by transformers' own renaming rules, and the order of use and the shape of the KV
+cache are learnt from one pass on the meta device, which computes nothing. Reads headers, never
+weights.
 """
 
 from collections.abc import Mapping
@@ -29,7 +31,8 @@ from flexinfer.plan.experts import Mixture
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.kv_cache import LayerShape
 
-TABLES_BYTES = 64 << 20  # that masks, positions and other tables of a model may take, whatever its weights
+# That masks, positions and other tables of a model may take, whatever its weights.
+TABLES_BYTES = 64 << 20
 
 
 @dataclass(slots=True)
@@ -47,7 +50,8 @@ class Skeleton:
     cache_layers: list[LayerShape]
     kv_dtype: torch.dtype  # what the KV cache is kept in
     meter: PassMeter
-    # Of a model that cannot be streamed: its weights, which transformers loads whole, and their dtype.
+    # Of a model that cannot be streamed: its weights, which transformers loads whole, and their
+    # dtype.
     whole_bytes: int = 0
     whole_dtype: torch.dtype | None = None
 
@@ -77,7 +81,9 @@ class Skeleton:
 
     @property
     def used(self) -> list[tuple[Weight, Kernel]]:
-        """The weights that a token uses: those that every token needs, and as many experts of each layer as one does."""
+        """The weights that a token uses: those that every token needs, and as many experts of each
+        layer as one does.
+        """
         dense = [(weight, self.kernels[weight.name]) for weight in self.weights]
         return dense + (self.experts.of_a_token() if self.experts is not None else [])
 
@@ -103,8 +109,9 @@ def build_skeleton(
 ) -> Skeleton:
     """The empty model for `checkpoint`, with every parameter matched to a tensor. Reads no weights.
 
-    Sizes are compared on the meta device, before anything is allocated by them. Raises CheckpointError when config.json is of no
-    causal LM, tensors are missing or have the wrong shape, or the weights would have to be converted to fit.
+    Sizes are compared on the meta device, before anything is allocated by them. Raises
+    CheckpointError when config.json is of no causal LM, tensors are missing or have the wrong
+    shape, or the weights would have to be converted to fit.
     """
     file = checkpoint.config_file
     config = load_config(checkpoint)
@@ -121,7 +128,9 @@ def build_skeleton(
         specs, expert_parts = match_tensors(shapes, checkpoint)
         _check_tables(shapes, checkpoint, file)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=compute_dtype, trust_remote_code=False
+            )
         model.eval().requires_grad_(False)
         set_generation_config(model, checkpoint)
         linears = {linear.name: linear for linear in find_linears(model)}
@@ -149,18 +158,22 @@ def build_skeleton(
     for name, spec in skeleton.resident.items():
         if spec.encoding.torch_name is None or spec.transposed:
             raise CheckpointError(
-                f"{spec.file}: {spec.name!r} ({name}) is {spec.dtype} and no weight of a linear; this kind of model cannot be run yet"
+                f"{spec.file}: {spec.name!r} ({name}) is {spec.dtype} and no weight of a linear; "
+                "this kind of model cannot be run yet"
             )
     return skeleton
 
 
 def _check_tables(model: PreTrainedModel, checkpoint: Checkpoint, file: Path) -> None:
-    """Refuse tables that are out of proportion to the weights: they are computed, and no tensor vouches for their size."""
+    """Refuse tables that are out of proportion to the weights: they are computed, and no tensor
+    vouches for their size.
+    """
     tables_bytes = sum(buffer.nbytes for buffer in model.buffers())
     limit_bytes = TABLES_BYTES + sum(spec.nbytes for spec in checkpoint.tensors.values())
     if tables_bytes > limit_bytes:
         raise CheckpointError(
-            f"{file}: masks, positions and other tables would take {tables_bytes} bytes, at most {limit_bytes} go with these "
+            f"{file}: masks, positions and other tables would take {tables_bytes} bytes, at most "
+            f"{limit_bytes} go with these "
             "weights; the two do not belong together"
         )
 
@@ -173,8 +186,10 @@ def _refuse_quantized(config: PretrainedConfig, file: Path) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     by = "an earlier version of flexinfer" if method == "flexinfer" else shown(method)
     raise CheckpointError(
-        f"{file}: quantization_config: this checkpoint is quantised by {by}, which is not supported; take the "
-        "original checkpoint and, if it should be small, run `flexinfer quantize SRC DST --type q4_k`"
+        f"{file}: quantization_config: this checkpoint is quantised by {by}, which is not "
+        "supported; take the "
+        "original checkpoint and, if it should be small, run `flexinfer quantize SRC DST --type "
+        "q4_k`"
     )
 
 

@@ -17,12 +17,13 @@ class StreamedEmbedding(nn.Module):
     """An embedding that reads the rows it looks up.
 
     Args:
-        stock: the module that it replaces: it looks the rows up, scaled or not, in a table of just those that are needed.
+        stock: the module that it replaces: it looks the rows up, scaled or not, in a table of just
+            those that are needed.
         spec: where the table lies.
         decode: makes numbers of the bytes of a row, which begin at a position of a buffer.
         dtype: what the model computes in.
-        kept_rows: how many of the last rows stay in memory: a candidate is looked up by the draft and again by the pass that
-            verifies it.
+        kept_rows: how many of the last rows stay in memory: a candidate is looked up by the draft
+            and again by the pass that verifies it.
     """
 
     def __init__(
@@ -50,11 +51,15 @@ class StreamedEmbedding(nn.Module):
         self.register_state_dict_pre_hook(refuse_state_dict)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [...] -> [..., embedding_dim]. Raises IndexError for an id outside the table."""
+        """input_ids [...] -> [..., embedding_dim].
+
+        Raises IndexError for an id outside the table.
+        """
         unique, inverse = torch.unique(input_ids, return_inverse=True)
         if len(unique) and (unique[0] < 0 or unique[-1] >= self.num_embeddings):
             raise IndexError(
-                f"token id outside the embedding table of {self.num_embeddings} rows: {unique[0]} to {unique[-1]}"
+                f"token id outside the embedding table of {self.num_embeddings} rows: {unique[0]} "
+                f"to {unique[-1]}"
             )
         table = torch.empty(len(unique), self.embedding_dim, dtype=self._dtype)
         with self._store.lock:

@@ -1,16 +1,21 @@
-"""The experts of a layer, computed one after another from a cache that reads those that are missing.
+"""The experts of a layer, computed one after another from a cache that reads those that are
+missing.
 
-transformers lets the forward pass of its experts modules be replaced (ExpertsInterface); ours is registered as IMPLEMENTATION. Tokens are
-grouped by the expert that they are routed to, each expert multiplies its tokens once, piece by piece as its weights come from
-the cache (flexinfer.streaming.expert_cache), and what it makes is added up in the order of the experts' numbers: the operations and the
-order of transformers' own "eager" implementation, so the bits are its bits.
+transformers lets the forward pass of its experts modules be replaced (ExpertsInterface); ours is
+registered as IMPLEMENTATION. Tokens are grouped by the expert that they are routed to, each expert
+multiplies its tokens once, piece by piece as its weights come from the cache
+(flexinfer.streaming.expert_cache), and what it makes is added up in the order of the experts'
+numbers: the operations and the order of transformers' own "eager" implementation, so the bits are
+its bits.
 
-Of a single token the experts that are in memory are computed together where their weights are in ggml's blocks: threads are woken
-twice for all of them, and an operation of torch works on all of them.
+Of a single token the experts that are in memory are computed together where their weights are in
+ggml's blocks: threads are woken twice for all of them, and an operation of torch works on all of
+them.
 
-While there are few tokens, the hidden states of a layer are also put through the next layer's router: what that chooses is read when
-there is nothing else to read. Experts that are in memory are computed first while outputs are small, so that the others are read meanwhile. What was
-computed out of turn is held until its turn to be added comes.
+While there are few tokens, the hidden states of a layer are also put through the next layer's
+router: what that chooses is read when there is nothing else to read. Experts that are in memory are
+computed first while outputs are small, so that the others are read meanwhile. What was computed out
+of turn is held until its turn to be added comes.
 
 On the meta device the same operations run for the worst routing: all tokens to one expert.
 """
@@ -41,7 +46,8 @@ HELD_BYTES = 1 << 20  # outputs that may be held until their turn comes
 
 FEW_TOKENS = 16  # of a pass whose next experts are foretold: one, or the candidates of a draft
 
-# Which expert, the first of its pieces, and the weights and kernels that follow one another from there.
+# Which expert, the first of its pieces, and the weights and kernels that follow one another from
+# there.
 Where = tuple[int, int, Sequence[Weight], Sequence[Kernel]]
 Products = Callable[[torch.Tensor], torch.Tensor]  # [n, in] -> [n, out], without bias
 
@@ -73,13 +79,21 @@ class Group:
 
 
 def group(top_k_index: torch.Tensor, num_experts: int) -> list[Group]:
-    """top_k_index [tokens, k] -> its experts in the order of their numbers, their tokens in the order of (place, token)."""
+    """top_k_index [tokens, k] -> its experts in the order of their numbers, their tokens in the
+    order of (place, token).
+    """
     tokens = len(top_k_index)
     if (
         tokens == 1
-    ):  # as a rule; each tensor operation that it is spared is spared for every expert of every layer
+        # As a rule; each tensor operation that it is spared is spared for every expert of every
+        # layer.
+    ):
         place_of = {expert: place for place, expert in enumerate(top_k_index[0].tolist())}
-        return [Group(expert, None, place_of[expert]) for expert in sorted(place_of) if expert < num_experts]
+        return [
+            Group(expert, None, place_of[expert])
+            for expert in sorted(place_of)
+            if expert < num_experts
+        ]
     flat = top_k_index.t().reshape(-1)
     order = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
@@ -87,7 +101,9 @@ def group(top_k_index: torch.Tensor, num_experts: int) -> list[Group]:
     groups, start = [], 0
     for expert, count in enumerate(counts):
         if count:
-            groups.append(Group(expert, of_token[start : start + count], places[start : start + count]))
+            groups.append(
+                Group(expert, of_token[start : start + count], places[start : start + count])
+            )
             start += count
     return groups
 
@@ -113,7 +129,8 @@ class StreamedExperts:
         layer: its experts.
         kernels: of the weights of any of them.
         first: the number of this layer's first expert, over all layers.
-        alternate: the model interleaves the outputs of gate and up, the file has one after the other.
+        alternate: the model interleaves the outputs of gate and up, the file has one after the
+            other.
     """
 
     def __init__(
@@ -131,14 +148,18 @@ class StreamedExperts:
         self._store, self._trace = store, trace
         # Whether `_outputs_together` can compute them, if their module is as plain.
         self._goes_together = not alternate and all(
-            isinstance(kernel, GgmlKernel) and kernel.dtype == torch.float32 and len(weight.pieces) == 1
+            isinstance(kernel, GgmlKernel)
+            and kernel.dtype == torch.float32
+            and len(weight.pieces) == 1
             for kernel, weight in zip(kernels, layer.experts[0], strict=True)
         )
         self._hints: Callable[[torch.Tensor], Sequence[int]] | None = None
         self._note: Callable[[list[int]], object] | None = None
 
     def look_ahead(self, hints: Callable[[torch.Tensor], Sequence[int]]) -> None:
-        """Have what `hints` makes of hidden states [tokens, hidden], experts numbered over all layers, read ahead."""
+        """Have what `hints` makes of hidden states [tokens, hidden], experts numbered over all
+        layers, read ahead.
+        """
         self._hints = hints
 
     def record(self, note: Callable[[list[int]], object]) -> None:
@@ -146,9 +167,13 @@ class StreamedExperts:
         self._note = note
 
     def forward(
-        self, module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        module: Any,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """hidden [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
+        """hidden [tokens, hidden], top_k_index and _weights [tokens, k] -> [tokens, hidden]."""
         with self._store.lock:
             self._store.before_use()
             cache = self._cache()
@@ -158,7 +183,11 @@ class StreamedExperts:
             held_bytes = top_k_index.numel() * hidden.shape[-1] * hidden.element_size()
             order = self._request(cache, hidden, numbers, held_bytes)
             few = len(hidden) == 1 and held_bytes <= HELD_BYTES and not records_gradients(hidden)
-            held = self._outputs_in_memory(module, hidden, group_of, top_k_weights, order) if few else {}
+            held = (
+                self._outputs_in_memory(module, hidden, group_of, top_k_weights, order)
+                if few
+                else {}
+            )
             turns = iter(numbers)
             turn = next(turns, None)
             output = torch.zeros_like(hidden)
@@ -179,7 +208,10 @@ class StreamedExperts:
     def _request(
         self, cache: ExpertCache, hidden: torch.Tensor, numbers: list[int], held_bytes: int
     ) -> list[int]:
-        """Have the experts `numbers` read, and those that the next layer may want. Returns the order to compute them in."""
+        """Have the experts `numbers` read, and those that the next layer may want.
+
+        Returns the order to compute them in.
+        """
         cache.score_hints(numbers)
         order = cache.want(numbers, those_here_first=held_bytes <= HELD_BYTES)
         if self._hints is not None and len(hidden) <= FEW_TOKENS and cache.uses_hints():
@@ -196,7 +228,9 @@ class StreamedExperts:
         top_k_weights: torch.Tensor,
         order: Sequence[int],
     ) -> dict[int, torch.Tensor]:
-        """Weighed outputs [1, hidden] of the experts in memory for one token, in one call where their modules allow that."""
+        """Weighed outputs [1, hidden] of the experts in memory for one token, in one call where
+        their modules allow that.
+        """
         if not self._goes_together or module.has_bias or module.has_post_expert_norm:
             return {}
         here = list(takewhile(self._cache().holds, order))
@@ -206,8 +240,12 @@ class StreamedExperts:
         y = self._outputs_together(module, hidden, here) * top_k_weights[0, places, None]
         return dict(zip(here, y.split(1), strict=True))
 
-    def _outputs_together(self, module: Any, hidden: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-        """hidden [1, hidden] -> [experts, hidden] of the experts `numbers`, all of them in memory, not weighted yet."""
+    def _outputs_together(
+        self, module: Any, hidden: torch.Tensor, numbers: Sequence[int]
+    ) -> torch.Tensor:
+        """hidden [1, hidden] -> [experts, hidden] of the experts `numbers`, all of them in memory,
+        not weighted yet.
+        """
         cache, start_s = self._cache(), perf_counter()
         kernels = cast(Sequence[GgmlKernel], self._kernels)
         weights = self._layer.experts[numbers[0] - self._first]
@@ -218,11 +256,18 @@ class StreamedExperts:
             return buffer.address + position
 
         last = len(weights) - 1
-        ups = [(kernels[i], address(number, i), rows[i], None) for number in numbers for i in range(last)]
-        y = torch.cat(multiply_each(hidden, ups), -1).view(len(numbers), -1)  # [experts, gate and up]
+        ups = [
+            (kernels[i], address(number, i), rows[i], None)
+            for number in numbers
+            for i in range(last)
+        ]
+        # [experts, gate and up].
+        y = torch.cat(multiply_each(hidden, ups), -1).view(len(numbers), -1)
         y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
         y = multiply_rows(
-            y.contiguous(), [(kernels[last], address(number, last)) for number in numbers], rows[last]
+            y.contiguous(),
+            [(kernels[last], address(number, last)) for number in numbers],
+            rows[last],
         )
         for number in numbers:
             for i in range(len(weights)):
@@ -237,7 +282,9 @@ class StreamedExperts:
         def product(x: torch.Tensor, own: slice) -> torch.Tensor:
             first = sum(len(weight.pieces) for weight in weights[: own.start])
             where = expert, first, weights[own], self._kernels[own]
-            return multiply(x, None, partial(self._product, where), partial(self._input_gradient, where))
+            return multiply(
+                x, None, partial(self._product, where), partial(self._input_gradient, where)
+            )
 
         def up(x: torch.Tensor) -> torch.Tensor:
             # [n, gate and up]
@@ -307,23 +354,29 @@ class StreamedExperts:
 
 
 def routed_next(router: nn.Module, place: int, first: int, hidden: torch.Tensor) -> list[int]:
-    """The experts that `router` of the next layer would choose for hidden states [tokens, hidden] of this one, most likely first; numbered
-    from `first`. Their norms differ, so it is a guess."""
-    index: torch.Tensor = type(router).forward(router, hidden)[
-        place
-    ]  # past its hooks: they note what is routed
+    """The experts that `router` of the next layer would choose for hidden states [tokens, hidden]
+    of this one, most likely first; numbered from `first`. Their norms differ, so it is a guess.
+    """
+    # Past its hooks: they note what is routed.
+    index: torch.Tensor = type(router).forward(router, hidden)[place]
     return [first + expert for expert in dict.fromkeys(index.t().reshape(-1).tolist())]
 
 
 def register() -> None:
-    """Make IMPLEMENTATION known to transformers. A model with it in its config has experts modules that call the `StreamedExperts`
-    in their attribute `streamed`; on the meta device they need none."""
+    """Make IMPLEMENTATION known to transformers. A model with it in its config has experts modules
+    that call the `StreamedExperts` in their attribute `streamed`; on the meta device they need
+    none.
+    """
     ExpertsInterface.register(IMPLEMENTATION, _forward)
 
 
 def expert_modules(model: nn.Module) -> dict[str, Any]:
     """The modules whose experts another implementation can compute, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "_is_expert_parallel")
+    }
 
 
 def _forward(
@@ -338,7 +391,9 @@ def _forward(
 def _on_meta(
     module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """As if all tokens were routed to the first expert; and few of them, for as long as outputs are held, to others too."""
+    """As if all tokens were routed to the first expert; and few of them, for as long as outputs are
+    held, to others too.
+    """
     up, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
 
     def product(weight: torch.Tensor) -> Products:

@@ -1,9 +1,10 @@
 """Linears whose weight is elsewhere: locked in memory in part, the rest passing through the window.
 
-A `StreamedLinear` stands where the model had an `nn.Linear` (or GPT-2's `Conv1D`). It asks the store for the rows of its weight, block by
-block, and multiplies each with the very kernel that the stock module would use on the whole weight: output rows do not depend on one
-another, so the bits are the same. Weights in ggml's blocks differ in the kernel alone (flexinfer.kernels.ggml). It knows neither files
-nor budgets.
+A `StreamedLinear` stands where the model had an `nn.Linear` (or GPT-2's `Conv1D`). It asks the
+store for the rows of its weight, block by block, and multiplies each with the very kernel that the
+stock module would use on the whole weight: output rows do not depend on one another, so the bits
+are the same. Weights in ggml's blocks differ in the kernel alone (flexinfer.kernels.ggml). It knows
+neither files nor budgets.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ MOST_TOGETHER = 8
 
 
 class StreamedLinear(nn.Module):
-    """A linear that multiplies the rows of `weight` as the store has them. May be called from several threads.
+    """A linear that multiplies the rows of `weight` as the store has them. May be called from
+    several threads.
 
     Args:
         weight: what the store calls it.
@@ -82,7 +84,9 @@ class StreamedLinear(nn.Module):
                     start_s = perf_counter()
                     bias = None if self.bias is None else self.bias[rows.row_start : rows.row_stop]
                     part = rows.kernel.multiply(x, rows.view, rows.count, bias)
-                    self._trace.add("compute", self.spec.name, self.spec.layer, start_s, rows.nbytes)
+                    self._trace.add(
+                        "compute", self.spec.name, self.spec.layer, start_s, rows.nbytes
+                    )
                     if rows.count == self.out_features:
                         return part
                     if y is None:
@@ -103,7 +107,9 @@ class StreamedLinear(nn.Module):
         return total.value
 
     def _rows_at_once(self, x: torch.Tensor, block: Rows) -> int:
-        """How many rows of a block are multiplied in one call: all, unless that takes much memory for a copy or a part of the output."""
+        """How many rows of a block are multiplied in one call: all, unless that takes much memory
+        for a copy or a part of the output.
+        """
         if not folds(x):
             return block.step
         output_bytes = block.count * (x.numel() // x.shape[-1]) * x.element_size()
@@ -112,12 +118,17 @@ class StreamedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         locked_bytes = self._store.locked_bytes(self.spec)
-        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, locked={locked_bytes} of {self.spec.nbytes} bytes"
+        return (
+            f"{tuple(self.weight.shape)}, bias={self.bias is not None}, locked={locked_bytes} of "
+            f"{self.spec.nbytes} bytes"
+        )
 
 
 class Group:
-    """Linears that get the same input, one after another, their weights in ggml's blocks: while all rows are locked and activation rows are
-    few, one call computes all of them, and threads are woken once."""
+    """Linears that get the same input, one after another, their weights in ggml's blocks: while all
+    rows are locked and activation rows are few, one call computes all of them, and threads are
+    woken once.
+    """
 
     def __init__(
         self,
@@ -158,7 +169,10 @@ class Group:
         if blocks[0] is None:
             return None
         start_s = perf_counter()
-        parts = [(kernel, rows.view.data_ptr(), one.out_features, one.bias) for one, kernel, rows in found]
+        parts = [
+            (kernel, rows.view.data_ptr(), one.out_features, one.bias)
+            for one, kernel, rows in found
+        ]
         first, *others = multiply_each(x, parts)
         self._outputs = {one: y for (one, _, _), y in zip(found[1:], others, strict=True)}
         self._input = (x, x._version) if self._outputs else None
@@ -170,7 +184,8 @@ class Group:
 def folds(x: torch.Tensor) -> bool:
     """Whether torch multiplies `x` [..., in_features] as one matrix.
 
-    Where it does not, as with the last position of a longer tensor (`x[:, -1:, :]`), its batched product may lay the whole weight out
-    again: 1 GiB for a large vocabulary. Then weights are multiplied a piece at a time, so that the copy is of one piece.
+    Where it does not, as with the last position of a longer tensor (`x[:, -1:, :]`), its batched
+    product may lay the whole weight out again: 1 GiB for a large vocabulary. Then weights are
+    multiplied a piece at a time, so that the copy is of one piece.
     """
     return all(x.stride(i) == x.stride(i + 1) * x.size(i + 1) for i in range(x.dim() - 2))

@@ -1,4 +1,6 @@
-"""What stands for a weight that is on disk: a parameter with its shape, dtype and device, and no numbers."""
+"""What stands for a weight that is on disk: a parameter with its shape, dtype and device, and no
+numbers.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
@@ -8,7 +10,9 @@ from torch import nn
 
 
 class StreamedWeight(torch.Tensor):
-    """Stands for a weight that is on disk: has its shape, dtype and device, and raises where its numbers are asked for."""
+    """Stands for a weight that is on disk: has its shape, dtype and device, and raises where its
+    numbers are asked for.
+    """
 
     streamed_name: str
 
@@ -22,8 +26,10 @@ class StreamedWeight(torch.Tensor):
             if name == "requires_grad_" or (name == "requires_grad" and func.__name__ == "__set__"):
                 if all((*args[1:], *kwargs.values())):
                     raise RuntimeError(
-                        f"{args[0].streamed_name} is streamed from disk and cannot be trained; gradients go through it to its "
-                        "input. Name the parameters that are to have gradients, instead of taking all"
+                        f"{args[0].streamed_name} is streamed from disk and cannot be trained; "
+                        "gradients go through it to its "
+                        "input. Name the parameters that are to have gradients, instead of taking "
+                        "all"
                     )
                 return func(*args, **kwargs)
             if name in FACTS_OF_A_WEIGHT and func.__name__ != "__set__":
@@ -38,8 +44,10 @@ class StreamedWeight(torch.Tensor):
                 return None
         weight = next((a for a in (*args, *kwargs.values()) if isinstance(a, StreamedWeight)), None)
         raise RuntimeError(
-            f"{weight.streamed_name if weight is not None else 'this weight'} is streamed from disk, {name}() has no numbers to work "
-            "with; read the tensor from the checkpoint with safetensors, or load the model with transformers"
+            f"{weight.streamed_name if weight is not None else 'this weight'} is streamed from "
+            f"disk, {name}() has no numbers to work "
+            "with; read the tensor from the checkpoint with safetensors, or load the model with "
+            "transformers"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -49,10 +57,12 @@ class StreamedWeight(torch.Tensor):
 CONVERSIONS = frozenset({"to", "cpu", "float", "half", "bfloat16", "double"})
 
 FACTS_OF_A_WEIGHT = frozenset(
-    {"shape", "dtype", "device", "layout", "ndim", "grad", "is_leaf", "requires_grad", "is_meta", "is_sparse", "names"}
-    | {"is_cuda", "is_cpu", "is_quantized", "is_nested", "size", "dim", "numel", "nelement", "element_size", "itemsize", "nbytes"}
-    | {"is_floating_point", "is_complex", "is_contiguous", "stride", "__hash__", "__len__", "grad_fn", "_backward_hooks"}
-)  # fmt: skip
+    {"shape", "dtype", "device", "layout", "ndim", "grad", "is_leaf", "requires_grad", "is_meta"}
+    | {"is_sparse", "names", "is_cuda", "is_cpu", "is_quantized", "is_nested", "size", "dim"}
+    | {"numel", "nelement", "element_size", "itemsize", "nbytes", "is_floating_point"}
+    | {"is_complex", "is_contiguous", "stride", "__hash__", "__len__", "grad_fn"}
+    | {"_backward_hooks"}
+)
 
 
 def streamed_weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
@@ -60,12 +70,14 @@ def streamed_weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> nn.P
     stored = torch.zeros((), dtype=dtype).expand(*shape)
     weight = torch.Tensor._make_subclass(StreamedWeight, stored, False)
     weight.streamed_name = name
-    weight._is_param = True  # isinstance(weight, nn.Parameter), and so one of the model's parameters
+    # isinstance(weight, nn.Parameter), and so one of the model's parameters.
+    weight._is_param = True
     return cast(nn.Parameter, weight)
 
 
 def refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
     raise RuntimeError(
-        f"{prefix}weight is streamed from disk and not part of a state dict; the checkpoint on disk is unchanged, copy that instead "
+        f"{prefix}weight is streamed from disk and not part of a state dict; the checkpoint on "
+        "disk is unchanged, copy that instead "
         "(to save another precision, load it with transformers)"
     )

@@ -1,11 +1,12 @@
 """Memory that the results of operations use again within a pass.
 
-A tensor of a long prompt is large, and glibc maps a large block anew each time: its pages are zeroed and faulted in one by one, for a
-result that lives for an operation or two (docs/log.md). glibc's heap would keep the pages, and several times what is in use.
+A tensor of a long prompt is large, and glibc maps a large block anew each time: its pages are
+zeroed and faulted in one by one, for a result that lives for an operation or two (docs/log.md).
+glibc's heap would keep the pages, and several times what is in use.
 
-Within `ReusedResults` operations that can write into memory they are given get such as a result before them has left. They are torch's own, in
-their own layout, so the bits are the same. What is in use and what is kept for the next are together within a limit, and at the end nothing
-is kept.
+Within `ReusedResults` operations that can write into memory they are given get such as a result
+before them has left. They are torch's own, in their own layout, so the bits are the same. What is
+in use and what is kept for the next are together within a limit, and at the end nothing is kept.
 """
 
 import weakref
@@ -50,8 +51,9 @@ TAKES_MEMORY = EMPTY | COPIES | INTO_MEMORY.keys()
 
 
 class ReusedResults(TorchDispatchMode):
-    """A context: large results of this thread's operations take memory that others of the same size had. Nothing is kept that would not
-    be within `limit_bytes` with what is in use."""
+    """A context: large results of this thread's operations take memory that others of the same size
+    had. Nothing is kept that would not be within `limit_bytes` with what is in use.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -80,7 +82,11 @@ class ReusedResults(TorchDispatchMode):
         self.kept_bytes = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in TAKES_MEMORY and str(kwargs.get("device") or "cpu") == "cpu":
@@ -94,7 +100,9 @@ class ReusedResults(TorchDispatchMode):
                     if func in COPIES
                     else INTO_MEMORY[func](*args, **kwargs, out=memory)
                 )
-        elif not (func.is_view or func._schema.is_mutable) and (large := list(filter(_is_large, args))):
+        elif not (func.is_view or func._schema.is_mutable) and (
+            large := list(filter(_is_large, args))
+        ):
             self._make_room(max(arg.nbytes for arg in large))
             result = func(*args, **kwargs)
             for one in filter(_is_large, result if isinstance(result, tuple | list) else (result,)):
@@ -142,9 +150,14 @@ class ReusedResults(TorchDispatchMode):
         self.in_use_bytes += nbytes
 
     def _make_room(self, nbytes: int) -> None:
-        """Let go of memory that is kept, of the size not used for longest first, until `nbytes` more are within the limit."""
+        """Let go of memory that is kept, of the size not used for longest first, until `nbytes`
+        more are within the limit.
+        """
         for size in list(self._kept):
-            while self._kept[size] and self.in_use_bytes + self.kept_bytes + nbytes > self._limit_bytes:
+            while (
+                self._kept[size]
+                and self.in_use_bytes + self.kept_bytes + nbytes > self._limit_bytes
+            ):
                 self._kept[size].pop()
                 self.kept_bytes -= size
 

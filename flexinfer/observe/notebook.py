@@ -1,6 +1,7 @@
 """A loaded model in a notebook: a table of its plan, a picture of its last pass, progress bars.
 
-Pure but for the bars, which tqdm.auto draws as the front end can. The picture needs matplotlib (extra `bench`), nothing else does.
+Pure but for the bars, which tqdm.auto draws as the front end can. The picture needs matplotlib
+(extra `bench`), nothing else does.
 """
 
 import warnings
@@ -21,9 +22,8 @@ SPAN_COLOURS = {"read": "#0072B2", "wait": "#F0E442", "compute": "#D55E00"}
 
 WAIT_HATCH = "xx"
 
-PATIENCE_S = {
-    "pass": 3.0
-}  # what is done by then gets no bar; a text is many passes, so that only slow ones get one
+# What is done by then gets no bar; a text is many passes, so that only slow ones get one.
+PATIENCE_S = {"pass": 3.0}
 
 OTHER_PATIENCE_S = 0.5
 
@@ -33,15 +33,27 @@ def engine_html(plan: Plan, stats: dict[str, Any]) -> str:
     parts, total = budget_parts(plan), plan.budget_bytes
     square = "<span style='color:{}'>&#9632;</span> "
     rows = [
-        (square.format(PART_COLOURS[part]) + escape(part), format_size(nbytes), f"{nbytes / total:.0%}")
+        (
+            square.format(PART_COLOURS[part]) + escape(part),
+            format_size(nbytes),
+            f"{nbytes / total:.0%}",
+        )
         for part, nbytes in parts.items()
         if nbytes
     ]
     speed = f"{plan.predicted_tokens_per_s:.3g}, at most {plan.bound_tokens_per_s:.3g}"
     rows += [
-        ("<b>read per token</b>", format_size(plan.streamed_bytes), f"of {format_size(plan.total_bytes)}"),
+        (
+            "<b>read per token</b>",
+            format_size(plan.streamed_bytes),
+            f"of {format_size(plan.total_bytes)}",
+        ),
         ("<b>tokens/s predicted</b>", speed, "one token a pass"),
-        ("<b>context</b>", f"{plan.overheads.context_tokens} tokens", f"policy {escape(plan.policy)}"),
+        (
+            "<b>context</b>",
+            f"{plan.overheads.context_tokens} tokens",
+            f"policy {escape(plan.policy)}",
+        ),
     ]
     if plan.draft is not None:
         drafted = (
@@ -57,7 +69,8 @@ def engine_html(plan: Plan, stats: dict[str, Any]) -> str:
             ("<b>peak memory</b>", format_size(stats["peak_bytes"]), ""),
         ]
     bar = "".join(
-        f"<div style='width:{nbytes / total:.2%};background:{PART_COLOURS[part]}' title='{escape(part)}'></div>"
+        f"<div style='width:{nbytes / total:.2%};background:{PART_COLOURS[part]}' "
+        f"title='{escape(part)}'></div>"
         for part, nbytes in parts.items()
         if nbytes
     )
@@ -66,19 +79,24 @@ def engine_html(plan: Plan, stats: dict[str, Any]) -> str:
     )
     return (
         f"<table><caption>FlexInfer: where {format_size(total)} go</caption>"
-        f"<tr><td colspan='3'><div style='display:flex;height:1em;min-width:24em'>{bar}</div></td></tr>{body}</table>"
+        "<tr><td colspan='3'><div "
+        f"style='display:flex;height:1em;min-width:24em'>{bar}</div></td></tr>{body}</table>"
     )
 
 
 def last_pass(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events of the last whole pass, times from its start; a pass ends with the last kernel of the highest layer.
+    """The events of the last whole pass, times from its start; a pass ends with the last kernel of
+    the highest layer.
 
     Raises ValueError where none is among them.
     """
-    computed = sorted((one for one in events if one["kind"] == "compute"), key=lambda one: one["start_s"])
+    computed = sorted(
+        (one for one in events if one["kind"] == "compute"), key=lambda one: one["start_s"]
+    )
     if not computed:
         raise ValueError(
-            "no pass was recorded; load the model with flexinfer.from_pretrained(..., trace=True) and generate"
+            "no pass was recorded; load the model with flexinfer.from_pretrained(..., trace=True) "
+            "and generate"
         )
     head = max(event["layer"] for event in events)
     ends = [
@@ -86,10 +104,13 @@ def last_pass(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for one, following in zip(computed, [*computed[1:], None], strict=True)
         if one["layer"] == head and (following is None or following["layer"] < head)
     ]
-    begin, end = (ends[-2], ends[-1]) if len(ends) > 1 else (min(one["start_s"] for one in events), ends[-1])
+    begin, end = (
+        (ends[-2], ends[-1]) if len(ends) > 1 else (min(one["start_s"] for one in events), ends[-1])
+    )
     inside = [one for one in events if one["stop_s"] > begin and one["start_s"] < end]
     return [
-        one | {"start_s": max(one["start_s"], begin) - begin, "stop_s": min(one["stop_s"], end) - begin}
+        one
+        | {"start_s": max(one["start_s"], begin) - begin, "stop_s": min(one["stop_s"], end) - begin}
         for one in inside
     ]
 
@@ -97,7 +118,11 @@ def last_pass(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def draw_pass(axes: "Axes", events: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """Rows of reads, waits and kernels of one pass. Returns its seconds and those of waiting."""
     for row, (kind, colour) in enumerate(SPAN_COLOURS.items()):
-        spans = [(one["start_s"], one["stop_s"] - one["start_s"]) for one in events if one["kind"] == kind]
+        spans = [
+            (one["start_s"], one["stop_s"] - one["start_s"])
+            for one in events
+            if one["kind"] == kind
+        ]
         hatch = WAIT_HATCH if kind == "wait" else ""
         axes.broken_barh(spans, (2.1 - row, 0.8), facecolor=colour, edgecolor="none", hatch=hatch)
     axes.set_yticks([2.5, 1.5, 0.5], ["disk reads", "compute waits", "kernels"])
@@ -108,7 +133,10 @@ def draw_pass(axes: "Axes", events: Sequence[dict[str, Any]]) -> tuple[float, fl
 
 
 def timeline(events: Sequence[dict[str, Any]]) -> "Figure":
-    """Reads, waits and kernels of the last whole pass. Raises ImportError without matplotlib, ValueError without a pass."""
+    """Reads, waits and kernels of the last whole pass.
+
+    Raises ImportError without matplotlib, ValueError without a pass.
+    """
     try:
         from matplotlib import pyplot as plt  # it has notebooks show figures
     except ImportError as error:

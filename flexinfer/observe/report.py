@@ -1,8 +1,10 @@
-"""What a load and a run amount to, in one line each: for the log (logger "flexinfer") and the command line.
+"""What a load and a run amount to, in one line each: for the log (logger "flexinfer") and the
+command line.
 
-`bottleneck` is pure: two readings of `Engine.stats()` and the plan in, a sentence out. It names what most of the time went
-into; the paper's equation 4 has two candidates, reading and computing, and this adds what a machine short of memory
-does to both. It does not look for causes outside this process.
+`bottleneck` is pure: two readings of `Engine.stats()` and the plan in, a sentence out. It names
+what most of the time went into; the paper's equation 4 has two candidates, reading and computing,
+and this adds what a machine short of memory does to both. It does not look for causes outside this
+process.
 """
 
 import contextlib
@@ -32,7 +34,8 @@ COUNTERS = (
 
 FAULT_S = 1e-3  # our choice for a page read back from a disk that is in use
 
-OVERLAP_SHARE = 0.7  # of the measured bandwidth, below which reads are said not to overlap; our choice
+# Of the measured bandwidth, below which reads are said not to overlap; our choice.
+OVERLAP_SHARE = 0.7
 
 TITLES = {  # of the stages of progress
     "verify": "making checksums",
@@ -79,18 +82,21 @@ def budget_parts(plan: Plan) -> dict[str, int]:
 def plan_line(plan: Plan) -> str:
     """Where the budget goes, and the speed to expect."""
     streamed = (
-        f"{format_size(plan.streamed_bytes)} streamed a pass through a window of {format_size(plan.window_bytes)}"
+        f"{format_size(plan.streamed_bytes)} streamed a pass through a window of "
+        f"{format_size(plan.window_bytes)}"
         if plan.streamed_bytes
         else "nothing streamed"
     )
     experts = plan.experts
     cached = (
-        f", {format_size(experts.cache_bytes)} for {format_size(experts.total_bytes)} of experts ({experts.hit_rate:.0%} hits expected)"
+        f", {format_size(experts.cache_bytes)} for {format_size(experts.total_bytes)} of experts "
+        f"({experts.hit_rate:.0%} hits expected)"
         if experts is not None
         else ""
     )
     one_a_pass = (
-        f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most {plan.bound_tokens_per_s:.3g}"
+        f"{plan.predicted_tokens_per_s:.3g} tokens/s predicted, at most "
+        f"{plan.bound_tokens_per_s:.3g}"
     )
     if plan.draft is None:
         speed = one_a_pass
@@ -98,18 +104,21 @@ def plan_line(plan: Plan) -> str:
         draft = plan.draft
         kept = f" ({format_size(plan.substitute_bytes)} in {draft.type})" if draft.type else ""
         speed = (
-            f"draft by {draft.kind}{kept}: {draft.candidates} candidates, {draft.tokens_per_pass:.3g} tokens a pass, "
+            f"draft by {draft.kind}{kept}: {draft.candidates} candidates, "
+            f"{draft.tokens_per_pass:.3g} tokens a pass, "
             f"{draft.predicted_tokens_per_s:.3g} tokens/s predicted; one a pass: {one_a_pass}"
         )
     return (
-        f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights locked{cached}, {streamed}; "
+        f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights "
+        f"locked{cached}, {streamed}; "
         f"{speed}"
     )
 
 
 def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str:
-    """Why the passes between two readings of `Engine.stats()` took as long as they did: "disk: ...", "kernels: ...",
-    "memory: ..." or "order: ..." (the readers had to start over), with the figure.
+    """Why the passes between two readings of `Engine.stats()` took as long as they did: "disk:
+    ...", "kernels: ...", "memory: ..." or "order: ..." (the readers had to start over), with the
+    figure.
     """
     spent = {name: after[name] - before[name] for name in COUNTERS}
     passes, pass_s, bytes_read = spent["passes"], spent["pass_s"], spent["bytes_read"]
@@ -120,23 +129,30 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
         stalled = f"{stall_s / pass_s:.0%} of the time stalled for memory, " if stall_s else ""
         return (
             f"memory: {stalled}{faults} major page faults in {passes} passes; "
-            "the system takes pages from this process and reads them again: a smaller budget, or less beside it"
+            "the system takes pages from this process and reads them again: a smaller budget, or "
+            "less beside it"
         )
     in_vain_bytes = spent["wasted_bytes"]
     if in_vain_bytes > MEMORY_SHARE * bytes_read and not spent["resyncs"]:
         return (
-            f"order: {format_size(in_vain_bytes)} of {format_size(bytes_read)} were experts that were foretold and not wanted; "
+            f"order: {format_size(in_vain_bytes)} of {format_size(bytes_read)} were experts that "
+            "were foretold and not wanted; "
             "look_ahead=False reads none"
         )
     if in_vain_bytes > MEMORY_SHARE * bytes_read:
         return (
-            f"order: the readers were sent elsewhere {spent['resyncs']} times in {passes} passes and read "
+            f"order: the readers were sent elsewhere {spent['resyncs']} times in {passes} passes "
+            "and read "
             f"{format_size(in_vain_bytes)} of {format_size(bytes_read)} in vain"
         )
     rate, measured = bytes_read / pass_s, plan.costs.bandwidth_bytes_per_s
     reads = f"reads at {rate / 1e9:.2f} GB/s of {measured / 1e9:.2f} GB/s measured"
     if spent["wait_s"] > spent["compute_s"]:
-        remedy = "" if rate > OVERLAP_SHARE * measured else "; more io_threads or a larger window may help"
+        remedy = (
+            ""
+            if rate > OVERLAP_SHARE * measured
+            else "; more io_threads or a larger window may help"
+        )
         return f"disk: waiting {spent['wait_s'] / pass_s:.0%} of the time, {reads}{remedy}"
     return f"kernels: computing {spent['compute_s'] / pass_s:.0%} of the time" + (
         f", {reads}" if plan.streamed_bytes else ", nothing to read"
@@ -154,7 +170,9 @@ class Explainer:
         self._before = stats()
 
     def explain(self) -> str:
-        """Of the passes since the last call, or since loading: "disk: ..." (kernels, memory, order). Also logged."""
+        """Of the passes since the last call, or since loading: "disk: ..." (kernels, memory,
+        order). Also logged.
+        """
         before, self._before = self._before, self._stats()
         text = bottleneck(before, self._before, self._plan())
         logger.info("%s", text)
@@ -167,8 +185,9 @@ class Explainer:
 
 
 def memory_stall_s(root: Path = Path("/")) -> float:
-    """Seconds, since it was made, that tasks of this process's control group (v2) waited for memory; 0 where the kernel
-    does not say. Other groups and the machine as a whole are left out: their shortage need not be ours.
+    """Seconds, since it was made, that tasks of this process's control group (v2) waited for
+    memory; 0 where the kernel does not say. Other groups and the machine as a whole are left out:
+    their shortage need not be ours.
     """
     with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
         lines = (root / "proc/self/cgroup").read_text().splitlines()

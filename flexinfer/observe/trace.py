@@ -1,11 +1,13 @@
 """What a run did: counters that are always on, and a timeline that is kept on request.
 
-The timeline is the raw material of the paper's figure 3 and of `trace=` (flexinfer.observe.perfetto): when each tensor was read,
-how long the compute thread waited for it, how long its kernel ran, and what memory held meanwhile. An event is a record
-of fixed size in a ring that is set aside, and touched, when the engine is made: a plan that measures the process
+The timeline is the raw material of the paper's figure 3 and of `trace=`
+(flexinfer.observe.perfetto): when each tensor was read, how long the compute thread waited for it,
+how long its kernel ran, and what memory held meanwhile. An event is a record of fixed size in a
+ring that is set aside, and touched, when the engine is made: a plan that measures the process
 counts it, and it never grows. The oldest events go first.
 
-Cost: about two microseconds an event. A sample of the memory in use is taken with an event, at most 20 a second.
+Cost: about two microseconds an event. A sample of the memory in use is taken with an event, at most
+20 a second.
 """
 
 import struct
@@ -39,7 +41,10 @@ RECORD = struct.Struct("=BHIHddQ")  # kind, thread, tensor, layer, start, stop, 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One span of time, or a counter's value at `stop_s`. Times are seconds on the clock of `time.perf_counter`."""
+    """One span of time, or a counter's value at `stop_s`.
+
+    Times are seconds on the clock of `time.perf_counter`.
+    """
 
     kind: Kind
     tensor: str  # empty for a pass and for a counter
@@ -60,7 +65,9 @@ class Ring:
         self._names: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, kind: Kind, tensor: str, layer: int, start_s: float, stop_s: float, nbytes: int) -> None:
+    def add(
+        self, kind: Kind, tensor: str, layer: int, start_s: float, stop_s: float, nbytes: int
+    ) -> None:
         """Keep an event of this thread, in the place of the oldest where the ring is full."""
         names, thread = self._names, threading.current_thread().name
         with self._lock:
@@ -90,7 +97,10 @@ class Ring:
 
 @dataclass(slots=True)
 class Trace:
-    """Counters of one engine, and its events when `max_events` is not 0. Written by reader and compute threads."""
+    """Counters of one engine, and its events when `max_events` is not 0.
+
+    Written by reader and compute threads.
+    """
 
     max_events: int = 0
     progress: Progress | None = (
@@ -111,7 +121,8 @@ class Trace:
     wasted_bytes: int = 0  # read and never used
     expert_hits: int = 0  # experts that a layer wanted and that were in memory
     expert_misses: int = 0
-    experts_foretold: int = 0  # of those that were to be read ahead, because the layer before thought so
+    # Of those that were to be read ahead, because the layer before thought so.
+    experts_foretold: int = 0
     experts_foretold_right: int = 0  # and were wanted
     # From loading on to the end of the first whole pass; 0 before.
     first_token_s: float = 0.0
@@ -131,7 +142,8 @@ class Trace:
         if kind == "wait":
             self.wait_s += stop_s - start_s
         elif kind == "compute" and self.progress is not None:
-            self._pass_bytes = min(self._pass_bytes + nbytes, self._total_bytes)  # a prompt uses more experts
+            # A prompt uses more experts.
+            self._pass_bytes = min(self._pass_bytes + nbytes, self._total_bytes)
             self.progress("pass", self._pass_bytes, self._total_bytes)
         if self._ring is not None:
             self._ring.add(kind, tensor, layer, start_s, stop_s, nbytes)
@@ -153,11 +165,16 @@ class Trace:
             if self._ring is not None:
                 self._ring.add("pass", "", 0, start_s, stop_s, rows)
 
-    def set_memory(self, budget_bytes: int, locked_bytes: int, window_bytes: int, total_bytes: int) -> None:
+    def set_memory(
+        self, budget_bytes: int, locked_bytes: int, window_bytes: int, total_bytes: int
+    ) -> None:
         """What a plan made of the budget, from now on; `total_bytes` are the weights of a pass."""
         if self._ring is not None:  # so that the counters show a step and no slope
             self._sample(self._ring, perf_counter())
-        self._memory_bytes, self._total_bytes = (budget_bytes, locked_bytes, window_bytes), total_bytes
+        self._memory_bytes, self._total_bytes = (
+            (budget_bytes, locked_bytes, window_bytes),
+            total_bytes,
+        )
         if self._ring is not None:
             self._sample(self._ring, perf_counter())
 
@@ -172,5 +189,7 @@ class Trace:
         return iter(self._ring or ())
 
     def events(self) -> list[dict[str, Any]]:
-        """The kept reads, waits and kernels as plain dictionaries, in the order in which they ended."""
+        """The kept reads, waits and kernels as plain dictionaries, in the order in which they
+        ended.
+        """
         return [asdict(event) for event in self.timeline() if event.kind in SPANS]

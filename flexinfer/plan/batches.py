@@ -1,8 +1,10 @@
-"""What several sequences at a time give: tokens per second by the size of the batch, and where the best is. Pure functions.
+"""What several sequences at a time give: tokens per second by the size of the batch, and where the
+best is. Pure functions.
 
-A pass over the weights serves all sequences, so while reading takes longer than computing each further one is almost free. What it
-costs: its part of the KV cache and of the activations, which is taken from locked weights; and computing, as kernels take longer for n rows
-than for one. Attention over the cache is not in the cost, as it is not in that of one sequence.
+A pass over the weights serves all sequences, so while reading takes longer than computing each
+further one is almost free. What it costs: its part of the KV cache and of the activations, which is
+taken from locked weights; and computing, as kernels take longer for n rows than for one. Attention
+over the cache is not in the cost, as it is not in that of one sequence.
 
     tokens/s = n / max(c(n), bytes read(n) / bandwidth)
 """
@@ -70,7 +72,9 @@ def best_batch(batches: Sequence[Batch]) -> Batch | None:
 
 
 def at_rows(rows_s: Sequence[tuple[int, float]], rows: int) -> float:
-    """Seconds of a pass of so many rows, between those that were measured: (rows, seconds), by rows."""
+    """Seconds of a pass of so many rows, between those that were measured: (rows, seconds), by
+    rows.
+    """
     before = rows_s[0]
     for after in rows_s:
         if after[0] >= rows:

@@ -1,13 +1,16 @@
-"""Mixtures of experts in a plan: what a token needs of them, what a cache of them is worth. Pure functions.
+"""Mixtures of experts in a plan: what a token needs of them, what a cache of them is worth. Pure
+functions.
 
-A token is routed to `used` of the experts of each layer, so what a pass reads is not known before it. Dense weights come first in
-a budget, for every token needs them; a cache of experts takes what is left. It is made of equal slots, one for a piece of an
-expert's weight, so that experts of any layer can take the place of any other.
+A token is routed to `used` of the experts of each layer, so what a pass reads is not known before
+it. Dense weights come first in a budget, for every token needs them; a cache of experts takes what
+is left. It is made of equal slots, one for a piece of an expert's weight, so that experts of any
+layer can take the place of any other.
 
-Cost model: experts that are in the cache cost nothing, the others their bytes at the disk's bandwidth. Where routing is uniform,
-the worst case, no policy that cannot foresee hits more often than the share of the experts that the cache holds; and recency
-never hits in a cache that holds less than one token uses, for each expert is gone before its layer comes round again.
-Trained routers are not uniform: what they really hit is counted (`Engine.stats()`).
+Cost model: experts that are in the cache cost nothing, the others their bytes at the disk's
+bandwidth. Where routing is uniform, the worst case, no policy that cannot foresee hits more often
+than the share of the experts that the cache holds; and recency never hits in a cache that holds
+less than one token uses, for each expert is gone before its layer comes round again. Trained
+routers are not uniform: what they really hit is counted (`Engine.stats()`).
 """
 
 from collections import Counter
@@ -25,7 +28,10 @@ REQUEST_BYTES = 64 << 10  # what a read costs besides its bytes, in bytes; our c
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
-    """The experts of one layer. Each has the same weights: one or two for the way up, and last the way down."""
+    """The experts of one layer.
+
+    Each has the same weights: one or two for the way up, and last the way down.
+    """
 
     name: str  # of the module
     layer: int
@@ -112,9 +118,11 @@ def expert_plan(mixture: Mixture, shape: CacheShape, slots: int) -> ExpertPlan:
 
 
 def even_piece_bytes(sizes: Counter[int], largest_bytes: int) -> int:
-    """At how many bytes weights of `sizes` (bytes -> how many) are best cut, so that equal slots hold their pieces.
+    """At how many bytes weights of `sizes` (bytes -> how many) are best cut, so that equal slots
+    hold their pieces.
 
-    Weighs what slots leave unused, as some weights have more bits than others, against the number of reads.
+    Weighs what slots leave unused, as some weights have more bits than others, against the number
+    of reads.
     """
 
     def cost(piece_bytes: int) -> int:

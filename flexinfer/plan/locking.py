@@ -1,9 +1,10 @@
 """Balanced memory locking (paper, section 3.2): the same share of every weight stays in memory.
 
-Memory beyond the window keeps weights resident. Locking whole leading layers leaves layers without reads followed by layers with
-all of them: computing and reading wait for one another in turn (the paper's figure 3a). Spreading the same bytes evenly keeps the reads of
-every layer equal, so that the overlap holds (figure 3b). The paper balances whole tensors over layers; here it is pieces over weights, which
-leaves less than one piece of the budget unused.
+Memory beyond the window keeps weights resident. Locking whole leading layers leaves layers without
+reads followed by layers with all of them: computing and reading wait for one another in turn (the
+paper's figure 3a). Spreading the same bytes evenly keeps the reads of every layer equal, so that
+the overlap holds (figure 3b). The paper balances whole tensors over layers; here it is pieces over
+weights, which leaves less than one piece of the budget unused.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from flexinfer.plan.weights import Weight
 
 
 def balanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
-    """The same share of every weight; rounding errors are carried along the pass, so that they cannot pile up."""
+    """The same share of every weight; rounding errors are carried along the pass, so that they
+    cannot pile up.
+    """
     share = lock_bytes / sum(weight.locked_bytes for weight in weights)
     locked: dict[str, int] = {}
     wanted = used = 0.0
@@ -42,7 +45,9 @@ def _fill(weights: Sequence[Weight], locked: dict[str, int], left_bytes: int) ->
 
 
 def spread(count: int) -> list[int]:
-    """0 to count - 1 in an order whose every beginning is spread evenly (bit-reversal, the van der Corput sequence)."""
+    """0 to count - 1 in an order whose every beginning is spread evenly (bit-reversal, the van der
+    Corput sequence).
+    """
     bits = max(count - 1, 1).bit_length()
     reversed_ = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
     return [i for i in reversed_ if i < count]

@@ -1,4 +1,5 @@
-"""A plan: where a memory budget goes, and the speed to expect of it. Data alone; `flexinfer.plan.planner` makes plans.
+"""A plan: where a memory budget goes, and the speed to expect of it. Data alone;
+`flexinfer.plan.planner` makes plans.
 
 Cost model, the paper's equation 4: seconds per pass = max(compute, streamed bytes / bandwidth).
 """
@@ -102,8 +103,9 @@ class DraftPlan:
 class Plan:
     """Where a budget goes.
 
-    All sizes in bytes; `streamed_bytes`, `total_bytes` and the speeds are per pass over the weights. Of
-    experts a pass uses those that one token is routed to, and reads as many as are expected to be missed.
+    All sizes in bytes; `streamed_bytes`, `total_bytes` and the speeds are per pass over the
+    weights. Of experts a pass uses those that one token is routed to, and reads as many as are
+    expected to be missed.
     """
 
     budget_bytes: int

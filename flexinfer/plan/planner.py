@@ -1,14 +1,18 @@
-"""Divides a memory budget between overheads, the window, locked pieces, substitutes and a cache of experts. Pure: no files, no clock.
+"""Divides a memory budget between overheads, the window, locked pieces, substitutes and a cache of
+experts. Pure: no files, no clock.
 
-A plan locks the first k pieces of each weight; the rest of the weight is streamed through the window, in order of use.
-How many pieces are locked of which weight is the policy's to say: balanced locking (flexinfer.plan.locking), or the
-paper's other ways to preserve tensors (flexinfer.plan.preservation).
+A plan locks the first k pieces of each weight; the rest of the weight is streamed through the
+window, in order of use. How many pieces are locked of which weight is the policy's to say: balanced
+locking (flexinfer.plan.locking), or the paper's other ways to preserve tensors
+(flexinfer.plan.preservation).
 
-Experts of a mixture (flexinfer.plan.experts) get what dense weights leave: all of those are locked first. Where the budget
-does not hold them, the experts pass through a cache no larger than the window.
+Experts of a mixture (flexinfer.plan.experts) get what dense weights leave: all of those are locked
+first. Where the budget does not hold them, the experts pass through a cache no larger than the
+window.
 
-With a draft by a substitute (flexinfer.draft.substitute) every piece is in memory: locked, or in a few bits. The policies then
-divide what is left once all pieces have a substitute; a locked piece costs what it takes beyond its substitute.
+With a draft by a substitute (flexinfer.draft.substitute) every piece is in memory: locked, or in a
+few bits. The policies then divide what is left once all pieces have a substitute; a locked piece
+costs what it takes beyond its substitute.
 """
 
 import math
@@ -25,7 +29,8 @@ from flexinfer.sizes import BudgetError, format_size, name_budget, parse_size
 DEFAULT_WINDOW_BYTES = 20 << 20
 # One computed on, one filled.
 MIN_SLOTS = 2
-# The kernel takes a page of tables for so much memory, huge pages or not, and counts it with the process.
+# The kernel takes a page of tables for so much memory, huge pages or not, and counts it with the
+# process.
 TABLE_BYTES, MAPPED_BYTES = 4096, 2 << 20
 NOT_MEASURED = Costs(bandwidth_bytes_per_s=1.0, compute_s=1.0)
 
@@ -71,7 +76,9 @@ class Planner:
                 f"policy={self.policy!r} does not exist; there are {', '.join(sorted(POLICIES))}"
             )
         tables_bytes = page_table_bytes(budget_bytes - self.overheads.nbytes)
-        overheads = replace(self.overheads, process_bytes=self.overheads.process_bytes + tables_bytes)
+        overheads = replace(
+            self.overheads, process_bytes=self.overheads.process_bytes + tables_bytes
+        )
         spare_bytes = budget_bytes - overheads.nbytes
         division = self._all_locked(spare_bytes) if budget_bytes >= self._loading_bytes else None
         if division is None:
@@ -83,14 +90,18 @@ class Planner:
 
     @property
     def smallest_bytes(self) -> int:
-        """The least budget in which the model runs: overheads, the smallest window and cache, and all substitutes."""
+        """The least budget in which the model runs: overheads, the smallest window and cache, and
+        all substitutes.
+        """
         cache_bytes = self.mixture.slots().slot_bytes if self.mixture is not None else 0
         held_bytes = MIN_SLOTS * (self._slot_bytes + cache_bytes) + self._substitute_bytes
         return max(self.overheads.nbytes + with_page_tables(held_bytes), self._loading_bytes)
 
     def grown(self, nbytes: int, budget_bytes: int) -> tuple["Planner", Plan]:
-        """The planner of a process that is larger by `nbytes`, and its plan: with less locked, or, where nothing is left to
-        give back, with less margin, which is for what cannot be known. Raises BudgetError past that."""
+        """The planner of a process that is larger by `nbytes`, and its plan: with less locked, or,
+        where nothing is left to give back, with less margin, which is for what cannot be known.
+        Raises BudgetError past that.
+        """
         overheads = replace(self.overheads, process_bytes=self.overheads.process_bytes + nbytes)
         grown = replace(self, overheads=overheads)
         try:
@@ -104,22 +115,34 @@ class Planner:
 
     @property
     def _loading_bytes(self) -> int:
-        """What the process holds at most while the tokenizer is loaded: nothing else is there yet."""
+        """What the process holds at most while the tokenizer, the first thing, is loaded."""
         overheads = self.overheads
-        return overheads.process_bytes + with_page_tables(overheads.loading_bytes) + overheads.margin_bytes
+        return (
+            overheads.process_bytes
+            + with_page_tables(overheads.loading_bytes)
+            + overheads.margin_bytes
+        )
 
     # ---- dividing
 
     def _all_locked(self, spare_bytes: int) -> _Division | None:
-        """Every dense weight locked, and the cache of experts as large as the rest allows; None where they do not fit."""
+        """Every dense weight locked, and the cache of experts as large as the rest allows; None
+        where they do not fit.
+        """
         cache_slots, cache_bytes = self._small_cache(spare_bytes)
         to_lock_bytes = sum(weight.locked_bytes for weight in self.weights)
         left_bytes = spare_bytes - cache_slots * cache_bytes - to_lock_bytes
-        if left_bytes < 0 or (self.policy == "none" and any(weight.pieces for weight in self.weights)):
+        if left_bytes < 0 or (
+            self.policy == "none" and any(weight.pieces for weight in self.weights)
+        ):
             return None
         if self.mixture is not None:
-            cache_slots += min(self.mixture.slots().all_slots - cache_slots, left_bytes // cache_bytes)
-        return _Division(0, {weight.name: len(weight.pieces) for weight in self.weights}, cache_slots)
+            cache_slots += min(
+                self.mixture.slots().all_slots - cache_slots, left_bytes // cache_bytes
+            )
+        return _Division(
+            0, {weight.name: len(weight.pieces) for weight in self.weights}, cache_slots
+        )
 
     def _streamed(self, spare_bytes: int) -> _Division:
         """What the window, the smallest cache and the substitutes leave, locked by the policy."""
@@ -133,7 +156,9 @@ class Planner:
         return _Division(slots, locked, cache_slots)
 
     def _small_cache(self, spare_bytes: int) -> tuple[int, int]:
-        """Slots of the cache before dense weights have had their part, as large as a window; and the bytes of one."""
+        """Slots of the cache before dense weights have had their part, as large as a window; and
+        the bytes of one.
+        """
         if self.mixture is None:
             return 0, 0
         cache, most_bytes = self.mixture.slots(), spare_bytes - MIN_SLOTS * self._slot_bytes
@@ -142,7 +167,9 @@ class Planner:
         return min(cache.all_slots, max(MIN_SLOTS, wanted)), cache.slot_bytes
 
     def _window_slots(self, spare_bytes: int) -> int:
-        """How many slots the window has: as configured, at least MIN_SLOTS, at most what the budget holds."""
+        """How many slots the window has: as configured, at least MIN_SLOTS, at most what the budget
+        holds.
+        """
         window_bytes, window_layers = parse_window(self.window)
         if window_layers is None:
             assert window_bytes is not None
@@ -157,7 +184,9 @@ class Planner:
 
     @property
     def _slot_bytes(self) -> int:
-        return max((piece.memory_bytes for weight in self.weights for piece in weight.pieces), default=0)
+        return max(
+            (piece.memory_bytes for weight in self.weights for piece in weight.pieces), default=0
+        )
 
     @property
     def _substitute_bytes(self) -> int:
@@ -176,7 +205,9 @@ class Planner:
                 sum(self.substitutes[w.name][locked.get(w.name, 0) :]) for w in self.weights
             )
         streamed = [piece for w in self.weights for piece in w.pieces[locked.get(w.name, 0) :]]
-        locked_memory = sum(p.locked_bytes for w in self.weights for p in w.pieces[: locked.get(w.name, 0)])
+        locked_memory = sum(
+            p.locked_bytes for w in self.weights for p in w.pieces[: locked.get(w.name, 0)]
+        )
         dense_bytes = sum(weight.nbytes for weight in self.weights)
         streamed_bytes = sum(piece.nbytes for piece in streamed)
         slots = division.slots if streamed else 0
@@ -215,7 +246,9 @@ class Planner:
     def _at_best_bytes(
         self, budget_bytes: int, overheads: Overheads, dense_bytes: int, experts: ExpertPlan | None
     ) -> int:
-        """What a pass has to read if all of the budget beyond the process and its KV cache keeps weights."""
+        """What a pass has to read if all of the budget beyond the process and its KV cache keeps
+        weights.
+        """
         needed_bytes = overheads.process_bytes + overheads.tokenizer_bytes + overheads.kv_bytes
         missing_bytes = dense_bytes - max(0, budget_bytes - needed_bytes)
         if experts is None:
@@ -237,22 +270,27 @@ class Planner:
             others += f", draft {format_size(draft_bytes)}"
         reason = f"{self.not_streamable}; " if self.not_streamable else ""
         loading = (
-            f" ({format_size(overheads.loading_bytes)} while it is loaded)" if overheads.loading_bytes else ""
+            f" ({format_size(overheads.loading_bytes)} while it is loaded)"
+            if overheads.loading_bytes
+            else ""
         )
         return (
-            f"{reason}memory={format_size(budget_bytes)} is too little for this model: it needs at least "
+            f"{reason}memory={format_size(budget_bytes)} is too little for this model: it needs at "
+            "least "
             f"{name_budget(self.smallest_bytes)}: process {format_size(overheads.process_bytes)}, "
             f"tokenizer {format_size(overheads.tokenizer_bytes)}{loading}, "
             f"parameters that stay {format_size(overheads.unstreamed_bytes)}, "
             f"KV cache {format_size(overheads.kv_bytes + overheads.attention_bytes)}, "
-            f"activations {format_size(overheads.activation_bytes)}, margin {format_size(overheads.margin_bytes)}, "
+            f"activations {format_size(overheads.activation_bytes)}, margin "
+            f"{format_size(overheads.margin_bytes)}, "
             f"window {format_size(MIN_SLOTS * self._slot_bytes)}{others}. "
             f"A smaller context makes the KV cache and activations smaller."
         )
 
 
 def parse_window(window: str | int | None) -> tuple[int | None, int | None]:
-    """`window` as (bytes, layers), one of them None: None, bytes, "64MiB", or "3 layers" (the paper's unit).
+    """`window` as (bytes, layers), one of them None: None, bytes, "64MiB", or "3 layers" (the
+    paper's unit).
 
     Raises BudgetError on anything else.
     """
@@ -261,7 +299,9 @@ def parse_window(window: str | int | None) -> tuple[int | None, int | None]:
     words = window.split() if isinstance(window, str) else []
     if len(words) == 2 and words[1] in {"layer", "layers"}:
         if not words[0].isdigit() or int(words[0]) < 1:
-            raise BudgetError(f"window={window!r}: the number of layers must be a whole number from 1")
+            raise BudgetError(
+                f"window={window!r}: the number of layers must be a whole number from 1"
+            )
         return None, int(words[0])
     return parse_size(window, "window"), None
 

@@ -1,9 +1,12 @@
-"""Flexible tensor preservation (paper, section 3.3): which tensors stay in memory, given the budget. The policies, by name.
+"""Flexible tensor preservation (paper, section 3.3): which tensors stay in memory, given the
+budget. The policies, by name.
 
-`balanced` (flexinfer.plan.locking) is our choice. The others are the paper's variants (figures 3 and 5, Algorithm 1). They lock whole
-weights, and keep what is not in a decoder layer (lm_head) in memory first, as the paper does.
+`balanced` (flexinfer.plan.locking) is our choice. The others are the paper's variants (figures 3
+and 5, Algorithm 1). They lock whole weights, and keep what is not in a decoder layer (lm_head) in
+memory first, as the paper does.
 
-A policy takes the weights in order of use and the bytes for locking, and returns how many pieces of each weight are locked.
+A policy takes the weights in order of use and the bytes for locking, and returns how many pieces of
+each weight are locked.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,16 +45,20 @@ def ffn_first(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
 
 
 def algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
-    """The paper's Algorithm 1 as printed: FFN weights only as whole roles by its thresholds, then attention.
+    """The paper's Algorithm 1 as printed: FFN weights only as whole roles by its thresholds, then
+    attention.
 
-    Its 3 FFN tensors are F here, so that it speaks of models with two as well: all F from F f N + 2 a N bytes on, else as
-    many roles (at most F - 1) as fit, with f and a the bytes of the largest FFN and attention weight and N the layers.
+    Its 3 FFN tensors are F here, so that it speaks of models with two as well: all F from F f N + 2
+    a N bytes on, else as many roles (at most F - 1) as fit, with f and a the bytes of the largest
+    FFN and attention weight and N the layers.
     """
     locked, left_bytes = _head_first(weights, lock_bytes)
     ffn_roles = _roles(weights, "ffn")
     layers = len({w.layer for w in weights if w.kind != "head"})
     ffn_bytes = layers * max((w.locked_bytes for w in weights if w.kind == "ffn"), default=0)
-    attention_bytes = layers * max((w.locked_bytes for w in weights if w.kind == "attention"), default=0)
+    attention_bytes = layers * max(
+        (w.locked_bytes for w in weights if w.kind == "attention"), default=0
+    )
     if left_bytes >= len(ffn_roles) * ffn_bytes + 2 * attention_bytes:
         keep = len(ffn_roles)
     else:
@@ -70,7 +77,7 @@ def _head_first(weights: Sequence[Weight], lock_bytes: int) -> tuple[dict[str, i
 
 
 def _roles(weights: Sequence[Weight], kind: Kind) -> list[str]:
-    """The roles of a kind, smallest weight first (with grouped-query attention K and V come first)."""
+    """The roles of a kind, smallest weight first (K and V with grouped-query attention)."""
     size_of = {w.role: w.locked_bytes for w in weights if w.kind == kind}
     return sorted(size_of, key=lambda role: size_of[role])
 
@@ -78,7 +85,10 @@ def _roles(weights: Sequence[Weight], kind: Kind) -> list[str]:
 def _lock_roles(
     weights: Sequence[Weight], roles: Sequence[str], locked: dict[str, int], left_bytes: int
 ) -> int:
-    """Lock each role in all layers; the one that does not fit everywhere, in evenly spread layers. Returns what is left."""
+    """Lock each role in all layers; the one that does not fit everywhere, in evenly spread layers.
+
+    Returns what is left.
+    """
     for role in roles:
         of_role = [w for w in weights if w.role == role]
         for i in spread(len(of_role)):

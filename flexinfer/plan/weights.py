@@ -1,6 +1,7 @@
 """Weights, and the pieces that they are cut into: the unit of reading, locking and computing.
 
-The output rows of a product do not depend on one another, so cutting a weight by rows leaves every bit unchanged.
+The output rows of a product do not depend on one another, so cutting a weight by rows leaves every
+bit unchanged.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,11 @@
-"""Between the network and transformers' app: what a client sends is checked here, waits here, and is watched from here.
+"""Between the network and transformers' app: what a client sends is checked here, waits here, and
+is watched from here.
 
-ASGI. A request that generates is read (bounded, timed), checked (flexinfer.serve.requests), waits in a line of bounded length, and then has the
-model to itself until its generation has ended on the thread; the answer may still be on its way then, for a while. Heavy work, the
-making of a prompt included, is done within a turn, so that the budget has to hold one request's and no more; what waits is bytes. A client
-that goes away gives up its place or, within a pass, its turn.
+ASGI. A request that generates is read (bounded, timed), checked (flexinfer.serve.requests), waits
+in a line of bounded length, and then has the model to itself until its generation has ended on the
+thread; the answer may still be on its way then, for a while. Heavy work, the making of a prompt
+included, is done within a turn, so that the budget has to hold one request's and no more; what
+waits is bytes. A client that goes away gives up its place or, within a pass, its turn.
 
 Each request leaves one line in the log (logger "flexinfer.serve") and counts in the metrics.
 """
@@ -67,7 +69,9 @@ class Exchange:
         """ASGI's send, noted."""
         self.status = message.get("status", self.status)
         await self._send(message)
-        self.answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+        self.answered = message["type"] == "http.response.body" and not message.get(
+            "more_body", False
+        )
 
     async def body(self, limit_bytes: int) -> bytes:
         """All that the client sends. Raises Refusal where that is too much or takes too long."""
@@ -95,7 +99,9 @@ class Exchange:
             pass
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Answer with an error, and with no more of this connection: the rest of a body may still be in it."""
+        """Answer with an error, and with no more of this connection: the rest of a body may still
+        be in it.
+        """
         body = json.dumps(refusal.body).encode()
         headers = {
             "content-type": "application/json",
@@ -144,12 +150,14 @@ class Gate:
             if exchange.status >= 500 or not exchange.status:
                 logger.exception("a request failed")
             if not exchange.status:
-                await exchange.refuse(Refusal(500, "the request failed; the log of the server says more"))
+                await exchange.refuse(
+                    Refusal(500, "the request failed; the log of the server says more")
+                )
         finally:
             self._note(exchange)
 
     def close(self, grace_s: float) -> None:
-        """Let nobody in any more, send away who waits, and end what runs after `grace_s` seconds."""
+        """Admit nobody, send away who waits, and end what runs after `grace_s` seconds."""
         self._line.close(Refusal(503, "the server is stopping", retry_after_s=60))
 
         def stop() -> None:
@@ -169,7 +177,10 @@ class Gate:
             there = f"GET {', '.join(READABLE)} and POST {', '.join(NEEDED)}"
             asked = f"{shown(exchange.method)} {shown(exchange.path or '/')}"
             raise Refusal(404, f"{asked}: there is no such thing here; there are {there}")
-        if exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
+        if (
+            exchange.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+            != b"application/json"
+        ):
             raise Refusal(415, "the body has to be JSON, with content-type: application/json")
         if exchange.path != LOAD:
             self._line.check()
@@ -185,20 +196,26 @@ class Gate:
         await self._watched(exchange, json.dumps(body).encode())
 
     def _check_sender(self, exchange: Exchange) -> None:
-        """Raises Refusal where the request is addressed to somebody else (a web page under a name of its own), or has no key."""
+        """Raises Refusal where the request is addressed to somebody else (a web page under a name
+        of its own), or has no key.
+        """
         host = exchange.headers.get(b"host", b"").decode("latin-1").lower()
         name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if self._hosts is not None and name not in self._hosts:
             raise Refusal(
                 421,
-                f"the request is addressed to {shown(host)}, and this server listens for this machine alone: to "
-                f"{', '.join(sorted(self._hosts))}; send it there, or start the server with --host 0.0.0.0 (any name)",
+                f"the request is addressed to {shown(host)}, and this server listens for this "
+                "machine alone: to "
+                f"{', '.join(sorted(self._hosts))}; send it there, or start the server with --host "
+                "0.0.0.0 (any name)",
             )
         if self._api_key is None or exchange.path == "/health":
             return
         given = exchange.headers.get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + self._api_key.encode()):
-            raise Refusal(401, "the key is missing or wrong (Authorization: Bearer KEY)", "invalid_api_key")
+            raise Refusal(
+                401, "the key is missing or wrong (Authorization: Bearer KEY)", "invalid_api_key"
+            )
 
     async def _watched(self, exchange: Exchange, body: bytes) -> None:
         """Carry a request out, unless its client goes away."""
@@ -230,7 +247,9 @@ class Gate:
         await self._line.enter()
         exchange.waited_s = perf_counter() - exchange.start_s
         turn = exchange.turn = self._generation.turn = Turn(asyncio.get_running_loop())
-        answer = asyncio.ensure_future(self._app(exchange.scope, _replay(body, gone), exchange.send))
+        answer = asyncio.ensure_future(
+            self._app(exchange.scope, _replay(body, gone), exchange.send)
+        )
         ended = asyncio.create_task(turn.ended.wait())
         try:
             await asyncio.wait({answer, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -263,7 +282,10 @@ class Gate:
         status = exchange.status if exchange.answered else GONE
         self._metrics.requests.labels(exchange.known or "other", str(status)).inc()
         client = exchange.scope["client"]
-        line = f"{client[0] if client else '-'} {exchange.method} {exchange.known or shown(exchange.path)}"
+        line = (
+            f"{client[0] if client else '-'} {exchange.method} "
+            f"{exchange.known or shown(exchange.path)}"
+        )
         line += f" {status}" if exchange.answered else " the client went away"
         turn = exchange.turn
         if turn is not None and turn.begun:
@@ -271,7 +293,8 @@ class Gate:
             self._metrics.tokens.labels("prompt").inc(turn.prompt_tokens)
             self._metrics.tokens.labels("answer").inc(turn.new_tokens)
             line += (
-                f": {turn.prompt_tokens} tokens in, {turn.new_tokens} out, waited {exchange.waited_s:.2f} s"
+                f": {turn.prompt_tokens} tokens in, {turn.new_tokens} out, waited "
+                f"{exchange.waited_s:.2f} s"
             )
             if turn.first_s:
                 first_s = turn.first_s - turn.start_s
@@ -292,7 +315,8 @@ def too_large(limit_bytes: int) -> Refusal:
     """The refusal of a body of more than `limit_bytes`."""
     return Refusal(
         413,
-        f"the body is larger than {limit_bytes} bytes, which is more than any text that fits into this model's context",
+        f"the body is larger than {limit_bytes} bytes, which is more than any text that fits into "
+        "this model's context",
         "context_length_exceeded",
     )
 

@@ -1,12 +1,15 @@
 """Generation for the server: transformers' own manager, with a watch on each request.
 
-One request at a time generates (flexinfer.serve.gate gives the turns), on one thread that keeps all that torch holds for a thread; the model is
-loaded on it too, so that what is measured then is what is there later. A `Turn` is what the gate sees of it: a clock, counts, and a way to
-end the text after the pass in hand once nobody wants it any more. `Text` watches the tokens, of which a pass gives several with a draft.
+One request at a time generates (flexinfer.serve.gate gives the turns), on one thread that keeps all
+that torch holds for a thread; the model is loaded on it too, so that what is measured then is what
+is there later. A `Turn` is what the gate sees of it: a clock, counts, and a way to end the text
+after the pass in hand once nobody wants it any more. `Text` watches the tokens, of which a pass
+gives several with a draft.
 
-Stop strings are looked for here: transformers' StopStringCriteria makes a table of the vocabulary times the length of the strings, 100 MB for
-256,000 tokens and 100 characters, and keeps eight of them; it looks once a pass, so that a draft's tokens would go past the string. The same
-token ends the text; the string is left out of it, as OpenAI does.
+Stop strings are looked for here: transformers' StopStringCriteria makes a table of the vocabulary
+times the length of the strings, 100 MB for 256,000 tokens and 100 characters, and keeps eight of
+them; it looks once a pass, so that a draft's tokens would go past the string. The same token ends
+the text; the string is left out of it, as OpenAI does.
 """
 
 import asyncio
@@ -31,7 +34,8 @@ from transformers.cli.serving.utils import (
 from flexinfer.messages import cause
 from flexinfer.serve.requests import Limits, Refusal
 
-# What transformers' parser raises of a call of a tool that is none: no JSON, no name, cut off by the end of the text.
+# What transformers' parser raises of a call of a tool that is none: no JSON, no name, cut off by
+# the end of the text.
 NO_CALL = (ValueError, RuntimeError, KeyError, TypeError)
 NEW_TOKENS = 1024  # of a request that does not say how many, as in transformers' server
 logger = logging.getLogger("flexinfer.serve")
@@ -82,8 +86,10 @@ class Turn:
 
 
 class StopText:
-    """A text that comes in pieces and ends before the first of `stops`: the one that is complete first, or of two that are at the
-    same character the longer. What may be the beginning of one is held back until it is known."""
+    """A text that comes in pieces and ends before the first of `stops`: the one that is complete
+    first, or of two that are at the same character the longer. What may be the beginning of one is
+    held back until it is known.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -94,7 +100,9 @@ class StopText:
     def feed(self, piece: str) -> str:
         """What is certain to be in the text, once `piece` has come."""
         text, self._held = self._held + piece, ""
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        found = [
+            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
+        ]
         if found:
             self.complete = True
             return text[: min(found)[1]]
@@ -111,8 +119,10 @@ class StopText:
 
 
 class Text:
-    """The new tokens of one text, as a stopping criterion of transformers sees them: after each pass, which gives several with a
-    draft. The text ends before a stop string, or once nobody wants it. To the handlers it is their streamer."""
+    """The new tokens of one text, as a stopping criterion of transformers sees them: after each
+    pass, which gives several with a draft. The text ends before a stop string, or once nobody wants
+    it. To the handlers it is their streamer.
+    """
 
     def __init__(
         self,
@@ -128,10 +138,12 @@ class Text:
         Args:
             turn: counts the tokens.
             tokenizer: of the tokenizers library.
-            stops: strings that end the text. One that is a special token ends it as that token, which has no text.
+            stops: strings that end the text. One that is a special token ends it as that token,
+                which has no text.
             keep_special: leave special tokens in the text, for the parser.
             parser: transformers', of reasoning and of calls of tools.
-            emit: takes the text piece by piece, and what the parser has found. Without it `said` is the text.
+            emit: takes the text piece by piece, and what the parser has found. Without it `said` is
+                the text.
         """
         self._turn, self._tokenizer, self._parser, self._emit = turn, tokenizer, parser, emit
         self._decoded = DecodeStream([], skip_special_tokens=not keep_special)
@@ -166,7 +178,9 @@ class Text:
                 new = new[:count]
                 break
         self._turn.saw(len(new))
-        return torch.full((input_ids.shape[0],), self.complete or self._turn.stopped, dtype=torch.bool)
+        return torch.full(
+            (input_ids.shape[0],), self.complete or self._turn.stopped, dtype=torch.bool
+        )
 
     def end(self) -> None:
         """No more tokens come."""
@@ -216,8 +230,10 @@ class Text:
 
 
 class Reply:
-    """Stands where a handler expects a tokenizer, once a whole text is there: it is not to be decoded again, for a stop string may
-    have cut it, and what looks like a call of a tool may be none."""
+    """Stands where a handler expects a tokenizer, once a whole text is there: it is not to be
+    decoded again, for a stop string may have cut it, and what looks like a call of a tool may be
+    none.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = self
@@ -230,7 +246,9 @@ class Reply:
     def parse_response(self, ids: Any, template: Any, **options: Any) -> dict[str, Any]:
         """The message: content, reasoning, calls of tools."""
         try:
-            parsed: dict[str, Any] = self._parse(ids if self.cut is None else self.cut, template, **options)
+            parsed: dict[str, Any] = self._parse(
+                ids if self.cut is None else self.cut, template, **options
+            )
             for call in parsed.get("tool_calls") or ():
                 call["function"]["name"], call["function"]["arguments"]
         except NO_CALL:
@@ -243,7 +261,9 @@ class Failed(RuntimeError):
 
 
 class Generation:
-    """What transformers' handlers generate with, as its GenerateManager: one thread, for the turn in hand. Refuses what does not fit into the context."""
+    """What transformers' handlers generate with, as its GenerateManager: one thread, for the turn
+    in hand. Refuses what does not fit into the context.
+    """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="flexinfer-generate")
@@ -263,7 +283,10 @@ class Generation:
         request_id: str,
         response_parser: Any = None,
     ) -> tuple["asyncio.Queue[Any]", Text]:
-        """Begin a text; a queue of its pieces, None after the last. Raises Refusal where the prompt is too long."""
+        """Begin a text; a queue of its pieces, None after the last.
+
+        Raises Refusal where the prompt is too long.
+        """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         turn, stops = self._fitted(inputs, gen_config)
 
@@ -292,7 +315,10 @@ class Generation:
     async def generate_non_streaming(
         self, model: Any, processor: Reply, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, torch.Tensor]:
-        """A whole text, the length of its prompt, its tokens. Raises Refusal where the prompt is too long."""
+        """A whole text, the length of its prompt, its tokens.
+
+        Raises Refusal where the prompt is too long.
+        """
         turn, stops = self._fitted(inputs, gen_config)
         keep_special = get_response_template(processor, model) is not None
         text = Text(turn, processor.backend, stops, keep_special=keep_special)
@@ -306,7 +332,10 @@ class Generation:
         return processor.text, turn.prompt_tokens, ids
 
     def _fitted(self, inputs: Any, config: Any) -> tuple[Turn, list[str]]:
-        """The turn that begins now, and the strings that stop it; `config` is made to fit. Raises Refusal."""
+        """The turn that begins now, and the strings that stop it; `config` is made to fit.
+
+        Raises Refusal.
+        """
         turn, limits = self.turn, self.limits
         assert turn is not None
         assert limits is not None
@@ -329,7 +358,10 @@ class Generation:
 def _generate(
     generate: Callable[..., torch.Tensor], turn: Turn, text: Text, inputs: Any, config: Any
 ) -> torch.Tensor:
-    """The new tokens; on the thread. Raises Failed, which holds no frame and so no KV cache: there is memory for one."""
+    """The new tokens; on the thread.
+
+    Raises Failed, which holds no frame and so no KV cache: there is memory for one.
+    """
     sequences: torch.Tensor | None = None
     try:
         sequences = generate(**inputs, generation_config=config, stopping_criteria=[text])
@@ -345,7 +377,8 @@ def _generate(
         kind = str(turn.failure).partition(":")[0]
         raise Failed(f"the generation failed ({kind}); the log of the server says more")
     if text.complete:
-        config.max_new_tokens = None  # else a handler takes the last token that is allowed for the reason
+        # Else a handler takes the last token that is allowed for the reason.
+        config.max_new_tokens = None
     return sequences[0, turn.prompt_tokens : turn.prompt_tokens + turn.new_tokens]
 
 

@@ -11,7 +11,10 @@ SHARE_OF_LAST = 0.3  # in the mean length of a turn; our choice
 
 
 class Line:
-    """First come, first served; beyond `places` that wait, and once it is closed, nobody is let in. Of one event loop."""
+    """First come, first served; beyond `places` that wait, and once it is closed, nobody is let in.
+
+    Of one event loop.
+    """
 
     def __init__(self, places: int) -> None:
         self.places = places
@@ -32,13 +35,17 @@ class Line:
         if self.busy and len(self._waiting) >= self.places:
             raise Refusal(
                 503,
-                f"{self.places} requests wait already; try again later, or start the server with a larger --queue",
+                f"{self.places} requests wait already; try again later, or start the server with a "
+                "larger --queue",
                 "queue_full",
                 retry_after_s=max(1, math.ceil(self._turn_s)),
             )
 
     async def enter(self) -> None:
-        """Return when it is the caller's turn, which `leave` ends. Raises Refusal as `check`, also while it waits."""
+        """Return when it is the caller's turn, which `leave` ends.
+
+        Raises Refusal as `check`, also while it waits.
+        """
         self.check()
         if self.busy:
             place = asyncio.get_running_loop().create_future()
@@ -46,7 +53,8 @@ class Line:
             try:
                 await place
             except asyncio.CancelledError:
-                if place.done() and not place.cancelled() and place.exception() is None:  # it was its turn
+                # It was its turn.
+                if place.done() and not place.cancelled() and place.exception() is None:
                     self.leave()
                 raise
             finally:

@@ -1,7 +1,8 @@
-"""What Prometheus reads at /metrics: counters of the engine as they are when it asks, and of the requests.
+"""What Prometheus reads at /metrics: counters of the engine as they are when it asks, and of the
+requests.
 
-Of the latter: how many by path and status, how long they waited for their turn and for their first token. Nothing that a client sends
-becomes a label.
+Of the latter: how many by path and status, how long they waited for their turn and for their first
+token. Nothing that a client sends becomes a label.
 """
 
 from collections.abc import Iterator
@@ -28,9 +29,14 @@ class Metrics:
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
-            "flexinfer_requests", "requests by path and status", ("path", "status"), registry=registry
+            "flexinfer_requests",
+            "requests by path and status",
+            ("path", "status"),
+            registry=registry,
         )
-        self.tokens = Counter("flexinfer_tokens", "tokens of prompts and answers", ("of",), registry=registry)
+        self.tokens = Counter(
+            "flexinfer_tokens", "tokens of prompts and answers", ("of",), registry=registry
+        )
         self.waited = Histogram(
             "flexinfer_turn_wait_seconds", "waiting for a turn", buckets=SECONDS, registry=registry
         )

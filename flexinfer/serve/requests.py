@@ -1,11 +1,14 @@
-"""What a client may ask of the server. Pure: the bytes of a body in, a checked body or a `Refusal` out.
+"""What a client may ask of the server. Pure: the bytes of a body in, a checked body or a `Refusal`
+out.
 
-The handlers are transformers'. They trust what they are sent: a field that they do not know how to honour is ignored, and a
-template, a generation config or a stop string of the client's own goes straight into the process that the memory budget is for.
-So every body is held against the table at the end of this module, and the handlers see no more than what was checked.
+The handlers are transformers'. They trust what they are sent: a field that they do not know how to
+honour is ignored, and a template, a generation config or a stop string of the client's own goes
+straight into the process that the memory budget is for. So every body is held against the table at
+the end of this module, and the handlers see no more than what was checked.
 
-The rule: a field is refused by its name when an answer made without it would be wrong (`n`, log probabilities, a JSON schema).
-Any other field is ignored, unknown ones too: labels, hints and offers, without which the answer is the same, or as good.
+The rule: a field is refused by its name when an answer made without it would be wrong (`n`, log
+probabilities, a JSON schema). Any other field is ignored, unknown ones too: labels, hints and
+offers, without which the answer is the same, or as good.
 """
 
 import json
@@ -16,8 +19,10 @@ from typing import Any, NoReturn
 from flexinfer.messages import shown
 
 SMALLEST_BODY_BYTES = 64 << 10
-BODY_BYTES_PER_TOKEN = 32  # of a text of as many tokens as fit, escapes, roles and tools included; our choice
-# Continue's stop strings for a completion in an editor, words that begin a block of the language included, are about 30.
+# Of a text of as many tokens as fit, escapes, roles and tools included; our choice.
+BODY_BYTES_PER_TOKEN = 32
+# Continue's stop strings for a completion in an editor, words that begin a block of the language
+# included, are about 30.
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 256
 MAX_BIASED_TOKENS = 300  # as OpenAI
 MAX_TEMPLATE_OPTIONS = 16
@@ -41,7 +46,8 @@ OF_SOME_PATHS = {  # elsewhere nothing would be made of them
     "tools": (CHAT, RESPONSES),
     "chat_template_kwargs": (CHAT, RESPONSES),
 }
-# Fields that set an attribute of transformers' GenerationConfig; of two for the same, the later counts.
+# Fields that set an attribute of transformers' GenerationConfig; of two for the same, the later
+# counts.
 SETTINGS = {
     "max_tokens": "max_new_tokens",
     "max_output_tokens": "max_new_tokens",
@@ -52,10 +58,18 @@ SETTINGS = {
     "repetition_penalty": "repetition_penalty",
     "stop": "stop_strings",
 }
-# Keywords of apply_chat_template that are not a template's own: a template of the client's would run here.
+# Keywords of apply_chat_template that are not a template's own: a template of the client's would
+# run here.
 NOT_OF_TEMPLATES = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
-    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+    *(
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+    ),
     *(
         "return_dict",
         "return_assistant_tokens_mask",
@@ -68,8 +82,9 @@ NOT_OF_TEMPLATES = {
 
 
 class Refusal(ValueError):
-    """A request that is not carried out: HTTP status, OpenAI's code of the error and the field it is about, seconds after which
-    to try again."""
+    """A request that is not carried out: HTTP status, OpenAI's code of the error and the field it
+    is about, seconds after which to try again.
+    """
 
     def __init__(
         self,
@@ -124,15 +139,20 @@ class Limits:
         """The refusal of a prompt; `prompt` says how long it is."""
         return Refusal(
             400,
-            f"this model's context is {self.context} tokens, for the prompt and the answer, and {prompt}; send less, "
+            f"this model's context is {self.context} tokens, for the prompt and the answer, and "
+            f"{prompt}; send less, "
             f"or start the server with a larger --context",
             "context_length_exceeded",
         )
 
 
-def checked(path: str, raw: bytes, limits: Limits, ignored: set[str] | None = None) -> dict[str, Any]:
-    """The body of a request to `path`, as far as the handlers are to see it; the names of the fields that are left out although
-    nobody has looked at them are added to `ignored`. Raises Refusal."""
+def checked(
+    path: str, raw: bytes, limits: Limits, ignored: set[str] | None = None
+) -> dict[str, Any]:
+    """The body of a request to `path`, as far as the handlers are to see it; the names of the
+    fields that are left out although nobody has looked at them are added to `ignored`. Raises
+    Refusal.
+    """
     body = {field: value for field, value in _parsed(raw).items() if value not in NOTHING}
     if body.get("model", limits.model) != limits.model:
         raise limits.not_served(body["model"])
@@ -141,13 +161,15 @@ def checked(path: str, raw: bytes, limits: Limits, ignored: set[str] | None = No
     if path in (CHAT, RESPONSES) and not limits.chat:
         _refuse(
             NEEDED[path],
-            f"cannot be made into a prompt: {limits.model!r} has no chat template (it is a base model); "
+            f"cannot be made into a prompt: {limits.model!r} has no chat template (it is a base "
+            "model); "
             f"send a text to {COMPLETIONS}, as prompt",
         )
     if path == COMPLETIONS and isinstance(body["prompt"], list) and len(body["prompt"]) == 1:
         body["prompt"] = body["prompt"][0]
     if path == RESPONSES and isinstance(body.get("tools"), list):
-        # Tools that OpenAI's machines run (web search) are an offer: the model answers without them.
+        # Tools that OpenAI's machines run (web search) are an offer: the model answers without
+        # them.
         hosted = [one for one in body["tools"] if _is_hosted(one)]
         body["tools"] = [one for one in body["tools"] if one not in hosted]
         if ignored is not None:
@@ -180,7 +202,9 @@ def text_of(content: Any) -> str:
 
 
 def samples(body: Mapping[str, Any]) -> bool | None:
-    """Whether a request wants its text sampled; None where it does not say, and the model's own way counts."""
+    """Whether a request wants its text sampled; None where it does not say, and the model's own way
+    counts.
+    """
     if "temperature" in body:
         return bool(body["temperature"] >= LEAST_TEMPERATURE)
     narrowed = body.get("top_p", 1) < 1 or body.get("typical_p", 1) < 1
@@ -188,15 +212,20 @@ def samples(body: Mapping[str, Any]) -> bool | None:
 
 
 def settings(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checked body sets in a GenerationConfig, on any path: each of transformers' handlers sets a part of it."""
+    """What a checked body sets in a GenerationConfig, on any path: each of transformers' handlers
+    sets a part of it.
+    """
     found = {name: body[field] for field, name in SETTINGS.items() if field in body}
     found |= {name: float(value) for name, value in found.items() if name in FRACTIONS}
     if body.get("frequency_penalty"):
-        found["repetition_penalty"] = 1.0 + body["frequency_penalty"]  # as transformers' server takes it
+        # As transformers' server takes it.
+        found["repetition_penalty"] = 1.0 + body["frequency_penalty"]
     if "top_k" in found:
         found["top_k"] = max(found["top_k"], 0)
     if "logit_bias" in body:
-        found["sequence_bias"] = {(int(token),): float(bias) for token, bias in body["logit_bias"].items()}
+        found["sequence_bias"] = {
+            (int(token),): float(bias) for token, bias in body["logit_bias"].items()
+        }
     if (sampled := samples(body)) is not None:
         found["do_sample"] = sampled
     return found
@@ -209,15 +238,20 @@ def _parsed(raw: bytes, what: str = "the body") -> dict[str, Any]:
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=constant)
         json.dumps(body, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # also of lone surrogates, which no tokenizer takes
-        raise Refusal(400, f"{what} is no JSON in UTF-8: {type(error).__name__}: {error}"[:300]) from None
+    # Also of lone surrogates, which no tokenizer takes.
+    except (ValueError, RecursionError) as error:
+        raise Refusal(
+            400, f"{what} is no JSON in UTF-8: {type(error).__name__}: {error}"[:300]
+        ) from None
     if not isinstance(body, dict):
         raise Refusal(400, f"{what} is {shown(body)}; it has to be a JSON object")
     return body
 
 
 def _generation_config(text: str) -> str:
-    """The part of a generation config that a client may set, as JSON (`transformers chat` sends all of it)."""
+    """The part of a generation config that a client may set, as JSON (`transformers chat` sends all
+    of it).
+    """
     if not isinstance(text, str):
         _refuse("generation_config", "has to be JSON in a string")
     config = {
@@ -227,7 +261,10 @@ def _generation_config(text: str) -> str:
     }
     for name, value in config.items():
         if name not in OF_GENERATION:
-            _refuse("generation_config", f"sets {shown(name)}; there are {', '.join(sorted(OF_GENERATION))}")
+            _refuse(
+                "generation_config",
+                f"sets {shown(name)}; there are {', '.join(sorted(OF_GENERATION))}",
+            )
         OF_GENERATION[name](f"generation_config.{name}", value)
         if name in FRACTIONS:
             config[name] = float(value)  # generate() takes no whole number for some
@@ -254,7 +291,9 @@ def _number(low: float, high: float, *, above: bool = False) -> Check:
     def check(field: str, value: Any) -> None:
         if not _is_number(value) or not low <= value <= high or (above and value == low):
             _refuse(
-                field, f"is {shown(value)}; it has to be {'above' if above else 'from'} {low:g} to {high:g}"
+                field,
+                f"is {shown(value)}; it has to be {'above' if above else 'from'} {low:g} to "
+                f"{high:g}",
             )
 
     return check
@@ -273,7 +312,11 @@ def _only(*allowed: Any) -> Check:
 
     def check(field: str, value: Any) -> None:
         if not any(type(value) is type(one) and value == one for one in allowed):
-            there = f"; {' or '.join(json.dumps(one) for one in allowed)} is all there is" if allowed else ""
+            there = (
+                f"; {' or '.join(json.dumps(one) for one in allowed)} is all there is"
+                if allowed
+                else ""
+            )
             _refuse(field, f"is {shown(value)}, which this server cannot do{there}")
 
     return check
@@ -296,7 +339,9 @@ def _stop(field: str, value: Any) -> None:
         or not 1 <= len(stops) <= MAX_STOPS
         or not all(isinstance(one, str) and 1 <= len(one) <= MAX_STOP_CHARACTERS for one in stops)
     ):
-        _refuse(field, f"has to be 1 to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
+        _refuse(
+            field, f"has to be 1 to {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
+        )
 
 
 def _logit_bias(field: str, value: Any) -> None:
@@ -307,7 +352,9 @@ def _logit_bias(field: str, value: Any) -> None:
         or not all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
     ):
         _refuse(
-            field, f"has to name at most {MAX_BIASED_TOKENS} token ids, each with a number from -100 to 100"
+            field,
+            f"has to name at most {MAX_BIASED_TOKENS} token ids, each with a number from -100 to "
+            "100",
         )
 
 
@@ -328,7 +375,9 @@ def _objects(field: str, value: Any) -> Sequence[dict[str, Any]]:
 
 
 def _is_hosted(tool: Any) -> bool:
-    """Whether a tool is one that the server would use by itself; functions and custom tools are the client's."""
+    """Whether a tool is one that the server would use by itself; functions and custom tools are the
+    client's.
+    """
     return isinstance(tool, dict) and tool.get("type") not in (None, "function", "custom")
 
 
@@ -345,7 +394,9 @@ def _content(field: str, value: Any) -> None:
         return
     for part in _objects(field, value):
         if part.get("type") not in TEXT_PARTS:
-            _refuse(field, f"has a part of type {shown(part.get('type'))}; this model reads text alone")
+            _refuse(
+                field, f"has a part of type {shown(part.get('type'))}; this model reads text alone"
+            )
         _text(f"{field}.text", part.get("text"))
 
 
@@ -357,7 +408,9 @@ def _messages(field: str, value: Any) -> None:
             message["role"] = "system"
         _content(f"{field}.content", message.get("content"))
         for call in (
-            _objects(f"{field}.tool_calls", message["tool_calls"]) if message.get("tool_calls") else ()
+            _objects(f"{field}.tool_calls", message["tool_calls"])
+            if message.get("tool_calls")
+            else ()
         ):
             _called(f"{field}.tool_calls", call.get("function", call))
 
@@ -366,7 +419,9 @@ def _called(field: str, function: Any) -> None:
     """A call of a tool that the model has made in an earlier turn."""
     arguments = function.get("arguments") if isinstance(function, dict) else None
     if isinstance(arguments, str):  # empty: some clients' word for none
-        arguments = function["arguments"] = _parsed((arguments or "{}").encode(), f"{field}.arguments")
+        arguments = function["arguments"] = _parsed(
+            (arguments or "{}").encode(), f"{field}.arguments"
+        )
     if not isinstance(arguments, dict):
         _refuse(field, "have to be functions with a name and arguments, an object in JSON")
     _text(f"{field}.name", function.get("name"))
@@ -385,7 +440,9 @@ def _input(field: str, value: Any) -> None:
         if "role" in item:
             _messages(field, [item])
         elif kind == "reasoning":
-            _content(f"{field}.content", [part | {"type": "text"} for part in _parts_of(field, item)])
+            _content(
+                f"{field}.content", [part | {"type": "text"} for part in _parts_of(field, item)]
+            )
         elif kind == "function_call":
             _called(field, item)
             _text(f"{field}.call_id", item.get("call_id"))
@@ -461,7 +518,9 @@ UNSUPPORTED: dict[str, Check] = {
     "include": _include,
     "modalities": _only(["text"]),
     "background": _only(False),
-    **dict.fromkeys(("functions", "function_call", "audio", "prediction", "web_search_options"), _only()),
+    **dict.fromkeys(
+        ("functions", "function_call", "audio", "prediction", "web_search_options"), _only()
+    ),
     **dict.fromkeys(("previous_response_id", "conversation", "max_tool_calls"), _only()),
     # vLLM's, llama.cpp's and Ollama's
     "min_tokens": _only(0),

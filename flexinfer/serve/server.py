@@ -1,9 +1,12 @@
 """`flexinfer serve`: an OpenAI-compatible server for one model in a memory budget.
 
-transformers' app and handlers (transformers.cli.serving), with flexinfer's model in their ModelManager, behind a gate (flexinfer.serve.gate).
+transformers' app and handlers (transformers.cli.serving), with flexinfer's model in their
+ModelManager, behind a gate (flexinfer.serve.gate).
 
-The budget is that of the whole process: the libraries of the server are loaded, and a request of each kind has gone through the handlers, before the process is measured for the plan; `ROOM_BYTES` more, for what requests take beside their passes, are held meanwhile. Then a first
-text fills memory, so that what does not work fails before the port is open.
+The budget is that of the whole process: the libraries of the server are loaded, and a request of
+each kind has gone through the handlers, before the process is measured for the plan; `ROOM_BYTES`
+more, for what requests take beside their passes, are held meanwhile. Then a first text fills
+memory, so that what does not work fails before the port is open.
 """
 
 import asyncio
@@ -62,7 +65,8 @@ from flexinfer.serve.requests import (
 )
 
 ROOM_BYTES = 8 << 20  # bodies, connections, prompts in the making, pieces of answers; our choice
-SPARE_CONNECTIONS = 64  # beside those that generate or wait: to be told to come back later, or to look
+# Beside those that generate or wait: to be told to come back later, or to look.
+SPARE_CONNECTIONS = 64
 HEAD_S = 10.0  # for a connection to ask something
 LAST_S = 5.0  # after the grace: for the token in hand
 KEY_VARIABLE = "FLEXINFER_API_KEY"
@@ -75,7 +79,15 @@ REHEARSED: dict[str, dict[str, Any]] = {  # one request of each kind
 REHEARSED_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 )
-OF_THE_REQUEST = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError, RecursionError)
+OF_THE_REQUEST = (
+    TemplateError,
+    TypeError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    RecursionError,
+)
 logger = logging.getLogger("flexinfer.serve")
 
 
@@ -108,7 +120,8 @@ def serve(
 
     Raises:
         OSError: nothing can listen there.
-        BudgetError, CheckpointError, ValueError: as flexinfer.from_pretrained, and of the arguments here.
+        BudgetError, CheckpointError, ValueError: as flexinfer.from_pretrained, and of the arguments
+        here.
     """
     if queue < 0:
         raise ValueError(f"queue={queue} must be 0 (nobody waits) or more")
@@ -130,7 +143,8 @@ def serve(
                 tokenizer: Any = engine.tokenizer
                 if not hasattr(tokenizer, "_tokenizer"):
                     raise ValueError(
-                        f"{name}: its tokenizer, {type(tokenizer).__name__}, is none of the tokenizers library"
+                        f"{name}: its tokenizer, {type(tokenizer).__name__}, is none of the "
+                        "tokenizers library"
                     )
                 asyncio.run(first_text(loaded, tokenizer, generation))
                 room.clear()
@@ -149,7 +163,9 @@ def serve(
 
                 logger.info("%s", plan_line(engine.plan))
                 if api_key is None and not _hosts(host):
-                    logger.warning("whoever reaches %s may use this server: it has no --api-key", host)
+                    logger.warning(
+                        "whoever reaches %s may use this server: it has no --api-key", host
+                    )
                 server = Server(gate, listener, queue + 1 + SPARE_CONNECTIONS, grace_s, listening)
                 asyncio.run(server.serve([listener]))
         finally:
@@ -178,7 +194,9 @@ def name_of(model: str | Path) -> str:
 
 
 def _hosts(host: str) -> frozenset[str] | None:
-    """The names by which requests may call a server that listens on `host`; None, any, where others reach it."""
+    """The names by which requests may call a server that listens on `host`; None, any, where others
+    reach it.
+    """
     with contextlib.suppress(ValueError):
         if not ipaddress.ip_address(host).is_loopback:
             return None
@@ -209,12 +227,16 @@ class OneModel(ModelManager):
 
 
 class _Handler(BaseHandler):
-    """What the three handlers have in common, in place of transformers': the gate has checked the fields (flexinfer.serve.requests), each
-    of them counts on every path, and a temperature asks for sampling, also where the model's own config does not sample."""
+    """What the three handlers have in common, in place of transformers': the gate has checked the
+    fields (flexinfer.serve.requests), each of them counts on every path, and a temperature asks for
+    sampling, also where the model's own config does not sample.
+    """
 
     def _validate_request(self, body: dict[str, Any]) -> None: ...
 
-    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
+    def _build_generation_config(
+        self, body: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> GenerationConfig:
         config = super()._build_generation_config(body, *args, **kwargs)
         for name, value in settings(body).items():
             setattr(config, name, value)
@@ -250,8 +272,9 @@ class _Response(_Handler, ResponseHandler):
 
     @staticmethod
     def _normalize_input(body: dict[str, Any]) -> list[dict[str, Any]]:
-        """The messages of a conversation. transformers' drops all of one that does not begin with a message, and puts the
-        instructions in the place of a system message."""
+        """The messages of a conversation. transformers' drops all of one that does not begin with a
+        message, and puts the instructions in the place of a system message.
+        """
         items = body["input"]
         if isinstance(items, str) or items[0].get("type") in TEXT_PARTS:
             items = [{"role": "user", "content": items}]
@@ -263,7 +286,9 @@ class _Response(_Handler, ResponseHandler):
         return messages
 
 
-def build_app(model: Any, tokenizer: Any, generation: Generation, metrics: Metrics, name: str) -> FastAPI:
+def build_app(
+    model: Any, tokenizer: Any, generation: Generation, metrics: Metrics, name: str
+) -> FastAPI:
     """transformers' app for one model, with /metrics, and errors as OpenAI's clients read them."""
     manager, state = OneModel(model, tokenizer, name), OneGeneration(generation)
     handlers: dict[str, Any] = {
@@ -295,9 +320,13 @@ def build_app(model: Any, tokenizer: Any, generation: Generation, metrics: Metri
     async def failed(request: Request, error: Exception) -> Response:
         turn = generation.turn
         if turn is not None and not turn.begun and isinstance(error, OF_THE_REQUEST):
-            return JSONResponse(error_body(400, f"no prompt can be made of this: {cause(error)}"), 400)
+            return JSONResponse(
+                error_body(400, f"no prompt can be made of this: {cause(error)}"), 400
+            )
         text = (
-            str(error) if isinstance(error, Failed) else "the request failed; the log of the server says more"
+            str(error)
+            if isinstance(error, Failed)
+            else "the request failed; the log of the server says more"
         )
         return JSONResponse(error_body(500, text), 500)
 
@@ -308,18 +337,25 @@ def build_app(model: Any, tokenizer: Any, generation: Generation, metrics: Metri
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """One of single bytes, to rehearse with: that of the model is loaded with it, when its memory has been planned."""
+    """One of single bytes, to rehearse with: that of the model is loaded with it, when its memory
+    has been planned.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     names = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=REHEARSED_TEMPLATE, **names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=REHEARSED_TEMPLATE, **names
+    )
 
 
 async def rehearse(generation: Generation, tokenizer: Any) -> None:
-    """Have a request of each kind go through the handlers, streamed and not, with a model that repeats its last token: what they
-    import and build once is there when the process is measured."""
+    """Have a request of each kind go through the handlers, streamed and not, with a model that
+    repeats its last token: what they import and build once is there when the process is measured.
+    """
 
     def repeat(input_ids: torch.Tensor, stopping_criteria: Any = (), **kwargs: Any) -> torch.Tensor:
         text = torch.cat((input_ids, input_ids[:, -1:]), dim=1)
@@ -382,7 +418,10 @@ async def _post(app: FastAPI, generation: Generation, path: str, body: dict[str,
 
 
 class Connection(H11Protocol):
-    """A connection of a client. Beyond the limit there is none, and one that asks nothing in time is closed."""
+    """A connection of a client.
+
+    Beyond the limit there is none, and one that asks nothing in time is closed.
+    """
 
     def __init__(self, *args: Any, limit: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -410,7 +449,10 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server of the app `gate`. It stops in an orderly way, within `grace_s` and LAST_S seconds."""
+    """uvicorn's server of the app `gate`.
+
+    It stops in an orderly way, within `grace_s` and LAST_S seconds.
+    """
 
     def __init__(
         self,
@@ -453,7 +495,9 @@ class Server(uvicorn.Server):
 
 @contextmanager
 def _logged() -> Iterator[None]:
-    """A line for each request to stderr; uvicorn is quiet, for its warnings are of what clients send."""
+    """A line for each request to stderr; uvicorn is quiet, for its warnings are of what clients
+    send.
+    """
     network, handler = logging.getLogger("uvicorn.error"), logging.StreamHandler()
     before = logger.level, logger.propagate, network.level
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

@@ -1,8 +1,10 @@
-"""What the pages of a file were when they were first seen, so that a later read can be told from a damaged one (`verify=True`).
+"""What the pages of a file were when they were first seen, so that a later read can be told from a
+damaged one (`verify=True`).
 
-XXH3 (https://xxhash.com), of which 32 bits are kept for each page of 4 KiB: a thousandth of the file, in memory and in the
-cache. Made by reading the file once; kept under its path, size and time of change, so a file that is written anew has new ones.
-It tells damage (disk, cable, memory on the way) from what was there at first, not whether that was what its author published.
+XXH3 (https://xxhash.com), of which 32 bits are kept for each page of 4 KiB: a thousandth of the
+file, in memory and in the cache. Made by reading the file once; kept under its path, size and time
+of change, so a file that is written anew has new ones. It tells damage (disk, cable, memory on the
+way) from what was there at first, not whether that was what its author published.
 """
 
 import hashlib
@@ -27,13 +29,18 @@ class Checksums:
         self._pages, self._file_bytes = pages, file_bytes
 
     def wrong_byte(self, offset_bytes: int, memory: memoryview) -> int | None:
-        """Where the first page begins that is not what it was: `memory` holds the file from `offset_bytes` (a page's start) on."""
+        """Where the first page begins that is not what it was:
+
+        `memory` holds the file from `offset_bytes` (a page's start) on.
+        """
         whole = memory[: max(0, self._file_bytes - offset_bytes)]
         first = offset_bytes // PAGE_BYTES
         expected = self._pages[first : first + -(-len(whole) // PAGE_BYTES)]
         if array("I", _of_pages(whole)) == expected:
             return None
-        wrong = next(i for i, (a, b) in enumerate(zip(_of_pages(whole), expected, strict=True)) if a != b)
+        wrong = next(
+            i for i, (a, b) in enumerate(zip(_of_pages(whole), expected, strict=True)) if a != b
+        )
         return offset_bytes + wrong * PAGE_BYTES
 
 
@@ -42,7 +49,8 @@ def checksums_of(
     folder: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[Path, Checksums]:
-    """The checksums of `files`: from `folder` (None: the cache directory), or made now and kept there.
+    """The checksums of `files`: from `folder` (None: the cache directory), or made now and kept
+    there.
 
     Raises OSError where they cannot be read or kept.
     """
@@ -50,7 +58,9 @@ def checksums_of(
     found = {}
     for file in files:
         facts = file.stat()
-        name = hashlib.sha256(f"{file.resolve()}:{facts.st_size}:{facts.st_mtime_ns}".encode()).hexdigest()
+        name = hashlib.sha256(
+            f"{file.resolve()}:{facts.st_size}:{facts.st_mtime_ns}".encode()
+        ).hexdigest()
         name = f"{name[:32]}.xxh3"
         kept = in_cache("checksums", name) if folder is None else folder / name
         count = -(-facts.st_size // PAGE_BYTES)
@@ -75,7 +85,10 @@ def checksums_of(
 
 
 def _of_pages(memory: memoryview) -> list[int]:
-    return [xxh3_64_intdigest(memory[i : i + PAGE_BYTES]) & BITS for i in range(0, len(memory), PAGE_BYTES)]
+    return [
+        xxh3_64_intdigest(memory[i : i + PAGE_BYTES]) & BITS
+        for i in range(0, len(memory), PAGE_BYTES)
+    ]
 
 
 def _read_through(file: Path) -> Iterator[memoryview]:

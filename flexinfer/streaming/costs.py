@@ -1,7 +1,8 @@
-"""What this machine has and can do: memory to spare, peak memory, and the two costs a plan is made with.
+"""What this machine has and can do: memory to spare, peak memory, and the two costs a plan is made
+with.
 
-Costs are measured at load time, in well under a second: the bandwidth of reading the checkpoint's own files, and the
-time the kernels take for one piece of each kind of weight.
+Costs are measured at load time, in well under a second: the bandwidth of reading the checkpoint's
+own files, and the time the kernels take for one piece of each kind of weight.
 """
 
 import math
@@ -32,10 +33,11 @@ def measure_costs(
     io_threads: int,
     memory_bytes: int = CACHE_BYTES,
 ) -> Costs:
-    """Bandwidth of reading the first SAMPLE_BYTES of the weights that are `used` in a pass, and its compute time from one piece of
-    each role.
+    """Bandwidth of reading the first SAMPLE_BYTES of the weights that are `used` in a pass, and its
+    compute time from one piece of each role.
 
-    Takes at most `memory_bytes`, or two pieces if that is more: the peak of a process must not be its measuring.
+    Takes at most `memory_bytes`, or two pieces if that is more: the peak of a process must not be
+    its measuring.
     """
     pieces = [piece for weight, _ in used for piece in weight.pieces]
     if not pieces:
@@ -51,8 +53,12 @@ def measure_costs(
         if weight.role not in seconds_per_byte:
             piece = weight.pieces[0]
             rows = piece.row_stop - piece.row_start
-            seconds_per_byte[weight.role] = kernel_s(kernel, rows, piece.nbytes, dtype, buffer) / piece.nbytes
-    return Costs(bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used))
+            seconds_per_byte[weight.role] = (
+                kernel_s(kernel, rows, piece.nbytes, dtype, buffer) / piece.nbytes
+            )
+    return Costs(
+        bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used)
+    )
 
 
 def measure_rows(
@@ -61,8 +67,9 @@ def measure_rows(
     dtype: torch.dtype,
     memory_bytes: int = CACHE_BYTES,
 ) -> tuple[tuple[int, float], ...]:
-    """(rows, seconds of computing a pass of so many rows) for each of `counts`: from one piece of each role, in at most
-    `memory_bytes` or two pieces."""
+    """(rows, seconds of computing a pass of so many rows) for each of `counts`: from one piece of
+    each role, in at most `memory_bytes` or two pieces.
+    """
     if not used:
         return tuple((count, 0.0) for count in counts)
     buffer = zeros(used, memory_bytes)
@@ -79,7 +86,9 @@ def measure_rows(
 
 
 def zeros(used: Sequence[tuple[Weight, Kernel]], memory_bytes: int) -> Buffer:
-    """Pages of their own to time kernels on: unwritten ones are one page of zeros, which the CPU's cache holds."""
+    """Pages of their own to time kernels on: unwritten ones are one page of zeros, which the CPU's
+    cache holds.
+    """
     largest_bytes = max(piece.nbytes for weight, _ in used for piece in weight.pieces)
     buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * largest_bytes), lock=True)
     buffer.bytes.fill_(0)
@@ -89,7 +98,9 @@ def zeros(used: Sequence[tuple[Weight, Kernel]], memory_bytes: int) -> Buffer:
 def read_speed(
     reader: FileReader, spans: Sequence[tuple[Path, int, int]], threads: int, slot_bytes: int
 ) -> float:
-    """Bytes per second of reading `spans` (file, offset in bytes, bytes) once, by some threads with memory of `slot_bytes` each."""
+    """Bytes per second of reading `spans` (file, offset in bytes, bytes) once, by some threads with
+    memory of `slot_bytes` each.
+    """
     start_s = perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         buffer = Buffer(threads * slot_bytes, lock=False)  # one, as the window is: in huge pages
@@ -112,8 +123,9 @@ def kernel_s(
     activation_rows: int = 1,
     repeats: int = 9,
 ) -> float:
-    """Median seconds of `kernel` for `rows` of a weight, `nbytes` in all, which come from memory rather than from the CPU's cache:
-    from one place of `buffer` after the other, which holds zeros and more than `nbytes`.
+    """Median seconds of `kernel` for `rows` of a weight, `nbytes` in all, which come from memory
+    rather than from the CPU's cache: from one place of `buffer` after the other, which holds zeros
+    and more than `nbytes`.
     """
     x = torch.ones(activation_rows, kernel.in_features, dtype=dtype)
     bias = torch.zeros(rows, dtype=dtype)

@@ -1,15 +1,19 @@
-"""The cache of experts: slots for pieces of any expert of any layer, filled when an expert is wanted and kept while there is room.
+"""The cache of experts: slots for pieces of any expert of any layer, filled when an expert is
+wanted and kept while there is room.
 
-A layer says which experts it wants, in the order in which it will use them. Those that are there are safe from then until they
-are used; the others are read at once, before anything else, into free slots or those of the experts that are worth least
-(flexinfer.streaming.expert_policies). When the disk is idle, what a layer before hinted is read, and takes the place of others likewise.
-An expert is read at most once while its layer runs, unless the cache is smaller than what the layer uses at a time.
+A layer says which experts it wants, in the order in which it will use them. Those that are there
+are safe from then until they are used; the others are read at once, before anything else, into free
+slots or those of the experts that are worth least (flexinfer.streaming.expert_policies). When the
+disk is idle, what a layer before hinted is read, and takes the place of others likewise. An expert
+is read at most once while its layer runs, unless the cache is smaller than what the layer uses at a
+time.
 
-Looking ahead stops where it does not pay: when more than half of what was read because it was hinted has gone again before anybody wanted it,
-as in a cache of a few slots. Now and then it is tried again.
+Looking ahead stops where it does not pay: when more than half of what was read because it was
+hinted has gone again before anybody wanted it, as in a cache of a few slots. Now and then it is
+tried again.
 
-All pieces have slots of one size. Where even the safe pieces fill the cache, the compute thread's next piece takes the place
-of the one that it will use last; so two slots are enough for any layer.
+All pieces have slots of one size. Where even the safe pieces fill the cache, the compute thread's
+next piece takes the place of the one that it will use last; so two slots are enough for any layer.
 """
 
 from collections import deque
@@ -27,11 +31,13 @@ TRY_AGAIN = 64  # layers that do not look ahead, until one tries whether it woul
 
 
 class ExpertCache:
-    """Pieces of `experts` (each: its pieces in order of use), in slots of `slot_bytes`. Without memory until `resize`.
+    """Pieces of `experts` (each: its pieces in order of use), in slots of `slot_bytes`. Without
+    memory until `resize`.
 
     token_experts: that a token uses, over all layers.
 
-    Experts are numbered over all layers, pieces over all experts. One thread wants and acquires; the readers of a queue fill.
+    Experts are numbered over all layers, pieces over all experts. One thread wants and acquires;
+    the readers of a queue fill.
     """
 
     def __init__(
@@ -61,12 +67,15 @@ class ExpertCache:
         self._position_of: dict[int, int] = {}  # of their first byte in the buffer
         self._there: dict[int, int] = {}  # expert -> how many of its pieces are in memory
         self._reading: set[int] = set()
-        self._wanted: dict[int, None] = {}  # by the layer that runs, and not used yet, in order of use
+        # By the layer that runs, and not used yet, in order of use.
+        self._wanted: dict[int, None] = {}
         self._needed: deque[int] = deque()  # those that have to be read
         self._hinted: deque[int] = deque()  # may be wanted by the next layer
         self._guessed: set[int] = set()  # experts in there, until their layer comes
-        self._unused: set[int] = set()  # pieces that were read because they were hinted, and not wanted yet
-        self._worth = 1.0  # the share of pieces read ahead that was wanted in the end, a moving average
+        # Pieces that were read because they were hinted, and not wanted yet.
+        self._unused: set[int] = set()
+        # The share of pieces read ahead that was wanted in the end, a moving average.
+        self._worth = 1.0
         self._not_ahead = 0  # layers that have not looked ahead
         self._failed: dict[int, BaseException] = {}
         self._blocked: int | None = None  # what the compute thread waits for
@@ -81,7 +90,10 @@ class ExpertCache:
         return self._there.get(expert, 0) == len(self._experts[expert])
 
     def attach(self, queue: ReadQueue) -> None:
-        """Have the readers of `queue` fill the cache. The owner has it serve `take` and `take_hinted`."""
+        """Have the readers of `queue` fill the cache.
+
+        The owner has it serve `take` and `take_hinted`.
+        """
         self._queue = queue
 
     def detach(self) -> None:
@@ -112,8 +124,9 @@ class ExpertCache:
             self._free.extend(range(slots - 1, first - 1, -1))
 
     def want(self, experts: Sequence[int], *, those_here_first: bool) -> list[int]:
-        """Have `experts` read that are not in memory. Returns them in the order in which they are to be used: as given, or with
-        those that are in memory first."""
+        """Have `experts` read that are not in memory. Returns them in the order in which they are
+        to be used: as given, or with those that are in memory first.
+        """
         assert self._queue is not None
         with self._queue.changed:
             self._forget()
@@ -152,7 +165,7 @@ class ExpertCache:
         self._worth += (wanted - self._worth) / RECENT
 
     def hint(self, experts: Sequence[int]) -> None:
-        """`experts` may be what the next layer wants: read them when there is nothing else to read."""
+        """`experts` may be what the next layer wants: read them when the disk is idle."""
         assert self._queue is not None
         with self._queue.changed:
             self._guessed = set(experts)
@@ -169,12 +182,14 @@ class ExpertCache:
         self._guessed = set()
 
     def acquire(self, expert: int, i: int) -> tuple[Buffer, int]:
-        """Piece `i` of `expert`, which is wanted: its buffer and the position of its first byte. It stays until `release`.
+        """Piece `i` of `expert`, which is wanted: its buffer and the position of its first byte. It
+        stays until `release`.
 
         Waits until it has been read. Raises ReadError if it could not be read.
         """
         number = self._experts[expert][i]
-        slot = self._slot_of.get(number)  # no lock: what is wanted goes only while this thread waits
+        # No lock: what is wanted goes only while this thread waits.
+        slot = self._slot_of.get(number)
         if slot is None:
             slot = self._wait_for(number)
         return self._slots[slot][0], self._position_of[number]
@@ -192,14 +207,21 @@ class ExpertCache:
         assert queue is not None
         with queue.changed:
             self._blocked = number
-            # A backward pass acquires pieces that no layer has wanted: they stay until they are released, too.
+            # A backward pass acquires pieces that no layer has wanted: they stay until they are
+            # released, too.
             self._wanted.setdefault(number)
-            if number not in self._reading and number not in self._needed and number not in self._failed:
+            if (
+                number not in self._reading
+                and number not in self._needed
+                and number not in self._failed
+            ):
                 self._needed.appendleft(number)
             # There may be a slot for it that there was not for what is used later.
             queue.changed.notify_all()
             try:
-                queue.wait_for(self, number, piece, self._take_blocked if queue.synchronous else self.take)
+                queue.wait_for(
+                    self, number, piece, self._take_blocked if queue.synchronous else self.take
+                )
             finally:
                 self._blocked = None
             return self._slot_of[number]
@@ -219,7 +241,10 @@ class ExpertCache:
     # ---- slots
 
     def _slot_for(self, number: int) -> int | None:
-        """A slot for a piece: a free one, or one of the expert that is worth least. None if all are wanted still."""
+        """A slot for a piece: a free one, or one of the expert that is worth least.
+
+        None if all are wanted still.
+        """
         if not self._free:
             worst = self._policy.worst(self._can_go)
             if worst is None and number == self._blocked and self._guessed:
@@ -287,7 +312,9 @@ class ExpertCache:
         number = numbers.popleft()
         self._reading.add(number)
         buffer, start = self._slots[slot]
-        return Read(self, number, self._pieces[number], slot, buffer.memory(start, self._slot_bytes))
+        return Read(
+            self, number, self._pieces[number], slot, buffer.memory(start, self._slot_bytes)
+        )
 
     def finish(self, read: Read, outcome: int | BaseException) -> None:
         """Keep the piece; of those that nobody wants any more too."""

@@ -1,11 +1,12 @@
-"""Which experts stay in a cache, by name; and how they do on recorded routings, beside the best that is possible. Pure.
+"""Which experts stay in a cache, by name; and how they do on recorded routings, beside the best
+that is possible. Pure.
 
     recency     the expert that was used longest ago goes (LRU)
     frequency   the expert that was used least goes; a use counts half after HALF_LIFE_TOKENS tokens
     fixed       the experts that filled the cache stay; the one that came last goes
 
-`fewest_misses` is Belady's rule, the best in hindsight: the expert that will be used last goes. (Belady 1966, A study of
-replacement algorithms for a virtual-storage computer.)
+`fewest_misses` is Belady's rule, the best in hindsight: the expert that will be used last goes.
+(Belady 1966, A study of replacement algorithms for a virtual-storage computer.)
 """
 
 import heapq
@@ -14,7 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 HALF_LIFE_TOKENS = (
-    8  # longer is better where some experts are popular, shorter where tokens repeat experts (docs/log.md)
+    # Longer is better where some experts are popular, shorter where tokens repeat experts
+    # (docs/log.md)
+    8
 )
 
 OVERFLOWS_AFTER = 500  # half-lives
@@ -73,7 +76,8 @@ class Fixed(Recency):
 class Frequency:
     """What was used least goes, recent uses counting more.
 
-    Instead of letting all counts decay, each use counts for more than the one before it: the order is the same.
+    Instead of letting all counts decay, each use counts for more than the one before it: the order
+    is the same.
     """
 
     def __init__(self, half_life: int) -> None:
@@ -89,7 +93,9 @@ class Frequency:
         self._uses += 1
         self._score[expert] = self._score.get(expert, 0.0) + 2.0 ** (self._uses / self._half_life)
         if self._uses == OVERFLOWS_AFTER * self._half_life:  # before the numbers are too large
-            self._score = {expert: score * 2.0**-OVERFLOWS_AFTER for expert, score in self._score.items()}
+            self._score = {
+                expert: score * 2.0**-OVERFLOWS_AFTER for expert, score in self._score.items()
+            }
             self._heap = [(self._score.get(expert, 0.0), expert) for expert in self._there]
             heapq.heapify(self._heap)
             self._uses = 0
@@ -132,10 +138,14 @@ POLICIES: dict[
 }
 
 
-def misses(policy: Policy, routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0) -> int:
-    """Experts that have to be read when `routing` (what each layer of each token uses, in order) meets an empty cache of `capacity`.
+def misses(
+    policy: Policy, routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0
+) -> int:
+    """Experts that have to be read when `routing` (what each layer of each token uses, in order)
+    meets an empty cache of `capacity`.
 
-    The first `warm_up` entries are not counted. Those that a layer uses together do not take one another's place, as long as there is any other.
+    The first `warm_up` entries are not counted. Those that a layer uses together do not take one
+    another's place, as long as there is any other.
     """
     there: set[int] = set()
     missed = 0
@@ -160,9 +170,8 @@ def misses(policy: Policy, routing: Sequence[Sequence[int]], capacity: int, warm
 def fewest_misses(routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0) -> int:
     """The same for the best choice in hindsight."""
     never = sum(len(wanted) for wanted in routing) + 1
-    next_use: list[dict[int, int]] = [
-        {} for _ in routing
-    ]  # of each expert of a step: the step of its next use
+    # Of each expert of a step: the step of its next use.
+    next_use: list[dict[int, int]] = [{} for _ in routing]
     later: dict[int, int] = {}
     for step in reversed(range(len(routing))):
         for expert in routing[step]:
@@ -180,7 +189,9 @@ def fewest_misses(routing: Sequence[Sequence[int]], capacity: int, warm_up: int 
                 continue
             missed += step >= warm_up
             if len(due) == capacity:
-                last = max((one for one in due if one not in wanted), key=due.__getitem__, default=None)
+                last = max(
+                    (one for one in due if one not in wanted), key=due.__getitem__, default=None
+                )
                 if last is None or due[last] <= next_use[step][expert]:
                     continue  # it passes through
                 del due[last]

@@ -1,9 +1,11 @@
 """The KV cache, allocated once for `context` tokens and used in place.
 
-transformers' `DynamicLayer` grows by concatenation: each token copies the cache and holds both copies for a moment. Here
-a layer is a view into memory that was set aside at load time, so a long generation takes no more than a short one. The
-values and their order are the same, unless the memory is of a smaller dtype: then they are rounded when they are kept, and made wide again
-for the attention, some heads at a time (flexinfer.streaming.attention). Sliding-window layers stay transformers' own: the window bounds them.
+transformers' `DynamicLayer` grows by concatenation: each token copies the cache and holds both
+copies for a moment. Here a layer is a view into memory that was set aside at load time, so a long
+generation takes no more than a short one. The values and their order are the same, unless the
+memory is of a smaller dtype: then they are rounded when they are kept, and made wide again for the
+attention, some heads at a time (flexinfer.streaming.attention). Sliding-window layers stay
+transformers' own: the window bounds them.
 """
 
 import weakref
@@ -20,7 +22,8 @@ from flexinfer.kernels.attention import Rounded
 from flexinfer.kernels.gradients import records_gradients
 from flexinfer.memory.buffer import Buffer
 
-WIDE_HEADS = 4  # heads of a whole context that are made wide at a time, so that each thread has some
+# Heads of a whole context that are made wide at a time, so that each thread has some.
+WIDE_HEADS = 4
 
 WIDE_BYTES = 2 << 20  # and at least so much
 
@@ -47,11 +50,15 @@ class LayerShape:
 def reserved_bytes(
     layers: Sequence[LayerShape], context: int, dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Bytes to set aside for keys and values in `dtype`, and beside them for heads in `compute_dtype` if that is another."""
+    """Bytes to set aside for keys and values in `dtype`, and beside them for heads in
+    `compute_dtype` if that is another.
+    """
     kept_bytes = sum(layer.nbytes(context, dtype.itemsize) for layer in layers)
     if dtype == compute_dtype:
         return kept_bytes, 0
-    return kept_bytes, max((layer.wide_bytes(context, compute_dtype.itemsize) for layer in layers), default=0)
+    return kept_bytes, max(
+        (layer.wide_bytes(context, compute_dtype.itemsize) for layer in layers), default=0
+    )
 
 
 class ContextError(ValueError):
@@ -59,16 +66,22 @@ class ContextError(ValueError):
 
 
 def too_long(batch: int, room: int, needed: int) -> str:
-    """What to say of a pass after which each of `batch` sequences would have `needed` tokens and not `room`."""
+    """What to say of a pass after which each of `batch` sequences would have `needed` tokens and
+    not `room`.
+    """
     return (
-        f"the KV cache is sized for context={batch * room} tokens in all ({batch} x {room}) and this pass needs "
-        f"{batch} x {needed}; nothing was run and the cache is as it was. Load the model with a larger context, "
+        f"the KV cache is sized for context={batch * room} tokens in all ({batch} x {room}) and "
+        "this pass needs "
+        f"{batch} x {needed}; nothing was run and the cache is as it was. Load the model with a "
+        "larger context, "
         f"flexinfer.from_pretrained(..., context={batch * needed}), or crop the cache"
     )
 
 
 class ReservedLayer(DynamicLayer):
-    """A full-attention layer whose keys and values lie in reserved memory, perhaps in another dtype than is computed in."""
+    """A full-attention layer whose keys and values lie in reserved memory, perhaps in another dtype
+    than is computed in.
+    """
 
     def __init__(
         self,
@@ -83,18 +96,24 @@ class ReservedLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self._key_memory = self._reserve(key_states, True)  # [batch, heads, context // batch, head_dim]
+        # [batch, heads, context // batch, head_dim].
+        self._key_memory = self._reserve(key_states, True)
         self._value_memory = self._reserve(value_states, False)
         self._show(0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [batch, heads, new, head_dim] and return all that is kept. Raises ContextError past the reserved length."""
+        """Append [batch, heads, new, head_dim] and return all that is kept.
+
+        Raises ContextError past the reserved length.
+        """
         if self._revoked:
             raise RuntimeError(
-                "this KV cache came with the output of a call that was given none, and a later such call has taken its memory; "
-                "to go on from several calls, make a transformers DynamicCache for each and pass it as cache"
+                "this KV cache came with the output of a call that was given none, and a later "
+                "such call has taken its memory; "
+                "to go on from several calls, make a transformers DynamicCache for each and pass "
+                "it as cache"
             )
         if records_gradients(key_states, value_states):
             self._leave(key_states.dtype)
@@ -112,7 +131,10 @@ class ReservedLayer(DynamicLayer):
         keys.narrow(2, start, stop - start).copy_(key_states)
         values.narrow(2, start, stop - start).copy_(value_states)
         scratch = self._scratch
-        if scratch is not None and keys.dtype != key_states.dtype == value_states.dtype == scratch.dtype:
+        if (
+            scratch is not None
+            and keys.dtype != key_states.dtype == value_states.dtype == scratch.dtype
+        ):
             return Rounded.of(keys, scratch), Rounded.of(values, scratch)
         return keys.to(key_states.dtype), values.to(value_states.dtype)
 
@@ -127,7 +149,9 @@ class ReservedLayer(DynamicLayer):
         return self._key_memory.shape[-2] if self.is_initialized else None
 
     def _leave(self, dtype: torch.dtype) -> None:
-        """Become a layer of transformers' own, with copies of what is kept: a graph needs keys and values that nothing overwrites."""
+        """Become a layer of transformers' own, with copies of what is kept: a graph needs keys and
+        values that nothing overwrites.
+        """
         kept = [one.to(dtype, copy=True) for one in self._kept()] if self.is_initialized else None
         self.__class__ = DynamicLayer  # type: ignore[assignment]
         if kept is not None:
@@ -152,7 +176,8 @@ class ReservedLayer(DynamicLayer):
         """Forget the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number"
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative "
+                "number"
             )
         if self.is_initialized:
             self._show(max(0, self._length + tokens_to_remove))
@@ -169,9 +194,13 @@ class ReservedLayer(DynamicLayer):
                 kept.copy_(kept.index_select(0, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times: another batch size, so the reserved memory is laid out anew."""
+        """Each sequence `repeats` times: another batch size, so the reserved memory is laid out
+        anew.
+        """
         keys, values = self._kept()
-        self._relayout(keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0))
+        self._relayout(
+            keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
+        )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences at `indices`."""
@@ -184,7 +213,9 @@ class ReservedLayer(DynamicLayer):
 
 
 class KVReserve:
-    """Memory for the keys and values of one cache at a time, `context` tokens over all its sequences."""
+    """Memory for the keys and values of one cache at a time, `context` tokens over all its
+    sequences.
+    """
 
     def __init__(
         self,
@@ -194,9 +225,13 @@ class KVReserve:
         compute_dtype: torch.dtype | None = None,  # None: the same
     ) -> None:
         self._context, self._dtype, self.layers = context, dtype, layers
-        self._starts = list(accumulate((one.nbytes(context, dtype.itemsize) for one in layers), initial=0))
+        self._starts = list(
+            accumulate((one.nbytes(context, dtype.itemsize) for one in layers), initial=0)
+        )
         self._wide_dtype = compute_dtype or dtype
-        self._kept_bytes, self._wide_bytes = reserved_bytes(layers, context, dtype, self._wide_dtype)
+        self._kept_bytes, self._wide_bytes = reserved_bytes(
+            layers, context, dtype, self._wide_dtype
+        )
         self.nbytes = self._kept_bytes + self._wide_bytes
         self._buffer: Buffer | None = None
         self._user: weakref.ref[DynamicCache] | None = None
@@ -210,7 +245,8 @@ class KVReserve:
     def new_cache(self, config: PretrainedConfig) -> DynamicCache:
         """A cache for a call that brought none, in the reserved memory if it is free.
 
-        Such a cache is seldom used after its call; the next such call takes the memory back, and using the older one raises.
+        Such a cache is seldom used after its call; the next such call takes the memory back, and
+        using the older one raises.
         """
         older = self._user() if self._user is not None else None
         if self._lent and older is not None:
@@ -228,7 +264,8 @@ class KVReserve:
         return self._user is not None and self._user() is cache and cache is not None
 
     def room(self, cache: object | None, rows: int, takes_back: bool = False) -> int | None:
-        """Tokens of each of `rows` sequences that `cache` has room for, or a new stock one (None); None for one with its own memory.
+        """Tokens of each of `rows` sequences that `cache` has room for, or a new stock one (None);
+        None for one with its own memory.
 
         takes_back: memory that is lent is free, as for `new_cache`.
         """
@@ -237,10 +274,17 @@ class KVReserve:
                 return layer.room or self._context // rows
         free = self._user is None or self._user() is None or (takes_back and self._lent)
         full = any(layer.window is None for layer in self.layers)
-        return self._context // rows if free and full and (cache is None or self._may_adopt(cache)) else None
+        return (
+            self._context // rows
+            if free and full and (cache is None or self._may_adopt(cache))
+            else None
+        )
 
     def check(self, cache: object | None, rows: int, new_tokens: int) -> None:
-        """See, before a pass, that `new_tokens` of each of `rows` sequences fit. Raises ContextError."""
+        """See, before a pass, that `new_tokens` of each of `rows` sequences fit.
+
+        Raises ContextError.
+        """
         held = cache.layers if isinstance(cache, DynamicCache) and self.holds(cache) else []
         past = max((layer.length for layer in held if isinstance(layer, ReservedLayer)), default=0)
         room = self.room(cache, rows, takes_back=cache is None)
@@ -248,7 +292,7 @@ class KVReserve:
             raise ContextError(too_long(rows, room, past + new_tokens))
 
     def _may_adopt(self, cache: object) -> bool:
-        """Whether `cache` is an empty stock cache, and no other that is still alive has the memory."""
+        """Whether `cache` is an empty stock cache, and no other live one has the memory."""
         if type(cache) is not DynamicCache or cache.get_seq_length():
             return False
         if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
@@ -256,7 +300,9 @@ class KVReserve:
         return self._user is None or self._user() is None
 
     def adopt(self, cache: DynamicCache) -> None:
-        """Give an empty stock cache the reserved memory, unless another cache that is still alive has it."""
+        """Give an empty stock cache the reserved memory, unless another cache that is still alive
+        has it.
+        """
         if self._buffer is None or not self._may_adopt(cache):
             return
         if not cache.layers and all(layer.window is None for layer in self.layers):
@@ -287,12 +333,16 @@ class KVReserve:
             start = self._starts[layer]
             if not is_key:
                 start += self._context * shape.key[0] * shape.key[1] * self._dtype.itemsize
-            return self._buffer.tensor(start, self._dtype, (batch, heads, self._context // batch, head_dim))
+            return self._buffer.tensor(
+                start, self._dtype, (batch, heads, self._context // batch, head_dim)
+            )
 
         return reserve
 
     def stock_bytes(self, tokens: int) -> int:
-        """What a cache of transformers' own takes that holds so many tokens, over all its sequences."""
+        """What a cache of transformers' own takes that holds so many tokens, over all its
+        sequences.
+        """
         return sum(layer.nbytes(tokens, self._wide_dtype.itemsize) for layer in self.layers)
 
     def close(self) -> None:

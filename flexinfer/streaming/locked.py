@@ -1,11 +1,14 @@
-"""Memory that keeps weights, filled by the first pass that uses it: each byte is read once, straight to its place.
+"""Memory that keeps weights, filled by the first pass that uses it: each byte is read once,
+straight to its place.
 
-The readers that fill the window (flexinfer.streaming.prefetch) fill this memory too, in the order of use, whenever the window is full; the
-compute thread waits for a block when it comes to it. So the first pass reads what is streamed and what stays, computing meanwhile, and loading
-reads none of it. A block is what is new of one weight, read in one call: pieces share the pages at their ends. Memory is taken when
-a block is about to be read.
+The readers that fill the window (flexinfer.streaming.prefetch) fill this memory too, in the order
+of use, whenever the window is full; the compute thread waits for a block when it comes to it. So
+the first pass reads what is streamed and what stays, computing meanwhile, and loading reads none of
+it. A block is what is new of one weight, read in one call: pieces share the pages at their ends.
+Memory is taken when a block is about to be read.
 
-After an error, or a pass that was cut short, blocks that are filled stay so, and the next pass waits for the others.
+After an error, or a pass that was cut short, blocks that are filled stay so, and the next pass
+waits for the others.
 """
 
 from collections import deque
@@ -53,7 +56,8 @@ class Rows:
 
 @dataclass(slots=True, eq=False)
 class LockedPieces:
-    """Pieces of a weight that follow one another and stay in memory, in one buffer, from when they are read on.
+    """Pieces of a weight that follow one another and stay in memory, in one buffer, from when they
+    are read on.
 
     In another dtype than the file's they are converted when they are read, a piece at a time.
     """
@@ -76,11 +80,15 @@ class LockedPieces:
 
     @property
     def _begin(self) -> int:
-        """Where the first byte lies in the buffer: as in its page of the file, unless it is converted."""
+        """Where the first byte lies in the buffer: as in its page of the file, unless it is
+        converted.
+        """
         return self.pieces[0].offset_bytes % PAGE_BYTES if self.as_in_file else 0
 
     def _position(self, piece: Piece) -> int:
-        return self._begin + self.kernel.resident_bytes(piece.offset_bytes - self.pieces[0].offset_bytes)
+        return self._begin + self.kernel.resident_bytes(
+            piece.offset_bytes - self.pieces[0].offset_bytes
+        )
 
     @property
     def missing_bytes(self) -> int:
@@ -104,7 +112,10 @@ class LockedPieces:
         self._buffer = None
 
     def read(self, read: Callable[[Piece, memoryview], int]) -> None:
-        """Read the pieces into its memory, converted to the dtype of `kernel.resident`. Raises ReadError."""
+        """Read the pieces into its memory, converted to the dtype of `kernel.resident`.
+
+        Raises ReadError.
+        """
         buffer, resident = self.allocate(), self.kernel.resident
         scratch = Buffer(max(piece.memory_bytes for piece in self.pieces), lock=False)
         for piece in self.pieces:
@@ -116,7 +127,9 @@ class LockedPieces:
     def as_one(self) -> Piece:
         """All pieces."""
         first, last = self.pieces[0], self.pieces[-1]
-        return replace(first, row_stop=last.row_stop, nbytes=self.nbytes, memory_bytes=self._memory_bytes)
+        return replace(
+            first, row_stop=last.row_stop, nbytes=self.nbytes, memory_bytes=self._memory_bytes
+        )
 
     def keep(self, count: int) -> None:
         """Keep the first `count` pieces; the memory of the others goes back to the system."""
@@ -125,7 +138,9 @@ class LockedPieces:
             self._buffer = None
         elif self._buffer is not None:
             last = self.pieces[-1]
-            self._buffer.release_from(self._position(last) + self.kernel.resident_bytes(last.nbytes))
+            self._buffer.release_from(
+                self._position(last) + self.kernel.resident_bytes(last.nbytes)
+            )
 
     def rows(self) -> Rows:
         """What there is to multiply, all of it as one. Only when it is filled."""
@@ -150,7 +165,10 @@ class Filler:
         self._failed: dict[int, BaseException] = {}
 
     def wait_for(self, block: LockedPieces) -> None:
-        """Return when `block` is filled. Raises ReadError if it could not be read, now and not when it was read ahead."""
+        """Return when `block` is filled.
+
+        Raises ReadError if it could not be read, now and not when it was read ahead.
+        """
         number = self._number[id(block)]
         with self._queue.changed:
             # A pass that begins elsewhere, or goes on after memory was changed.

@@ -1,17 +1,20 @@
-"""Asynchronous prefetching (paper, section 3.1): reader threads run ahead of the compute thread, one piece at a time.
+"""Asynchronous prefetching (paper, section 3.1): reader threads run ahead of the compute thread,
+one piece at a time.
 
-The dense weights of a pass are needed in an order that is known and never changes, so the readers walk it in a circle: past
-the last piece of one token they go on with the first of the next. A read goes straight from the disk into a slot of the
-window, past the page cache (O_DIRECT wants aligned offsets, so it takes the aligned bytes around the piece), and the
-kernel computes on a view into the slot. The slot is free again as soon as its piece has been used.
+The dense weights of a pass are needed in an order that is known and never changes, so the readers
+walk it in a circle: past the last piece of one token they go on with the first of the next. A read
+goes straight from the disk into a slot of the window, past the page cache (O_DIRECT wants aligned
+offsets, so it takes the aligned bytes around the piece), and the kernel computes on a view into the
+slot. The slot is free again as soon as its piece has been used.
 
-A pass that is cut short, or modules that run in another order, skip pieces of the circle: their slots are free again at once,
-and what was read beyond them stays.
+A pass that is cut short, or modules that run in another order, skip pieces of the circle: their
+slots are free again at once, and what was read beyond them stays.
 
-Cost: a pass takes max(compute, bytes / bandwidth) when the window is deep enough, and their sum with no threads
-(`io_threads=0`, the paper's synchronous baseline) or where nothing is read ahead (`ahead=False`: as many readers, which start a
-read only while the compute thread waits). Not done here: deciding what is streamed (flexinfer.plan), computing with it
-(flexinfer.modules.linear), and the threads (flexinfer.streaming.queue).
+Cost: a pass takes max(compute, bytes / bandwidth) when the window is deep enough, and their sum
+with no threads (`io_threads=0`, the paper's synchronous baseline) or where nothing is read ahead
+(`ahead=False`: as many readers, which start a read only while the compute thread waits). Not done
+here: deciding what is streamed (flexinfer.plan), computing with it (flexinfer.modules.linear), and
+the threads (flexinfer.streaming.queue).
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,11 +27,12 @@ from flexinfer.streaming.reader import padded_bytes
 
 
 class Prefetcher:
-    """The window: slots that the readers of `queue` fill in the order of use and the compute thread empties.
+    """The window: slots that the readers of `queue` fill in the order of use and the compute thread
+    empties.
 
-    `schedule` is one pass in order of use. At most `slots` pieces are in memory; with `window_layers` the readers also
-    stay within that many layers, counted from the one that is being used. Without `ahead` they begin a read only while a
-    piece is waited for.
+    `schedule` is one pass in order of use. At most `slots` pieces are in memory; with
+    `window_layers` the readers also stay within that many layers, counted from the one that is
+    being used. Without `ahead` they begin a read only while a piece is waited for.
     """
 
     def __init__(
@@ -48,13 +52,17 @@ class Prefetcher:
         self._queue = queue
         self._window_layers = window_layers
         self._layers = len({piece.layer for piece in schedule})
-        ranks = {layer: rank for rank, layer in enumerate(dict.fromkeys(piece.layer for piece in schedule))}
+        ranks = {
+            layer: rank
+            for rank, layer in enumerate(dict.fromkeys(piece.layer for piece in schedule))
+        }
         self._layer_rank = [ranks[piece.layer] for piece in schedule]
         self._slot_bytes = slot_bytes
         self._buffer = Buffer(slots * slot_bytes, lock=True)
         self._free = list(range(slots))
-        # A sequence number counts pieces over all passes: sequence % len(schedule) is the place in the schedule.
-        # Each from _next_use to _next_read is being read or in one of the three collections.
+        # A sequence number counts pieces over all passes: sequence % len(schedule) is the place in
+        # the schedule. Each from _next_use to _next_read is being read or in one of the three
+        # collections.
         self._next_read = 0
         self._next_use = 0
         # Sequence -> slot, and position of the first byte in it.
@@ -66,9 +74,11 @@ class Prefetcher:
 
     @contextmanager
     def next(self, place: int) -> Iterator[tuple[Buffer, int]]:
-        """The piece at `place` of the schedule: its buffer, and the position of its first byte. Its slot is free after the block.
+        """The piece at `place` of the schedule: its buffer, and the position of its first byte. Its
+        slot is free after the block.
 
-        Waits until the piece has been read. Raises ReadError if it could not be read, now and not when it was read ahead.
+        Waits until the piece has been read. Raises ReadError if it could not be read, now and not
+        when it was read ahead.
         """
         slot, position = self._acquire(place)
         try:

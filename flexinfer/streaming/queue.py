@@ -1,13 +1,17 @@
-"""Reader threads, and what they read next: the first read that any source wants, sources asked in order of priority.
+"""Reader threads, and what they read next: the first read that any source wants, sources asked in
+order of priority.
 
-A source decides what is read and where it goes: the window of dense weights (flexinfer.streaming.prefetch), the cache of experts
-(flexinfer.streaming.expert_cache), memory that keeps weights (flexinfer.streaming.locked). What a pass waits for comes from the
-source that is asked first, what will surely be needed from the next, what may be needed from the last. A free reader
-asks; nothing is queued in advance, so a source may change its mind until then. A read in progress is not cancelled.
+A source decides what is read and where it goes: the window of dense weights
+(flexinfer.streaming.prefetch), the cache of experts (flexinfer.streaming.expert_cache), memory that
+keeps weights (flexinfer.streaming.locked). What a pass waits for comes from the source that is
+asked first, what will surely be needed from the next, what may be needed from the last. A free
+reader asks; nothing is queued in advance, so a source may change its mind until then. A read in
+progress is not cancelled.
 
-Waiting, trying again and giving up are here and nowhere else (`wait_for`). One lock, `changed`, guards the sources too:
-readers hold it while they ask and report, the compute thread while it changes what is wanted. With no threads
-(`io_threads=0`) the caller that waits does the reads itself: the paper's synchronous baseline.
+Waiting, trying again and giving up are here and nowhere else (`wait_for`). One lock, `changed`,
+guards the sources too: readers hold it while they ask and report, the compute thread while it
+changes what is wanted. With no threads (`io_threads=0`) the caller that waits does the reads
+itself: the paper's synchronous baseline.
 """
 
 import logging
@@ -92,7 +96,10 @@ class ReadQueue:
             self._start_reader(i)
 
     def serve(self, take: Take) -> None:
-        """Read what `take` returns too, after what those served before it return. It is called with the lock held."""
+        """Read what `take` returns too, after what those served before it return.
+
+        It is called with the lock held.
+        """
         with self.changed:
             self._takes.append(take)
             self.changed.notify_all()
@@ -100,8 +107,9 @@ class ReadQueue:
     def wait_for(self, source: Source, key: int, piece: Piece, take: Take) -> None:
         """Return when what `source` calls `key` is in memory: `piece`, or all that it stands for.
 
-        The caller holds the lock. A failed read is tried once more, for it may have been read long ago, and what was wrong then
-        may be repaired; its second error is raised here, in the thread that needs it. `take` does the reads where there are no threads.
+        The caller holds the lock. A failed read is tried once more, for it may have been read long
+        ago, and what was wrong then may be repaired; its second error is raised here, in the thread
+        that needs it. `take` does the reads where there are no threads.
 
         Raises:
             ReadError: it could not be read, or took longer than the reader's `timeout_s`.
@@ -133,7 +141,9 @@ class ReadQueue:
         return position
 
     def closes_here(self) -> bool:
-        """Whether this thread may call `close` now: no, where the garbage collector runs while the thread holds the lock."""
+        """Whether this thread may call `close` now: no, where the garbage collector runs while the
+        thread holds the lock.
+        """
         if threading.current_thread() in self._threads or not self.changed.acquire(blocking=False):
             return False
         self.changed.release()
@@ -163,13 +173,14 @@ class ReadQueue:
         finally:
             self.changed.acquire()
         read.source.finish(read, outcome)
-        if isinstance(outcome, BaseException) and not isinstance(
-            outcome, Exception
-        ):  # Ctrl-C is not a fault of the disk
+        # Ctrl-C is not a fault of the disk.
+        if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
             raise outcome
 
     def _wait(self, piece: Piece, start_s: float) -> None:
-        """Wait until something has changed, for a caller that holds the lock and has wanted `piece` since `start_s`."""
+        """Wait until something has changed, for a caller that holds the lock and has wanted `piece`
+        since `start_s`.
+        """
         if self._stop:
             raise RuntimeError(CLOSED)
         limit_s = self._reader.timeout_s
@@ -178,7 +189,10 @@ class ReadQueue:
             if not self.changed.wait(min(left_s, LOG_AFTER_S)) and left_s > LOG_AFTER_S:
                 waited_s = perf_counter() - start_s
                 logger.warning(
-                    "still waiting for %s at byte %d, %.0f s", piece.file, piece.offset_bytes, waited_s
+                    "still waiting for %s at byte %d, %.0f s",
+                    piece.file,
+                    piece.offset_bytes,
+                    waited_s,
                 )
             return
         assert limit_s is not None
@@ -186,7 +200,10 @@ class ReadQueue:
         raise self._reader.too_slow(piece.file, piece.offset_bytes, piece.nbytes)
 
     def _replace_stuck_readers(self, limit_s: float) -> None:
-        """Start a new thread for each that has been reading for `limit_s`. The old one ends when its read does."""
+        """Start a new thread for each that has been reading for `limit_s`.
+
+        The old one ends when its read does.
+        """
         now_s = perf_counter()
         for thread, (read, since_s) in self._in_progress.items():
             if now_s - since_s >= limit_s and thread in self._threads:

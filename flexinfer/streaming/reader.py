@@ -1,6 +1,8 @@
-"""Reading byte ranges of checkpoint files: the only place that touches their bytes, and where faults are met (and injected).
+"""Reading byte ranges of checkpoint files: the only place that touches their bytes, and where
+faults are met (and injected).
 
-Direct reads go past the page cache; they want aligned offsets, so they take the aligned pages around what is asked for.
+Direct reads go past the page cache; they want aligned offsets, so they take the aligned pages
+around what is asked for.
 """
 
 import errno
@@ -27,9 +29,10 @@ class ReadError(OSError):
 class FileReader:
     """Reads byte ranges of checkpoint files into memory, by direct or buffered reads.
 
-    With `direct`, the first block of each file is read both ways; where direct I/O is refused or disagrees, the reader
-    says so once and reads through the page cache instead, dropping its pages behind it. `read` waits `timeout_s` at most.
-    What is read of a file that has `checksums` is held against them.
+    With `direct`, the first block of each file is read both ways; where direct I/O is refused or
+    disagrees, the reader says so once and reads through the page cache instead, dropping its pages
+    behind it. `read` waits `timeout_s` at most. What is read of a file that has `checksums` is held
+    against them.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class FileReader:
         return None
 
     def read(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
-        """`read_now`, waited for no longer than `timeout_s`: after that ReadError, and `into` may yet be written to."""
+        """`read_now`, waited for no longer than `timeout_s`: after that ReadError, and `into` may
+        yet be written to.
+        """
         if self.timeout_s is None:
             return self.read_now(file, offset_bytes, nbytes, into)
         outcome: list[int | BaseException] = []
@@ -105,21 +110,27 @@ class FileReader:
         """What is raised for a read that took longer than `timeout_s`."""
         return ReadError(
             errno.ETIMEDOUT,
-            f"{file}: reading {nbytes} bytes at {offset_bytes} took more than read_timeout_s={self.timeout_s:g}; the next pass tries again",
+            f"{file}: reading {nbytes} bytes at {offset_bytes} took more than "
+            f"read_timeout_s={self.timeout_s:g}; the next pass tries again",
         )
 
     def read_now(self, file: Path, offset_bytes: int, nbytes: int, into: memoryview) -> int:
-        """Read the whole pages around `nbytes` at `offset_bytes` into `into`; the first wanted byte is at the returned
-        position. `into` holds at least `padded_bytes(offset_bytes, nbytes)`. Raises ReadError."""
+        """Read the whole pages around `nbytes` at `offset_bytes` into `into`; the first wanted byte
+        is at the returned position. `into` holds at least `padded_bytes(offset_bytes, nbytes)`.
+        Raises ReadError.
+        """
         checksums, start = self._checksums.get(file), offset_bytes - offset_bytes % PAGE_BYTES
-        position, done = self._read_pages(file, offset_bytes, nbytes, into, whole=checksums is not None)
+        position, done = self._read_pages(
+            file, offset_bytes, nbytes, into, whole=checksums is not None
+        )
         if checksums is not None and checksums.wrong_byte(start, into[:done]) is not None:
             position, done = self._read_pages(file, offset_bytes, nbytes, into, whole=True)
             wrong = checksums.wrong_byte(start, into[:done])
             if wrong is not None:
                 raise ReadError(
                     errno.EIO,
-                    f"{file}: the {PAGE_BYTES} bytes at {wrong} are not what they were when its checksums were made, read twice; "
+                    f"{file}: the {PAGE_BYTES} bytes at {wrong} are not what they were when its "
+                    "checksums were made, read twice; "
                     "the disk or the file is damaged: fetch the file again",
                 )
         return position
@@ -127,7 +138,9 @@ class FileReader:
     def _read_pages(
         self, file: Path, offset_bytes: int, nbytes: int, into: memoryview, *, whole: bool
     ) -> tuple[int, int]:
-        """As `read_now`, and the number of bytes read; `whole`: the last page to its end, or the file's."""
+        """As `read_now`, and the number of bytes read; `whole`: the last page to its end, or the
+        file's.
+        """
         start = offset_bytes - offset_bytes % PAGE_BYTES
         skip = offset_bytes - start
         span = round_up(skip + nbytes)
@@ -135,7 +148,8 @@ class FileReader:
         fd: int | None = None
         needed = skip + nbytes
         while done < needed:
-            fd = self._fds.get(file)  # anew each time: a read that comes back late finds the files closed
+            # Anew each time: a read that comes back late finds the files closed.
+            fd = self._fds.get(file)
             if fd is None:
                 raise ReadError(errno.EBADF, f"{file}: closed while it was being read")
             try:
@@ -144,30 +158,36 @@ class FileReader:
                 reached, tries = done, tries + 1
                 if tries == TRIES:
                     raise ReadError(
-                        errno.EAGAIN, f"{file}: reading {nbytes} bytes at {offset_bytes}: {error.strerror}"
+                        errno.EAGAIN,
+                        f"{file}: reading {nbytes} bytes at {offset_bytes}: {error.strerror}",
                     ) from error
                 time.sleep(PAUSE_S)
                 continue
             except OSError as error:
                 raise ReadError(
-                    error.errno, f"{file}: reading {nbytes} bytes at {offset_bytes}: {error.strerror}"
+                    error.errno,
+                    f"{file}: reading {nbytes} bytes at {offset_bytes}: {error.strerror}",
                 ) from error
             if whole and done == 0:
                 needed = max(needed, min(span, os.fstat(fd).st_size - start))
-            if reached < needed:  # a short read: on from the last whole page, as direct reads want it
+            # A short read: on from the last whole page, as direct reads want it.
+            if reached < needed:
                 reached -= reached % PAGE_BYTES
                 tries = tries + 1 if reached == done else 0
                 if tries == TRIES:
                     raise ReadError(
                         errno.EIO,
-                        f"{file}: ends before byte {offset_bytes + nbytes}: truncated while in use?",
+                        f"{file}: ends before byte {offset_bytes + nbytes}: truncated while in "
+                        "use?",
                     )
             done = reached
         if not self.direct:
-            # From further back, so that a large block of the cache which the read before this one cut in two goes too.
+            # From further back, so that a large block of the cache which the read before this one
+            # cut in two goes too.
             begin, end = max(0, start - CACHE_BLOCK_BYTES), start + span
             assert fd is not None
-            to_the_end = end >= os.fstat(fd).st_size  # said as 0: the file's last block may reach beyond it
+            # Said as 0: the file's last block may reach beyond it.
+            to_the_end = end >= os.fstat(fd).st_size
             os.posix_fadvise(fd, begin, 0 if to_the_end else end - begin, os.POSIX_FADV_DONTNEED)
         return skip, done
 

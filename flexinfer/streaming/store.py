@@ -1,14 +1,16 @@
-"""All memory for weights and states of one model: locked rows, the window, substitutes, the cache of experts, keys and values.
+"""All memory for weights and states of one model: locked rows, the window, substitutes, the cache
+of experts, keys and values.
 
-`apply` makes memory follow a plan, `rows` is the one way to a weight. A linear asks for the rows of its weight block by block, and
-multiplies each: locked rows first, then those that pass through the window, while the readers fetch what comes next. That loop is where
-reading and computing overlap.
+`apply` makes memory follow a plan, `rows` is the one way to a weight. A linear asks for the rows of
+its weight block by block, and multiplies each: locked rows first, then those that pass through the
+window, while the readers fetch what comes next. That loop is where reading and computing overlap.
 
     for block in store.rows(weight):     # waits for a read only where the disk is behind
         y[block.rows] = kernel(x, block) # meanwhile readers fill the next slots
 
-Locked memory is filled by the first pass as it comes to each weight (flexinfer.streaming.locked), so that until then it is free for what a program
-loads besides. Not here: what is locked (flexinfer.plan), and when a pass may run (flexinfer.engine.runner).
+Locked memory is filled by the first pass as it comes to each weight (flexinfer.streaming.locked),
+so that until then it is free for what a program loads besides. Not here: what is locked
+(flexinfer.plan), and when a pass may run (flexinfer.engine.runner).
 """
 
 import threading
@@ -83,7 +85,7 @@ class _Placement:
         return sum(len(block.pieces) for block in self.locked)
 
     def keep(self, count: int) -> None:
-        """Keep the first `count` locked pieces; the memory of the others goes back to the system."""
+        """Keep the first `count` locked pieces; return the memory of the others to the system."""
         kept = []
         for block in self.locked:
             if count <= 0:
@@ -96,10 +98,11 @@ class _Placement:
 
 
 class WeightStore:
-    """The only owner of memory for weights and states. Usable from several threads, one at a time: `lock`.
+    """The only owner of memory for weights and states. Usable from several threads, one at a time:
+    `lock`.
 
-    Memory follows `plan` from the first use on; a smaller plan that is proposed during a pass, from the next weight on; a
-    larger one from its end on.
+    Memory follows `plan` from the first use on; a smaller plan that is proposed during a pass, from
+    the next weight on; a larger one from its end on.
     """
 
     def __init__(
@@ -122,7 +125,8 @@ class WeightStore:
         self.closed = self.in_pass = self.drafting = False
         # Whether memory follows a plan: from the first use on.
         self.filled = False
-        # Anonymous memory between passes, as planned; what the process has beyond it has grown elsewhere.
+        # Anonymous memory between passes, as planned; what the process has beyond it has grown
+        # elsewhere.
         self.idle_bytes = 0
         self._pending: Plan | None = plan
         self._placements = {w.name: _Placement(w, kernels[w.name]) for w in weights}
@@ -136,10 +140,12 @@ class WeightStore:
     # ---- what modules call
 
     def rows(self, weight: Weight) -> Generator[Rows, None, None]:
-        """The rows of `weight`, block by block in their order. A block may be used until the next is asked for.
+        """The rows of `weight`, block by block in their order. A block may be used until the next
+        is asked for.
 
-        The caller holds `lock`, and closes the iterator. While candidates are drafted, rows that are not locked come from their
-        substitute. Raises ReadError, and RuntimeError once the model is closed.
+        The caller holds `lock`, and closes the iterator. While candidates are drafted, rows that
+        are not locked come from their substitute. Raises ReadError, and RuntimeError once the model
+        is closed.
         """
         self.before_use()
         placement = self._placements[weight.name]
@@ -174,8 +180,9 @@ class WeightStore:
         return sum(block.nbytes for block in self._placements[weight.name].locked)
 
     def before_use(self) -> None:
-        """See that memory is as it should be before a weight is used: filled by the first use, and given back at once where a
-        smaller plan is pending. The caller holds `lock`."""
+        """See that memory is as it should be before a weight is used: filled by the first use, and
+        given back at once where a smaller plan is pending. The caller holds `lock`.
+        """
         if self.closed:
             raise RuntimeError(CLOSED)
         pending = self._pending
@@ -232,9 +239,11 @@ class WeightStore:
                 self._trace.draft_s += perf_counter() - start_s
 
     def apply(self, plan: Plan) -> None:
-        """Make memory follow `plan`: give back first, so that no more than the larger budget is ever in use.
+        """Make memory follow `plan`: give back first, so that no more than the larger budget is
+        ever in use.
 
-        What is new in it is read by the readers; the next pass waits for each weight as it comes to it.
+        What is new in it is read by the readers; the next pass waits for each weight as it comes to
+        it.
         """
         with self.lock:
             self._pending = None
@@ -277,7 +286,10 @@ class WeightStore:
         return self.queue is None or self.queue.closes_here()
 
     def close(self) -> None:
-        """End the threads, close the files, free the memory. A pass of another thread ends at its next weight. Safe to call twice."""
+        """End the threads, close the files, free the memory.
+
+        A pass of another thread ends at its next weight. Safe to call twice.
+        """
         self.closed = True
         self._stop_readers()
         with self.lock:
@@ -303,7 +315,8 @@ class WeightStore:
                 self.cache.detach()
 
     def _start_readers(self, plan: Plan) -> None:
-        """A window for all that is not locked, and threads for it, for blocks that are to be filled, and for the cache of experts.
+        """A window for all that is not locked, and threads for it, for blocks that are to be
+        filled, and for the cache of experts.
 
         They are served in that order, hinted experts last.
         """
@@ -312,7 +325,9 @@ class WeightStore:
             pieces = placement.weight.pieces[placement.locked_pieces :]
             placement.streamed = list(enumerate(pieces, len(schedule)))
             schedule.extend(pieces)
-        blocks = [block for p in self._placements.values() for block in p.locked if not block.filled]
+        blocks = [
+            block for p in self._placements.values() for block in p.locked if not block.filled
+        ]
         if self.closed or not (schedule or blocks or self.cache is not None):
             return
         self.queue = queue = ReadQueue(self.reader, self._trace, io_threads=self._io_threads)
@@ -338,7 +353,9 @@ class WeightStore:
     def _note(self, plan: Plan) -> None:
         """Memory follows `plan` now."""
         before, self.plan = self.plan, plan
-        self._trace.set_memory(plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes)
+        self._trace.set_memory(
+            plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes
+        )
         if self.in_pass and self.filled:
             # Activations are in memory too: the process cannot be measured now.
             self.idle_bytes += plan.held_bytes - before.held_bytes
@@ -356,7 +373,9 @@ class WeightStore:
                 placement.substitute = self._substitutes.begin(weight, first)
 
     def _complete_substitutes(self) -> None:
-        """Have a substitute of all rows that are not locked: of those that no pass has made, and from a file. Raises ReadError."""
+        """Have a substitute of all rows that are not locked: of those that no pass has made, and
+        from a file. Raises ReadError.
+        """
         source, missing = (
             self._substitutes,
             [p for p in self._placements.values() if p.substitute and p.substitute.missing],

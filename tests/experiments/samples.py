@@ -1,4 +1,6 @@
-"""Cells and records for the tests of the harness: valid against the schema, measured by nobody, kept in tmp_path."""
+"""Cells and records for the tests of the harness: valid against the schema, measured by nobody,
+kept in tmp_path.
+"""
 
 import importlib.util
 import sys
@@ -52,7 +54,9 @@ def make_record(cell: CellConfig | None = None, **changes: Any) -> Record:
         "cell": cell,
         "bits": 4.5,
         "limits": Limits(
-            method="v1", memory_bytes=cell.budget_bytes, read_bytes_per_s=cell.device.read_bytes_per_s
+            method="v1",
+            memory_bytes=cell.budget_bytes,
+            read_bytes_per_s=cell.device.read_bytes_per_s,
         ),
         "provenance": Provenance(
             versions={"python": "3.11.7"},

@@ -1,4 +1,6 @@
-"""Agreement of two systems: the numbers are those of known distributions, and the systems are run for real."""
+"""Agreement of two systems: the numbers are those of known distributions, and the systems are run
+for real.
+"""
 
 import importlib.util
 import json
@@ -19,7 +21,9 @@ def test_numbers_of_known_distributions() -> None:
     assert agreement.perplexity(sure, ids) == pytest.approx((1 / (0.75 * 0.75 * 0.5)) ** (1 / 3))
     found = agreement.compare(np.log(np.array([[0.5, 0.5], [0.5, 0.5]], np.float32)) + 7, sure[:2])
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert found == pytest.approx({"top1_equal": 0.0, "mean_kl": expected, "max_kl": expected}, abs=1e-6)
+    assert found == pytest.approx(
+        {"top1_equal": 0.0, "mean_kl": expected, "max_kl": expected}, abs=1e-6
+    )
 
 
 def test_rows_beyond_one_chunk_count_too() -> None:

@@ -22,7 +22,9 @@ def record(count: int, pass_s: float) -> Record:
     )
 
 
-def test_each_number_of_sequences_stands_beside_its_plan_and_the_bound_of_one(tmp_path: Path) -> None:
+def test_each_number_of_sequences_stands_beside_its_plan_and_the_bound_of_one(
+    tmp_path: Path,
+) -> None:
     records = [record(1, 5.0), record(4, 6.0), record(4, 8.0)]
     one, four = batches.table(records).to_dict("records")
     assert (one["sequences"], four["sequences"]) == (1, 4)

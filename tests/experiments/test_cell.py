@@ -27,7 +27,9 @@ PLACE = find_place()
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
 
 
-def tiny_cell(tmp_path: Path, kind: str, format: str, budget_bytes: int, **options: Any) -> CellConfig:
+def tiny_cell(
+    tmp_path: Path, kind: str, format: str, budget_bytes: int, **options: Any
+) -> CellConfig:
     return make_cell(
         model=ModelConfig("tiny", formats=["q4_0", "bf16"], shape=SHAPE),
         system=SystemConfig(kind, kind, kind, format, options),
@@ -131,7 +133,8 @@ def test_a_busy_neighbour_is_seen_and_said(tmp_path: Path) -> None:
     neighbours = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
     try:
         others = OthersCpu()
-        subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)  # not others': our child
+        # Not others': our child.
+        subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
         share = others.share()
     finally:
         for one in neighbours:
@@ -147,11 +150,15 @@ def test_a_hang_ends_at_the_timeout_with_nothing_left(job: dict[str, Any]) -> No
     child = run_child(job | {"seconds": 600.0}, timeout_s=1.0)
     assert child.status == "timeout"
     assert "no end after 1 s" in child.message
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    running = subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True, check=True
+    ).stdout
     assert str(measured.__file__) not in running or job["scratch"] not in running
 
 
-def test_a_missing_package_names_the_command_that_brings_it(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_package_names_the_command_that_brings_it(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     bare.chmod(0o755)
@@ -168,7 +175,8 @@ def test_a_crash_keeps_the_events_before_it(job: dict[str, Any], tmp_path: Path)
         "told = json.load(sys.stdin)\n"
         "print('on its way', flush=True)\n"
         "with open(told['events'], 'w') as file:\n"
-        "    file.write(json.dumps({'event': 'token', 'counted': True, 's': 1.0, 'bytes': 2, 'id': 3}))\n"
+        "    told = {'event': 'token', 'counted': True, 's': 1.0, 'bytes': 2, 'id': 3}\n"
+        "    file.write(json.dumps(told))\n"
         '    file.write(\'\\n{"event": "tok\')\n'
         "os.abort()\n"
     )
@@ -180,11 +188,15 @@ def test_a_crash_keeps_the_events_before_it(job: dict[str, Any], tmp_path: Path)
 
 def test_the_measuring_process_maps_no_torch() -> None:
     program = "import sys, experiments.cell; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
-def test_the_resident_pass_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_resident_pass_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = tiny_cell(tmp_path, "transformers", "bf16", 1 << 30)
     facts = describe_checkpoint(one)
     seconds, source = resident.resident_pass(one, facts, tmp_path)
@@ -195,9 +207,9 @@ def test_the_resident_pass_is_measured_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(resident, "run_child", lambda *_: pytest.fail("measured again"))
     offloaded = tiny_cell(tmp_path, "accelerate", "bf16", 1 << 29)
     assert resident.resident_pass(offloaded, facts, tmp_path) == (seconds, source)
-    assert [json.loads(file.read_text())["seconds"] for file in (tmp_path / "resident").iterdir()] == [
-        seconds
-    ]
+    assert [
+        json.loads(file.read_text())["seconds"] for file in (tmp_path / "resident").iterdir()
+    ] == [seconds]
 
 
 def test_the_engines_resident_pass_is_measured_anew_when_it_has_changed(
@@ -212,7 +224,9 @@ def test_the_engines_resident_pass_is_measured_anew_when_it_has_changed(
         assert len(list((tmp_path / "resident").iterdir())) == kept
 
 
-def test_scratch_of_a_killed_run_is_removed_by_the_next_and_that_of_a_live_one_kept(tmp_path: Path) -> None:
+def test_scratch_of_a_killed_run_is_removed_by_the_next_and_that_of_a_live_one_kept(
+    tmp_path: Path,
+) -> None:
     dead, live = (tmp_path / f"flexinfer-cell-{pid}-abc" for pid in (2**22 + 1, os.getpid()))
     for path in (dead, live):
         path.mkdir()

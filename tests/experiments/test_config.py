@@ -44,7 +44,9 @@ def load(run_script: ModuleType) -> Callable[..., RunConfig]:
 
     def loaded(*overrides: str) -> RunConfig:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return cast(RunConfig, OmegaConf.to_object(compose("config", overrides=list(overrides))))
+            return cast(
+                RunConfig, OmegaConf.to_object(compose("config", overrides=list(overrides)))
+            )
 
     return loaded
 
@@ -85,7 +87,12 @@ def test_every_option_of_every_group_composes_under_its_own_name(
 
 def test_overrides_win_over_the_experiment(load: Callable[..., RunConfig]) -> None:
     config = load(
-        "+exp=fig5", "model=llama2-13b", "device=phone", "rounds=5", "budget.grid=[2GiB]", "system=[sync]"
+        "+exp=fig5",
+        "model=llama2-13b",
+        "device=phone",
+        "rounds=5",
+        "budget.grid=[2GiB]",
+        "system=[sync]",
     )
     assert (config.model.name, config.device.name, config.rounds) == ("llama2-13b", "phone", 5)
     assert [cell.budget_bytes for cell in cells_of(config)] == [2 * 2**30] * 5
@@ -112,7 +119,9 @@ def test_a_typo_fails_and_names_what_there_is(
     assert named in messages
 
 
-def test_a_typo_inside_an_experiment_file_fails(tmp_path: Path, load: Callable[..., RunConfig]) -> None:
+def test_a_typo_inside_an_experiment_file_fails(
+    tmp_path: Path, load: Callable[..., RunConfig]
+) -> None:
     exp = tmp_path / "exp"
     exp.mkdir()
     (exp / "typo.yaml").write_text("# @package _global_\nexperiment: typo\nround: 3\n")
@@ -160,7 +169,9 @@ def test_claims_includes_every_experiment_that_a_claim_is_judged_by(
         assert {cell.key for cell in wanted} <= included
 
 
-def test_what_is_given_goes_before_what_claims_say_of_their_experiments(run_script: ModuleType) -> None:
+def test_what_is_given_goes_before_what_claims_say_of_their_experiments(
+    run_script: ModuleType,
+) -> None:
     given = ["+exp=claims", "model=smoke", "budget.grid=[800MiB]", "system=[flexinfer]"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         configs = run_script.comparisons(compose("config", overrides=given), given)
@@ -183,7 +194,9 @@ def test_systems_take_turns_within_a_round(load: Callable[..., RunConfig]) -> No
 
 def test_a_cell_survives_json() -> None:
     cell = make_cell(
-        system=SystemConfig("x", "X", format="q4_k", options={"window": "3 layers", "io_threads": 0})
+        system=SystemConfig(
+            "x", "X", format="q4_k", options={"window": "3 layers", "io_threads": 0}
+        )
     )
     assert from_dict(CellConfig, json.loads(json.dumps(asdict(cell)))) == cell
 
@@ -227,7 +240,9 @@ def test_the_key_of_a_cell_is_what_is_measured_and_not_who_asks() -> None:
         (1.25, 1250),
     ],
 )
-def test_budgets_are_sizes_or_fractions_of_the_model(budget: float | int | str, expected: int) -> None:
+def test_budgets_are_sizes_or_fractions_of_the_model(
+    budget: float | int | str, expected: int
+) -> None:
     assert resolve_budget_bytes(budget, 1000) == expected
 
 
@@ -246,7 +261,9 @@ def test_all_systems_of_a_comparison_run_one_format() -> None:
     ours, llama = SystemConfig("a", "A"), SystemConfig("b", "B", kind="llama_cpp")
     stock = SystemConfig("c", "C", kind="transformers", format="bf16")
     assert comparison_format(model, [ours]) == "bf16"
-    assert comparison_format(model, [ours, llama]) == comparison_format(model, [llama, ours]) == "q4_0"
+    assert (
+        comparison_format(model, [ours, llama]) == comparison_format(model, [llama, ours]) == "q4_0"
+    )
     assert comparison_format(model, [ours, stock]) == "bf16"
     assert comparison_format(model, [ours, llama], "q4_k") == "q4_k"
     for systems, format, named in (
@@ -300,7 +317,9 @@ def test_a_system_that_cannot_run_the_model_is_refused(load: Callable[..., RunCo
         (0, 500.0, False),
     ],
 )
-def test_a_cell_stops_when_it_has_counted_enough(tokens: int, counted_s: float, enough: bool) -> None:
+def test_a_cell_stops_when_it_has_counted_enough(
+    tokens: int, counted_s: float, enough: bool
+) -> None:
     assert WorkloadConfig().enough(tokens, counted_s) is enough
 
 
@@ -311,7 +330,11 @@ def test_the_joblib_launcher_composes(load: Callable[..., RunConfig]) -> None:
 def test_cfg_job_prints_what_would_run() -> None:
     command = [sys.executable, "scripts/run.py", "+exp=fig5", "device=phone", "--cfg", "job"]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin", "PYTHONPATH": "."}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin", "PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stderr
     assert "name: phone" in done.stdout

@@ -1,4 +1,6 @@
-"""Cells that decode with a draft: tokens of a pass are counted, a replayed pattern is what it says, the table knows near ties."""
+"""Cells that decode with a draft: tokens of a pass are counted, a replayed pattern is what it says,
+the table knows near ties.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -63,16 +65,26 @@ def test_a_replay_disagrees_after_each_run() -> None:
 
 def test_a_replayed_text_comes_again_so_that_it_can_be_looked_up() -> None:
     replay, scores = Replay([100], lambda: False), torch.zeros(1, 4096)
-    said = [int(replay(torch.zeros(1, position), scores).argmax()) for position in range(2 * PERIOD)]
+    said = [
+        int(replay(torch.zeros(1, position), scores).argmax()) for position in range(2 * PERIOD)
+    ]
     assert said[:PERIOD] == said[PERIOD:]
     assert len(set(said)) == PERIOD
 
 
-def test_near_ties_are_found_and_figures_of_one_token_a_pass_leave_drafts_out(tmp_path: Path) -> None:
+def test_near_ties_are_found_and_figures_of_one_token_a_pass_leave_drafts_out(
+    tmp_path: Path,
+) -> None:
     def record(system: str, answer: list[int], seconds: float) -> Record:
         cell = make_cell(experiment="past", workload=replace(WorkloadConfig(), texts=["chat"]))
         cell.system = replace(cell.system, name=system, label=system)
-        text = {"answer": answer, "margins": [2.0, 0.01, 3.0], "tokens": 3, "passes": 2, "seconds": seconds}
+        text = {
+            "answer": answer,
+            "margins": [2.0, 0.01, 3.0],
+            "tokens": 3,
+            "passes": 2,
+            "seconds": seconds,
+        }
         text |= {"accepted": 1, "drafted": 2, "predicted_tokens_per_s": 3 / seconds}
         return make_record(cell, engine={"texts": {"chat": [text]}})
 
@@ -103,9 +115,15 @@ def test_replays_of_other_patterns_are_apart() -> None:
         cell = make_cell(workload=replace(REPLAYED, replayed=runs))
         cell = replace(cell, system=replace(cell.system, name=system, label=system))
         text = {"answer": [], "margins": [], "tokens": 8, "passes": 2, "seconds": seconds}
-        return make_record(cell, engine={"texts": {"replayed": [text | {"predicted_tokens_per_s": None}]}})
+        return make_record(
+            cell, engine={"texts": {"replayed": [text | {"predicted_tokens_per_s": None}]}}
+        )
 
-    records = [record("flexinfer", [3], 8.0), record("draft-q4_0", [3], 4.0), record("draft-q4_0", [9], 2.0)]
+    records = [
+        record("flexinfer", [3], 8.0),
+        record("draft-q4_0", [3], 4.0),
+        record("draft-q4_0", [9], 2.0),
+    ]
     told = drafts.table(records).set_index(["system", "text"])["tokens_per_s"]
     assert told["draft-q4_0", "replayed, 75% right"] == 2
     assert told["draft-q4_0", "replayed, 90% right"] == 4

@@ -1,4 +1,4 @@
-"""Limits bind, are counted, are stated as they are, and leave nothing behind, however the run ends."""
+"""Limits bind, are counted, are stated, and leave nothing behind, however the run ends."""
 
 import errno
 import json
@@ -15,7 +15,9 @@ from experiments.cgroups import LimitError, block_device, find_place
 from experiments.limits import Limits, core_set, drop_page_cache
 
 PLACE = find_place()
-needs_memory = pytest.mark.skipif(PLACE.memory is None, reason=f"no memory groups here: {PLACE.why_not}")
+needs_memory = pytest.mark.skipif(
+    PLACE.memory is None, reason=f"no memory groups here: {PLACE.why_not}"
+)
 needs_io = pytest.mark.skipif(PLACE.io is None, reason=f"no read limits here: {PLACE.why_not}")
 MIB = 1 << 20
 READ = """
@@ -147,7 +149,11 @@ def test_v1_groups_are_made_below_the_own_group(tmp_path: Path) -> None:
     (tmp_path / "memory" / "memory.limit_in_bytes").touch()
     (tmp_path / "blkio").mkdir()
     place = find_place(tmp_path, "4:memory:/mine\n7:blkio:/hidden/by/a/container\n")
-    assert (place.method, place.memory, place.io) == ("v1", tmp_path / "memory" / "mine", tmp_path / "blkio")
+    assert (place.method, place.memory, place.io) == (
+        "v1",
+        tmp_path / "memory" / "mine",
+        tmp_path / "blkio",
+    )
 
 
 def test_v2_uses_the_nearest_group_that_hands_controllers_down(tmp_path: Path) -> None:
@@ -172,7 +178,9 @@ def test_without_groups_a_run_is_unlimited_and_says_why(
         assert "systemd-run is not installed" in limits.applied.note
 
 
-def test_a_scope_that_limits_nothing_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scope_that_limits_nothing_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "systemd-run"
     program.write_text('#!/bin/sh\nwhile [ "$1" != /bin/sh ]; do shift; done\nexec "$@"\n')
     program.chmod(0o755)
@@ -214,7 +222,8 @@ def test_dropping_a_file_makes_the_next_read_go_to_the_disk(file_on_disk: Path) 
     program = """
 import json, sys
 def read_bytes():
-    return int(dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())["read_bytes"])
+    lines = open("/proc/self/io").read().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
 before = read_bytes()
 open(sys.argv[1], "rb").read()
 print(json.dumps(read_bytes() - before))
@@ -224,7 +233,8 @@ print(json.dumps(read_bytes() - before))
         pytest.skip("this file system has no disk behind it")
     drop_page_cache([file_on_disk], everything=False)
     first, second = (
-        json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(2)
+        json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        for _ in range(2)
     )
     assert first >= 48 * MIB
     assert second < first / 2

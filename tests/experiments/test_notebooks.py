@@ -1,4 +1,6 @@
-"""Notebooks and figures: drawn headless from records made here; without records they say which command makes them."""
+"""Notebooks and figures: drawn headless from records made here; without records they say which
+command makes them.
+"""
 
 import contextlib
 import io
@@ -61,7 +63,9 @@ def simulated(system: str, budget: float, round_: int = 0, **changes: Any) -> Re
         trace=changes.pop("trace", False),
     )
     read_s = max(0, WEIGHTS - max(0, cell.budget_bytes - PROCESS)) / RATE
-    token_s = SLOWDOWN.get(system, 1.0) * max(read_s, COMPUTE_S) + (COMPUTE_S if system == "sync" else 0)
+    token_s = SLOWDOWN.get(system, 1.0) * max(read_s, COMPUTE_S) + (
+        COMPUTE_S if system == "sync" else 0
+    )
     if system == "prefetch" or (kind == "llama_cpp" and budget < 1.1):
         token_s = WEIGHTS / RATE * (1.0 if system == "prefetch" else 1.2)
     told = {
@@ -110,7 +114,10 @@ def results(tmp_path: Path) -> Path:
             for system in systems:
                 save(tmp_path, simulated(system, budget, round_))
     empty = {"tokens": 0, "passes": 0, "token_s": [], "token_bytes": [], "output_tokens": []}
-    save(tmp_path, simulated("llama-cpp-default", 0.6, status="killed", message="out of memory", **empty))
+    save(
+        tmp_path,
+        simulated("llama-cpp-default", 0.6, status="killed", message="out of memory", **empty),
+    )
     (tmp_path / RELIABILITY).mkdir()
     for kind, line in reliability_lines().items():
         (tmp_path / RELIABILITY / f"{kind}.jsonl").write_text(json.dumps(line) + "\n")
@@ -127,7 +134,13 @@ def save_residents(results: Path) -> None:
         for weights in ("q4_0", "q4_k"):
             changes = {"format": weights, "experiment": "resident", "prefill_s": prefill_s}
             save(results, simulated(system, 2.0, **changes))
-    pair = {"of": "flexinfer", "against": "llama_cpp", "top1_equal": 0.5, "mean_kl": 0.25, "max_kl": 1.5}
+    pair = {
+        "of": "flexinfer",
+        "against": "llama_cpp",
+        "top1_equal": 0.5,
+        "mean_kl": 0.25,
+        "max_kl": 1.5,
+    }
     line = {
         "file": "m.gguf",
         "text": "a text",
@@ -145,10 +158,17 @@ def save_mixtures(results: Path) -> None:
     shape = ShapeConfig(256, 256, 2, 4, 2, 1024, experts=ExpertsConfig(8, 2, "llama"))
     told = {"untouched_bytes": 3 * WEIGHTS, "missed_bytes": WEIGHTS // 2, "experiment": "moe"}
     told |= {"model": ModelConfig("moe-test", shape=shape)}
-    counts = {"expert_hits": 30, "expert_misses": 10, "experts_foretold": 8, "experts_foretold_right": 6}
+    counts = {
+        "expert_hits": 30,
+        "expert_misses": 10,
+        "experts_foretold": 8,
+        "experts_foretold_right": 6,
+    }
     for budget in (0.3, 0.6):
         save(results, simulated("llama-cpp-mmap", budget, **told))
-        save(results, simulated("flexinfer", budget, **told, counted=counts | {"wasted_bytes": 300}))
+        save(
+            results, simulated("flexinfer", budget, **told, counted=counts | {"wasted_bytes": 300})
+        )
     rates = {name: {"0.1": 0.2, "0.5": 0.6} for name in (*POLICIES, HINDSIGHT)}
     line = {"name": "even", "kind": "measured", "tokens": 8, "hit_rates": rates}
     (results / QUALITY).mkdir(exist_ok=True)
@@ -176,7 +196,13 @@ def reliability_lines() -> dict[str, dict[str, Any]]:
     facts = simulated("flexinfer", 0.6).provenance.model_dump(mode="json")
     numbers = {"group_peak_bytes": 90, "memory_bytes": 100, "peak_bytes": 88, "explained_bytes": 87}
     tokens = [
-        {"t_s": i / 2, "token": 1, "budget_bytes": 3 << 30, "locked_bytes": 1 << 30, "process_bytes": 2 << 30}
+        {
+            "t_s": i / 2,
+            "token": 1,
+            "budget_bytes": 3 << 30,
+            "locked_bytes": 1 << 30,
+            "process_bytes": 2 << 30,
+        }
         for i in range(40)
     ]
     soaked = {
@@ -203,8 +229,12 @@ def code_lines(notebook: Path) -> int:
 
 
 def test_the_notebooks_that_start_here_names_are_the_notebooks_there_are() -> None:
-    text = "".join(cell.source for cell in nbformat.read(ROOT / "notebooks" / "start_here.ipynb", 4).cells)
-    assert set(re.findall(r"\((\w+)\.ipynb\)", text)) == {file.stem for file in NOTEBOOKS} - {"start_here"}
+    text = "".join(
+        cell.source for cell in nbformat.read(ROOT / "notebooks" / "start_here.ipynb", 4).cells
+    )
+    assert set(re.findall(r"\((\w+)\.ipynb\)", text)) == {file.stem for file in NOTEBOOKS} - {
+        "start_here"
+    }
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
@@ -217,7 +247,10 @@ def test_a_notebook_draws_from_records_and_saves_its_figure(
     before = {file: file.read_bytes() for file in results.rglob("*.jsonl")}
     book = nbformat.read(notebook, 4)
     NotebookClient(
-        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}
+        book,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(notebook.parent)}},
     ).execute()
     assert before == {file: file.read_bytes() for file in results.rglob("*.jsonl")}
     figure = results / "figures" / f"{notebook.stem}-test-cpu-2-cores-16-gib"
@@ -293,7 +326,8 @@ def test_the_overview_is_one_panel_of_the_device_with_most_budgets(results: Path
     figure = figures.overview(records, "title")
     assert figure is not None
     (axes,) = [one for one in figure.axes if one.axison]
-    assert {text.get_text() for text in axes.texts} == {"flexinfer", "llama cpp mmap"}  # labels of the sample
+    # Labels of the sample.
+    assert {text.get_text() for text in axes.texts} == {"flexinfer", "llama cpp mmap"}
     few = [one for one in records if one.cell.budget_bytes == records[0].cell.budget_bytes]
     assert figures.overview(few, "title") is None
     alone = [one for one in records if one.cell.system.name == "flexinfer"]
@@ -344,7 +378,9 @@ def test_curves_have_a_mark_for_every_round_and_a_label_at_their_end(results: Pa
     assert {text.get_text() for text in labels} == ran
     figure.draw_without_rendering()
     places = sorted(text.get_window_extent().y0 for text in labels)
-    assert all(later - earlier > 5 for earlier, later in pairwise(places)), "no label lies over another"
+    assert all(later - earlier > 5 for earlier, later in pairwise(places)), (
+        "no label lies over another"
+    )
 
 
 def test_a_label_stands_beside_the_last_mark_of_its_own_system(results: Path) -> None:
@@ -362,13 +398,19 @@ def test_every_model_and_device_has_one_panel_small_models_first(results: Path) 
     save(
         results,
         simulated(
-            "flexinfer", 4, model=ModelConfig("llama2-70b", shape=large), total_weight_bytes=10 * WEIGHTS
+            "flexinfer",
+            4,
+            model=ModelConfig("llama2-70b", shape=large),
+            total_weight_bytes=10 * WEIGHTS,
         ),
     )
     save(
         results,
         simulated(
-            "flexinfer", 0.3, model=ModelConfig("a-small-one", shape=SHAPE), total_weight_bytes=WEIGHTS // 2
+            "flexinfer",
+            0.3,
+            model=ModelConfig("a-small-one", shape=SHAPE),
+            total_weight_bytes=WEIGHTS // 2,
         ),
     )
     figure = figures.throughput(load_records(results), "title")
@@ -412,10 +454,14 @@ def test_residents_are_drawn_by_weights_and_length(results: Path) -> None:
         "llama2-7b, Q4_K, fixed: decoding",
         *lengths,
     ]
-    heights = [bar.get_height() for bar in sorted(figure.axes[2].patches, key=lambda bar: bar.get_x())]
-    assert heights == pytest.approx([512 / 32.5, 512 / 30.5, 512 / 31.5])  # ours first, as everywhere
+    heights = [
+        bar.get_height() for bar in sorted(figure.axes[2].patches, key=lambda bar: bar.get_x())
+    ]
+    # Ours first, as everywhere.
+    assert heights == pytest.approx([512 / 32.5, 512 / 30.5, 512 / 31.5])
     assert not any(
-        one.cell.experiment == "resident" for one in figures.of_systems({"": found}, {"flexinfer"})[""]
+        one.cell.experiment == "resident"
+        for one in figures.of_systems({"": found}, {"flexinfer"})[""]
     )
 
 
@@ -461,7 +507,9 @@ def test_a_median_is_taken_over_rounds_with_its_spread(results: Path) -> None:
 
 def test_a_figure_of_mixed_machines_is_refused(results: Path) -> None:
     other = simulated("flexinfer", 0.6)
-    other = make_record(other.cell, provenance=other.provenance.model_copy(update={"cpu": "Another CPU"}))
+    other = make_record(
+        other.cell, provenance=other.provenance.model_copy(update={"cpu": "Another CPU"})
+    )
     with pytest.raises(RecordError, match="machines"):
         figures.throughput([*load_records(results), other], "title")
 
@@ -470,7 +518,9 @@ def test_two_machines_are_kept_apart_the_one_of_most_records_first(results: Path
     other = simulated("flexinfer", 0.6, 5)
     save(
         results,
-        make_record(other.cell, provenance=other.provenance.model_copy(update={"cpu": "Another CPU"})),
+        make_record(
+            other.cell, provenance=other.provenance.model_copy(update={"cpu": "Another CPU"})
+        ),
     )
     found = figures.find_records(results, "x")
     assert list(found) == ["Test CPU, 2 cores, 16 GiB", "Another CPU, 2 cores, 16 GiB"]
@@ -478,8 +528,12 @@ def test_two_machines_are_kept_apart_the_one_of_most_records_first(results: Path
     assert len(found["Test CPU, 2 cores, 16 GiB"]) == len(load_records(results)) - 1
 
 
-def test_a_figure_is_named_after_what_it_shows_and_its_machine(results: Path, tmp_path: Path) -> None:
-    figures.save(figures.throughput(load_records(results), "title"), tmp_path, "fig4", "A CPU (B), 2 cores")
+def test_a_figure_is_named_after_what_it_shows_and_its_machine(
+    results: Path, tmp_path: Path
+) -> None:
+    figures.save(
+        figures.throughput(load_records(results), "title"), tmp_path, "fig4", "A CPU (B), 2 cores"
+    )
     assert [file.name for file in (tmp_path / "figures").iterdir()] == ["fig4-a-cpu-b-2-cores.svg"]
 
 
@@ -488,14 +542,21 @@ def test_unlimited_records_are_left_out_beside_limited_ones(
 ) -> None:
     limited = load_records(results)
     other = simulated("flexinfer", 0.6, 5)
-    save(results, make_record(other.cell, limits=other.limits.model_copy(update={"method": "unlimited"})))
+    save(
+        results,
+        make_record(other.cell, limits=other.limits.model_copy(update={"method": "unlimited"})),
+    )
     (records,) = figures.find_records(results, "x").values()
     assert len(records) == len(limited)
     assert "1 records without limits are left out" in capsys.readouterr().out
 
 
 def shown_models(results: Path) -> list[str]:
-    return [one.cell.model.name for found in figures.find_records(results, "x").values() for one in found]
+    return [
+        one.cell.model.name
+        for found in figures.find_records(results, "x").values()
+        for one in found
+    ]
 
 
 def test_the_smoke_model_is_shown_only_where_there_is_no_other(tmp_path: Path) -> None:
@@ -537,11 +598,15 @@ def test_every_machine_is_judged_by_its_own_records(results: Path) -> None:
     records = load_records(results)
     slow = [one for one in records if one.cell.system.name != "flexinfer"]
     slow += [simulated("flexinfer", budget, token_s=[9.0, 9.0, 9.0]) for budget in (0.3, 0.6, 0.9)]
-    found = [one for one in claims.judge({"fast": records, "slow": slow}, PAPER) if one.claim == "C1"]
+    found = [
+        one for one in claims.judge({"fast": records, "slow": slow}, PAPER) if one.claim == "C1"
+    ]
     assert [(one.machine, one.verdict) for one in found] == [("fast", "partly"), ("slow", "not")]
 
 
-def faster(*gains: float, rounds: int = 3, spread: float = 0.0, than: str = "llama-cpp-mmap") -> list[Record]:
+def faster(
+    *gains: float, rounds: int = 3, spread: float = 0.0, than: str = "llama-cpp-mmap"
+) -> list[Record]:
     """FlexInfer so many times as fast as another system, by budget; rounds are so far apart."""
     return [
         simulated(system, budget, round_, token_s=[10 / gain * (1 + spread * round_)] * 3)
@@ -562,7 +627,9 @@ def faster(*gains: float, rounds: int = 3, spread: float = 0.0, than: str = "lla
         ((0.9, 1.5, 3.0), "not"),  # a loss among them
     ],
 )
-def test_a_claim_about_a_range_is_judged_on_the_range(gains: tuple[float, ...], verdict: str) -> None:
+def test_a_claim_about_a_range_is_judged_on_the_range(
+    gains: tuple[float, ...], verdict: str
+) -> None:
     assert verdicts(faster(*gains))["C1"].verdict == verdict
 
 
@@ -571,7 +638,8 @@ def test_spreads_that_overlap_are_no_difference() -> None:
     found = verdicts(faster(1.2, 1.2, rounds=3, spread=0.3))["C1"]
     assert found.verdict == "not"
     assert "no clear difference" in found.measured
-    reaches = verdicts(faster(5.3, 12.6, rounds=3, spread=8.0))["C1"]  # medians reach it, rounds overlap
+    # Medians reach it, rounds overlap.
+    reaches = verdicts(faster(5.3, 12.6, rounds=3, spread=8.0))["C1"]
     assert reaches.verdict == "not"
 
 
@@ -600,7 +668,10 @@ def test_a_claim_is_judged_only_where_there_is_what_it_speaks_of() -> None:
 
 
 def test_a_budget_a_little_above_the_weights_counts_while_the_base_reads() -> None:
-    reads = [simulated(system, 1.01, token_bytes=[WEIGHTS] * 3) for system in ("flexinfer", "llama-cpp-mmap")]
+    reads = [
+        simulated(system, 1.01, token_bytes=[WEIGHTS] * 3)
+        for system in ("flexinfer", "llama-cpp-mmap")
+    ]
     assert " at 3.50 GiB" in verdicts([*faster(2.0), *reads])["C1"].measured
     fits = [simulated(system, 1.01) for system in ("flexinfer", "llama-cpp-mmap")]
     assert " at 3.50 GiB" not in verdicts([*faster(2.0, 3.0), *fits])["C1"].measured
@@ -617,7 +688,8 @@ def test_the_policies_of_the_paper_are_judged_with_its_own_algorithm(results: Pa
 
 def test_claims_follow_the_stated_criteria(results: Path) -> None:
     found = verdicts(load_records(results))
-    assert found["C1"].verdict == "partly"  # 8.9 s against 1.7 s a token at 0.9 of the weights, less below
+    # 8.9 s against 1.7 s a token at 0.9 of the weights, less below.
+    assert found["C1"].verdict == "partly"
     assert found["C2"].verdict == "reproduced"  # the simulated mmap is flat
     assert found["C3"].verdict == "partly"  # a gain, but not 2.6 times
     assert found["C4"].verdict == "partly"
@@ -649,7 +721,10 @@ def test_verdicts_and_speeds_of_machines_stand_side_by_side(results: Path) -> No
 
 
 def test_one_differing_token_breaks_the_claim_of_unchanged_output() -> None:
-    same, other = simulated("flexinfer", 0.3), simulated("sync", 0.6, output_tokens=[5, 7, *range(8, 20)])
+    same, other = (
+        simulated("flexinfer", 0.3),
+        simulated("sync", 0.6, output_tokens=[5, 7, *range(8, 20)]),
+    )
     assert verdicts([same, simulated("sync", 0.6)])["C9"].verdict == "reproduced"
     assert verdicts([same, other])["C9"].verdict == "not"
     repeating = [simulated(system, 0.6, output_tokens=[5] * 20) for system in ("flexinfer", "sync")]
@@ -662,4 +737,6 @@ def test_grouped_query_models_are_judged_close_or_not() -> None:
     assert verdicts(records)["C8"].verdict == "reproduced"
     slow = simulated("attention-first", 0.6, model=model, token_s=[60.0, 60.0, 60.0])
     assert verdicts([records[0], slow])["C8"].verdict == "not"
-    assert verdicts([simulated("flexinfer", 0.6, model=model), slow])["C8"].verdict == "not measured"
+    assert (
+        verdicts([simulated("flexinfer", 0.6, model=model), slow])["C8"].verdict == "not measured"
+    )

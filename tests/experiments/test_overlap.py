@@ -56,7 +56,9 @@ def test_cells_are_held_against_what_their_machine_gave() -> None:
     other = line | {"model": "another-q4_0-12345678"}
     limited = make_record(make_cell(), total_weight_bytes=10**9, **told)
     one_core = make_record(
-        make_cell(device=DeviceConfig("native-1-core", "ours", cores=1)), total_weight_bytes=10**9, **told
+        make_cell(device=DeviceConfig("native-1-core", "ours", cores=1)),
+        total_weight_bytes=10**9,
+        **told,
     )
     assert table([one], [other]).empty
     assert table([limited, one_core], [line]).empty
@@ -69,7 +71,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def children() -> set[str]:
-    told = subprocess.run(["pgrep", "-f", "files, rate, size"], capture_output=True, text=True, check=False)
+    told = subprocess.run(
+        ["pgrep", "-f", "files, rate, size"], capture_output=True, text=True, check=False
+    )
     return set(told.stdout.split())
 
 

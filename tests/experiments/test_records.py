@@ -1,4 +1,6 @@
-"""Records: what was written is read back; what disagrees with the schema or with itself is refused by line and field."""
+"""Records: what was written is read back; what disagrees with the schema or with itself is refused
+by line and field.
+"""
 
 import json
 from pathlib import Path
@@ -38,7 +40,9 @@ def told(**changes: Any) -> dict[str, Any]:
 def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     records = [
         make_record(prefill_s={16: [0.5, 0.25], 512: [9.0]}),
-        make_record(status="killed", message="out of memory", tokens=0, passes=0, token_s=[], token_bytes=[]),
+        make_record(
+            status="killed", message="out of memory", tokens=0, passes=0, token_s=[], token_bytes=[]
+        ),
     ]
     for record in records:
         append_record(tmp_path / "a" / "x.jsonl", record)
@@ -170,7 +174,9 @@ def test_what_a_line_says_is_fit_for_a_terminal_and_has_an_end(tmp_path: Path) -
 
 def test_a_separator_of_lines_that_is_text_ends_no_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(told(message="one\u2028two"), ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(told(message="one\u2028two"), ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert load_records(path)[0].message == "one\u2028two"
 
 
@@ -223,7 +229,9 @@ def test_unlimited_records_do_not_stand_beside_limited_ones() -> None:
 
 def test_records_of_two_engines_do_not_meet() -> None:
     new = make_record()
-    old = make_record(provenance=new.provenance.model_copy(update={"versions": {"flexinfer": "0.0.1"}}))
+    old = make_record(
+        provenance=new.provenance.model_copy(update={"versions": {"flexinfer": "0.0.1"}})
+    )
     check_comparable([old, old])
     with pytest.raises(RecordError, match=r"engines 0\.0\.1, .*older/0\.0\.1/"):
         check_comparable([old, new])
@@ -281,7 +289,9 @@ def test_the_width_of_the_vectors_belongs_to_the_name_of_the_cpu(
     tmp_path: Path, flags: str, name: str
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Processor\nflags\t\t: {flags}\n")
+    cpuinfo.write_text(
+        f"processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Processor\nflags\t\t: {flags}\n"
+    )
     assert cpu_name(cpuinfo) == name
 
 
@@ -292,12 +302,16 @@ def test_every_run_on_a_device_is_held_against_the_same_rate() -> None:
             update={"limits": record.limits.model_copy(update={"read_bytes_per_s": limit})}
         )
 
-    slow, fast, elsewhere = with_common_costs([seen(2**30, 6e8), seen(2**30, 9e8), seen(2**31, 7e8)])
+    slow, fast, elsewhere = with_common_costs(
+        [seen(2**30, 6e8), seen(2**30, 9e8), seen(2**31, 7e8)]
+    )
     assert {one.bandwidth_bytes_per_s for one in (slow, fast, elsewhere)} == {9e8}
     assert slow.bound_tokens_per_s == fast.bound_tokens_per_s
     many = with_common_costs([seen(2**30, 1e8 * rate) for rate in range(1, 21)])
     assert {one.bandwidth_bytes_per_s for one in many} == {18e8}  # one run in ten saw more
-    assert [one.bandwidth_bytes_per_s for one in with_common_costs([seen(2**30, 6e8, 500_000_000)])] == [5e8]
+    assert [
+        one.bandwidth_bytes_per_s for one in with_common_costs([seen(2**30, 6e8, 500_000_000)])
+    ] == [5e8]
 
 
 def seen_by(system: str, compute_s: float, budget_bytes: int = 2**30, **changes: Any) -> Record:
@@ -316,7 +330,13 @@ def test_the_cost_of_kernels_is_the_least_that_shallow_models_gave() -> None:
         seen_by("llama-cpp-mmap", 0.2, 2**33),
         seen_by("llama-cpp-default", 0.1),
     ]
-    assert [one.compute_s_per_pass for one in with_common_costs(records)] == [0.3, 0.3, 0.2, 0.2, 0.1]
+    assert [one.compute_s_per_pass for one in with_common_costs(records)] == [
+        0.3,
+        0.3,
+        0.2,
+        0.2,
+        0.1,
+    ]
 
 
 def test_the_cost_of_kernels_is_that_of_a_run_with_all_in_memory_where_there_is_one() -> None:

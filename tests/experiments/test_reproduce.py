@@ -1,4 +1,6 @@
-"""`make reproduce`: every step is an experiment that composes, finished cells are not left, a step that fails ends it."""
+"""`make reproduce`: every step is an experiment that composes, finished cells are not left, a step
+that fails ends it.
+"""
 
 import os
 import subprocess
@@ -21,7 +23,12 @@ def module() -> ModuleType:
 def reproduce(tmp_path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "scripts/reproduce.py", "--results-dir", str(tmp_path), *arguments]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"COLUMNS": "200"},
     )
 
 
@@ -34,7 +41,9 @@ def test_all_of_its_steps_are_experiments(tmp_path: Path) -> None:
         assert f"+exp={name}" in done.stdout
 
 
-def test_minutes_left_are_those_of_the_cells_that_are_left(module: ModuleType, tmp_path: Path) -> None:
+def test_minutes_left_are_those_of_the_cells_that_are_left(
+    module: ModuleType, tmp_path: Path
+) -> None:
     file = tmp_path / "steps.yaml"
     file.write_text(STEPS)
     smoke, fig5 = module.steps_of(file, [])
@@ -68,7 +77,9 @@ def test_a_step_that_fails_ends_it(
 
     monkeypatch.setattr(module.subprocess, "run", run)
     monkeypatch.setattr(module, "provenance", lambda _: make_record().provenance)
-    monkeypatch.setattr(sys, "argv", ["x", "--steps", str(file), "--results-dir", str(tmp_path / "results")])
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--steps", str(file), "--results-dir", str(tmp_path / "results")]
+    )
     assert module.main() == code
     assert len(called) == calls
     assert called[0][1:3] == ["scripts/run.py", "+exp=smoke"]

@@ -1,4 +1,6 @@
-"""The committed results: every record fits the schema, and the numbers in README and docs are theirs."""
+"""The committed results: every record fits the schema, and the numbers in README and docs are
+theirs.
+"""
 
 import json
 import re
@@ -51,7 +53,8 @@ def test_numbers_are_medians_of_the_records(
     short = figures.short_names(RESULTS)
     records = {short[machine]: found for machine, found in machines.items()}
     tables = {
-        name: (figures.frame(found), figures.summary(figures.frame(found))) for name, found in records.items()
+        name: (figures.frame(found), figures.summary(figures.frame(found)))
+        for name, found in records.items()
     }
     for row in rows:
         match = re.search(r"`([\w-]+)`", row["model"])
@@ -69,7 +72,9 @@ def test_numbers_are_medians_of_the_records(
             ]
             for table in tables[row["machine"].lower()]
         )
-        ours, theirs = (medians[medians["label"] == label] for label in ("FlexInfer", row["baseline"]))
+        ours, theirs = (
+            medians[medians["label"] == label] for label in ("FlexInfer", row["baseline"])
+        )
         read = data[data["label"] == "FlexInfer"]["bytes_per_token"].median()
         shown = {
             "its tokens/s": f"{theirs['tokens_per_s'].item():.3f}",
@@ -82,10 +87,14 @@ def test_numbers_are_medians_of_the_records(
         }
         columns = row.keys() & shown.keys()
         assert {"its tokens/s", "FlexInfer tokens/s", "of its bound", "rounds"} <= columns
-        assert {head: row[head] for head in columns} == {head: shown[head] for head in columns}, f"of {row}"
+        assert {head: row[head] for head in columns} == {head: shown[head] for head in columns}, (
+            f"of {row}"
+        )
 
 
-def test_larger_models_in_the_docs_are_medians_of_the_records(machines: dict[str, list[Record]]) -> None:
+def test_larger_models_in_the_docs_are_medians_of_the_records(
+    machines: dict[str, list[Record]],
+) -> None:
     names = {
         "llama.cpp mmap": "llama-cpp-mmap",
         "synchronous": "sync-2",
@@ -106,7 +115,9 @@ def test_larger_models_in_the_docs_are_medians_of_the_records(machines: dict[str
                 place = (short[machine], model, f"{budget:.1f}")
                 wanted.add(place)
                 speeds = cells.set_index("system")["tokens_per_s"].map("{:.3f}".format)
-                (row,) = (one for one, here in zip(rows, places(rows), strict=True) if here == place)
+                (row,) = (
+                    one for one, here in zip(rows, places(rows), strict=True) if here == place
+                )
                 assert {head: row[head] for head in names} == {
                     head: speeds.get(system, "") for head, system in names.items()
                 }, f"of {place}"
@@ -125,11 +136,15 @@ def places(rows: list[dict[str, str]]) -> list[tuple[str, str, str]]:
 
 
 def least_and_greatest(measured: str) -> str:
-    """Of gains by budget, as a verdict tells them, the least and the greatest; of another measurement its first words."""
+    """Of gains by budget, as a verdict tells them, the least and the greatest; of another
+    measurement its first words.
+    """
     gains = re.findall(r"([+-][\d.]+%|[\d.]+x)[^,]*? at [\d.]+ GiB", measured)
     if not gains:
         return measured.split(";")[0]
-    factors = {one: float(one[:-1]) if one[-1] == "x" else 1 + float(one[:-1]) / 100 for one in gains}
+    factors = {
+        one: float(one[:-1]) if one[-1] == "x" else 1 + float(one[:-1]) / 100 for one in gains
+    }
     ends = (min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__))
     return " to ".join(dict.fromkeys(ends))
 
@@ -147,9 +162,13 @@ def test_verdicts_are_those_of_the_records(machines: dict[str, list[Record]]) ->
             for one in verdicts
             if (one.claim, one.model, one.device) == (row["claim"].split()[0], model, device)
         }
-        assert (row["measured on the EPYC-512"], row["verdict"]) == told["epyc-512"], f"of {row['claim']}"
+        assert (row["measured on the EPYC-512"], row["verdict"]) == told["epyc-512"], (
+            f"of {row['claim']}"
+        )
         for machine in ("EPYC", "Xeon-512"):
-            assert row[f"on the {machine}"] == ": ".join(told[machine.lower()]), f"of {row['claim']}"
+            assert row[f"on the {machine}"] == ": ".join(told[machine.lower()]), (
+                f"of {row['claim']}"
+            )
 
 
 def test_the_headline_is_a_row_of_the_results() -> None:
@@ -166,7 +185,9 @@ def test_the_headline_is_a_row_of_the_results() -> None:
 
 
 def test_the_engines_own_runs_stay_in_their_budget(machines: dict[str, list[Record]]) -> None:
-    ours = [one for found in machines.values() for one in found if one.cell.system.kind == "flexinfer"]
+    ours = [
+        one for found in machines.values() for one in found if one.cell.system.kind == "flexinfer"
+    ]
     assert ours
     for one in ours:
         assert one.status == "ok"
@@ -177,7 +198,9 @@ def test_the_engines_own_runs_stay_in_their_budget(machines: dict[str, list[Reco
 
 def test_every_figure_of_every_machine_is_there(machines: dict[str, list[Record]]) -> None:
     short = figures.short_names(RESULTS)
-    assert set(machines) <= set(short), "results/machines.json names every machine there are records of"
+    assert set(machines) <= set(short), (
+        "results/machines.json names every machine there are records of"
+    )
 
     def file_name(name: str, machine: str) -> str:
         return figures.file_name(name, short[machine])

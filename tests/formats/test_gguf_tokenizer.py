@@ -1,4 +1,6 @@
-"""The tokenizer that is made of a GGUF file: as transformers reads it, but for digits, which llama.cpp cuts apart for some vocabularies."""
+"""The tokenizer that is made of a GGUF file: as transformers reads it, but for digits, which
+llama.cpp cuts apart for some vocabularies.
+"""
 
 import warnings
 from pathlib import Path
@@ -40,7 +42,9 @@ def sentencepiece(writer: gguf.GGUFWriter) -> None:
 
 
 def made(path: Path, change: Any) -> Path:
-    return write_model(path, "llama", ("F32",), change=change, vocab_size=400, num_hidden_layers=1).file
+    return write_model(
+        path, "llama", ("F32",), change=change, vocab_size=400, num_hidden_layers=1
+    ).file
 
 
 @pytest.mark.parametrize("change", [byte_level, sentencepiece])
@@ -57,16 +61,17 @@ def test_it_is_what_transformers_makes_of_the_file(tmp_path: Path, change: Any) 
         assert ours.decode(ours(TEXTS[0])["input_ids"]) == TEXTS[0]
         assert ours.apply_chat_template([{"content": "ab"}], tokenize=False) == "<s>ab</s>"
     else:
-        assert (
-            ours("ab")["input_ids"][0] == 1
-        )  # a sentencepiece vocabulary begins a text, unless it says otherwise
+        # A sentencepiece vocabulary begins a text, unless it says otherwise.
+        assert ours("ab")["input_ids"][0] == 1
 
 
 def test_digits_are_cut_apart_where_the_vocabulary_was_made_so(tmp_path: Path) -> None:
     joined, apart = tmp_path / "joined", tmp_path / "apart"
     joined.mkdir(), apart.mkdir()
     tokens = {
-        directory: load_tokenizer(open_checkpoint(made(directory, change)).config_dir).tokenize("12")
+        directory: load_tokenizer(open_checkpoint(made(directory, change)).config_dir).tokenize(
+            "12"
+        )
         for directory, change in (
             (joined, byte_level),
             (apart, lambda writer: byte_level(writer, "smollm")),
@@ -75,7 +80,9 @@ def test_digits_are_cut_apart_where_the_vocabulary_was_made_so(tmp_path: Path) -
     assert tokens == {joined: ["12"], apart: ["1", "2"]}
 
 
-def test_words_of_the_vocabulary_stay_whole_where_the_vocabulary_was_made_so(tmp_path: Path) -> None:
+def test_words_of_the_vocabulary_stay_whole_where_the_vocabulary_was_made_so(
+    tmp_path: Path,
+) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
         byte_level(writer, "llama-bpe")
         writer.kv_data[0].pop("tokenizer.ggml.merges")
@@ -136,7 +143,9 @@ def test_where_memory_is_too_little_for_it_this_is_said_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flexinfer.formats.child, "available_bytes", lambda: 0)
-    with pytest.raises(CheckpointError, match=r"to make its tokenizer takes \d+ MiB of memory, once"):
+    with pytest.raises(
+        CheckpointError, match=r"to make its tokenizer takes \d+ MiB of memory, once"
+    ):
         open_checkpoint(made(tmp_path, byte_level))
 
 
@@ -151,4 +160,7 @@ def test_without_a_cache_that_can_be_written_to_it_is_made_for_this_process(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_checkpoint(file).config_dir == directory
-        assert load_tokenizer(directory)("ab")["input_ids"] == load_tokenizer(directory)("ab")["input_ids"]
+        assert (
+            load_tokenizer(directory)("ab")["input_ids"]
+            == load_tokenizer(directory)("ab")["input_ids"]
+        )

@@ -1,4 +1,6 @@
-"""Checkpoints made to harm: one error that names the file, before anything is allocated, run or fetched by what they say."""
+"""Checkpoints made to harm: one error that names the file, before anything is allocated, run or
+fetched by what they say.
+"""
 
 import builtins
 import json
@@ -93,7 +95,9 @@ def test_index_that_names_what_no_file_is_called(copy_of: CopyOf, shard: str) ->
 
 def test_index_with_a_name_without_end(copy_of: CopyOf) -> None:
     path = copy_of(sharded=True)
-    change_index(path, lambda weight_map: weight_map.update({"é" * 10_000: min(weight_map.values())}))
+    change_index(
+        path, lambda weight_map: weight_map.update({"é" * 10_000: min(weight_map.values())})
+    )
     assert "is not in it" in refusal(path, lambda: open_checkpoint(path))
 
 
@@ -122,7 +126,9 @@ def test_json_too_large_to_be_one(copy_of: CopyOf, name: str) -> None:
         {"vision_config": {"depth": 10**9}},
     ],
 )
-def test_config_with_more_parts_than_the_checkpoint_has(copy_of: CopyOf, change: dict[str, Any]) -> None:
+def test_config_with_more_parts_than_the_checkpoint_has(
+    copy_of: CopyOf, change: dict[str, Any]
+) -> None:
     """transformers would make lists and layers of this length: it must not see them."""
     path = copy_of()
     change_config(path, **change)
@@ -138,7 +144,9 @@ def test_config_with_defaults_that_are_larger_than_the_checkpoint(copy_of: CopyO
 
 
 def test_config_with_tables_that_no_tensor_vouches_for(tmp_path: Path) -> None:
-    config = GPTJConfig(n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=64, vocab_size=160)
+    config = GPTJConfig(
+        n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=64, vocab_size=160
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     build(tmp_path)
     change_config(tmp_path, n_positions=10**9)
@@ -178,7 +186,9 @@ def test_config_that_transformers_chokes_on(copy_of: CopyOf, change: dict[str, A
     refusal(path, lambda: build(path))
 
 
-@pytest.mark.parametrize("text", [b"\xff", b"[" * 100_000, b'{"a": ' + LONG_NUMBER.encode() + b"}", b""])
+@pytest.mark.parametrize(
+    "text", [b"\xff", b"[" * 100_000, b'{"a": ' + LONG_NUMBER.encode() + b"}", b""]
+)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_config_that_is_no_json(copy_of: CopyOf, name: str, text: bytes) -> None:
     path = copy_of()
@@ -189,14 +199,18 @@ def test_config_that_is_no_json(copy_of: CopyOf, name: str, text: bytes) -> None
 @pytest.mark.parametrize(
     "change", [{"cache_implementation": [[]]}, {"watermarking_config": 3}, {"max_new_tokens": -5}]
 )
-def test_generation_config_that_transformers_chokes_on(copy_of: CopyOf, change: dict[str, Any]) -> None:
+def test_generation_config_that_transformers_chokes_on(
+    copy_of: CopyOf, change: dict[str, Any]
+) -> None:
     path = copy_of()
     (path / "generation_config.json").write_text(json.dumps(change))
     refusal(path / "generation_config.json", lambda: build(path))
 
 
 @pytest.mark.parametrize("size", [3, 10**15, 96])
-def test_a_quantised_copy_of_another_shape(checkpoint: MakeCheckpoint, tmp_path: Path, size: int) -> None:
+def test_a_quantised_copy_of_another_shape(
+    checkpoint: MakeCheckpoint, tmp_path: Path, size: int
+) -> None:
     path = tmp_path / "copy"
     quantize(checkpoint(intermediate_size=128), path, "q8_0", progress=False)
     build(path)
@@ -222,13 +236,18 @@ def number(key: str, of: int) -> bytes:
 
 MANY = struct.pack("<IQ", 8, 1 << 30)
 TEN_MILLION = 10_000_000
-STRANGE_GGUFS: dict[str, tuple[bytes, int, str]] = {  # the file, how large it is made with zeros, the message
+# The file, how large it is made with zeros, the message.
+STRANGE_GGUFS: dict[str, tuple[bytes, int, str]] = {
     "escapes in a key": (
         file_of([ARCHITECTURE, value("\x1b[2J", 77, b"")], ONE),
         0,
         "'.x1b[2J' is of type 77",
     ),
-    "a key without end": (file_of([ARCHITECTURE, value("k" * 9999, 77, b"")], ONE), 0, "is of type 77"),
+    "a key without end": (
+        file_of([ARCHITECTURE, value("k" * 9999, 77, b"")], ONE),
+        0,
+        "is of type 77",
+    ),
     "a cut string with escapes in its key": (
         file_of([ARCHITECTURE, value("\x1b[2J", 8, struct.pack("<Q", 1 << 50))], ONE),
         0,
@@ -289,7 +308,11 @@ STRANGE_GGUFS: dict[str, tuple[bytes, int, str]] = {  # the file, how large it i
         1 << 30,
         "at most 65536",
     ),
-    "empty strings without end": (file_of([value("x", 9, MANY)], ONE), 1 << 40, "1073741824 strings"),
+    "empty strings without end": (
+        file_of([value("x", 9, MANY)], ONE),
+        1 << 40,
+        "1073741824 strings",
+    ),
     "a string without end": (
         file_of([value("x", 8, struct.pack("<Q", 1 << 30))], ONE),
         1 << 31,
@@ -361,7 +384,11 @@ def both(*changes: Change) -> Change:
 
 NAN = float("nan")
 STRANGE_MODELS: dict[str, tuple[str, Change, str]] = {
-    "more heads than numbers": ("qwen2", says(attention__head_count=10**6), "0 of 0 numbers of a head"),
+    "more heads than numbers": (
+        "qwen2",
+        says(attention__head_count=10**6),
+        "0 of 0 numbers of a head",
+    ),
     "heads of nothing": ("phi3", says(attention__head_count=10**6), "64 of 0 numbers of a head"),
     "a width in words": ("qwen3", says(attention__key_length="many"), "key_length is 'many'"),
     "a width below 0": ("qwen3", says(attention__key_length=-128), "key_length is -128"),
@@ -383,7 +410,10 @@ STRANGE_MODELS: dict[str, tuple[str, Change, str]] = {
     ),
     "heads and rotations without end": (
         "llama",
-        both(says(attention__key_length=10**9, rope__dimension_count=10**9), has(rope_freqs=[2.0] * 32)),
+        both(
+            says(attention__key_length=10**9, rope__dimension_count=10**9),
+            has(rope_freqs=[2.0] * 32),
+        ),
         "32 numbers for 1000000000 that are rotated",
     ),
     "a base in words": ("qwen2", says(rope__freq_base="many"), "freq_base is 'many'"),
@@ -403,7 +433,11 @@ STRANGE_MODELS: dict[str, tuple[str, Change, str]] = {
         has(rope_factors_long=[2.0] * 32),
         "no tensor rope_factors_short.weight",
     ),
-    "a token in words": ("llama", says(tokenizer__ggml__eos_token_id="many"), "eos_token_id is 'many'"),
+    "a token in words": (
+        "llama",
+        says(tokenizer__ggml__eos_token_id="many"),
+        "eos_token_id is 'many'",
+    ),
     "tokens in a list": (
         "llama",
         says(tokenizer__ggml__eos_token_id=[2] * 5000),
@@ -415,7 +449,11 @@ STRANGE_MODELS: dict[str, tuple[str, Change, str]] = {
         "Padding_idx must be within",
     ),
     "layers without end": ("llama", says(block_count=10**9), "do not belong together"),
-    "an epsilon in words": ("llama", says(attention__layer_norm_rms_epsilon="many"), "rms_epsilon is 'many'"),
+    "an epsilon in words": (
+        "llama",
+        says(attention__layer_norm_rms_epsilon="many"),
+        "rms_epsilon is 'many'",
+    ),
     "a name without end": ("llama", has(**{"t" * 9999: [1.0]}), "no place in LlamaForCausalLM"),
 }
 
@@ -430,7 +468,10 @@ def test_gguf_whose_values_make_no_model(tmp_path: Path, case: str) -> None:
 def test_gguf_with_rows_without_end(tmp_path: Path) -> None:
     """Their order is numbers of their own for each."""
     sizes = [number(f"llama.{key}", 32) for key in ("embedding_length", "feed_forward_length")]
-    counts = [number(f"llama.{key}", 1) for key in ("block_count", "attention.head_count", "context_length")]
+    counts = [
+        number(f"llama.{key}", 1)
+        for key in ("block_count", "attention.head_count", "context_length")
+    ]
     file = tmp_path / "model.gguf"
     file.write_bytes(
         file_of(
@@ -475,9 +516,13 @@ def test_code_of_the_checkpoint_is_not_run(copy_of: CopyOf, alone: None, prefix:
     assert not (path / "ran").exists()
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "experts_implementation"]
+)
 @pytest.mark.parametrize("value", ["owner/name", "flash_attention_2", {"": "owner/name:code"}, 3])
-def test_kernels_from_elsewhere_are_refused(copy_of: CopyOf, alone: None, key: str, value: Any) -> None:
+def test_kernels_from_elsewhere_are_refused(
+    copy_of: CopyOf, alone: None, key: str, value: Any
+) -> None:
     path = copy_of()
     change_config(path, **{key: value})
     assert "outside of transformers" in refusal(path / "config.json", lambda: build(path))
@@ -503,8 +548,15 @@ def test_a_name_in_the_config_is_not_followed(copy_of: CopyOf, alone: None, load
 
 
 def test_the_base_model_of_an_adapter_is_not_loaded(tmp_path: Path, alone: None) -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    mixture = AutoModelForCausalLM.from_config(MixtralConfig(**shape, vocab_size=160, num_key_value_heads=1))
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    mixture = AutoModelForCausalLM.from_config(
+        MixtralConfig(**shape, vocab_size=160, num_key_value_heads=1)
+    )
     mixture.save_pretrained(tmp_path)
     load_whole(resident_skeleton(open_checkpoint(tmp_path), torch.float32))
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name"}')
@@ -513,6 +565,8 @@ def test_the_base_model_of_an_adapter_is_not_loaded(tmp_path: Path, alone: None)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
-def test_what_is_not_the_files_fault_is_not_put_on_it(tmp_path: Path, error: type[BaseException]) -> None:
+def test_what_is_not_the_files_fault_is_not_put_on_it(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     with pytest.raises(error), refusing(tmp_path, "no model"):
         raise error

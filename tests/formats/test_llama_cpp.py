@@ -1,4 +1,7 @@
-"""llama.cpp reads what `quantize` writes, and says the same. Needs `make baselines`; llama.cpp runs in a process of its own, for it brings a ggml too."""
+"""llama.cpp reads what `quantize` writes, and says the same.
+
+Needs `make baselines`; llama.cpp runs in a process of its own, for it brings a ggml too.
+"""
 
 import importlib.util
 import json
@@ -19,10 +22,12 @@ from tests.stress.soak_cases import Case
 from tests.stress.soak_models import make_tokenizer
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="llama.cpp is not installed: make baselines"
+    importlib.util.find_spec("llama_cpp") is None,
+    reason="llama.cpp is not installed: make baselines",
 )
 VOCAB = 2048
-# llama.cpp rounds the dimensions between which YaRN scales to whole ones, gpt-oss does not: that is much in a model of this size.
+# llama.cpp rounds the dimensions between which YaRN scales to whole ones, gpt-oss does not: that is
+# much in a model of this size.
 CHANGES = {"gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}}
 TEXT = "It's 1234 o'clock,\n  and the (second) time"
 PROGRAM = """
@@ -62,9 +67,8 @@ def test_llama_cpp_says_the_same(family: str, tmp_path: Path, load: Load) -> Non
     theirs: dict[str, Any] = json.loads(done.stdout)
     ours = load(tmp_path / "copy", logits_to_keep=len(ids))(torch.tensor([ids])).logits[0]
     difference = ours - torch.tensor(theirs["logits"])
-    if (
-        family in gguf_models.MIXTURES
-    ):  # near a tie between two experts, rounding sends a position to the other one
+    # Near a tie between two experts, rounding sends a position to the other one.
+    if family in gguf_models.MIXTURES:
         assert (difference.norm(dim=-1) / ours.norm(dim=-1)).median() < 0.05
     else:
         assert difference.norm() < 0.05 * ours.norm()

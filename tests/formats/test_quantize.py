@@ -1,4 +1,6 @@
-"""A quantised copy says what it did and what its source says, loads when it is complete and not before, and survives being killed."""
+"""A quantised copy says what it did and what its source says, loads when it is complete and not
+before, and survives being killed.
+"""
 
 import errno
 import json
@@ -97,7 +99,9 @@ def test_tensors_lie_in_order_of_use_and_tokenizer_files_are_copied(
     (source / "tokenizer.json").write_text("{}")
     report = make(source, tmp_path / "copy")
     assert report.notes == ["the file alone has no tokenizer ('model')"]
-    matrices = [spec for spec in open_checkpoint(tmp_path / "copy").tensors.values() if len(spec.shape) == 2]
+    matrices = [
+        spec for spec in open_checkpoint(tmp_path / "copy").tensors.values() if len(spec.shape) == 2
+    ]
     names = [spec.name for spec in sorted(matrices, key=lambda spec: spec.offset_bytes)]
     parts = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
     expected = [f"blk.{layer}.{part}.weight" for layer in range(4) for part in parts]
@@ -113,7 +117,9 @@ def test_a_tied_head_is_one_tensor(checkpoint: MakeCheckpoint, tmp_path: Path, l
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_head_has_at_least_six_bits(checkpoint: MakeCheckpoint, tmp_path: Path, tied: bool) -> None:
+def test_the_head_has_at_least_six_bits(
+    checkpoint: MakeCheckpoint, tmp_path: Path, tied: bool
+) -> None:
     source = checkpoint("llama", torch.bfloat16, hidden_size=256, tie_word_embeddings=tied)
     for kind, head in (("q4_0", "Q6_K"), ("q4_k", "Q6_K"), ("q6_k", "Q6_K"), ("q8_0", "Q8_0")):
         make(source, tmp_path / kind, kind)
@@ -133,11 +139,19 @@ def test_weights_that_cannot_be_cut_into_blocks_are_kept_and_named(
     assert logits(load(tmp_path / "copy"), prompt()).isfinite().all()
 
 
-@pytest.mark.parametrize(("family", "stop_at"), [("llama", 0), ("llama", 1), ("llama", 7), ("mixtral", 26)])
+@pytest.mark.parametrize(
+    ("family", "stop_at"), [("llama", 0), ("llama", 1), ("llama", 7), ("mixtral", 26)]
+)
 def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(
-    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, stop_at: int
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    stop_at: int,
 ) -> None:
-    mixture = gguf_models.write_model(tmp_path, family, ["Q8_0"]).stock if family == "mixtral" else None
+    mixture = (
+        gguf_models.write_model(tmp_path, family, ["Q8_0"]).stock if family == "mixtral" else None
+    )
     source = mixture or checkpoint(family, torch.bfloat16)
     whole = make(source, tmp_path / "whole")
     target, partial = tmp_path / "copy", tmp_path / "copy.partial"
@@ -239,7 +253,9 @@ def test_the_source_is_read_a_block_at_a_time(
 
 @pytest.mark.parametrize("family", [*ALL_FAMILIES])
 def test_a_copy_says_what_the_source_says(family: str, tmp_path: Path, load: Load) -> None:
-    """A source whose weights are numbers of blocks already: nothing is lost, and the file alone says the same as with its config.json."""
+    """A source whose weights are numbers of blocks already: nothing is lost, and the file alone
+    says the same as with its config.json.
+    """
     written = gguf_models.write_model(tmp_path, family, ["Q8_0"])
     report = make(written.stock, tmp_path / "copy", "q8_0")
     assert report.architecture == (ALL_FAMILIES[family].architecture or family), report.notes
@@ -252,7 +268,9 @@ def test_a_copy_says_what_the_source_says(family: str, tmp_path: Path, load: Loa
 
 
 def test_every_family_has_a_name_in_llama_cpp_and_a_config_in_transformers() -> None:
-    assert {family.architecture for family in FAMILIES.values()} <= {*gguf.MODEL_ARCH_NAMES.values()}
+    assert {family.architecture for family in FAMILIES.values()} <= {
+        *gguf.MODEL_ARCH_NAMES.values()
+    }
     assert FAMILIES.keys() <= set(transformers.CONFIG_MAPPING.keys())
     for family in FAMILIES.values():
         config = transformers.AutoConfig.for_model(family.model_type)
@@ -313,7 +331,9 @@ def test_what_the_header_cannot_say_makes_it_for_flexinfer_alone(
     source = checkpoint("llama", torch.float32, hidden_act="gelu")
     report = make(source, tmp_path / "copy", "q8_0")
     assert report.architecture is None
-    assert report.notes == ["only flexinfer reads it: hidden_act is 'gelu', and 'silu' by llama.cpp's header"]
+    assert report.notes == [
+        "only flexinfer reads it: hidden_act is 'gelu', and 'silu' by llama.cpp's header"
+    ]
     expected, found = logits(load(source), prompt()), logits(load(tmp_path / "copy"), prompt())
     assert (found - expected).norm() < 0.05 * expected.norm()
 
@@ -330,7 +350,12 @@ def test_what_the_header_cannot_say_makes_it_for_flexinfer_alone(
         }
         | {"original_max_position_embeddings": 8192},
         {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
-        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
     ],
 )
 def test_a_scaled_rotation_is_in_the_header(
@@ -378,7 +403,8 @@ def test_a_full_disk_is_refused_first(
 
     monkeypatch.setattr(flexinfer.convert.quantize.os, "statvfs", lambda _: Full)
     with pytest.raises(
-        QuantizeError, match=r"needs \d+ KiB and 64 MiB to spare, 1 MiB are free: \d+ bytes \(63 MiB\)"
+        QuantizeError,
+        match=r"needs \d+ KiB and 64 MiB to spare, 1 MiB are free: \d+ bytes \(63 MiB\)",
     ):
         make(checkpoint("llama", torch.bfloat16), tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
@@ -387,7 +413,11 @@ def test_a_full_disk_is_refused_first(
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("after_bytes", [10, 30_000, 60_000])
 def test_a_disk_that_becomes_full_is_one_clear_error_and_the_work_goes_on(
-    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, after_bytes: int
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: int,
+    after_bytes: int,
 ) -> None:
     source = checkpoint("llama", torch.bfloat16)
     whole = make(source, tmp_path / "whole")
@@ -404,7 +434,9 @@ def test_a_disk_that_becomes_full_is_one_clear_error_and_the_work_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(flexinfer.convert.quantize.os, "pwrite", write)
-        with pytest.raises(QuantizeError, match="make room there and give the same command again") as refused:
+        with pytest.raises(
+            QuantizeError, match="make room there and give the same command again"
+        ) as refused:
             make(source, target)
     assert os.strerror(error) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -438,7 +470,9 @@ def test_a_disk_that_becomes_full_with_the_last_small_files_costs_no_tensor(
             make(source, target)
     with pytest.raises(CheckpointError):
         open_checkpoint(partial)
-    monkeypatch.setattr(flexinfer.convert.quantize, "_write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(
+        flexinfer.convert.quantize, "_write", lambda *_: pytest.fail("written again")
+    )
     make(source, target)
     assert not [file.name for file in target.iterdir() if "unfinished" in file.name]
 
@@ -451,7 +485,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
     )
     if mounted.returncode:
         pytest.skip(f"no right to mount: {mounted.stderr.strip()}")
@@ -472,7 +508,9 @@ def test_a_disk_that_is_really_full_names_the_bytes_that_let_it_go_on(
         if len(written) == 2:  # another program takes all but a part of what is still needed
             with filler.open("wb") as other:
                 os.posix_fallocate(
-                    other.fileno(), 0, flexinfer.convert.quantize.free_disk_bytes(small_disk) - 20_480
+                    other.fileno(),
+                    0,
+                    flexinfer.convert.quantize.free_disk_bytes(small_disk) - 20_480,
                 )
         written.append(offset_bytes)
         return write(file, entry, offset_bytes, *rest)

@@ -1,4 +1,6 @@
-"""ggml's kernels: right numbers, the same bits however a weight is cut, laid and shared out, and clear errors."""
+"""ggml's kernels: right numbers, the same bits however a weight is cut, laid and shared out, and
+clear errors.
+"""
 
 import importlib.util
 import itertools
@@ -37,7 +39,9 @@ every_type = pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
 
 
 def random_rows(kind: GgmlType, rows: int = ROWS, in_features: int = IN) -> torch.Tensor:
-    """Rows of random weights; where ggml cannot quantise them, or needs long, random blocks with a small scale."""
+    """Rows of random weights; where ggml cannot quantise them, or needs long, random blocks with a
+    small scale.
+    """
     if kind.name not in NEED_CALIBRATION | SLOW_TO_MAKE:
         return quantize_rows(kind, torch.randn(rows, in_features))
     blocks = torch.randint(
@@ -145,7 +149,8 @@ def test_other_dtypes_are_rounded_once_with_the_bias(dtype: torch.dtype) -> None
 def test_activations_may_lie_apart_or_be_none() -> None:
     packed, x = random_rows(TYPES["Q5_0"]), torch.randn(4, 2 * IN)
     assert torch.equal(
-        multiply(TYPES["Q5_0"], x[:, ::2], packed), multiply(TYPES["Q5_0"], x[:, ::2].clone(), packed)
+        multiply(TYPES["Q5_0"], x[:, ::2], packed),
+        multiply(TYPES["Q5_0"], x[:, ::2].clone(), packed),
     )
     assert multiply(TYPES["Q5_0"], x[:0, :IN], packed).shape == (0, ROWS)
 
@@ -203,7 +208,9 @@ def test_graphs_of_the_last_shapes_are_kept_and_no_more() -> None:
     assert torch.equal(kernel.multiply(x, packed, ROWS, None), expected)
 
 
-def test_graphs_that_are_no_longer_kept_are_used_for_other_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_that_are_no_longer_kept_are_used_for_other_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = []
 
     class Counted(ggml._Product):
@@ -230,9 +237,13 @@ def test_graphs_that_are_no_longer_kept_are_used_for_other_shapes(monkeypatch: p
 def test_a_row_for_each_weight_gives_what_each_gives_alone(name: str, count: int) -> None:
     kernel, x = GgmlKernel(1024, TYPES[name], torch.float32), torch.randn(count, 1024)
     weights = [random_rows(kernel.type, 1100, 1024) for _ in range(count)]
-    alone = [kernel.multiply(row[None], packed, 1100, None) for row, packed in zip(x, weights, strict=True)]
+    alone = [
+        kernel.multiply(row[None], packed, 1100, None)
+        for row, packed in zip(x, weights, strict=True)
+    ]
     assert torch.equal(
-        multiply_rows(x, [(kernel, packed.data_ptr()) for packed in weights], 1100), torch.cat(alone)
+        multiply_rows(x, [(kernel, packed.data_ptr()) for packed in weights], 1100),
+        torch.cat(alone),
     )
 
 

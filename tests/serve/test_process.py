@@ -1,4 +1,6 @@
-"""`flexinfer serve` as a process of its own: how it stops, and what it takes with many clients, some of them rude."""
+"""`flexinfer serve` as a process of its own: how it stops, and what it takes with many clients,
+some of them rude.
+"""
 
 import json
 import re
@@ -37,7 +39,9 @@ def process(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
         "0",
         *options,
     ]
-    with subprocess.Popen([*command, "--policy", "none"], stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        [*command, "--policy", "none"], stderr=subprocess.PIPE, text=True
+    ) as running:
         assert running.stderr is not None
         try:
             for line in running.stderr:

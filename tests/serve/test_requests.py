@@ -1,4 +1,6 @@
-"""What a client may ask: everything that is no request is a Refusal with a reason, and nothing else."""
+"""What a client may ask: everything that is no request is a Refusal with a reason, and nothing
+else.
+"""
 
 import asyncio
 import contextlib
@@ -36,7 +38,9 @@ LIMITS = Limits(model="small", context=128, vocab=300)
 SAID: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -52,7 +56,14 @@ def refusal(path: str, raw: bytes) -> Refusal:
 
 
 def test_a_plain_request_is_handed_on_as_it_is() -> None:
-    asked = {"model": "small", "messages": SAID, "stream": True, "temperature": 0.5, "stop": ["x"], "seed": 3}
+    asked = {
+        "model": "small",
+        "messages": SAID,
+        "stream": True,
+        "temperature": 0.5,
+        "stop": ["x"],
+        "seed": 3,
+    }
     assert checked(CHAT, json.dumps(asked).encode(), LIMITS) == asked
 
 
@@ -102,7 +113,10 @@ def test_hints_and_what_happens_anyway_are_dropped() -> None:
         ({"typical_p": 0}, "typical_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": 1.1, "frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format",
+        ),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
@@ -126,23 +140,40 @@ def test_hints_and_what_happens_anyway_are_dropped() -> None:
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"content": "no role"}]}, "role"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                ]
+            },
             "image_url",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text"),
         (
             {
                 "messages": [
-                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
+                    }
                 ]
             },
             "JSON",
         ),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]}, "name"),
         (
             {
                 "messages": [
-                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}
+                    {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}
+                ]
+            },
+            "name",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "["}}],
+                    }
                 ]
             },
             "messages.tool_calls.arguments",
@@ -159,7 +190,9 @@ def test_hints_and_what_happens_anyway_are_dropped() -> None:
         ({"generation_config": {"max_new_tokens": 1}}, "string"),
     ],
 )
-def test_what_cannot_be_done_is_refused_with_its_reason(fields: dict[str, Any], reason: str) -> None:
+def test_what_cannot_be_done_is_refused_with_its_reason(
+    fields: dict[str, Any], reason: str
+) -> None:
     found = refusal(CHAT, body(**fields))
     assert found.status == 400
     assert reason in str(found)
@@ -272,7 +305,10 @@ def test_a_call_without_arguments_has_none() -> None:
 
 
 def test_tools_of_openais_machines_are_left_out() -> None:
-    tools = [{"type": "web_search"}, {"type": "function", "name": "shell", "strict": False, "parameters": {}}]
+    tools = [
+        {"type": "web_search"},
+        {"type": "function", "name": "shell", "strict": False, "parameters": {}},
+    ]
     ignored: set[str] = set()
     raw = json.dumps({"input": "x", "tools": tools}).encode()
     assert checked(RESPONSES, raw, LIMITS, ignored)["tools"] == tools[1:]
@@ -348,7 +384,9 @@ def test_a_stop_string_is_held_back_until_it_is_known(
 def test_it_does_not_matter_how_a_text_is_cut_into_pieces(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
-    ends = [end for end in range(1, len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    ends = [
+        end for end in range(1, len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)
+    ]
     befores = (text[: ends[0]].removesuffix(stop) for stop in stops) if ends else [text]
     expected = min(befores, key=len)
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
@@ -368,8 +406,12 @@ def test_it_does_not_matter_how_a_text_is_cut_into_pieces(
         ("é", "", 2),
     ],
 )
-def test_a_stop_string_may_begin_and_end_within_a_tokens_bytes(stop: str, expected: str, used: int) -> None:
-    """Tokens that are parts of characters, one with the end of a character and the beginning of the next, and a special one."""
+def test_a_stop_string_may_begin_and_end_within_a_tokens_bytes(
+    stop: str, expected: str, used: int
+) -> None:
+    """Tokens that are parts of characters, one with the end of a character and the beginning of the
+    next, and a special one.
+    """
     parts = [b"\xc3", b"\xa9", b"!", b"\xf0", b"\x9f", b"\x98", b"\x80", b"x\xe2\x82", b"\xac"]
     alphabet = bytes_to_unicode()
     names = ["".join(alphabet[byte] for byte in part) for part in parts]
@@ -409,8 +451,12 @@ def test_no_option_of_a_template_reaches_the_tokenizer() -> None:
     ),
     settings=st.dictionaries(st.sampled_from(sorted(OF_GENERATION)), VALUES, max_size=3),
 )
-def test_any_json_is_checked_or_refused(path: str, fields: dict[str, Any], settings: dict[str, Any]) -> None:
-    raw = json.dumps({NEEDED[path]: "x"} | fields | {"generation_config": json.dumps(settings)}).encode()
+def test_any_json_is_checked_or_refused(
+    path: str, fields: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    raw = json.dumps(
+        {NEEDED[path]: "x"} | fields | {"generation_config": json.dumps(settings)}
+    ).encode()
     found: Refusal | None = None
     kept: dict[str, Any] = {}
     try:

@@ -115,7 +115,9 @@ def test_responses(served: Served, talker: Path) -> None:
     assert answer.output_text == expected(talker, 16)
     assert answer.usage is not None
     assert answer.usage.output_tokens == 16
-    events = list(client.responses.create(model="talker", input="hello", max_output_tokens=16, stream=True))
+    events = list(
+        client.responses.create(model="talker", input="hello", max_output_tokens=16, stream=True)
+    )
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert "".join(deltas) == expected(talker, 16)
     assert events[-1].type == "response.completed"
@@ -125,7 +127,9 @@ def said(made: Any, stream: bool) -> tuple[str, str | None, int]:
     """Text, reason of its end and its tokens by the usage, of an answer of /v1/chat/completions."""
     chunks = list(made) if stream else [made]
     last = chunks[-1].choices[0]
-    text = "".join((chunk.choices[0].delta if stream else last.message).content or "" for chunk in chunks)
+    text = "".join(
+        (chunk.choices[0].delta if stream else last.message).content or "" for chunk in chunks
+    )
     return text, last.finish_reason, chunks[-1].usage.completion_tokens
 
 
@@ -145,7 +149,9 @@ def test_a_stop_string_ends_the_text_before_it(
     served: Served, talker: Path, stream: bool, begin: int, end: int, more: list[Any]
 ) -> None:
     whole = expected(talker, 20)
-    stops = [one if isinstance(one, str) else whole[slice(*one)] for one in more] + [whole[begin:end]]
+    stops = [one if isinstance(one, str) else whole[slice(*one)] for one in more] + [
+        whole[begin:end]
+    ]
     ends = min(whole.index(stop) + len(stop) for stop in stops if stop in whole)
     text = min((whole[:ends].removesuffix(stop) for stop in stops), key=len)
     made: Any = served.client().chat.completions.create(
@@ -203,9 +209,14 @@ def test_sampling_is_repeatable_by_its_seed(served: Served, talker: Path) -> Non
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
-def test_settings_of_generate_have_its_meaning_on_every_path(served: Served, talker: Path, path: str) -> None:
+def test_settings_of_generate_have_its_meaning_on_every_path(
+    served: Served, talker: Path, path: str
+) -> None:
     settings = {"repetition_penalty": 3, "logit_bias": {"7": 100, "9": 98.5}}
-    prompt: dict[str, Any] = {"chat/completions": {"messages": SAID}, "responses": {"input": "hello"}}
+    prompt: dict[str, Any] = {
+        "chat/completions": {"messages": SAID},
+        "responses": {"input": "hello"},
+    }
     sent = prompt.get(path, {"prompt": "once"}) | settings | {"max_tokens": 8, "temperature": 0}
     answer = httpx.post(f"{served.url}/{path}", json=sent).json()
     if path == "responses":
@@ -222,8 +233,12 @@ def test_settings_of_generate_have_its_meaning_on_every_path(served: Served, tal
     )
 
 
-def test_more_tokens_than_there_is_room_for_end_the_text_there(served: Served, talker: Path) -> None:
-    answer = served.client().chat.completions.create(model="talker", messages=SAID, max_tokens=10_000)
+def test_more_tokens_than_there_is_room_for_end_the_text_there(
+    served: Served, talker: Path
+) -> None:
+    answer = served.client().chat.completions.create(
+        model="talker", messages=SAID, max_tokens=10_000
+    )
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
     assert answer.usage.total_tokens == 128
@@ -297,9 +312,13 @@ def test_langchain(served: Served, caller: Served, talker: Path) -> None:
         """The weather in a city."""
         return city
 
-    bound = ChatOpenAI(model="caller", base_url=caller.url, temperature=0, **options).bind_tools([weather])
+    bound = ChatOpenAI(model="caller", base_url=caller.url, temperature=0, **options).bind_tools(
+        [weather]
+    )
     answer: Any = bound.invoke("hello")
-    assert [(call["name"], call["args"]) for call in answer.tool_calls] == [("weather", {"city": "Oslo"})]
+    assert [(call["name"], call["args"]) for call in answer.tool_calls] == [
+        ("weather", {"city": "Oslo"})
+    ]
 
 
 def test_transformers_chat(served: Served, talker: Path) -> None:
@@ -321,19 +340,40 @@ LITELLM: dict[str, Any] = {  # what aider sends by it
     "messages": [
         {"role": "system", "content": "be kind", "name": "aider"},
         {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": None},
-        {"role": "assistant", "content": "ho", "tool_calls": None, "function_call": None, "refusal": None},
+        {
+            "role": "assistant",
+            "content": "ho",
+            "tool_calls": None,
+            "function_call": None,
+            "refusal": None,
+        },
         {"role": "user", "content": "hello"},
     ],
     **{"temperature": 0, "top_p": 1, "n": 1, "stream_options": {"include_usage": True}},
-    **{"max_tokens": 16, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "stop": None},
+    **{
+        "max_tokens": 16,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "stop": None,
+    },
     **{"response_format": None, "seed": None, "tools": None, "tool_choice": None, "logprobs": None},
     **{"user": "", "extra_headers": {}, "num_retries": 0, "metadata": None, "service_tier": "auto"},
 }
 OPEN_WEBUI: dict[str, Any] = {
     "messages": [{"role": "developer", "content": "be kind"}, *SAID],
     **{"max_completion_tokens": 16, "temperature": 0.0, "min_p": 0.05, "top_k": 40, "top_p": 0.9},
-    **{"chat_id": "1", "session_id": "2", "features": {"web_search": False}, "model_item": {"id": "x"}},
-    **{"reasoning_effort": "medium", "keep_alive": None, "background_tasks": {"title_generation": False}},
+    **{
+        "chat_id": "1",
+        "session_id": "2",
+        "features": {"web_search": False},
+        "model_item": {"id": "x"},
+    },
+    **{
+        "reasoning_effort": "medium",
+        "keep_alive": None,
+        "background_tasks": {"title_generation": False},
+    },
 }
 CONTINUE: dict[str, Any] = {
     "messages": SAID,
@@ -356,7 +396,9 @@ def test_what_clients_send_in_addition_changes_no_answer(
 ) -> None:
     headers = {"authorization": "Bearer none", "content-type": "application/json; charset=utf-8"}
     answer = httpx.post(
-        f"{served.url}/chat/completions", json=sent | {"model": "talker", "stream": stream}, headers=headers
+        f"{served.url}/chat/completions",
+        json=sent | {"model": "talker", "stream": stream},
+        headers=headers,
     )
     assert answer.status_code == 200, answer.text
     plain = served.client().chat.completions.create(
@@ -383,7 +425,11 @@ def test_codex(caller: Served) -> None:
                 "role": "developer",
                 "content": [{"type": "input_text", "text": "<permissions>"}],
             },
-            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+            {
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": "hello"}],
+            },
             {"type": "reasoning", "summary": [], "content": None, "encrypted_content": "x"},
             {"type": "function_call", "name": "shell", "arguments": "{}", "call_id": "1"},
             {
@@ -394,14 +440,21 @@ def test_codex(caller: Served) -> None:
         ],
         "tools": [shell, {"type": "web_search", "external_web_access": False}],
         **{"tool_choice": "auto", "parallel_tool_calls": False, "store": False, "stream": True},
-        **{"reasoning": {"effort": "medium", "summary": "auto"}, "include": ["reasoning.encrypted_content"]},
+        **{
+            "reasoning": {"effort": "medium", "summary": "auto"},
+            "include": ["reasoning.encrypted_content"],
+        },
         **{"prompt_cache_key": "k"},
         **{"text": {"verbosity": "low"}, "service_tier": "priority"},
     }
     with caller.client() as client:
-        events = list(client.responses.create(**sent, extra_body={"client_metadata": {"x-codex": "1"}}))
+        events = list(
+            client.responses.create(**sent, extra_body={"client_metadata": {"x-codex": "1"}})
+        )
     calls = [item for item in events[-1].response.output if item.type == "function_call"]
-    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("weather", {"city": "Oslo"})]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [
+        ("weather", {"city": "Oslo"})
+    ]
 
 
 def test_instructions_come_before_what_the_system_says(served: Served, talker: Path) -> None:
@@ -454,7 +507,9 @@ def test_a_base_model_has_completions(
                 ask()
         fields = {"client_metadata": {}, "unheard\x1b": 1, "user": "me"}
         for _ in range(2):
-            made = client.completions.create(model="base", prompt=["once"], max_tokens=6, extra_body=fields)
+            made = client.completions.create(
+                model="base", prompt=["once"], max_tokens=6, extra_body=fields
+            )
             assert made.choices[0].text == expected(talker, 6, "once")
     lines = [line for line in capfd.readouterr().err.splitlines() if "ignored" in line]
     assert len(lines) == 1
@@ -472,12 +527,21 @@ def drafting(talker: Path, brake: Brake) -> Iterator[Served]:
         yield server
 
 
-def completed(server: Served, stream: bool, **options: Any) -> tuple[str, str | None, int, list[str]]:
+def completed(
+    server: Served, stream: bool, **options: Any
+) -> tuple[str, str | None, int, list[str]]:
     """Text, reason of its end, its tokens by the usage, and its pieces."""
-    made: Any = server.client().completions.create(model="talker", prompt=ROUND, stream=stream, **options)
+    made: Any = server.client().completions.create(
+        model="talker", prompt=ROUND, stream=stream, **options
+    )
     chunks = list(made) if stream else [made]
     pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices and chunk.choices[0].text]
-    return "".join(pieces), chunks[-1].choices[0].finish_reason, chunks[-1].usage.completion_tokens, pieces
+    return (
+        "".join(pieces),
+        chunks[-1].choices[0].finish_reason,
+        chunks[-1].usage.completion_tokens,
+        pieces,
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -510,7 +574,8 @@ def test_a_stop_string_ends_a_drafted_text_at_the_same_token(
 
 def test_sampling_with_a_draft_is_repeatable_by_its_seed(drafting: Served) -> None:
     first, again, other = (
-        completed(drafting, False, max_tokens=40, temperature=1.5, seed=seed)[0] for seed in (1, 1, 2)
+        completed(drafting, False, max_tokens=40, temperature=1.5, seed=seed)[0]
+        for seed in (1, 1, 2)
     )
     assert first == again != other
 
@@ -559,7 +624,9 @@ def test_metrics_count_what_was_done(served: Served, brake: Brake) -> None:
     assert served.metric("flexinfer_peak_bytes") > 0
 
 
-def test_a_line_of_the_log_for_each_request(talker: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_line_of_the_log_for_each_request(
+    talker: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with serving(talker) as server:
         server.client().completions.create(model="talker", prompt="abc", max_tokens=4)
         httpx.post(f"{server.root}/%1b[31mred", content=b"{}")
@@ -583,7 +650,12 @@ DEEP = '{"messages": ' + "[" * 50_000
 @pytest.mark.parametrize(
     ("path", "body", "status", "reason"),
     [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 200}]}, 400, "128 tokens"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x" * 200}]},
+            400,
+            "128 tokens",
+        ),
         ("/v1/completions", {"prompt": "x" * 128}, 400, "the prompt has 128"),
         ("/v1/responses", {"input": "x" * 200}, 400, "128 tokens"),
         ("/v1/completions", {"prompt": ""}, 400, "empty"),
@@ -614,7 +686,9 @@ def test_what_cannot_be_answered_is_refused(
     served: Served, path: str, body: Any, status: int, reason: str
 ) -> None:
     raw = body if isinstance(body, str) else json.dumps(body)
-    answer = httpx.post(f"{served.root}{path}", content=raw, headers={"content-type": "application/json"})
+    answer = httpx.post(
+        f"{served.root}{path}", content=raw, headers={"content-type": "application/json"}
+    )
     assert answer.status_code == status
     assert reason in answer.json()["error"]["message"]
 
@@ -629,7 +703,9 @@ def test_a_prompt_that_is_too_long_has_openais_code(served: Served) -> None:
 
 def test_other_kinds_of_body_are_refused_as_browsers_send_them_unasked(served: Served) -> None:
     answer = httpx.post(
-        f"{served.url}/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"}
+        f"{served.url}/completions",
+        content=b'{"prompt": "a"}',
+        headers={"content-type": "text/plain"},
     )
     assert answer.status_code == 415
     assert "access-control-allow-origin" not in answer.headers
@@ -644,7 +720,9 @@ def test_a_page_that_calls_this_machine_by_a_name_of_its_own_is_refused(served: 
     assert answer.status_code == 421
     for part in (f"evil.example:{port}", "127.0.0.1, [::1], localhost", "--host 0.0.0.0"):
         assert part in answer.json()["error"]["message"]
-    assert httpx.get(f"{served.url}/models", headers={"host": f"localhost:{port}"}).status_code == 200
+    assert (
+        httpx.get(f"{served.url}/models", headers={"host": f"localhost:{port}"}).status_code == 200
+    )
 
 
 def test_a_key(talker: Path) -> None:
@@ -654,7 +732,9 @@ def test_a_key(talker: Path) -> None:
             assert httpx.get(f"{server.root}{path}").status_code == 401
         with pytest.raises(openai.AuthenticationError):
             server.client(api_key="guess").completions.create(model="talker", prompt="a")
-        made = server.client(api_key="sesame").completions.create(model="talker", prompt="a", max_tokens=2)
+        made = server.client(api_key="sesame").completions.create(
+            model="talker", prompt="a", max_tokens=2
+        )
         assert made.usage is not None
 
 
@@ -695,7 +775,9 @@ def test_a_client_that_goes_away_stops_its_generation_within_a_pass(
     assert text.usage.completion_tokens == 100, "the memory of its keys and values is free again"
 
 
-def test_requests_wait_in_a_line_of_bounded_length(served: Served, brake: Brake, talker: Path) -> None:
+def test_requests_wait_in_a_line_of_bounded_length(
+    served: Served, brake: Brake, talker: Path
+) -> None:
     brake.hold()
     texts: dict[str, str] = {}
 
@@ -717,7 +799,9 @@ def test_requests_wait_in_a_line_of_bounded_length(served: Served, brake: Brake,
     assert texts == {prompt: expected(talker, 6, prompt) for prompt in ("ab", "cd", "ef")}
 
 
-def test_a_client_that_goes_away_while_it_waits_leaves_its_place(served: Served, brake: Brake) -> None:
+def test_a_client_that_goes_away_while_it_waits_leaves_its_place(
+    served: Served, brake: Brake
+) -> None:
     brake.hold()
     before = brake.passes
     with raw_request(served, {"prompt": "a", "max_tokens": 3}) as first:
@@ -731,7 +815,9 @@ def test_a_client_that_goes_away_while_it_waits_leaves_its_place(served: Served,
     assert brake.passes == before + 3
 
 
-def test_slow_and_silent_connections_are_closed(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_and_silent_connections_are_closed(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(flexinfer.serve.server, "HEAD_S", 0.3)
     monkeypatch.setattr(flexinfer.serve.gate, "BODY_S", 0.3)
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
@@ -781,9 +867,9 @@ def test_a_read_that_fails_is_said_and_the_next_request_goes_on(
         broken.set()
         # of an error in a stream openai's client reads that it is there
         with pytest.raises(openai.APIError, match="during streaming" if stream else "ReadError"):
-            list(client.completions.create(**options, stream=True)) if stream else client.completions.create(
-                **options
-            )
+            list(
+                client.completions.create(**options, stream=True)
+            ) if stream else client.completions.create(**options)
         broken.clear()
         assert client.completions.create(**options).usage.completion_tokens == 100
 
@@ -803,7 +889,9 @@ def test_nothing_is_left_of_a_server(talker: Path) -> None:
     wait_for(lambda: held() == before)
 
 
-def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(talker: Path, served: Served) -> None:
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(
+    talker: Path, served: Served
+) -> None:
     port = int(served.root.rpartition(":")[2])
     with pytest.raises(OSError, match=f"port {port}.*--port"), serving(talker, port=port):
         pass
@@ -811,5 +899,8 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(talker: Path, s
 
 @pytest.mark.parametrize(("option", "value"), [("queue", -1), ("grace_s", -1.0), ("api_key", "")])
 def test_options_that_cannot_be(talker: Path, option: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=option.removesuffix("_s")), serving(talker, **{option: value}):
+    with (
+        pytest.raises(ValueError, match=option.removesuffix("_s")),
+        serving(talker, **{option: value}),
+    ):
         pass

@@ -1,4 +1,6 @@
-"""Attention over rounded keys and values gives the bits of wide copies; any other operation gets such copies."""
+"""Attention over rounded keys and values gives the bits of wide copies; any other operation gets
+such copies.
+"""
 
 import pytest
 import torch
@@ -17,13 +19,19 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and not result._is_view():
+        if (
+            isinstance(result, torch.Tensor)
+            and result.dtype == torch.float32
+            and not result._is_view()
+        ):
             self.numbers = max(self.numbers, result.numel())
         return result
 
 
 def pair(batch: int, heads: int, room: int) -> tuple[torch.Tensor, ...]:
-    """Keys and values in float16 within a longer cache, and the same rounded, with `room` numbers to work in."""
+    """Keys and values in float16 within a longer cache, and the same rounded, with `room` numbers
+    to work in.
+    """
     memory = torch.randn(2, batch, heads, TOKENS + 20, HEAD_DIM).half()
     key, value = memory.narrow(3, 0, TOKENS)
     scratch = torch.full((room,), torch.nan)
@@ -46,8 +54,12 @@ def test_heads_a_few_at_a_time_give_the_same_bits(
     if masked == "two dimensions":
         mask = torch.rand(queries, TOKENS) > 0.3
     options = {"enable_gqa": group > 1, "is_causal": masked == "causal", "scale": 0.3}
-    expected = F.scaled_dot_product_attention(query, key.float(), value.float(), attn_mask=mask, **options)
-    ours = F.scaled_dot_product_attention(query, rounded_key, rounded_value, attn_mask=mask, **options)
+    expected = F.scaled_dot_product_attention(
+        query, key.float(), value.float(), attn_mask=mask, **options
+    )
+    ours = F.scaled_dot_product_attention(
+        query, rounded_key, rounded_value, attn_mask=mask, **options
+    )
     assert torch.equal(ours, expected)
     assert type(ours) is torch.Tensor
 
@@ -70,8 +82,12 @@ def test_other_operations_take_wide_copies() -> None:
     key, value, rounded_key, rounded_value = pair(1, 2, 1 << 20)
     query = torch.randn(1, 2, 5, HEAD_DIM)
     assert torch.equal(query @ rounded_key.transpose(2, 3), query @ key.float().transpose(2, 3))
-    assert torch.equal(torch.cat([rounded_key, rounded_value], dim=1), torch.cat([key, value], dim=1).float())
-    expanded = rounded_key[:, :, None].expand(1, 2, 3, TOKENS, HEAD_DIM).reshape(1, 6, TOKENS, HEAD_DIM)
+    assert torch.equal(
+        torch.cat([rounded_key, rounded_value], dim=1), torch.cat([key, value], dim=1).float()
+    )
+    expanded = (
+        rounded_key[:, :, None].expand(1, 2, 3, TOKENS, HEAD_DIM).reshape(1, 6, TOKENS, HEAD_DIM)
+    )
     assert torch.equal(expanded, key.float().repeat_interleave(3, dim=1))
 
 

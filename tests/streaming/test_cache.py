@@ -1,4 +1,6 @@
-"""The reserved KV layer is transformers' DynamicLayer in other memory: the same values after any sequence of operations."""
+"""The reserved KV layer is transformers' DynamicLayer in other memory: the same values after any
+sequence of operations.
+"""
 
 from typing import Any
 
@@ -44,7 +46,9 @@ OPERATIONS = st.lists(
 
 
 @given(OPERATIONS, st.integers(1, 3))
-def test_any_operations_give_what_a_stock_layer_gives(operations: list[tuple[str, int]], batch: int) -> None:
+def test_any_operations_give_what_a_stock_layer_gives(
+    operations: list[tuple[str, int]], batch: int
+) -> None:
     _, cache = reserved()
     ours: Any = cache.layers[0]
     theirs: Any = DynamicLayer()
@@ -63,7 +67,9 @@ def test_any_operations_give_what_a_stock_layer_gives(operations: list[tuple[str
             for layer in (ours, theirs):
                 layer.crop(argument)
         elif name == "reorder" and length:
-            index = torch.randint(0, batch, (batch,), generator=torch.Generator().manual_seed(argument))
+            index = torch.randint(
+                0, batch, (batch,), generator=torch.Generator().manual_seed(argument)
+            )
             for layer in (ours, theirs):
                 layer.reorder_cache(index)
         elif name == "repeat" and length and 2 * batch * length <= CONTEXT and batch < 5:

@@ -1,4 +1,6 @@
-"""The cache of experts delivers the right bytes whatever is wanted, in any number of slots, and survives errors and resizing."""
+"""The cache of experts delivers the right bytes whatever is wanted, in any number of slots, and
+survives errors and resizing.
+"""
 
 import faulthandler
 import threading
@@ -20,7 +22,9 @@ from flexinfer.streaming.reader import FileReader, ReadError, padded_bytes
 
 PIECES, EXPERTS = 3, 12
 wants = st.lists(
-    st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=5, unique=True), min_size=1, max_size=25
+    st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=5, unique=True),
+    min_size=1,
+    max_size=25,
 )
 
 
@@ -40,7 +44,9 @@ def experts_of_file() -> list[list[Piece]]:
         for i in range(PIECES):
             size = 700 + 913 * ((expert + i) % 4)
             pieces.append(
-                Piece(f"e{expert}.{i}", 0, 0, 1, FILE, offset, size, padded_bytes(offset, size), size)
+                Piece(
+                    f"e{expert}.{i}", 0, 0, 1, FILE, offset, size, padded_bytes(offset, size), size
+                )
             )
             offset += size
         experts.append(pieces)
@@ -50,7 +56,9 @@ def experts_of_file() -> list[list[Piece]]:
 class Reading:
     """A cache whose readers read `reader`."""
 
-    def __init__(self, reader: FileReader, slots: int, io_threads: int = 2, policy: str = "recency") -> None:
+    def __init__(
+        self, reader: FileReader, slots: int, io_threads: int = 2, policy: str = "recency"
+    ) -> None:
         self.experts, self.trace, self.reader = experts_of_file(), Trace(), reader
         slot_bytes = max(piece.memory_bytes for pieces in self.experts for piece in pieces)
         self.cache = ExpertCache(self.experts, slot_bytes, policy, self.trace, token_experts=8)
@@ -99,7 +107,12 @@ def reading(
     first=st.booleans(),
 )
 def test_whatever_is_wanted_is_delivered(
-    wants: list[list[int]], guesses: list[list[int]], slots: int, io_threads: int, policy: str, first: bool
+    wants: list[list[int]],
+    guesses: list[list[int]],
+    slots: int,
+    io_threads: int,
+    policy: str,
+    first: bool,
 ) -> None:
     with reading(slots, io_threads, policy) as one:
         for wanted, guessed in zip(wants, guesses, strict=False):
@@ -201,7 +214,10 @@ def test_what_was_foretold_is_read_before_it_is_wanted() -> None:
 
 
 def test_looking_ahead_stops_while_it_does_not_pay() -> None:
-    """Foretold experts are gone before they are wanted: few more are read. When the guesses come true it goes on."""
+    """Foretold experts are gone before they are wanted: few more are read.
+
+    When the guesses come true it goes on.
+    """
     reader = MemoryReader()
     with reading(3 * PIECES, reader=reader) as one:
 
@@ -209,9 +225,8 @@ def test_looking_ahead_stops_while_it_does_not_pay() -> None:
             ahead = one.cache.uses_hints()
             if ahead:
                 one.cache.hint(guessed)
-                while one.cache.slots and any(
-                    not one.cache.holds(expert) for expert in guessed
-                ):  # until it has been read
+                # Until it has been read.
+                while one.cache.slots and any(not one.cache.holds(expert) for expert in guessed):
                     threading.Event().wait(0.001)
             one.cache.score_hints(wanted)
             one.use(wanted)
@@ -221,7 +236,11 @@ def test_looking_ahead_stops_while_it_does_not_pay() -> None:
         wasted_bytes = one.trace.wasted_bytes
         assert sum(looked[:100]) > 10
         assert sum(looked[300:]) <= 300 // TRY_AGAIN + 1
-        assert 0 < wasted_bytes <= sum(looked) * max(sum(p.memory_bytes for p in e) for e in one.experts)
+        assert (
+            0
+            < wasted_bytes
+            <= sum(looked) * max(sum(p.memory_bytes for p in e) for e in one.experts)
+        )
         wants = [[4 + step % 8] for step in range(3000)]
         looked = [layer(step, wants[step], wants[step]) for step in range(3000)]
         assert all(looked[-100:]), "it pays again"

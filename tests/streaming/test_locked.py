@@ -1,4 +1,6 @@
-"""Memory that keeps weights is filled by the first pass: every byte once, in the order of use, while the pass computes; and errors of it."""
+"""Memory that keeps weights is filled by the first pass: every byte once, in the order of use,
+while the pass computes; and errors of it.
+"""
 
 import errno
 import threading
@@ -16,8 +18,12 @@ from flexinfer.streaming.reader import ReadError
 Read = tuple[Path, int, int]
 
 
-def watched(model: PreTrainedModel, before: Callable[[int], None] = lambda offset: None) -> list[Read]:
-    """The reads of weights from now on, in the order in which they begin; `before` each, with its offset."""
+def watched(
+    model: PreTrainedModel, before: Callable[[int], None] = lambda offset: None
+) -> list[Read]:
+    """The reads of weights from now on, in the order in which they begin; `before` each, with its
+    offset.
+    """
     reader, reads, lock = model.flexinfer.store.reader, list[Read](), threading.Lock()
     read_now = reader.read_now
 
@@ -66,7 +72,9 @@ def test_the_first_pass_reads_every_weight_once(
         logits(model, prompt(), steps=0), logits(stock(checkpoint("llama")), prompt(), steps=0)
     )
     rows = of_weights(model, reads)
-    assert set(rows) == {(w.name, p.row_start) for w in engine.runner.planner.weights for p in w.pieces}
+    assert set(rows) == {
+        (w.name, p.row_start) for w in engine.runner.planner.weights for p in w.pieces
+    }
     locked = {
         (w.name, p.row_start)
         for w in engine.runner.planner.weights
@@ -87,7 +95,9 @@ def test_the_first_pass_reads_every_weight_once(
     model.flexinfer.close()
 
 
-def test_the_second_pass_reads_what_is_streamed_alone(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_the_second_pass_reads_what_is_streamed_alone(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     model = half(checkpoint, load, io_threads=0)
     logits(model, prompt(), steps=0)
     reads, plan = watched(model), model.flexinfer.plan
@@ -97,14 +107,19 @@ def test_the_second_pass_reads_what_is_streamed_alone(checkpoint: MakeCheckpoint
 
 
 @pytest.mark.parametrize("share", [0.5, 2.0])
-def test_it_computes_before_all_has_been_read(checkpoint: MakeCheckpoint, load: Load, share: float) -> None:
+def test_it_computes_before_all_has_been_read(
+    checkpoint: MakeCheckpoint, load: Load, share: float
+) -> None:
     """The last weight is not to be had until the first layer has run."""
     model = load(checkpoint("llama"))
     resize_to_share(model, share)
     ran = threading.Event()
     model.model.layers[0].register_forward_hook(lambda *_: ran.set())
     last = {piece.offset_bytes for piece in model.flexinfer.runner.planner.weights[-1].pieces}
-    watched(model, lambda offset: None if offset not in last or ran.wait(60) else pytest.fail("too late"))
+    watched(
+        model,
+        lambda offset: None if offset not in last or ran.wait(60) else pytest.fail("too late"),
+    )
     assert torch.equal(logits(model, prompt()), logits(stock(checkpoint("llama")), prompt()))
 
 
@@ -115,7 +130,8 @@ def test_an_error_of_the_first_pass_is_raised_and_the_next_goes_on(
     model = half(checkpoint, load, io_threads=io_threads)
     broken, engine = threading.Event(), model.flexinfer
     middle = {
-        p.offset_bytes for p in engine.runner.planner.weights[len(engine.runner.planner.weights) // 2].pieces
+        p.offset_bytes
+        for p in engine.runner.planner.weights[len(engine.runner.planner.weights) // 2].pieces
     }
 
     def fail(offset: int) -> None:
@@ -146,7 +162,8 @@ def test_a_read_of_the_first_pass_that_never_returns_is_given_up(
     weight = model.flexinfer.runner.planner.weights[5]
     stuck = weight.pieces[0].offset_bytes
     watched(
-        model, lambda offset: come_back.wait() and None if offset == stuck and next(once, False) else None
+        model,
+        lambda offset: come_back.wait() and None if offset == stuck and next(once, False) else None,
     )
     expected = logits(stock(checkpoint("llama")), prompt())
     with pytest.raises(ReadError, match=r"took more than read_timeout_s=2"):
@@ -156,7 +173,9 @@ def test_a_read_of_the_first_pass_that_never_returns_is_given_up(
     assert torch.equal(logits(model, prompt()), expected)
 
 
-def test_ctrl_c_in_the_first_pass_leaves_a_model_that_goes_on(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_ctrl_c_in_the_first_pass_leaves_a_model_that_goes_on(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     wishes = ["stop"]
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -192,7 +211,9 @@ def test_another_budget_in_the_middle_of_the_first_pass(
     assert torch.equal(logits(model, prompt()), expected)
 
 
-def test_closing_before_all_is_read_ends_the_readers(checkpoint: MakeCheckpoint, load: Load) -> None:
+def test_closing_before_all_is_read_ends_the_readers(
+    checkpoint: MakeCheckpoint, load: Load
+) -> None:
     before = threading.active_count()
     model = half(checkpoint, load)
     model.model.layers[1].register_forward_hook(lambda *_: model.flexinfer.close())

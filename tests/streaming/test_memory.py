@@ -1,4 +1,6 @@
-"""Buffers of weights: page-aligned, seen at any offset without a copy, locked where the system lets us."""
+"""Buffers of weights: page-aligned, seen at any offset without a copy, locked where the system lets
+us.
+"""
 
 import ctypes
 import gc
@@ -44,7 +46,9 @@ def test_buffers_are_whole_pages(nbytes: int) -> None:
     assert len(buffer.memory(0, buffer.nbytes)) == len(buffer.bytes) == buffer.nbytes
 
 
-@pytest.mark.parametrize("nbytes", [HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 5 * HUGE_PAGE_BYTES + 12_345])
+@pytest.mark.parametrize(
+    "nbytes", [HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 5 * HUGE_PAGE_BYTES + 12_345]
+)
 def test_large_buffers_begin_with_a_huge_page_and_take_no_more_than_asked(nbytes: int) -> None:
     before = psutil.Process().memory_info().rss
     buffer = Buffer(nbytes, lock=False)
@@ -54,7 +58,10 @@ def test_large_buffers_begin_with_a_huge_page_and_take_no_more_than_asked(nbytes
     assert psutil.Process().memory_info().rss - before <= buffer.nbytes + 256 * PAGE_BYTES
 
 
-@given(st.integers(0, 4000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.uint8]))
+@given(
+    st.integers(0, 4000),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.uint8]),
+)
 def test_tensors_at_any_offset_share_the_bytes(start: int, dtype: torch.dtype) -> None:
     buffer = Buffer(PAGE_BYTES, lock=False)
     tensor = buffer.tensor(start, dtype, (2, 3))
@@ -89,7 +96,9 @@ def test_memory_lives_as_long_as_a_tensor_of_it_and_no_longer() -> None:
     assert locked_bytes() == before
 
 
-def test_where_locking_is_refused_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_locking_is_refused_it_says_so_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Refusing:
         def mlock(self, address: object, nbytes: object) -> int:
             return -1
@@ -127,7 +136,9 @@ def test_library_pages_that_are_let_go_of_come_back_when_they_are_needed() -> No
 
 
 def test_library_pages_are_those_touched_since_the_others_were_let_go_of(tmp_path: Path) -> None:
-    """Beside another process too that uses the same library: the system does not page out what both use."""
+    """Beside another process too that uses the same library: the system does not page out what both
+    use.
+    """
     (tmp_path / "library").write_bytes(bytes(range(256)) * (32 << 10))  # 8 MiB
     with (tmp_path / "library").open("rb") as file:
         library = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
@@ -136,7 +147,9 @@ def test_library_pages_are_those_touched_since_the_others_were_let_go_of(tmp_pat
     start = int(pages.ctypes.data)
 
     def touched_bytes() -> int:
-        return sum(b - a for a, b in library_pages().ranges if start <= a < b <= start + len(library))
+        return sum(
+            b - a for a, b in library_pages().ranges if start <= a < b <= start + len(library)
+        )
 
     pages.sum()
     child = os.fork()
@@ -149,7 +162,8 @@ def test_library_pages_are_those_touched_since_the_others_were_let_go_of(tmp_pat
         page_out_libraries()
         assert touched_bytes() == 0
         assert pages[1024] == 0
-        assert 0 < touched_bytes() <= len(library) // 2  # the system maps what lies around a page too
+        # The system maps what lies around a page too.
+        assert 0 < touched_bytes() <= len(library) // 2
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -1,4 +1,6 @@
-"""The window delivers the right bytes in the order of use, stays within its slots, and survives errors, jumps and closing."""
+"""The window delivers the right bytes in the order of use, stays within its slots, and survives
+errors, jumps and closing.
+"""
 
 import ctypes
 import errno
@@ -37,7 +39,10 @@ def _no_deadlock() -> Iterator[None]:
 
 
 class MemoryReader(FileReader):
-    """Reads CONTENT as a FileReader reads a file; fails, or waits, when told to. Counts what is in flight."""
+    """Reads CONTENT as a FileReader reads a file; fails, or waits, when told to.
+
+    Counts what is in flight.
+    """
 
     def __init__(self) -> None:
         self.direct = True
@@ -54,7 +59,9 @@ class MemoryReader(FileReader):
             self.asked.append(offset_bytes)
         self.gate.wait()
         if offset_bytes in self.fail_at:
-            raise ReadError(errno.EIO, f"{file}: reading {nbytes} bytes at {offset_bytes}: injected")
+            raise ReadError(
+                errno.EIO, f"{file}: reading {nbytes} bytes at {offset_bytes}: injected"
+            )
         skip = offset_bytes % PAGE_BYTES
         part = CONTENT[offset_bytes - skip : offset_bytes + nbytes]
         into[: len(part)] = part
@@ -66,7 +73,9 @@ def schedule_of(sizes: list[int], pieces_per_layer: int = 2) -> list[Piece]:
     pieces, offset = [], 3
     for i, size in enumerate(sizes):
         layer = i // pieces_per_layer
-        pieces.append(Piece(f"w{i}", layer, 0, 1, FILE, offset, size, padded_bytes(offset, size), size))
+        pieces.append(
+            Piece(f"w{i}", layer, 0, 1, FILE, offset, size, padded_bytes(offset, size), size)
+        )
         offset += size
     return pieces
 
@@ -85,7 +94,12 @@ def prefetcher_of(
     queue = ReadQueue(reader, trace or Trace(), io_threads=io_threads)
     slot_bytes = max(piece.memory_bytes for piece in schedule)
     prefetcher = Prefetcher(
-        schedule, queue, slots=slots, slot_bytes=slot_bytes, window_layers=window_layers, ahead=ahead
+        schedule,
+        queue,
+        slots=slots,
+        slot_bytes=slot_bytes,
+        window_layers=window_layers,
+        ahead=ahead,
     )
     queue.serve(prefetcher.take)
     yield prefetcher
@@ -96,7 +110,10 @@ def use(prefetcher: Prefetcher, schedule: list[Piece], place: int) -> None:
     """Wait for the piece at `place`, check its bytes, free its slot."""
     piece = schedule[place]
     with prefetcher.next(place) as (buffer, position):
-        assert bytes(buffer.memory(position, piece.nbytes)) == CONTENT[piece.offset_bytes :][: piece.nbytes]
+        assert (
+            bytes(buffer.memory(position, piece.nbytes))
+            == CONTENT[piece.offset_bytes :][: piece.nbytes]
+        )
 
 
 @settings(max_examples=60)
@@ -133,8 +150,14 @@ def test_any_schedule_is_delivered_in_order_through_passes_cut_short(
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(0, 7), min_size=1, max_size=30), st.integers(1, 3), st.sampled_from([None, 1, 2]))
-def test_any_order_of_use_is_served(places: list[int], io_threads: int, window_layers: int | None) -> None:
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=30),
+    st.integers(1, 3),
+    st.sampled_from([None, 1, 2]),
+)
+def test_any_order_of_use_is_served(
+    places: list[int], io_threads: int, window_layers: int | None
+) -> None:
     schedule = schedule_of([500, 4096, 1, 9000, 70, 70, 4097, 8192])
     with prefetcher_of(
         schedule, MemoryReader(), io_threads=io_threads, window_layers=window_layers
@@ -153,7 +176,8 @@ def test_a_failed_read_is_raised_in_the_caller_and_the_next_call_works(
         for _ in range(2):
             reader.fail_at = {schedule[place].offset_bytes for place in failing}
             with pytest.raises(ReadError, match=r"weights: reading .* injected"):
-                use_all(prefetcher, schedule, passes=2)  # the first may have been read before the fault
+                # The first may have been read before the fault.
+                use_all(prefetcher, schedule, passes=2)
             reader.fail_at = set()
             for place in 2 * list(range(len(schedule))):
                 use_after_stale_error(prefetcher, schedule, place)
@@ -165,7 +189,9 @@ def use_all(prefetcher: Prefetcher, schedule: list[Piece], passes: int) -> None:
 
 
 def use_after_stale_error(prefetcher: Prefetcher, schedule: list[Piece], place: int) -> None:
-    """A reader that was ahead may have met the fault as well: its error is told once, then the piece comes."""
+    """A reader that was ahead may have met the fault as well: its error is told once, then the
+    piece comes.
+    """
     try:
         use(prefetcher, schedule, place)
     except ReadError:
@@ -286,7 +312,9 @@ def test_closing_wakes_a_caller_that_waits() -> None:
     reader.gate.set()  # a read that is under way is let finish
     closing.join()
     queue.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("flexinfer-io")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("flexinfer-io")
+    ]
 
 
 def test_what_was_read_ahead_of_a_skipped_piece_is_not_read_again() -> None:
@@ -378,7 +406,9 @@ def test_a_file_cut_short_is_a_read_error_that_names_it(file: Path, direct: bool
     into = flexinfer.streaming.prefetch.Buffer(20_000, lock=False).memory(0, 20_480)
     for size in (100_000 + 9_000, 100_000 + 8_192 - 100_000 % 4096, 100_000, 0):
         os.truncate(file, size)
-        with pytest.raises(ReadError, match=r"weights: ends before byte 110000: truncated while in use\?"):
+        with pytest.raises(
+            ReadError, match=r"weights: ends before byte 110000: truncated while in use\?"
+        ):
             reader.read(file, 100_000, 10_000, into)
     reader.close()
 
@@ -386,8 +416,12 @@ def test_a_file_cut_short_is_a_read_error_that_names_it(file: Path, direct: bool
 def test_what_the_system_says_is_in_the_error(file: Path) -> None:
     reader = FileReader([file], direct=False)
     os.close(reader._fds[file])
-    with pytest.raises(ReadError, match="weights: reading 10 bytes at 5: Bad file descriptor") as error:
-        reader.read(file, 5, 10, flexinfer.streaming.prefetch.Buffer(10, lock=False).memory(0, 4096))
+    with pytest.raises(
+        ReadError, match="weights: reading 10 bytes at 5: Bad file descriptor"
+    ) as error:
+        reader.read(
+            file, 5, 10, flexinfer.streaming.prefetch.Buffer(10, lock=False).memory(0, 4096)
+        )
     assert error.value.errno == errno.EBADF
     reader._fds.clear()
 
@@ -434,7 +468,9 @@ def test_where_direct_reads_disagree_they_are_not_trusted(
 
 
 def test_on_tmpfs_it_works(tmp_path: Path) -> None:
-    """Some kernels refuse direct reads there, newer ones allow them: the bytes are right either way."""
+    """Some kernels refuse direct reads there, newer ones allow them: the bytes are right either
+    way.
+    """
     if not os.access("/dev/shm", os.W_OK):
         pytest.skip("no tmpfs at /dev/shm")
     file = Path("/dev/shm") / f"flexinfer-test-{os.getpid()}"
@@ -464,7 +500,10 @@ def test_buffered_reads_leave_no_pages_in_the_cache(file: Path) -> None:
     into = buffer.memory(0, buffer.nbytes)
 
     def is_cached() -> bool:
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapping:
+        with (
+            file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapping,
+        ):
             start = ctypes.c_char.from_buffer(mapping)
             pages = (ctypes.c_ubyte * -(-len(CONTENT) // mmap.PAGESIZE))()
             failed = ctypes.CDLL(None).mincore(

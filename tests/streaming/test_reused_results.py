@@ -1,4 +1,6 @@
-"""Results of operations that use memory again: the same bits, less memory taken, and none of it left."""
+"""Results of operations that use memory again: the same bits, less memory taken, and none of it
+left.
+"""
 
 import gc
 from typing import Any
@@ -50,7 +52,9 @@ OPERATIONS: dict[Any, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("operation", [*INTO_MEMORY, aten.clone.default, aten._to_copy.default], ids=str)
+@pytest.mark.parametrize(
+    "operation", [*INTO_MEMORY, aten.clone.default, aten._to_copy.default], ids=str
+)
 def test_each_operation_gives_the_same_numbers_in_the_same_layout(operation: Any) -> None:
     args = OPERATIONS.get(operation, (torch.randn(SHAPE).T,))
     options = {"dtype": torch.float16} if operation is aten._to_copy.default else {}
@@ -59,7 +63,11 @@ def test_each_operation_gives_the_same_numbers_in_the_same_layout(operation: Any
         found = operation(*args, **options)
         assert results.taken_bytes >= expected.nbytes, "the result is in memory of ours"
     assert torch.equal(found, expected)
-    assert (found.dtype, found.shape, found.stride()) == (expected.dtype, expected.shape, expected.stride())
+    assert (found.dtype, found.shape, found.stride()) == (
+        expected.dtype,
+        expected.shape,
+        expected.stride(),
+    )
 
 
 def test_memory_of_a_result_that_is_gone_is_used_again_and_no_other() -> None:
@@ -99,7 +107,9 @@ def test_what_is_kept_and_what_is_in_use_are_within_the_limit() -> None:
         assert results.kept_bytes == 0
 
 
-def test_a_pass_leaves_nothing_behind(checkpoint: MakeCheckpoint, load: Load, any_size: None) -> None:
+def test_a_pass_leaves_nothing_behind(
+    checkpoint: MakeCheckpoint, load: Load, any_size: None
+) -> None:
     model = load(checkpoint())
     model(prompt())
     gc.collect()

@@ -10,7 +10,8 @@ A finding is saved beside the corpus and counted once for each kind and place; f
 JSON line a run goes to the record.
 
     pip install -e '.[bench,fuzz]'
-    python -m tests.stress.fuzz header --seconds 3600 --corpus outputs/fuzz --record results/reliability/fuzz.jsonl
+    python -m tests.stress.fuzz header --seconds 3600 --corpus outputs/fuzz --record
+    results/reliability/fuzz.jsonl
 
 Targets, seeds and judge need no atheris: the tests run them on the seeds.
 """
@@ -162,7 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.stress.fuzz", description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--corpus", type=Path, default=Path("outputs/fuzz"), help="kept and gone on with")
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("outputs/fuzz"), help="kept and gone on with"
+    )
     parser.add_argument("--record", type=Path)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -41,12 +41,17 @@ class Watch:
         "builtins.input",
     )
 
-    ALLOWED = ("ninja", "--version")  # transformers asks for a compiler for a kernel of its own (RWKV)
+    # Transformers asks for a compiler for a kernel of its own (RWKV)
+    ALLOWED = ("ninja", "--version")
 
     def __init__(self) -> None:
         paths = sysconfig.get_paths()
-        folders = [os.path.realpath(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-        folders = [f"{one}/" for one in (*folders, ROOT / "flexinfer", ROOT / "experiments", "/proc")]
+        folders = [
+            os.path.realpath(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+        ]
+        folders = [
+            f"{one}/" for one in (*folders, ROOT / "flexinfer", ROOT / "experiments", "/proc")
+        ]
         self._libraries = (*folders, "/dev/null", "/dev/urandom")
         self._folder = ""
         self.seen: list[str] = []
@@ -178,7 +183,9 @@ def _of_error(error: BaseException) -> Finding:
     own = (__file__, fuzz_targets.__file__)
     at = [one for one in traceback.extract_tb(error.__traceback__) if one.filename not in own]
     where = f" in {Path(at[-1].filename).name}:{at[-1].name}" if at else ""
-    return Finding(f"{type(error).__name__}{where}", str(error), "".join(traceback.format_exception(error)))
+    return Finding(
+        f"{type(error).__name__}{where}", str(error), "".join(traceback.format_exception(error))
+    )
 
 
 def _of_refusal(error: Exception, path: Path) -> Finding | None:

@@ -11,7 +11,12 @@ def gguf_keys() -> Keys:
     numbers += ["attention.head_count", "attention.head_count_kv", "attention.key_length"]
     numbers += ["attention.sliding_window", "rope.scaling.original_context_length"]
     numbers += ["expert_count", "expert_used_count", "expert_feed_forward_length"]
-    ratios = ["rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "rope.scaling.attn_factor"]
+    ratios = [
+        "rope.freq_base",
+        "rope.freq_base_swa",
+        "rope.scaling.factor",
+        "rope.scaling.attn_factor",
+    ]
     ratios += ["attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"]
     ratios += ["attn_logit_softcapping", "final_logit_softcapping"]
     kinds: Keys = {
@@ -21,7 +26,11 @@ def gguf_keys() -> Keys:
         **{name: [0.0, 1e-5, 0.5, 1.0, 2.0, 10_000.0, [1.0, 1.0]] for name in ratios},
     }
     return {
-        "general.architecture": [*{family.architecture for family in FAMILIES.values()}, "bananas", "llama4"],
+        "general.architecture": [
+            *{family.architecture for family in FAMILIES.values()},
+            "bananas",
+            "llama4",
+        ],
         "general.alignment": [1, 8, 64, 2**40, 2**63],
         "general.name": ["owner/name"],
         "split.no": [0, 1, 2],
@@ -41,11 +50,18 @@ def config_keys() -> Keys:
     ropes = ["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
     return {
         "model_type": list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        "auto_map": [{"AutoConfig": "code.Config", "AutoModelForCausalLM": "owner/name--code.Model"}],
+        "auto_map": [
+            {"AutoConfig": "code.Config", "AutoModelForCausalLM": "owner/name--code.Model"}
+        ],
         "trust_remote_code": [True],
         "_name_or_path": ["owner/name", "/etc", "../.."],
         "configuration_files": [["config.4.0.0.json"], ["config.4.0/../../../x.json"]],
-        "attn_implementation": ["owner/name", "kernels-community/flash-attn2", "flash_attention_2", "eager"],
+        "attn_implementation": [
+            "owner/name",
+            "kernels-community/flash-attn2",
+            "flash_attention_2",
+            "eager",
+        ],
         "_attn_implementation": ["owner/name:code", "paged|eager"],
         "experts_implementation": ["owner/name", "eager"],
         "quantization_config": [

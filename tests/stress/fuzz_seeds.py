@@ -29,14 +29,25 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {  # model_type -> what differs from S
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "rotary_dim": 8},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
 }
-SMALL_GGUFS: dict[str, dict[str, Any]] = {  # llama.cpp's architecture -> what differs from SMALL_SHAPE
+# llama.cpp's architecture -> what differs from SMALL_SHAPE.
+SMALL_GGUFS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "intermediate_size": 32},
     "phi3": {"model_type": "phi3", "intermediate_size": 32},
     "gemma3": {"model_type": "gemma3_text", "intermediate_size": 32} | WINDOWED,
     "gpt2": {"model_type": "gpt2", "n_inner": 32, "max_position_embeddings": 16},
-    "qwen3moe": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    "qwen3moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     | {"moe_intermediate_size": 32},
 }
 GGUF_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
@@ -57,7 +68,11 @@ GGUF_VALUES: dict[str, dict[str, Any]] = {  # of all of them, and of one archite
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.padding_token_id": 0,
     },
-    "llama": {"attention.head_count_kv": [1, 1], "rope.dimension_count": 16, "rope.freq_base": 5000.0},
+    "llama": {
+        "attention.head_count_kv": [1, 1],
+        "rope.dimension_count": 16,
+        "rope.freq_base": 5000.0,
+    },
     "phi3": {
         "attention.head_count_kv": 1,
         "rope.dimension_count": 16,
@@ -160,7 +175,9 @@ def small_gguf(architecture: str, file: Path, parts: int = 1) -> list[bytes]:
     names = gguf.get_tensor_name_map(number, layers)
     parameters = dict(model.named_parameters())
     split_tensors = -(-len(parameters) // parts) if parts > 1 else 0
-    writer = gguf.GGUFWriter(None if split_tensors else file, architecture, split_max_tensors=split_tensors)
+    writer = gguf.GGUFWriter(
+        None if split_tensors else file, architecture, split_max_tensors=split_tensors
+    )
     adds: dict[type, Callable[[str, Any], None]] = {
         int: writer.add_uint32,
         float: writer.add_float32,
@@ -181,7 +198,11 @@ def small_gguf(architecture: str, file: Path, parts: int = 1) -> list[bytes]:
         if isinstance(model.get_submodule(module), Conv1D):  # a file has the rows of a linear
             shape = shape[::-1]
         blocks = len(shape) == 2 and "wpe" not in name and not name.endswith("mlp.gate.weight")
-        data = np.zeros((shape[0], shape[1] // 32 * 18), np.uint8) if blocks else np.zeros(shape, np.float32)
+        data = (
+            np.zeros((shape[0], shape[1] // 32 * 18), np.uint8)
+            if blocks
+            else np.zeros(shape, np.float32)
+        )
         kind = gguf.GGMLQuantizationType.Q4_0 if blocks else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f"{names.get_name(module)}.{leaf}", data, raw_dtype=kind)
     for name, numbers in GGUF_ROPES.get(architecture, {}).items():

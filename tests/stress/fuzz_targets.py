@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.stress.fuzz_keys import config_keys, gguf_keys
-from tests.stress.fuzz_seeds import SMALL_GGUFS, SMALL_MODELS, SMALL_RECORD, small_checkpoint, small_gguf
+from tests.stress.fuzz_seeds import (
+    SMALL_GGUFS,
+    SMALL_MODELS,
+    SMALL_RECORD,
+    small_checkpoint,
+    small_gguf,
+)
 from tests.stress.gguf_changes import change_gguf
 from tests.stress.json_changes import Keys, change_framed, change_lines, framed
 
@@ -23,10 +29,10 @@ KEPT = "kept"  # the folder in which a reader may write
 class Target:
     """A reader of files from strangers."""
 
-    seeds: Callable[
-        [Path], list[bytes]
-    ]  # makes what lies beside the input in this folder; returns inputs that are right
-    place: Callable[[bytes, Path], Path]  # writes an input where the reader looks; returns the file or folder
+    # Makes what lies beside the input in this folder; returns inputs that are right.
+    seeds: Callable[[Path], list[bytes]]
+    # Writes an input where the reader looks; returns the file or folder.
+    place: Callable[[bytes, Path], Path]
     read: Callable[[Path], object]
     errors: Callable[[], tuple[type[Exception], ...]]  # that `read` documents
     modules: tuple[str, ...]  # whose coverage guides
@@ -99,7 +105,9 @@ def _config_seeds(folder: Path) -> list[bytes]:
     for family in SMALL_MODELS:
         path = small_checkpoint(family, folder / family)
         files = [path / "config.json", path / "generation_config.json"]
-        seeds.append(b"\n".join(json.dumps(json.loads(file.read_text())).encode() for file in files))
+        seeds.append(
+            b"\n".join(json.dumps(json.loads(file.read_text())).encode() for file in files)
+        )
     return seeds
 
 
@@ -139,7 +147,9 @@ def _build(path: Path) -> None:
 
 
 def _gguf_seeds(folder: Path) -> list[bytes]:
-    seeds = [small_gguf(architecture, folder / f"{architecture}.gguf")[0] for architecture in SMALL_GGUFS]
+    seeds = [
+        small_gguf(architecture, folder / f"{architecture}.gguf")[0] for architecture in SMALL_GGUFS
+    ]
     parts = small_gguf("llama", folder / "parts.gguf", parts=2)
     for i in range(2):  # an input that says it is part i of a model has the other one beside it
         (folder / f"split-{i}").mkdir()
@@ -157,7 +167,8 @@ def _place_gguf(data: bytes, folder: Path) -> Path:
     if at < 0:
         path = file = folder / "model.gguf"
     else:
-        number = int.from_bytes(data[at + 12 : at + 13], "little") % 2  # behind the key and its type
+        # Behind the key and its type.
+        number = int.from_bytes(data[at + 12 : at + 13], "little") % 2
         path = folder / f"split-{number}"
         file = path / PARTS[number]
     file.write_bytes(data)
@@ -202,7 +213,9 @@ def _record_seeds(folder: Path) -> list[bytes]:
         for file in sorted((ROOT / "results").rglob("*.jsonl"))
         if file.parent.name not in (QUALITY, RELIABILITY)
     ]
-    lines = [line for file in files for line in file.read_bytes().splitlines()[:1] if len(line) < 8_192]
+    lines = [
+        line for file in files for line in file.read_bytes().splitlines()[:1] if len(line) < 8_192
+    ]
     record = Record.model_validate(SMALL_RECORD).model_dump_json().encode()
     return [record + b"\n", *(line + b"\n" for line in lines if b'"run_id"' in line)]
 
@@ -221,7 +234,9 @@ def _read_records(file: Path) -> None:
     for record in [*records, *with_common_costs(records)]:
         assert record.cell_key
     for record in records:
-        assert Record.model_validate_json(record.model_dump_json()) == record, "is not read back as it was"
+        assert Record.model_validate_json(record.model_dump_json()) == record, (
+            "is not read back as it was"
+        )
 
 
 def _record_errors() -> tuple[type[Exception], ...]:
@@ -297,6 +312,11 @@ TARGETS: dict[str, Target] = {
         read=_read_records,
         errors=_record_errors,
         modules=("experiments.config", "experiments.records"),
-        keys=lambda: {"cell": [{}], "limits": [{"method": "v1"}], "engine": [{"a": 1}], "ratio": [None]},
+        keys=lambda: {
+            "cell": [{}],
+            "limits": [{"method": "v1"}],
+            "engine": [{"a": 1}],
+            "ratio": [None],
+        },
     ),
 }

@@ -20,8 +20,28 @@ START = b"GGUF"
 ALIGNMENT, MAX_ALIGNMENT = 32, 4096
 ARCHITECTURE = "{arch}"  # stands for that of the file in a key
 U32, F32, BOOL, STRING, ARRAY, U64, I64 = 4, 6, 7, 8, 9, 10, 11
-LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", U32: "I", 5: "i", F32: "f", BOOL: "B", U64: "Q", I64: "q", 12: "d"}
-WILD_NUMBERS = [one for one in WILD if isinstance(one, int)] + [4, 9, 31, 2**16, 2**40, 2**62, 2**64 - 1]
+LETTERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    U32: "I",
+    5: "i",
+    F32: "f",
+    BOOL: "B",
+    U64: "Q",
+    I64: "q",
+    12: "d",
+}
+WILD_NUMBERS = [one for one in WILD if isinstance(one, int)] + [
+    4,
+    9,
+    31,
+    2**16,
+    2**40,
+    2**62,
+    2**64 - 1,
+]
 WILD_FLOATS = [one for one in WILD if isinstance(one, float)] + [1.0, 3e38, 1e-45]
 TENSOR_NAMES = [
     f"{name}.weight" for name in ("output", "rope_freqs", "rope_factors_long", "blk.0.ffn_up_exps")
@@ -254,7 +274,9 @@ def _another(kind: int, value: Any, chance: random.Random, others: list[Any]) ->
         strings = [one for one in others if isinstance(one, str)]
         return chance.choice([*WILD_STRINGS, *strings, str(value) * 2, str(value)[:-1], "x" * 5000])
     if LETTERS.get(kind) in ("f", "d"):
-        return chance.choice([*WILD_FLOATS, *(one for one in others if isinstance(one, float)), value * 2])
+        return chance.choice(
+            [*WILD_FLOATS, *(one for one in others if isinstance(one, float)), value * 2]
+        )
     return _another_number(value, chance)
 
 
@@ -270,7 +292,9 @@ def _change_type(file: File, chance: random.Random, keys: Keys) -> None:
         entry = chance.choice(file.values)
         kind = chance.choice([*LETTERS, STRING, ARRAY, ARRAY, 13, 2**31])
         if kind == ARRAY:
-            entry.item_kind = chance.choice([*LETTERS, STRING, ARRAY]) if entry.kind == ARRAY else entry.kind
+            entry.item_kind = (
+                chance.choice([*LETTERS, STRING, ARRAY]) if entry.kind == ARRAY else entry.kind
+            )
             entry.value = [entry.value] * 2 if entry.kind != ARRAY else entry.value
         elif entry.kind == ARRAY:
             entry.value = entry.value[0] if entry.value else 0
@@ -317,18 +341,35 @@ def _change_tensor(file: File, chance: random.Random, keys: Keys) -> None:
     if what == "name":
         layer = f"blk.{chance.choice((1, 2, 10**9))}."
         moved = tensor.name.replace("blk.0.", layer)
-        names = [other.name, moved, *TENSOR_NAMES, tensor.name.replace(".weight", ".bias"), *WILD_STRINGS]
+        names = [
+            other.name,
+            moved,
+            *TENSOR_NAMES,
+            tensor.name.replace(".weight", ".bias"),
+            *WILD_STRINGS,
+        ]
         tensor.name = chance.choice([*names, "t" * 5000])
     elif what == "size" and tensor.shape:
         i = chance.randrange(len(tensor.shape))
         tensor.shape[i] = _another_number(tensor.shape[i], chance)
     elif what == "dimensions":
-        shapes = [tensor.shape[1:], tensor.shape[::-1], [*tensor.shape, 1], [1, *tensor.shape], other.shape]
+        shapes = [
+            tensor.shape[1:],
+            tensor.shape[::-1],
+            [*tensor.shape, 1],
+            [1, *tensor.shape],
+            other.shape,
+        ]
         tensor.shape = list(chance.choice(shapes))
     elif what == "kind":
         tensor.kind = chance.choice([*_block_sizes(), 31, 40, 99, 2**31])
     else:
-        near = [tensor.offset + ALIGNMENT, tensor.offset - ALIGNMENT, other.offset, tensor.offset + 1]
+        near = [
+            tensor.offset + ALIGNMENT,
+            tensor.offset - ALIGNMENT,
+            other.offset,
+            tensor.offset + 1,
+        ]
         tensor.offset = chance.choice([*near, *WILD_NUMBERS])
         return
     if chance.random() < 0.8:
@@ -337,7 +378,9 @@ def _change_tensor(file: File, chance: random.Random, keys: Keys) -> None:
 
 def _change_data(file: File, chance: random.Random, keys: Keys) -> None:
     """A number of a tensor of float32, or the end of the data."""
-    numbers = [one for one in file.tensors if one.kind == 0 and 0 <= one.offset < len(file.data) - 4]
+    numbers = [
+        one for one in file.tensors if one.kind == 0 and 0 <= one.offset < len(file.data) - 4
+    ]
     if numbers and chance.random() < 0.8:
         tensor = chance.choice(numbers)
         at = tensor.offset + 4 * chance.randrange(8)

@@ -16,9 +16,40 @@ from typing import Any
 Keys = dict[str, list[Any]]  # key of a format -> values worth trying
 
 WILD: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 3, 255, 2**31, 2**32, 2**63, -(2**63), 2**64, 10**9, 10**12, 10**400),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        255,
+        2**31,
+        2**32,
+        2**63,
+        -(2**63),
+        2**64,
+        10**9,
+        10**12,
+        10**400,
+    ),
     *(0.0, -0.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf")),
-    *("", "x", "0", "1e9", "../x", "/etc/passwd", "owner/name", "a\0b", "\x1b[2J", "\ud800", "é" * 300, "."),
+    *(
+        "",
+        "x",
+        "0",
+        "1e9",
+        "../x",
+        "/etc/passwd",
+        "owner/name",
+        "a\0b",
+        "\x1b[2J",
+        "\ud800",
+        "é" * 300,
+        ".",
+    ),
     *([], {}, [[]], [0] * 300, [None], {"": ""}, {"a": {"a": {"a": []}}}),
 ]
 MAX_INPUT_BYTES = 16_384
@@ -92,10 +123,17 @@ def _change_once(value: list[Any], chance: random.Random, keys: Keys) -> None:
         if objects:
             name = chance.choice(list(keys))
             where = objects[0] if chance.random() < 0.7 else chance.choice(objects)
-            where[name] = copy.deepcopy(chance.choice(keys[name] if chance.random() < 0.7 else WILD))
+            where[name] = copy.deepcopy(
+                chance.choice(keys[name] if chance.random() < 0.7 else WILD)
+            )
     elif isinstance(holder[key], int | float) and chance.random() < 0.5:
         number = holder[key]
-        steps: list[Any] = [number + 1, number - 1, -number, float(number) if abs(number) < 1e300 else 0]
+        steps: list[Any] = [
+            number + 1,
+            number - 1,
+            -number,
+            float(number) if abs(number) < 1e300 else 0,
+        ]
         holder[key] = chance.choice([*steps, number * 2, number * 1000, str(number)])
     else:
         holder[key] = copy.deepcopy(chance.choice(WILD))

@@ -5,7 +5,8 @@ One group holds `memory` bytes and no swap. In it a model loaded with memory="au
 makes text, and after a while a neighbour takes `take` bytes, keeps them, and returns them. One JSON
 object a run goes to the record.
 
-    python -m tests.stress.pressure MODEL --memory 3GiB --take 1GiB --record results/reliability/pressure.jsonl
+    python -m tests.stress.pressure MODEL --memory 3GiB --take 1GiB --record
+    results/reliability/pressure.jsonl
 """
 
 import argparse
@@ -75,7 +76,9 @@ def run(model: str, memory_bytes: int, take_bytes: int, context: int) -> dict[st
         listener.join()
         usage, codes = limits.usage(), (ours.wait(), neighbour.returncode)
     if any(codes) or usage.oom_kills:
-        raise RuntimeError(f"exit codes of the model and the neighbour {codes}, {usage.oom_kills} killed")
+        raise RuntimeError(
+            f"exit codes of the model and the neighbour {codes}, {usage.oom_kills} killed"
+        )
     tokens = [one | {"t_s": round(one["t_s"] - start_s, 3)} for one in lines]
     return {
         "memory_bytes": memory_bytes,
@@ -143,7 +146,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.role is not None:
         follow(arguments.model, arguments.role)
         return 0
-    found = run(arguments.model, parse_size(arguments.memory), parse_size(arguments.take), arguments.context)
+    found = run(
+        arguments.model, parse_size(arguments.memory), parse_size(arguments.take), arguments.context
+    )
     found |= {"model": Path(arguments.model).name}
     found |= {"provenance": provenance(Path(arguments.model)).model_dump(mode="json")}
     arguments.record.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,9 @@ from tests.stress.serve_clients import Tally, Target, client, expected_texts
 
 START_S = 300.0
 REFUSED_STARTS = (
-    3  # times in a row that a process may be larger than the one before, which named the smallest budget
+    # Times in a row that a process may be larger than the one before, which named the smallest
+    # budget.
+    3
 )
 
 
@@ -95,14 +97,22 @@ def run(
     texts = expected_texts(path, new_tokens)
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     queue = max(1, clients // 2)
-    record: dict[str, Any] = {"model": path.name, "clients": clients, "seconds": seconds, "context": context}
+    record: dict[str, Any] = {
+        "model": path.name,
+        "clients": clients,
+        "seconds": seconds,
+        "context": context,
+    }
     record |= {"queue": queue, "seed": seed, "share": share, "outcome": "error"}
     with _server(path, Limits(), 1 << 20, context, queue) as (_, _, smallest):
         pass
     for _ in range(REFUSED_STARTS):
         memory = (smallest + (1 << 20) + int(share * weights)) // 4096 * 4096
         record |= {"memory_bytes": memory, "smallest_bytes": smallest}
-        with Limits(memory_bytes=memory) as limits, _server(path, limits, memory, context, queue) as one:
+        with (
+            Limits(memory_bytes=memory) as limits,
+            _server(path, limits, memory, context, queue) as one,
+        ):
             process, url, smallest = one
             if not url:
                 continue
@@ -113,7 +123,12 @@ def run(
 
 
 def _measured(
-    process: subprocess.Popen[bytes], limits: Limits, target: Target, clients: int, seconds: float, seed: int
+    process: subprocess.Popen[bytes],
+    limits: Limits,
+    target: Target,
+    clients: int,
+    seconds: float,
+    seed: int,
 ) -> dict[str, Any]:
     """What clients saw of a server that listens, what it counted, and how it stopped."""
     tally, samples = Tally(), list[int]()
@@ -147,7 +162,9 @@ def _measured(
         "rude": {kind: dict(counter) for kind, counter in sorted(tally.rude.items())},
         "complaints": tally.complaints,
         "counted": {
-            name: value for name, value in counted.items() if "bucket" not in name and "created" not in name
+            name: value
+            for name, value in counted.items()
+            if "bucket" not in name and "created" not in name
         },
         "process_bytes": samples,
         "group_peak_bytes": usage.peak_memory_bytes,
@@ -160,7 +177,9 @@ def _measured(
 def main(argv: list[str] | None = None) -> int:
     """0 when nothing was killed, wrong, hung or answered otherwise than it should be."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.serve", description=__doc__)
-    parser.add_argument("model", nargs="?", help="checkpoint directory (default: SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "model", nargs="?", help="checkpoint directory (default: SmolLM2-135M-Instruct)"
+    )
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--context", type=int, default=512)

@@ -24,7 +24,8 @@ BAD = ("wrong", "hung", "error")
 TOPICS = (
     "What is the capital of France?",
     "Name three fruits that are red.",
-    "Write a sentence about the sea. " + "The waves come and go, and the gulls cry over the harbour. " * 6,
+    "Write a sentence about the sea. "
+    + "The waves come and go, and the gulls cry over the harbour. " * 6,
     "Summarise this. "
     + "The lighthouse keeper wrote down the wind and the ships, every day for forty years. " * 9,
 )
@@ -75,7 +76,7 @@ class Target:
 
 
 def expected_texts(path: Path, new_tokens: int) -> dict[tuple[bool, int], list[str]]:
-    """What stock transformers says to each topic, greedily, cut after each of `new_tokens` tokens."""
+    """Greedy answers of stock transformers by topic, cut after each of `new_tokens` tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
@@ -100,13 +101,24 @@ def expected_texts(path: Path, new_tokens: int) -> dict[tuple[bool, int], list[s
 
 def ask_politely(target: Target, chance: random.Random, tally: Tally) -> None:
     """One text, checked. Comes back later when it is told to."""
-    chat, topic, stream = chance.random() < 0.5, chance.randrange(len(TOPICS)), chance.random() < 0.5
+    chat, topic, stream = (
+        chance.random() < 0.5,
+        chance.randrange(len(TOPICS)),
+        chance.random() < 0.5,
+    )
     texts = target.texts[chat, topic]
     tokens = chance.randint(1, len(texts))
     prompt: dict[str, Any] = (
-        {"messages": [{"role": "user", "content": TOPICS[topic]}]} if chat else {"prompt": TOPICS[topic]}
+        {"messages": [{"role": "user", "content": TOPICS[topic]}]}
+        if chat
+        else {"prompt": TOPICS[topic]}
     )
-    body = prompt | {"model": target.model, "max_tokens": tokens, "temperature": 0, "stream": stream}
+    body = prompt | {
+        "model": target.model,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": stream,
+    }
     path = "/v1/chat/completions" if chat else "/v1/completions"
     try:
         answer = httpx.post(target.url + path, json=body, timeout=HUNG_S)
@@ -122,7 +134,9 @@ def ask_politely(target: Target, chance: random.Random, tally: Tally) -> None:
         return
     text = "".join(_streamed(answer.text) if stream else _whole(answer.json()))
     right = text == texts[tokens - 1]
-    tally.polite("ok" if right else "wrong", f"{path} stream={stream}: {text!r}, not {texts[tokens - 1]!r}")
+    tally.polite(
+        "ok" if right else "wrong", f"{path} stream={stream}: {text!r}, not {texts[tokens - 1]!r}"
+    )
 
 
 def _whole(answer: dict[str, Any]) -> Iterator[str]:
@@ -153,7 +167,9 @@ def _connection(target: Target, raw: bytes, read_bytes: int = 0, hold_s: float =
 
 
 def _post(target: Target, body: bytes, path: str = "/v1/completions") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nhost: {target.address[0]}\r\ncontent-type: application/json\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: {target.address[0]}\r\ncontent-type: application/json\r\n"
+    )
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -238,7 +254,9 @@ def client(number: int, seed: int, target: Target, tally: Tally, until_s: float)
                 ask_politely(target, chance, tally)
             else:
                 complaint = RUDE[kind](target, chance)
-                tally.of_rude(kind, "as it should be" if complaint is None else "wrong", complaint or "")
+                tally.of_rude(
+                    kind, "as it should be" if complaint is None else "wrong", complaint or ""
+                )
         except httpx.TimeoutException:
             tally.of_rude(str(kind), "hung")
         except (

@@ -37,11 +37,8 @@ from tests.stress.soak_models import make_checkpoint
 
 TIMEOUT_S = 900
 BAD = ("killed", "wrong", "hung", "leak", "error")
-NEAR = {
-    "float32": 1e-3,
-    "float16": 0.05,
-    "bfloat16": 0.3,
-}  # logits between which kernels for one row and several may choose otherwise
+# Logits between which kernels for one row and several may choose otherwise.
+NEAR = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
 
 def _same_but_for_ties(case: Case, call: Call, ours: Any, theirs: Any) -> bool:
@@ -58,7 +55,8 @@ def _same_but_for_ties(case: Case, call: Call, ours: Any, theirs: Any) -> bool:
         strict=True,
     )
     margin = next((margin for one, other, margin in pairs if one != other), 0.0)
-    in_blocks = "bfloat16" if case.blocks else case.file_dtype  # ggml rounds what it multiplies to 8 bits
+    # Ggml rounds what it multiplies to 8 bits.
+    in_blocks = "bfloat16" if case.blocks else case.file_dtype
     return margin < NEAR[in_blocks if case.dtype == "auto" or case.blocks else case.dtype]
 
 
@@ -68,7 +66,9 @@ def judge(case: Case, expected: dict[str, Any], report: dict[str, Any]) -> tuple
     for call, ours, theirs, refusal in zip(
         case.calls, report["outputs"], expected["outputs"], report["refusals"], strict=True
     ):
-        same = ours == theirs or (case.draft is not None and _same_but_for_ties(case, call, ours, theirs))
+        same = ours == theirs or (
+            case.draft is not None and _same_but_for_ties(case, call, ours, theirs)
+        )
         outcomes.append("refused" if refusal else "ok" if same else "wrong")
     if "wrong" in outcomes:
         return "wrong", outcomes
@@ -111,7 +111,9 @@ def run_case(case: Case, scratch: Path, verbose: bool = False) -> dict[str, Any]
         outcome, outcomes = judge(case, expected, report)
         del report["outputs"]
         planned = report["plan"]["budget_bytes"] - report["plan"]["unused_bytes"]
-        return record | report | {"outcome": outcome, "outcomes": outcomes, "planned_bytes": planned}
+        return (
+            record | report | {"outcome": outcome, "outcomes": outcomes, "planned_bytes": planned}
+        )
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -145,7 +147,9 @@ def soak(
     if record_file is not None and record_file.exists() and not again:
         records = map(json.loads, record_file.read_text().splitlines())
         finished = {
-            (one["case"]["seed"], one["case"]["number"]): one for one in records if one["outcome"] not in BAD
+            (one["case"]["seed"], one["case"]["number"]): one
+            for one in records
+            if one["outcome"] not in BAD
         }
     scratch = default_cache_dir() / "soak"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -168,8 +172,10 @@ def soak(
         outcomes.update(f"call {one}" for one in record.get("outcomes", []))
         left_s = (perf_counter() - start_s) / max(new, 1) * max(0, generations - made)
         print(
-            f"case {case.number} {case.family} {case.blocks or case.file_dtype}/{case.dtype} vocabulary {case.vocab} share {case.share}: "
-            f"{record['outcome']}; {made} of {generations} generations, {dict(outcomes)}, {left_s / 60:.0f} min left",
+            f"case {case.number} {case.family} {case.blocks or case.file_dtype}/{case.dtype} "
+            f"vocabulary {case.vocab} share {case.share}: "
+            f"{record['outcome']}; {made} of {generations} generations, {dict(outcomes)}, "
+            f"{left_s / 60:.0f} min left",
             flush=True,
         )
         if record["outcome"] in BAD:
@@ -185,20 +191,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("generations", type=int, nargs="?", default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--only", type=int, nargs="+", help="run these cases alone, again if need be")
-    parser.add_argument("--large", action="store_true", help="run the twelve cases with large vocabularies")
+    parser.add_argument(
+        "--only", type=int, nargs="+", help="run these cases alone, again if need be"
+    )
+    parser.add_argument(
+        "--large", action="store_true", help="run the twelve cases with large vocabularies"
+    )
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.role:
         role, fields, path, memory = json.loads(arguments.role)
         case = Case(**fields | {"calls": tuple(Call(**call) for call in fields["calls"])})
-        report = reference(case, Path(path)) if role == "reference" else child(case, Path(path), memory)
+        report = (
+            reference(case, Path(path)) if role == "reference" else child(case, Path(path), memory)
+        )
         print(json.dumps(report))
         return 0
     numbers = arguments.only or itertools.count()
     cases = large() if arguments.large else (draw(arguments.seed, number) for number in numbers)
-    outcomes = soak(cases, arguments.generations, arguments.record, arguments.verbose, bool(arguments.only))
+    outcomes = soak(
+        cases, arguments.generations, arguments.record, arguments.verbose, bool(arguments.only)
+    )
     return int(any(outcomes[bad] for bad in BAD))
 
 

@@ -25,13 +25,18 @@ def _generate(**options: Any) -> Callable[..., Any]:
             max_new_tokens=call.new_tokens,
             eos_token_id=None,
             pad_token_id=0,
-            **{"do_sample": False} | options | ({"num_beams": call.batch} if call.kind == "beams" else {}),
+            **{"do_sample": False}
+            | options
+            | ({"num_beams": call.batch} if call.kind == "beams" else {}),
             **({"output_logits": True, "return_dict_in_generate": True} if with_margins else {}),
         )
         if not with_margins:
             return output.tolist()
         leads = [logits[0].float().topk(2).values.tolist() for logits in output.logits]
-        return {"text": output.sequences[0].tolist(), "margins": [first - second for first, second in leads]}
+        return {
+            "text": output.sequences[0].tolist(),
+            "margins": [first - second for first, second in leads],
+        }
 
     return run
 
@@ -49,7 +54,9 @@ def _tokenize(model: Any, call: Call, case: Case) -> Any:
         if hasattr(model, "flexinfer")
         else AutoTokenizer.from_pretrained(model.name_or_path)
     )
-    ids = tokenizer("the quick brown fox jumps over the lazy dog " * call.prompt_tokens)["input_ids"]
+    ids = tokenizer("the quick brown fox jumps over the lazy dog " * call.prompt_tokens)[
+        "input_ids"
+    ]
     return [ids, tokenizer.decode(ids)]
 
 
@@ -101,7 +108,7 @@ DRAFTS: dict[tuple[int, int], Any] = {}  # by case: the draft model of this proc
 
 
 def prepare(case: Case) -> None:
-    """Make what a program would hold beside the model: the draft model of the calls that want one."""
+    """Make what a program would hold beside the model: a draft model, if a call wants one."""
     if any(call.kind == "draft" for call in case.calls):
         import torch
         import transformers
@@ -113,7 +120,9 @@ def prepare(case: Case) -> None:
             "num_attention_heads": 1,
         }
         torch.manual_seed(1)
-        config = transformers.LlamaConfig(vocab_size=case.vocab, **sizes, max_position_embeddings=1024)
+        config = transformers.LlamaConfig(
+            vocab_size=case.vocab, **sizes, max_position_embeddings=1024
+        )
         draft = transformers.AutoModelForCausalLM.from_config(config).eval()
         draft.generation_config.num_assistant_tokens = DRAFTED
         draft.generation_config.num_assistant_tokens_schedule = "constant"

@@ -9,7 +9,8 @@ from typing import Any
 
 from experiments.real import TOKENIZERS
 
-FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, and what a shape does not say
+# Transformers' configuration class, and what a shape does not say.
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"config": "LlamaConfig"},
     "mistral": {"config": "MistralConfig", "sliding_window": 64},
     "qwen2": {"config": "Qwen2Config"},
@@ -21,9 +22,22 @@ FAMILIES: dict[str, dict[str, Any]] = {  # transformers' configuration class, an
     "gpt2": {"config": "GPT2Config"},
     "opt": {"config": "OPTConfig"},
     "mixtral": {"config": "MixtralConfig", "num_local_experts": 8},
-    "qwen3_moe": {"config": "Qwen3MoeConfig", "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4},
+    "qwen3_moe": {
+        "config": "Qwen3MoeConfig",
+        "head_dim": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+    },
 }
-POLICIES = ("balanced", "balanced", "unbalanced", "attention-first", "ffn-first", "algorithm1", "none")
+POLICIES = (
+    "balanced",
+    "balanced",
+    "unbalanced",
+    "attention-first",
+    "ffn-first",
+    "algorithm1",
+    "none",
+)
 KINDS = (
     *("greedy", "sample", "beams", "batch", "lookup"),
     *("score", "score without cache", "draft", "tokenize", "resize"),
@@ -32,7 +46,8 @@ CALLS_OF_A_CASE = 16
 NO_GENERATIONS = ("tokenize", "resize")  # calls that give no text and no logits
 DRAFTED = 3  # tokens that a draft model says ahead
 MIXTURES = ("mixtral", "qwen3_moe")  # of which no substitute is made
-BLOCKS = (None, None, "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl")  # what a checkpoint is quantised to
+# What a checkpoint is quantised to.
+BLOCKS = (None, None, "q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_nl")
 DRAFTS_BY = ("substitute", "substitute", "lookup", "auto")  # from_pretrained(draft=...)
 DRAFTED_SHARE = 0.4  # of cases
 REAL_SHARE = 0.5  # of cases with a tokenizer
@@ -70,7 +85,8 @@ class Case:
     direct: bool
     context: int
     logits_to_keep: int
-    # Whether the checkpoint has one, and it is used; or the name of a published one (experiments.real).
+    # Whether the checkpoint has one, and it is used; or the name of a published one
+    # (experiments.real).
     tokenizer: bool | str
     share: float  # of the weights, on top of the smallest budget
     calls: tuple[Call, ...]
@@ -86,7 +102,9 @@ def draw(seed: int, number: int) -> Case:
     dtype = chance.choice(("auto", "auto", "auto", "float32", "bfloat16"))
     computes_in = file_dtype if dtype == "auto" else dtype
     hidden = chance.choice((512, 768, 1024))
-    context = chance.choice((96, 256, 768)) if computes_in == "float32" else chance.choice((64, 160))
+    context = (
+        chance.choice((96, 256, 768)) if computes_in == "float32" else chance.choice((64, 160))
+    )
     keep = chance.choice((1, 4, 12))
     tokenizer: bool | str = chance.random() < 0.5
     calls = []

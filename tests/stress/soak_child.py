@@ -114,7 +114,9 @@ def child(case: Case, path: Path, memory: int) -> dict[str, Any]:
         "vm_hwm_bytes": peak,
         "bytes_read": stats["bytes_read"],
         "plan": {name: getattr(plan, name) for name in names} | {"fixed": asdict(plan.overheads)},
-        "left": [after - before for before, after in zip(holdings_before, _holdings(), strict=True)],
+        "left": [
+            after - before for before, after in zip(holdings_before, _holdings(), strict=True)
+        ],
     }
 
 

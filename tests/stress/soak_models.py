@@ -54,14 +54,23 @@ def make_floats(case: Case, path: Path) -> None:
     sizes = {"vocab_size": case.vocab, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     heads = case.hidden // 64
     if case.family == "opt":
-        sizes |= {"hidden_size": case.hidden, "word_embed_proj_dim": case.hidden, "ffn_dim": case.hidden * 3}
+        sizes |= {
+            "hidden_size": case.hidden,
+            "word_embed_proj_dim": case.hidden,
+            "ffn_dim": case.hidden * 3,
+        }
         sizes |= {
             "num_hidden_layers": case.layers,
             "num_attention_heads": heads,
             "max_position_embeddings": 1024,
         }
     elif case.family == "gpt2":
-        sizes |= {"n_embd": case.hidden, "n_layer": case.layers, "n_head": heads, "n_positions": 1024}
+        sizes |= {
+            "n_embd": case.hidden,
+            "n_layer": case.layers,
+            "n_head": heads,
+            "n_positions": 1024,
+        }
     else:
         sizes |= {
             "hidden_size": case.hidden,

@@ -20,7 +20,9 @@ CHANGES = {"header": 300, "index": 300, "config": 60, "gguf": 200, "records": 15
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_seeds_are_right_and_changes_of_them_are_read_as_documented(name: str, tmp_path: Path) -> None:
+def test_seeds_are_right_and_changes_of_them_are_read_as_documented(
+    name: str, tmp_path: Path
+) -> None:
     target = TARGETS[name]
     seeds = target.seeds(tmp_path)
     for seed in seeds:
@@ -34,7 +36,9 @@ def test_seeds_are_right_and_changes_of_them_are_read_as_documented(name: str, t
 
 
 @pytest.mark.parametrize("name", ["header", "index", "gguf"])
-def test_a_change_follows_from_its_seed_and_leaves_the_keys_as_they_are(name: str, tmp_path: Path) -> None:
+def test_a_change_follows_from_its_seed_and_leaves_the_keys_as_they_are(
+    name: str, tmp_path: Path
+) -> None:
     target = TARGETS[name]
     seed = target.seeds(tmp_path)[-1]
     keys = target.keys()
@@ -78,7 +82,10 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda file: _raise(CheckpointError(f"{file}: \x1b[2J")),
         "a message with control characters",
     ),
-    "endless": (lambda file: _raise(CheckpointError(f"{file}: {'x' * 9999}")), "a message without end"),
+    "endless": (
+        lambda file: _raise(CheckpointError(f"{file}: {'x' * 9999}")),
+        "a message without end",
+    ),
     "out of memory": (
         lambda file: _raise(CheckpointError(f"{file}: no"), MemoryError()),
         "memory is asked for before sizes are checked",
@@ -96,7 +103,9 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def test_an_input_that_takes_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_that_takes_for_ever_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def endless(file: Path) -> None:
         while True:
             pass

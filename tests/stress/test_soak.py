@@ -57,7 +57,10 @@ def test_wrong_tokens_refusals_and_leaks_are_told_apart() -> None:
     expected = {"outputs": [[1, 2], "abc"]}
     report = {"outputs": [[1, 2], "abc"], "refusals": [None, None], "left": [0, 0, 0]}
     assert judge(SMALL, expected, report) == ("ok", ["ok", "ok"])
-    assert judge(SMALL, expected, report | {"outputs": [[1, 3], "abc"]}) == ("wrong", ["wrong", "ok"])
+    assert judge(SMALL, expected, report | {"outputs": [[1, 3], "abc"]}) == (
+        "wrong",
+        ["wrong", "ok"],
+    )
     refused = report | {"outputs": [[1, 2], None], "refusals": [None, "no room"]}
     assert judge(SMALL, expected, refused) == ("ok", ["ok", "refused"])
     for left in ([1, 0, 0], [0, 1, 0], [0, 0, 4096]):
