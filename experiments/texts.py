@@ -149,40 +149,40 @@ def decode(
             logits_processor=LogitsProcessorList([margins]),
             **({"eos_token_id": None} if job["replayed"] else {}),
         )
-        after, times = engine.stats(), watch.passes
         for (start_s, start_bytes, _), (stop_s, stop_bytes, tokens) in itertools.pairwise(
-            times[1:]
+            watch.passes[1:]
         ):
-            emit(
-                "token",
-                ids=tokens,
-                s=stop_s - start_s,
-                bytes=stop_bytes - start_bytes,
-                counted=True,
-            )
+            nbytes = stop_bytes - start_bytes
+            emit("token", ids=tokens, s=stop_s - start_s, bytes=nbytes, counted=True)
         answer = output[0, ids.shape[1] :].tolist()
-        counts = [len(tokens) for _, _, tokens in times[2:]]
-        kept = {
-            name: after[name] - before[name]
-            for name in ("drafted", "accepted", "draft_passes", "draft_s")
-            if name in after
-        }
-        one = {
-            "prompt_tokens": ids.shape[1],
-            "tokens": sum(counts),
-            "passes": len(counts),
-            "seconds": times[-1][0] - times[1][0],
-            "first_token_s": times[1][0] - times[0][0],
-            "tokens_of_passes": counts,
-            "candidates_of_passes": [
-                after - before for before, after in itertools.pairwise(watch.drafted[1:])
-            ],
-            "answer": answer,
-            "margins": [margins.of.get(ids.shape[1] + i) for i in range(len(answer))]
-            if isinstance(margins, Margins)
-            else [],
-            "predicted_tokens_per_s": after.get("draft_predicted_tokens_per_s"),
-            "acceptance": after.get("acceptance"),
-        } | kept
+        one = _summary(watch, before, engine.stats(), ids.shape[1], answer)
+        if isinstance(margins, Margins):
+            one["margins"] = [margins.of.get(ids.shape[1] + i) for i in range(len(answer))]
         found.setdefault(kind, []).append(one)
     return json.loads(json.dumps(found))
+
+
+def _summary(
+    watch: Watch,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    prompt_tokens: int,
+    answer: list[int],
+) -> dict[str, Any]:
+    """What one text came to, from the engine's counters before and after it."""
+    times = watch.passes
+    counts = [len(tokens) for _, _, tokens in times[2:]]
+    kept = ("drafted", "accepted", "draft_passes", "draft_s")
+    return {
+        "prompt_tokens": prompt_tokens,
+        "tokens": sum(counts),
+        "passes": len(counts),
+        "seconds": times[-1][0] - times[1][0],
+        "first_token_s": times[1][0] - times[0][0],
+        "tokens_of_passes": counts,
+        "candidates_of_passes": [new - old for old, new in itertools.pairwise(watch.drafted[1:])],
+        "answer": answer,
+        "margins": [],
+        "predicted_tokens_per_s": after.get("draft_predicted_tokens_per_s"),
+        "acceptance": after.get("acceptance"),
+    } | {name: after[name] - before[name] for name in kept if name in after}

@@ -27,7 +27,8 @@ from experiments.real import as_gguf, real_tokenizer, with_tokenizer
 from experiments.smollm2 import DownloadError
 from flexinfer import CheckpointError
 from flexinfer.formats.tokenizer import load_tokenizer, prepare_tokenizer
-from flexinfer.formats.tokenizer_form import FACTS, TEXTS, WORDS, difference, observe
+from flexinfer.formats.tokenizer_form import FACTS, WORDS
+from flexinfer.formats.tokenizer_maker import TEXTS, difference, observe
 
 MIB = 1 << 20
 

@@ -78,17 +78,7 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
 
     Raises ValueError when `path` is no directory or its disk is too full for the file.
     """
-    if not path.is_dir():
-        raise ValueError(
-            f"path={str(path)!r} is no directory; name one on the disk the models lie on"
-        )
-    size_bytes = max(size_bytes // REQUEST_BYTES, 2 * max(THREADS)) * REQUEST_BYTES
-    free_bytes = psutil.disk_usage(str(path)).free
-    if free_bytes < size_bytes + (64 << 20):
-        raise ValueError(
-            f"size={format_size(size_bytes)} does not fit: {format_size(free_bytes)} are free at "
-            f"{path}; give a smaller --size"
-        )
+    size_bytes, free_bytes = _checked_size(path, size_bytes)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=path, prefix=SCRATCH) as scratch:
         file = Path(scratch) / "blob"
@@ -134,6 +124,22 @@ def measure_machine(path: Path, size_bytes: int) -> Facts:
         lock_works=lock_works,
         cgroups_writable=_cgroups_writable(),
     )
+
+
+def _checked_size(path: Path, size_bytes: int) -> tuple[int, int]:
+    """Bytes of the scratch file in directory `path`, and those that are free there."""
+    if not path.is_dir():
+        raise ValueError(
+            f"path={str(path)!r} is no directory; name one on the disk the models lie on"
+        )
+    size_bytes = max(size_bytes // REQUEST_BYTES, 2 * max(THREADS)) * REQUEST_BYTES
+    free_bytes = psutil.disk_usage(str(path)).free
+    if free_bytes < size_bytes + (64 << 20):
+        raise ValueError(
+            f"size={format_size(size_bytes)} does not fit: {format_size(free_bytes)} are free at "
+            f"{path}; give a smaller --size"
+        )
+    return size_bytes, free_bytes
 
 
 def advice(facts: Facts) -> list[str]:
@@ -183,6 +189,12 @@ def advice(facts: Facts) -> list[str]:
             "weights, less than the disk gives: for such "
             "weights the CPU is the limit, and a larger budget will not help."
         )
+    return [*lines, *_advice_on_limits(facts)]
+
+
+def _advice_on_limits(facts: Facts) -> list[str]:
+    """What this machine has too little of, and what to do."""
+    lines = []
     if facts.memory_bytes < 2 << 30:
         lines.append(
             f"Only {format_size(facts.memory_bytes)} of memory are to be had; the process itself "

@@ -71,8 +71,7 @@ def generate(
             if context < least:
                 raise ValueError(
                     f"context={context} is too small for {prompt_tokens} prompt tokens and what is "
-                    "to follow; "
-                    f"leave it out, or give --context {needed}"
+                    f"to follow; leave it out, or give --context {needed}"
                 )
             room = context - prompt_tokens
             writer = Nowhere() if as_json else text_streamer(tokenizer)
@@ -83,19 +82,13 @@ def generate(
             result = measure(streamed, clock)
             token_ids = output[0, prompt_tokens:].tolist()
     if as_json:
-        text = tokenizer.decode(token_ids, skip_special_tokens=True)
-        print(
-            json.dumps(
-                {"text": text, "token_ids": token_ids, "prompt_tokens": prompt_tokens} | result
-            )
-        )
+        result |= {"token_ids": token_ids, "prompt_tokens": prompt_tokens}
+        print(json.dumps({"text": tokenizer.decode(token_ids, skip_special_tokens=True)} | result))
     else:
         if room < decoding.new_tokens and len(token_ids) >= room:
             note(at_context(context))
         note(("stopped; " if interrupt.pressed else "") + speed_line(result))
         if result["draft_that_pays"] is not None:
-            note(
-                f"--draft auto may give {result['draft_that_pays']:.3g} tokens/s, with the same "
-                "output"
-            )
+            speed = f"{result['draft_that_pays']:.3g} tokens/s"
+            note(f"--draft auto may give {speed}, with the same output")
     return interrupt.code

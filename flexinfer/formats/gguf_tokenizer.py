@@ -56,6 +56,7 @@ def make_tokenizer(file: Path, directory: Path) -> None:
     tokens, config = values["tokenizer"], values["tokenizer_config"]
     backend, _ = convert_gguf_tokenizer(gguf.architecture, tokens)
     kind = tokens.get("pre_tokenizer_type")
+    known = kind in GGUF_PRE_TOKENIZER_SPLITS or kind in AS_GPT2
     if kind in EACH_DIGIT:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -63,11 +64,7 @@ def make_tokenizer(file: Path, directory: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-    elif (
-        tokens["tokenizer_type"] == "gpt2"
-        and kind not in GGUF_PRE_TOKENIZER_SPLITS
-        and kind not in AS_GPT2
-    ):
+    elif tokens["tokenizer_type"] == "gpt2" and not known:
         print(f"tokenizer.ggml.pre is {kind!r}, which is not known: text is cut as GPT-2 does")
     if kind in WHOLE_WORDS:
         backend.model.ignore_merges = True
@@ -76,24 +73,7 @@ def make_tokenizer(file: Path, directory: Path) -> None:
     for name, theirs in SPECIAL.items():
         number = gguf.metadata.get(f"tokenizer.ggml.{name}_token_id")
         config[theirs] = None if number is None else tokens["tokens"][number]
-    before = (
-        [config["bos_token"]] if config.pop("add_bos_token", False) and config["bos_token"] else []
-    )
-    after = (
-        [config["eos_token"]] if config.pop("add_eos_token", False) and config["eos_token"] else []
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        pair=[
-            *before,
-            "$A",
-            *after,
-            *(f"{token}:1" for token in before),
-            "$B:1",
-            *(f"{token}:1" for token in after),
-        ],
-        special_tokens=[(token, tokens["tokens"].index(token)) for token in before + after],
-    )
+    backend.post_processor = _with_ends(config, tokens["tokens"])
     backend.save(str(directory / "tokenizer.json"), pretty=False)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -102,6 +82,22 @@ def make_tokenizer(file: Path, directory: Path) -> None:
     generation = directory / "generation_config.json"
     generation.write_text(
         json.dumps(json.loads(generation.read_text()) | {"eos_token_id": sorted(ends)})
+    )
+
+
+def _with_ends(config: dict[str, Any], words: list[str]) -> Any:
+    """What puts BOS and EOS around a text, by settings that it takes out of `config`."""
+
+    def end(name: str) -> list[str]:
+        wanted = config.pop(f"add_{name}", False)
+        return [config[name]] if wanted and config[name] else []
+
+    before, after = end("bos_token"), end("eos_token")
+    second = [f"{token}:1" for token in before], [f"{token}:1" for token in after]
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *second[0], "$B:1", *second[1]],
+        special_tokens=[(token, words.index(token)) for token in before + after],
     )
 
 

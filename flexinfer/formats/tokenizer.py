@@ -195,7 +195,7 @@ def _make(path: Path, form: Path, needed_bytes: int) -> None:
     """Have the form made, and measured, by two processes one after the other."""
     for role in ("make", "measure"):
         why = make_apart(
-            path, needed_bytes, "flexinfer.formats.tokenizer_form", role, str(path), str(form)
+            path, needed_bytes, "flexinfer.formats.tokenizer_maker", role, str(path), str(form)
         )
         if why is not None:
             problem = (

@@ -15,13 +15,13 @@ import warnings
 
 import torch
 
+from flexinfer.memory.heap import LIBC
+
 PAGE_BYTES = mmap.PAGESIZE
 
 HUGE_PAGE_BYTES = 2 << 20
 
 MADV_POPULATE_WRITE = 23
-
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:

@@ -22,10 +22,11 @@ from typing import Any
 
 from flexinfer.messages import shown
 from flexinfer.plan.plan import Plan
+from flexinfer.serve.fields import Refusal
 from flexinfer.serve.generation import Failed, Generation, Turn
 from flexinfer.serve.line import Line
 from flexinfer.serve.metrics import Metrics
-from flexinfer.serve.requests import LOAD, MODELS, NEEDED, Refusal, checked
+from flexinfer.serve.requests import LOAD, MODELS, NEEDED, checked
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

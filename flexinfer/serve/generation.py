@@ -32,7 +32,8 @@ from transformers.cli.serving.utils import (
 )
 
 from flexinfer.messages import cause
-from flexinfer.serve.requests import Limits, Refusal
+from flexinfer.serve.fields import Refusal
+from flexinfer.serve.requests import Limits
 
 # What transformers' parser raises of a call of a tool that is none: no JSON, no name, cut off by
 # the end of the text.

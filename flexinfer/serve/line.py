@@ -5,7 +5,7 @@ import math
 from collections import deque
 from time import perf_counter
 
-from flexinfer.serve.requests import Refusal
+from flexinfer.serve.fields import Refusal
 
 SHARE_OF_LAST = 0.3  # in the mean length of a turn; our choice
 

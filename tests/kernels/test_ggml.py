@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from flexinfer.formats.ggml_types import GgmlError, GgmlType
-from flexinfer.kernels import ggml
+from flexinfer.kernels import ggml, ggml_abi
 from flexinfer.kernels.ggml import (
     FEW_ROWS,
     KEPT_SHAPES,
@@ -213,12 +213,12 @@ def test_graphs_that_are_no_longer_kept_are_used_for_other_shapes(
 ) -> None:
     made = []
 
-    class Counted(ggml._Product):
+    class Counted(ggml.Product):
         def __init__(self, *libraries: Any) -> None:
             made.append(self)
             super().__init__(*libraries)
 
-    monkeypatch.setattr(ggml, "_Product", Counted)
+    monkeypatch.setattr(ggml, "Product", Counted)
     monkeypatch.setattr(library(), "_shared", {})
     monkeypatch.setattr(library(), "_spare", [])
     kernel = GgmlKernel(1024, TYPES["Q4_K"], torch.float32)
@@ -289,7 +289,7 @@ def test_a_package_without_its_libraries_is_an_error(tmp_path: Path) -> None:
 
 def test_kernels_that_no_cpu_here_can_run_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(GgmlError, match="no kernels for this CPU"):
-        ggml.best_kernels(tmp_path)
+        ggml_abi.best_kernels(tmp_path)
 
 
 def test_another_version_of_ggml_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,18 +17,15 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from flexinfer.serve.fields import CHECKS, NOT_OF_TEMPLATES, OF_GENERATION, Refusal
 from flexinfer.serve.generation import StopText, Text, Turn
 from flexinfer.serve.requests import (
     CHAT,
-    CHECKS,
     COMPLETIONS,
     LOAD,
     NEEDED,
-    NOT_OF_TEMPLATES,
-    OF_GENERATION,
     RESPONSES,
     Limits,
-    Refusal,
     checked,
     samples,
     settings,
