@@ -2,9 +2,7 @@
 
 # Between processes of the same program, which are not always of the same size (docs/log.md).
 SLACK_BYTES = 6 << 20
-
 MOST_BYTES = 1 << 60  # no machine has as many
-
 UNITS_BYTES = {"": 1, "B": 1}  # in any case
 
 for _power, _letter in enumerate("KMGT", 1):

@@ -32,17 +32,11 @@ from flexinfer.streaming.costs import kernel_s, read_speed
 from flexinfer.streaming.reader import FileReader
 
 REQUEST_BYTES = 4 << 20
-
 SCRATCH = ".flexinfer-doctor-"  # begins the names of scratch directories
-
 THREADS = (1, 2, 4)
-
 KERNEL_SHAPE = (4096, 4096)  # (out_features, in_features): an attention weight of a 7B model
-
 REPEATS = {1: 7, 64: 3}  # by activation rows
-
 LOCK_TEST_BYTES = 64 << 20
-
 EXAMPLE_BYTES = 3.8e9  # weights of a 7B model in 4 bit
 
 

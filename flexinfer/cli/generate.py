@@ -24,9 +24,8 @@ from flexinfer.cli.text import (
 )
 from flexinfer.options import Options
 
-SPECIAL_TOKENS = (
-    8  # that a tokenizer may put around a prompt; of the prompt itself there is at most one a byte
-)
+# That a tokenizer may put around a prompt; the prompt itself has at most one per byte.
+SPECIAL_TOKENS = 8
 Prompt = Annotated[
     str | None,
     typer.Argument(

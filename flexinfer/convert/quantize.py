@@ -53,25 +53,18 @@ MODEL_FILE = "model.gguf"
 
 # Has all its length from the start, so it must not be taken for a model.
 UNFINISHED_FILE = MODEL_FILE + ".unfinished"
-
 HEADER_FILE = MODEL_FILE + ".header"
-
 DEFAULT_KIND = "Q4_K"
-
 BLOCK_WEIGHTS = 1 << 20  # quantised at a time
 
 # Of the disk that stay free: header, tokenizer files, the file system's own.
 MARGIN_BYTES = 64 << 20
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # In DST.partial: what it is made of, then a line for each finished tensor.
 STATE_FILE = "quantize_state.json"
-
 REPORT_FILE = "quantize_report.json"
-
 COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
-
 NOT_COPIED = {"config.json", INDEX_FILE, REPORT_FILE}
 
 

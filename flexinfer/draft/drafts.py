@@ -33,9 +33,7 @@ from flexinfer.plan.planner import Substitutes
 from flexinfer.sizes import BudgetError
 
 AUTO_TYPES = ("q4_0", "q8_0")  # both are quantised faster than most disks read
-
 SCORES_BYTES = 8  # a candidate and token of the vocabulary: scores in float32, twice
-
 SCORES_SHARE = 1 / 32  # of the budget, that these may take
 
 

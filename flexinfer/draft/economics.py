@@ -21,26 +21,19 @@ from flexinfer.plan.batches import at_rows
 from flexinfer.plan.plan import Costs, DraftPlan, Plan
 
 DRAFTS = ("substitute", "lookup", "auto")  # beside small models
-
 DEFAULT_TYPE = "q4_0"
-
 MOST_CANDIDATES = 16
-
 LOOKUP_CANDIDATES = 10  # transformers' default
 
 # Of a candidate whose predecessors were accepted, before any was seen: at 4.5 and 8.5 bits of
 # SmolLM2-135M (docs/log.md), else guessed.
 ACCEPTANCE_OF_BITS = ((2.6, 0.45), (3.5, 0.7), (4.5, 0.85), (5.5, 0.9), (8.5, 0.95))
-
 ACCEPTANCE_OF = {"model": 0.7, "lookup": 0.2}
 
 # As many the prior counts for at first; it is forgotten as what was seen is.
 PRIOR_CANDIDATES = 16.0
-
 FORGETTING = 0.85  # what was seen counts so much less with each pass (docs/log.md)
-
 READING_SHARE = 0.8  # a pass whose kernels should take less than this part of it waits for the disk
-
 LOOKED_UP_TOKENS = 3  # the longest run of tokens that is looked for in the text so far
 
 

@@ -37,12 +37,10 @@ from flexinfer.sizes import format_size
 from flexinfer.streaming.locked import Rows
 from flexinfer.streaming.reader import FileReader, padded_bytes
 
-NUMBERS_AT_ONCE = (
-    32_768  # quantised in one call: torch shares larger tensors out to threads, which take memory
-)
+# Quantised in one call: torch shares larger tensors out to threads, which take memory.
+NUMBERS_AT_ONCE = 32_768
 
 SPARE_DISK_BYTES = 64 << 20
-
 EXTRA_BYTES = 2 * PAGE_BYTES  # of a substitute: it begins and ends within a page
 
 

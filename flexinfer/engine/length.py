@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from flexinfer.engine.runner import PassRunner
 
 LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
-
 IN_RESERVE = (None, "dynamic")  # names of cache implementations whose memory is set aside
 
 

@@ -42,7 +42,6 @@ SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, dimensions, type a
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 PROJECTORS = {"clip"}  # architectures of what turns pictures and sound into tokens
 AGAIN = "damaged; download it again"
-
 STRING, ARRAY = 8, 9
 SCALARS = {
     0: "B",

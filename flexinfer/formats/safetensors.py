@@ -21,9 +21,7 @@ from flexinfer.formats.tensors import (
 from flexinfer.messages import shown
 
 SINGLE_FILE = "model.safetensors"
-
 INDEX_FILE = "model.safetensors.index.json"
-
 MAX_DIMENSIONS = 64  # of a tensor: as many as torch can take
 
 

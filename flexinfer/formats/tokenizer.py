@@ -28,7 +28,6 @@ from flexinfer.memory.heap import return_freed_memory, trim_heap
 from flexinfer.messages import one_line
 
 FORM_VERSION = 2
-
 MARKS = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json")
 
 # What AutoTokenizer reads.

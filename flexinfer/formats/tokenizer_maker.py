@@ -33,7 +33,6 @@ from flexinfer.memory.heap import trim_heap
 from flexinfer.memory.process import anonymous_bytes, peak_bytes, reset_peak, resident_bytes
 
 LIMIT_BYTES = 1 << 10  # of a message
-
 DISTINCT_WORDS = 12_000  # more than the library remembers the tokens of
 
 TEXTS = (

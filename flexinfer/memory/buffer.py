@@ -18,9 +18,7 @@ import torch
 from flexinfer.memory.heap import LIBC
 
 PAGE_BYTES = mmap.PAGESIZE
-
 HUGE_PAGE_BYTES = 2 << 20
-
 MADV_POPULATE_WRITE = 23
 
 

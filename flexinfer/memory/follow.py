@@ -18,13 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_S = 0.25
-
 CALM_POLLS = 20  # looks in a row that find room, before it is taken
-
 HYSTERESIS = 0.05  # of the budget: less than that is left as it is
-
 PRESSURE_FILE = Path("/proc/pressure/memory")
-
 PRESSURE_TRIGGER = b"some 100000 2000000"  # microseconds that some task has waited, in how many
 
 logger = logging.getLogger("flexinfer")

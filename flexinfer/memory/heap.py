@@ -5,7 +5,6 @@ from pathlib import Path
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 M_MMAP_THRESHOLD = -3  # malloc.h
-
 MMAP_THRESHOLD_BYTES = 128 << 10  # glibc's own first value; naming it keeps it there
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 
 CGROUPS_FILE = Path("/proc/self/cgroup")
-
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 

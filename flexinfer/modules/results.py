@@ -66,9 +66,8 @@ class ReusedResults(TorchDispatchMode):
         self._kept: dict[int, list[Buffer]] = {}  # by size in bytes, the one used last at the end
         self._in_use: dict[int, weakref.ref[Any]] = {}  # by storage: tells when it is gone
         self._entered = False
-        self.kept_bytes = self.in_use_bytes = self.taken_bytes = (
-            0  # taken_bytes: of new memory, since the beginning
-        )
+        self.kept_bytes = self.in_use_bytes = 0
+        self.taken_bytes = 0  # of new memory, since the beginning
 
     def __enter__(self) -> "ReusedResults":
         self._entered = True

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from tqdm.auto import tqdm
 
 SPAN_COLOURS = {"read": "#0072B2", "wait": "#F0E442", "compute": "#D55E00"}
-
 WAIT_HATCH = "xx"
 
 # What is done by then gets no bar; a text is many passes, so that only slow ones get one.
 PATIENCE_S = {"pass": 3.0}
-
 OTHER_PATIENCE_S = 0.5
 
 

@@ -36,7 +36,6 @@ FAULT_S = 1e-3  # our choice for a page read back from a disk that is in use
 
 # Of the measured bandwidth, below which reads are said not to overlap; our choice.
 OVERLAP_SHARE = 0.7
-
 TITLES = {  # of the stages of progress
     "verify": "making checksums",
     "load": "reading what stays",

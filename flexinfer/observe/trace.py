@@ -25,17 +25,11 @@ Kind = Literal["read", "wait", "compute", "pass", "budget", "locked", "window", 
 Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all)
 
 SPANS: tuple[Kind, ...] = ("read", "wait", "compute")
-
 COUNTERS: tuple[Kind, ...] = ("budget", "locked", "window", "resident")
-
 KINDS: tuple[Kind, ...] = (*SPANS, "pass", *COUNTERS)
-
 KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
-
 MAX_EVENTS = 200_000
-
 SAMPLE_S = 0.05  # between two looks at the memory in use
-
 RECORD = struct.Struct("=BHIHddQ")  # kind, thread, tensor, layer, start, stop, bytes
 
 
@@ -103,9 +97,8 @@ class Trace:
     """
 
     max_events: int = 0
-    progress: Progress | None = (
-        None  # hears how far a pass has come, as ("pass", bytes multiplied, bytes of a pass)
-    )
+    # Hears how far a pass has come, as ("pass", bytes multiplied, bytes of a pass).
+    progress: Progress | None = None
     passes: int = 0
     tokens: int = 0  # rows that went through the model: batch x new positions
     bytes_read: int = 0

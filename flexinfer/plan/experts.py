@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from flexinfer.plan.weights import Piece, Weight
 
 FEW_PIECES = 16  # a piece is at least one of so many parts of the largest that is read at once
-
 REQUEST_BYTES = 64 << 10  # what a read costs besides its bytes, in bytes; our choice
 
 

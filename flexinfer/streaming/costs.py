@@ -22,7 +22,6 @@ from flexinfer.plan.weights import Weight
 from flexinfer.streaming.reader import FileReader
 
 CACHE_BYTES = 32 << 20  # kernels are timed on as much, so that their bytes come from memory
-
 SAMPLE_BYTES = 192 << 20  # long enough that a bandwidth limit has no burst left
 
 

@@ -126,7 +126,6 @@ class Frequency:
 
 
 HINDSIGHT = "hindsight"  # what `fewest_misses` is called beside the policies
-
 DEFAULT = "frequency"
 
 POLICIES: dict[

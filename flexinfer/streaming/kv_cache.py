@@ -24,7 +24,6 @@ from flexinfer.memory.buffer import Buffer
 
 # Heads of a whole context that are made wide at a time, so that each thread has some.
 WIDE_HEADS = 4
-
 WIDE_BYTES = 2 << 20  # and at least so much
 
 
