@@ -35,7 +35,7 @@ SPIN_COUNT = "6000"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C,
+    """Run one command; returns the exit code: 0, 2 for what the user can fix, 130 after Ctrl-C,
     143 after SIGTERM.
     """
     given = sys.argv[1:] if argv is None else argv

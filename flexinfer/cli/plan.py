@@ -142,10 +142,9 @@ def _drafted(prepared: "Prepared", planner: Planner, budget_bytes: int) -> "list
 def _batches(
     prepared: "Prepared", planner: Planner, budget_bytes: int, counts: Sequence[int]
 ) -> list[Batch]:
-    """What so many sequences at a time give, each of the context. Measures what passes of so many
-    rows cost.
+    """What each of `counts` sequences at a time gives, each as long as the context.
 
-    As `from_pretrained(..., context=sequences * context, logits_to_keep=sequences)` plans it.
+    Measures what passes of that many rows cost. As `from_pretrained(..., context=sequences * context, logits_to_keep=sequences)` plans it.
     Raises ValueError for a mixture.
     """
     from flexinfer.streaming.costs import measure_rows

@@ -44,7 +44,7 @@ class Decoding:
 
     max_new_tokens: int | None = option(
         None,
-        f"at most so many (default: {NEW_TOKENS}, or what the context has room for)",
+        f"at most this many (default: {NEW_TOKENS}, or what the context has room for)",
         panel=DECODING,
     )
     temperature: float | None = option(

@@ -99,7 +99,7 @@ class Assistant:
         logits_processor: Sequence[Process],
         mask: torch.Tensor | None,
     ) -> list[torch.Tensor]:
-        """At most so many candidates into `_drafted`; their scores."""
+        """At most `most` candidates into `_drafted`; their scores."""
         ids = input_ids[0].tolist()
         found = looked_up(ids, most)
         self._guessed, self._drafted = not found, found or ids[-1:]
@@ -183,14 +183,14 @@ class ModelAssistant(Assistant):
         where it is padded.
         """
         model: Any = self._model
-        told: dict[str, Any] = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        inputs: dict[str, Any] = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         if mask is not None:
-            told["attention_mask"] = whole = torch.cat(
+            inputs["attention_mask"] = whole = torch.cat(
                 (mask, mask.new_ones(1, ids.shape[1] - mask.shape[1])), dim=-1
             )
             if "position_ids" in inspect.signature(model.forward).parameters:
-                told["position_ids"] = (whole.cumsum(-1) - 1).clamp(min=0)[:, -new_tokens:]
-        return told
+                inputs["position_ids"] = (whole.cumsum(-1) - 1).clamp(min=0)[:, -new_tokens:]
+        return inputs
 
 
 def _certain(token: int, vocab: int) -> torch.Tensor:

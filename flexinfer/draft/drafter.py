@@ -35,7 +35,7 @@ from flexinfer.sizes import BudgetError, format_size
 from flexinfer.streaming.reader import FileReader
 from flexinfer.streaming.store import SubstituteSource
 
-# As fast as people read; nobody needs to be told of drafts.
+# As fast as people read; no hint about drafts above it.
 READING_TOKENS_PER_S = 6.0
 # Passes before a draft is judged, and how many times as fast it must be without.
 ENOUGH_PASSES, BETTER = 12, 1.1

@@ -240,7 +240,7 @@ class Drafts:
         """
         config = kwargs.get("generation_config") or model.generation_config
 
-        def told(name: str) -> Any:
+        def setting(name: str) -> Any:
             return kwargs[name] if name in kwargs else getattr(config, name, None)
 
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
@@ -257,8 +257,8 @@ class Drafts:
             and ids.dim() == 2
             and ids.shape[0] == 1
             and ids.shape[1] > 0
-            and (told("num_beams") or 1) == 1
-            and (told("num_return_sequences") or 1) == 1
-            and told("use_cache") is not False
-            and not any(told(name) for name in own)
+            and (setting("num_beams") or 1) == 1
+            and (setting("num_return_sequences") or 1) == 1
+            and setting("use_cache") is not False
+            and not any(setting(name) for name in own)
         )

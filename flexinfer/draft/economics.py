@@ -88,7 +88,7 @@ class DraftCosts:
     locked_s: float  # and with every weight locked
 
     def pass_s(self, rows: int) -> float:
-        """A pass of so many rows."""
+        """Seconds of a pass of `rows` rows."""
         return at_rows(self.rows_s, rows)
 
 

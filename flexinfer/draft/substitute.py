@@ -259,8 +259,8 @@ class SubstituteFile:
         facts = [
             (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files
         ]
-        told = json.dumps([facts, kind.lower(), [weight.name for weight in weights], end])
-        name = f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.{kind.lower()}"
+        identity = json.dumps([facts, kind.lower(), [weight.name for weight in weights], end])
+        name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.{kind.lower()}"
         self.path = in_cache("drafts", name) if folder is None else folder / name
         self._file: FileReader | None = None
 

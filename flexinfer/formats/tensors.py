@@ -18,7 +18,7 @@ MAX_CONFIG_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How numbers are stored: so many in so many bytes."""
+    """How numbers are stored: `block_elements` of them in `block_bytes`."""
 
     name: str
     block_elements: int

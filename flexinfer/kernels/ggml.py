@@ -53,7 +53,7 @@ from flexinfer.memory.buffer import Buffer
 VERSION = "0.26."  # of ggml: the structures of ggml_abi are laid out as in its header
 WORK_ROWS = 256  # activation rows that are multiplied at a time
 SHARE_ROWS = 16  # output rows of a share are a multiple of this: float32 outputs of one cache line
-FEW_ROWS = 8  # up to so many activation rows the memory to work in is kept from call to call
+FEW_ROWS = 8  # up to this many activation rows, work memory is kept from call to call
 # Of output rows, for each thread, with up to FEW_ROWS activation rows and with more.
 SHARES_OF_FEW, SHARES_OF_MANY = (4, 2)
 # Products whose graphs are kept: a model has ten or so, for one token and for a few; experts of a
@@ -345,7 +345,7 @@ class Library:
         return products
 
     def _make_room(self, threads: int, nbytes: int) -> None:
-        """See that so many threads have memory to work in."""
+        """Give each of the first `threads` threads `nbytes` to work in."""
         for i in range(threads):
             if i == len(self._work):
                 self._work.append(torch.empty(nbytes, dtype=torch.uint8))

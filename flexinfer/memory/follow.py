@@ -86,7 +86,7 @@ class Follower:
         while not any(fd == self._wake_read for fd, _ in poll.poll(POLL_S * 1000)):
             try:
                 self.look()
-            except Exception:  # the next look may find it mended; the model runs on as it is
+            except Exception:  # it may work next time; the model runs on as it is
                 logger.warning("the budget could not follow the memory to spare", exc_info=True)
 
     def close(self) -> None:

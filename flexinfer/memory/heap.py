@@ -33,7 +33,7 @@ def trim_heap() -> None:
 
 
 def _plug_heap() -> None:
-    """Take the holes of glibc's heap that a large tensor would fit into, for good and without
+    """Take the holes of glibc's heap that a large tensor would fit into, permanently and without
     touching their pages.
 
     Blocks from MMAP_THRESHOLD_BYTES on are mapped one by one and go back when they are freed, but

@@ -42,7 +42,7 @@ from flexinfer.streaming.store import WeightStore
 
 IMPLEMENTATION = "flexinfer"
 HELD_BYTES = 1 << 20  # outputs that may be held until their turn comes
-FEW_TOKENS = 16  # of a pass whose next experts are foretold: one, or the candidates of a draft
+FEW_TOKENS = 16  # of a pass whose next experts are predicted: one, or the candidates of a draft
 
 # Which expert, the first of its pieces, and the weights and kernels that follow one another from
 # there.

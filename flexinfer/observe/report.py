@@ -135,14 +135,14 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
     if in_vain_bytes > MEMORY_SHARE * bytes_read and not spent["resyncs"]:
         return (
             f"order: {format_size(in_vain_bytes)} of {format_size(bytes_read)} were experts that "
-            "were foretold and not wanted; "
+            "were predicted and not used; "
             "look_ahead=False reads none"
         )
     if in_vain_bytes > MEMORY_SHARE * bytes_read:
         return (
             f"order: the readers were sent elsewhere {spent['resyncs']} times in {passes} passes "
             "and read "
-            f"{format_size(in_vain_bytes)} of {format_size(bytes_read)} in vain"
+            f"{format_size(in_vain_bytes)} of {format_size(bytes_read)} unused"
         )
     rate, measured = bytes_read / pass_s, plan.costs.bandwidth_bytes_per_s
     reads = f"reads at {rate / 1e9:.2f} GB/s of {measured / 1e9:.2f} GB/s measured"
@@ -178,7 +178,7 @@ class Explainer:
         return text
 
     def explain_last_text(self, least_passes: int = 2) -> None:
-        """The same, if there were so many passes."""
+        """The same, if there were at least this many passes."""
         if self._stats()["passes"] >= self._before["passes"] + least_passes:
             self.explain()
 

@@ -51,7 +51,7 @@ def plan_batches(
 
     Args:
         planner: of one sequence.
-        overheads_of: what the process holds besides weights, with so many sequences.
+        overheads_of: what the process holds besides weights, by number of sequences.
         rows_s: (rows, seconds of computing a pass of so many rows), by rows.
     """
     found = []

@@ -122,8 +122,8 @@ class _Response(_Handler, ResponseHandler):
         messages = ResponseHandler._normalize_response_items(items)
         if instructions := body.get("instructions"):
             system = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
-            told = [instructions, *(text_of(message["content"]) for message in system)]
-            messages.insert(0, {"role": "system", "content": "\n\n".join(told)})
+            parts = [instructions, *(text_of(message["content"]) for message in system)]
+            messages.insert(0, {"role": "system", "content": "\n\n".join(parts)})
         return messages
 
 

@@ -74,7 +74,7 @@ class Turn:
         return tokens / seconds if tokens and seconds else None
 
     def saw(self, tokens: int) -> None:
-        """A pass has given so many."""
+        """A pass has given this number of tokens."""
         self.last_s = perf_counter()
         self.passes += 1
         self.new_tokens += tokens

@@ -39,7 +39,7 @@ from flexinfer.serve.metrics import EngineCollector, Metrics
 from flexinfer.serve.requests import Limits
 
 ROOM_BYTES = 8 << 20  # bodies, connections, prompts in the making, pieces of answers; our choice
-# Beside those that generate or wait: to be told to come back later, or to look.
+# In addition to those that generate or queue: to get a 503, or to look at /metrics.
 SPARE_CONNECTIONS = 64
 HEAD_S = 10.0  # for a connection to ask something
 LAST_S = 5.0  # after the grace: for the token in hand

@@ -103,7 +103,7 @@ class ExpertCache:
         self._forget()
 
     def resize(self, slots: int) -> None:
-        """Make room for so many pieces; those whose slots go are lost. Only while detached."""
+        """Make room for `slots` pieces; those whose slots go are lost. Only while detached."""
         assert self._queue is None
         if slots < len(self._slots):
             gone = {number: slot for number, slot in self._slot_of.items() if slot >= slots}

@@ -130,7 +130,7 @@ DEFAULT = "frequency"
 
 POLICIES: dict[
     str, Callable[[int], Policy]
-] = {  # made for so many experts that a token uses, over all layers
+] = {  # made for the number of experts that a token uses, over all layers
     "recency": lambda _: Recency(),
     "frequency": lambda token_experts: Frequency(HALF_LIFE_TOKENS * token_experts),
     "fixed": lambda _: Fixed(),

@@ -18,8 +18,8 @@ from flexinfer.memory.buffer import PAGE_BYTES, round_up
 from flexinfer.streaming.checksums import Checksums
 
 CACHE_BLOCK_BYTES = 2 << 20  # the largest block the page cache keeps as one
-TRIES = 5  # reads in a row that give nothing, or are told to come again
-PAUSE_S = 0.02  # before a read that was told to come again
+TRIES = 5  # reads in a row that return nothing, or EAGAIN
+PAUSE_S = 0.02  # before a read is tried again
 
 
 class ReadError(OSError):
