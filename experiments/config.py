@@ -138,9 +138,8 @@ class WorkloadConfig:
     max_seconds: float = 120.0  # a slow cell stops here with the tokens it has (one at least), and
     max_tokens: int = 64  # a fast one here
     context: int = 256  # tokens the KV cache is sized for
-    timeout_s: float = (
-        600.0  # the whole process, loading included; then it is killed and recorded as a timeout
-    )
+    # The whole process, loading included; then it is killed and recorded as a timeout.
+    timeout_s: float = 600.0
     prefill_tokens: list[int] = field(default_factory=list)  # prompts whose prefill is timed
     # Real text (experiments.texts) instead of the fixed prompt, each kind by generate() with up to
     # max_tokens:
@@ -148,13 +147,10 @@ class WorkloadConfig:
     # or tokens that a draft has right before each that it has not, as seen elsewhere; the weights
     # have no say in it
     replayed: list[int] = field(default_factory=list)
-    drawn: bool = (
-        # Decode tokens drawn at random instead of greedily: random weights soon repeat themselves.
-        False
-    )
-    batch: int | None = (
-        None  # sequences at a time, each of `context` tokens; what the plan says of it is recorded
-    )
+    # Decode tokens drawn at random instead of greedily: random weights soon repeat themselves.
+    drawn: bool = False
+    # Sequences at a time, each of `context` tokens; what the plan says of it is recorded.
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         require(

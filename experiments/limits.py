@@ -62,9 +62,8 @@ class Applied:
     method: str  # v1 | v2 (control groups) | systemd | unlimited
     memory_bytes: int | None = None
     read_bytes_per_s: int | None = None
-    read_ahead_kb: int | None = (
-        None  # that the kernel reads ahead of a mapped file's faults, where it was set
-    )
+    # That the kernel reads ahead of a mapped file's faults, where it was set.
+    read_ahead_kb: int | None = None
     device: str | None = None  # "major:minor name" of the disk that is limited
     note: str = ""  # what could not be limited, and why
 

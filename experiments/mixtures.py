@@ -11,9 +11,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from experiments.expert_misses import HINDSIGHT
 from experiments.record_files import QUALITY, load_lines
 from experiments.records import Record
-from flexinfer.streaming.expert_policies import HINDSIGHT
 
 COMMAND = "python -m experiments.routing MODEL --record results/quality/routing.jsonl"
 STYLES = {

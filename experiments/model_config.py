@@ -34,9 +34,8 @@ class ExpertsConfig:
     count: int  # experts of a layer
     used: int  # of each token
     architecture: str  # llama.cpp's: qwen3moe, or llama (Mixtral)
-    popularity: float = (
-        1.0  # of an expert's share of the routing, the next one's: 1 is even (experiments.gguf)
-    )
+    # Of an expert's share of the routing, the next one's: 1 is even (experiments.gguf).
+    popularity: float = 1.0
 
     def __post_init__(self) -> None:
         known = ("llama", "qwen3moe")

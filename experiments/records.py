@@ -126,9 +126,8 @@ class Record(BaseModel):
     # what the bound is made of
     total_weight_bytes: Size | None = None  # S; of a mixture those that a token touches
     untouched_bytes: Size | None = None  # of the experts of a mixture that a token does not touch
-    missed_bytes: Count | None = (
-        None  # that a counted pass of a mixture had to read, what was read in vain apart
-    )
+    # That a counted pass of a mixture had to read, what was read in vain apart.
+    missed_bytes: Count | None = None
     process_bytes: Count | None = None
     kv_bytes: Count | None = None
     compute_s_per_pass: float | None = Field(default=None, gt=0)  # c

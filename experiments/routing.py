@@ -25,10 +25,11 @@ from typing import Any
 import torch
 
 import flexinfer
+from experiments.expert_misses import HINDSIGHT, fewest_misses, misses
 from experiments.provenance import provenance
 from experiments.synth import default_cache_dir
 from experiments.systems.interface import prompt_ids
-from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES, fewest_misses, misses
+from flexinfer.streaming.expert_policies import POLICIES
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 

@@ -1,5 +1,5 @@
-"""Where things are kept that are made once: configs and tokenizers of GGUF files, checksums,
-drafts, measured speeds.
+"""Where things are kept that are made once: configs and tokenizers of GGUF files, checksums
+and drafts.
 
 `$FLEXINFER_CACHE`, or `~/.cache/flexinfer`. What is there already is used even where nothing can be
 written; what is new goes to a private temporary directory then, which ends with the process. A

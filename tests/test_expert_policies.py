@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexinfer.streaming.expert_policies import POLICIES, Frequency, fewest_misses, misses
+from experiments.expert_misses import fewest_misses, misses
+from flexinfer.streaming.expert_policies import POLICIES, Frequency
 
 LONG = 1000  # experts that a token uses
 routings = st.lists(

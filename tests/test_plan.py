@@ -161,7 +161,8 @@ def test_every_byte_is_accounted_for(
     )
     assert plan.unused_bytes >= 0
     assert plan.overheads == replace(OVERHEADS, process_bytes=OVERHEADS.process_bytes + tables)
-    assert plan.overheads.nbytes + plan.window_bytes + locked_memory + plan.unused_bytes == budget
+    assert plan.held_bytes == plan.window_bytes + locked_memory
+    assert plan.overheads.nbytes + plan.held_bytes + plan.unused_bytes == budget
     assert plan.budget_bytes == budget
     assert all(0 <= plan.locked_pieces.get(w.name, 0) <= len(w.pieces) for w in weights)
     if plan.streamed_bytes:

@@ -256,19 +256,6 @@ def _read_speed(file: Path, size_bytes: int, threads: int, *, direct: bool) -> f
         reader.close()
 
 
-def disk_speed(folder: Path, size_bytes: int, threads: int = 2) -> float:
-    """Bytes per second of reading a scratch file in `folder` the way the engine does.
-
-    Raises OSError where none can be written.
-    """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
-        file = Path(scratch) / "blob"
-        _write(file, size_bytes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _read_speed(file, size_bytes, threads, direct=True)
-
-
 def kernel_times(name: str) -> tuple[int, dict[int, float]]:
     """Of a weight of KERNEL_SHAPE, stored as `name` ("bfloat16", "Q4_K"): its bytes, and the
     kernel's seconds by activation rows.

@@ -144,8 +144,8 @@ def _batches(
 ) -> list[Batch]:
     """What each of `counts` sequences at a time gives, each as long as the context.
 
-    Measures what passes of that many rows cost. As `from_pretrained(..., context=sequences * context, logits_to_keep=sequences)` plans it.
-    Raises ValueError for a mixture.
+    Measures what passes of that many rows cost. The plan is that of `from_pretrained(...,
+    context=sequences * context, logits_to_keep=sequences)`. Raises ValueError for a mixture.
     """
     from flexinfer.streaming.costs import measure_rows
 

@@ -1,4 +1,4 @@
-"""What the header of a GGUF file says of a model: flexinfer.formats.gguf_model, the other way
+"""What the header of a GGUF file says of a model: flexinfer.formats.gguf_config, the other way
 round.
 
 Values by the table of families; how each parameter is changed before it is stored. Whether a header

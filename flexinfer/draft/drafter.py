@@ -127,10 +127,7 @@ def substitute_source(
 
 
 class Drafter:
-    """Hands the draft to `generate()`, and lets go of one that does not pay.
-
-    replan: has the model follow another planner. runner: what runs the passes of its texts.
-    """
+    """Hands the draft to `generate()`, and drops one that does not pay."""
 
     def __init__(self, drafts: Drafts, costs: DraftCosts, trace: Trace) -> None:
         self.drafts, self._costs, self._trace = drafts, costs, trace

@@ -3,7 +3,7 @@ how many candidates: pure functions.
 
 A draft proposes candidates, and one pass over the true weights computes the logits of all of them
 (flexinfer.assistant). It is the model itself with a low-bit substitute of its streamed rows
-(flexinfer.streaming.substitute), a small resident model of the same tokenizer, or what stands in
+(flexinfer.draft.substitute), a small resident model of the same tokenizer, or what stands in
 the text already.
 
 Cost model. A candidate is accepted with probability a if those before it were, so k of them give (1
@@ -23,7 +23,6 @@ from flexinfer.plan.plan import Costs, DraftPlan, Plan
 DRAFTS = ("substitute", "lookup", "auto")  # beside small models
 DEFAULT_TYPE = "q4_0"
 MOST_CANDIDATES = 16
-LOOKUP_CANDIDATES = 10  # transformers' default
 
 # Of a candidate whose predecessors were accepted, before any was seen: at 4.5 and 8.5 bits of
 # SmolLM2-135M (docs/log.md), else guessed.

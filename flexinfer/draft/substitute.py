@@ -9,7 +9,7 @@ no weight. They are in the file's order of rows, as the weights are.
 Where they come from: made of the true rows by the first pass, which has them in memory to multiply
 them, or read before the first draft from a file that holds those of all rows, made once
 (`SubstituteFile`), so that any budget finds its part there. Costs: the first quantises the streamed
-rows (on two cores 800 million weights a second for Q4_0, 25 for Q4_K: flexinfer.formats.quantize),
+rows (on two cores 800 million weights a second for Q4_0, 25 for Q4_K: flexinfer.convert.quantize),
 the second reads a third of them. Memory: a piece and 32,768 numbers for each thread. Not here: how
 many bits, and what is locked (flexinfer.plan, flexinfer.draft).
 """
@@ -320,7 +320,7 @@ class SubstituteFile:
             os.close(descriptor)
 
     def open(self, *, direct: bool) -> None:
-        """Be ready for `fill`."""
+        """Be ready for `complete`."""
         self._file = FileReader([self.path], direct=direct)
 
     def begin(self, weight: Weight, first: int) -> Substitute:

@@ -91,7 +91,7 @@ class PassRunner:
             # A hook of the program's own that calls the model again.
             if store.in_pass:
                 return forward(*args, **kwargs)
-            if not store.filled:
+            if not store.applied:
                 self._plan_first_fill()
             given = inspect.signature(forward).bind(*args, **kwargs).arguments
             given |= given.pop("kwargs", {})

@@ -4,11 +4,8 @@ A checkpoint is a directory with `config.json` and either `model.safetensors` or
 none, shards named by `model.safetensors.index.json`, or the file that config.json names as
 `transformers_weights`; or a GGUF file (flexinfer.formats.gguf). Opening one reads the headers alone
 (a few KB a file) and checks every offset against the file, so that a damaged checkpoint is refused
-before memory is planned. The bytes themselves are read later, by `flexinfer.streaming.prefetch`,
+before memory is planned. The bytes themselves are read later, by `flexinfer.streaming.reader`,
 straight from the offsets found here: nothing is converted and no second copy is made.
-
-Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, JSON
-header, data).
 """
 
 import os

@@ -8,7 +8,7 @@ and makes an object of every token). Numbers are little-endian. A model may be s
 -00001-of-000NN, of which the first has the metadata.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Not here: what the metadata means
-for transformers (flexinfer.formats.gguf_model).
+for transformers (flexinfer.formats.gguf_config).
 """
 
 import importlib.util

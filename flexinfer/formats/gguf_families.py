@@ -1,7 +1,7 @@
 """One entry per model family: how llama.cpp's GGUF file of it differs from transformers' config and
 parameters.
 
-Both directions use the table: reading a file (flexinfer.formats.gguf_model) and writing one
+Both directions use the table: reading a file (flexinfer.formats.gguf_config) and writing one
 (gguf_header). To add a family, add an entry; names of tensors come from the `gguf` package. What is
 the same in all families is not here: token ids, sizes that follow from others, scaled rotation.
 """

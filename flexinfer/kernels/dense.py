@@ -13,11 +13,9 @@ from flexinfer.memory.buffer import Buffer
 
 # Each keeps up to 1,024 otherwise. A pass has some thirty shapes of pieces.
 KEPT_KERNELS = 48
-ALIGNMENT_BYTES = (
-    # Of what MKL multiplies a single row of fp32 with: at another address it may add in another
-    # order.
-    16
-)
+# Of what MKL multiplies a single row of fp32 with: at another address it may add in another
+# order.
+ALIGNMENT_BYTES = 16
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 
@@ -50,11 +48,9 @@ class DenseKernel:
     in_features: int
     file_dtype: torch.dtype
     dtype: torch.dtype  # what the model computes in
-    aligned: bool = (
-        # Whether transformers would have copied them to memory of their own, and not mapped the
-        # file.
-        False
-    )
+    # Whether transformers would have copied them to memory of their own, and not mapped the
+    # file.
+    aligned: bool = False
 
     @property
     def resident(self) -> "DenseKernel":

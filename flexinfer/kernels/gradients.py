@@ -50,7 +50,7 @@ def records_gradients(*inputs: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
 
 
-def multiply(
+def multiply_with_gradient(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     product: Callable[[torch.Tensor], torch.Tensor],

@@ -34,18 +34,14 @@ from flexinfer.plan.plan import PassShape
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.kv_cache import LayerShape, ReservedLayer
 
-SAMPLING_BYTES = (
-    # A position and token: scores in float32, their log-softmax, sorted copies with their indices.
-    32
-)
+# A position and token: scores in float32, their log-softmax, sorted copies with their indices.
+SAMPLING_BYTES = 32
 
 FEW_TOKENS = 16  # new tokens of a pass of decoding: one, or the candidates of a draft
 
-MASK_BYTES = (
-    # A pair of positions: the boolean masks of padding, causality and their union, before the last
-    # one.
-    6
-)
+# A pair of positions: the boolean masks of padding, causality and their union, before the last
+# one.
+MASK_BYTES = 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.ggml import GgmlKernel, multiply_each, multiply_rows
-from flexinfer.kernels.gradients import Sum, multiply, records_gradients
+from flexinfer.kernels.gradients import Sum, multiply_with_gradient, records_gradients
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.experts import ExpertLayer
 from flexinfer.plan.weights import Weight
@@ -280,7 +280,7 @@ class StreamedExperts:
         def product(x: torch.Tensor, own: slice) -> torch.Tensor:
             first = sum(len(weight.pieces) for weight in weights[: own.start])
             where = expert, first, weights[own], self._kernels[own]
-            return multiply(
+            return multiply_with_gradient(
                 x, None, partial(self._product, where), partial(self._input_gradient, where)
             )
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
-from flexinfer.kernels.gradients import Sum, multiply
+from flexinfer.kernels.gradients import Sum, multiply_with_gradient
 from flexinfer.modules.placeholder import refuse_state_dict, streamed_weight
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.weights import Weight
@@ -65,7 +65,7 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        y = multiply(x, self.bias, self._in_file_order, self._input_gradient)
+        y = multiply_with_gradient(x, self.bias, self._in_file_order, self._input_gradient)
         return y if self._row_order is None else y.gather(-1, self._row_order.expand(y.shape))
 
     def _in_file_order(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,9 @@ A tensor of a long prompt is large, and glibc maps a large block anew each time:
 zeroed and faulted in one by one, for a result that lives for an operation or two (docs/log.md).
 glibc's heap would keep the pages, and several times what is in use.
 
-Within `ReusedResults` operations that can write into memory they are given get such as a result
-before them has left. They are torch's own, in their own layout, so the bits are the same. What is
-in use and what is kept for the next are together within a limit, and at the end nothing is kept.
+Within `ReusedResults` operations with an `out=` form write into memory left by an earlier result.
+They are torch's own, in their own layout, so the bits are the same. What is in use and what is kept
+for the next are together within a limit, and at the end nothing is kept.
 """
 
 import weakref

@@ -129,14 +129,13 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
         return (
             f"memory: {stalled}{faults} major page faults in {passes} passes; "
             "the system takes pages from this process and reads them again: a smaller budget, or "
-            "less beside it"
+            "fewer other programs"
         )
     in_vain_bytes = spent["wasted_bytes"]
     if in_vain_bytes > MEMORY_SHARE * bytes_read and not spent["resyncs"]:
         return (
             f"order: {format_size(in_vain_bytes)} of {format_size(bytes_read)} were experts that "
-            "were predicted and not used; "
-            "look_ahead=False reads none"
+            "were predicted and not used; Experiment(look_ahead=False) reads none"
         )
     if in_vain_bytes > MEMORY_SHARE * bytes_read:
         return (

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flexinfer.plan.weights import Piece, Weight
 
-FEW_PIECES = 16  # a piece is at least this fraction of the largest that is read at once
+FEW_PIECES = 16  # a piece is at least 1/16 of the largest that is read at once
 REQUEST_BYTES = 64 << 10  # what a read costs besides its bytes, in bytes; our choice
 
 

@@ -63,7 +63,7 @@ class PassShape:
     """What a call needs of one pass over the weights."""
 
     batch: int
-    # Of each sequence, as the other counts.
+    # Per sequence, like the counts below.
     new_tokens: int
     # In the KV cache.
     past_tokens: int = 0
@@ -93,7 +93,7 @@ class DraftPlan:
     type: str | None
     # Candidates that a pass verifies.
     candidates: int
-    # Of a candidate whose predecessors were accepted.
+    # Probability that a candidate is accepted if those before it were.
     acceptance: float
     tokens_per_pass: float
     predicted_tokens_per_s: float
@@ -118,6 +118,8 @@ class Plan:
     # Weight name -> how many of its pieces are locked.
     locked_pieces: dict[str, int] = field(repr=False)
     locked_bytes: int
+    # What they take in memory: whole pages, in the compute dtype.
+    locked_memory_bytes: int
     streamed_bytes: int
     total_bytes: int
     unused_bytes: int
@@ -135,12 +137,7 @@ class Plan:
     def held_bytes(self) -> int:
         """Memory for weights: locked, substitutes, window and cache of experts."""
         cache_bytes = self.experts.cache_bytes if self.experts is not None else 0
-        return self.locked_bytes + self.substitute_bytes + self.window_bytes + cache_bytes
-
-    @property
-    def process_bytes(self) -> int:
-        """The process without the model's weights."""
-        return self.overheads.process_bytes
+        return self.locked_memory_bytes + self.substitute_bytes + self.window_bytes + cache_bytes
 
     @property
     def kv_bytes(self) -> int:

@@ -224,6 +224,7 @@ class Planner:
             slot_bytes=self._slot_bytes,
             locked_pieces=locked,
             locked_bytes=dense_bytes - streamed_bytes,
+            locked_memory_bytes=locked_memory,
             streamed_bytes=streamed_bytes + missed_bytes,
             total_bytes=dense_bytes + (experts.token_bytes if experts is not None else 0),
             unused_bytes=spare_bytes

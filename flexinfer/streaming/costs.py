@@ -1,7 +1,6 @@
-"""What this machine has and can do: memory to spare, peak memory, and the two costs a plan is made
-with.
+"""The two costs that a plan is made with.
 
-Costs are measured at load time, in well under a second: the bandwidth of reading the checkpoint's
+They are measured at load time, in well under a second: the bandwidth of reading the checkpoint's
 own files, and the time the kernels take for one piece of each kind of weight.
 """
 

@@ -1,24 +1,20 @@
-"""Which experts stay in a cache, by name; and how they do on recorded routings, beside the best
-that is possible. Pure.
+"""Which experts stay in a cache, by name. Pure.
 
     recency     the expert that was used longest ago goes (LRU)
     frequency   the expert that was used least goes; a use counts half after HALF_LIFE_TOKENS tokens
     fixed       the experts that filled the cache stay; the one that came last goes
 
-`fewest_misses` is Belady's rule, the best in hindsight: the expert that will be used last goes.
-(Belady 1966, A study of replacement algorithms for a virtual-storage computer.)
+experiments/expert_misses.py compares them on recorded routings with the best that is possible.
 """
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
-HALF_LIFE_TOKENS = (
-    # Longer is better where some experts are popular, shorter where tokens repeat experts
-    # (docs/log.md)
-    8
-)
+# Longer is better where some experts are popular, shorter where tokens repeat experts
+# (docs/log.md)
+HALF_LIFE_TOKENS = 8
 
 OVERFLOWS_AFTER = 500  # half-lives
 
@@ -125,74 +121,11 @@ class Frequency:
         return found
 
 
-HINDSIGHT = "hindsight"  # what `fewest_misses` is called beside the policies
 DEFAULT = "frequency"
 
-POLICIES: dict[
-    str, Callable[[int], Policy]
-] = {  # made for the number of experts that a token uses, over all layers
+# Made for the number of experts that a token uses, over all layers.
+POLICIES: dict[str, Callable[[int], Policy]] = {
     "recency": lambda _: Recency(),
     "frequency": lambda token_experts: Frequency(HALF_LIFE_TOKENS * token_experts),
     "fixed": lambda _: Fixed(),
 }
-
-
-def misses(
-    policy: Policy, routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0
-) -> int:
-    """Experts that have to be read when `routing` (what each layer of each token uses, in order)
-    meets an empty cache of `capacity`.
-
-    The first `warm_up` entries are not counted. Those that a layer uses together do not take one
-    another's place, as long as there is any other.
-    """
-    there: set[int] = set()
-    missed = 0
-    for step, wanted in enumerate(routing):
-        for expert in wanted:
-            policy.touch(expert)
-        for expert in wanted:
-            if expert in there:
-                continue
-            missed += step >= warm_up
-            if len(there) == capacity:
-                worst = policy.worst(lambda one, wanted=wanted: one not in wanted)  # type: ignore[misc]
-                if worst is None:
-                    continue  # it passes through
-                there.discard(worst)
-                policy.discard(worst)
-            there.add(expert)
-            policy.add(expert)
-    return missed
-
-
-def fewest_misses(routing: Sequence[Sequence[int]], capacity: int, warm_up: int = 0) -> int:
-    """The same for the best choice in hindsight."""
-    never = sum(len(wanted) for wanted in routing) + 1
-    # Of each expert of a step: the step of its next use.
-    next_use: list[dict[int, int]] = [{} for _ in routing]
-    later: dict[int, int] = {}
-    for step in reversed(range(len(routing))):
-        for expert in routing[step]:
-            next_use[step][expert] = later.get(expert, never)
-        for expert in routing[step]:
-            later[expert] = step
-    due: dict[int, int] = {}  # expert in the cache -> its next use
-    missed = 0
-    for step, wanted in enumerate(routing):
-        for expert in wanted:
-            if expert in due:
-                due[expert] = next_use[step][expert]
-        for expert in wanted:
-            if expert in due:
-                continue
-            missed += step >= warm_up
-            if len(due) == capacity:
-                last = max(
-                    (one for one in due if one not in wanted), key=due.__getitem__, default=None
-                )
-                if last is None or due[last] <= next_use[step][expert]:
-                    continue  # it passes through
-                del due[last]
-            due[expert] = next_use[step][expert]
-    return missed

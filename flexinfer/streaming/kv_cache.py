@@ -4,7 +4,7 @@ transformers' `DynamicLayer` grows by concatenation: each token copies the cache
 copies for a moment. Here a layer is a view into memory that was set aside at load time, so a long
 generation takes no more than a short one. The values and their order are the same, unless the
 memory is of a smaller dtype: then they are rounded when they are kept, and made wide again for the
-attention, some heads at a time (flexinfer.streaming.attention). Sliding-window layers stay
+attention, some heads at a time (flexinfer.kernels.attention). Sliding-window layers stay
 transformers' own: the window bounds them.
 """
 

@@ -124,7 +124,7 @@ class WeightStore:
         self.plan, self.reader, self.kv, self.cache = plan, reader, kv, cache
         self.closed = self.in_pass = self.drafting = False
         # Whether memory follows a plan: from the first use on.
-        self.filled = False
+        self.applied = False
         # Anonymous memory between passes, as planned; what the process has beyond it has grown
         # elsewhere.
         self.idle_bytes = 0
@@ -188,7 +188,7 @@ class WeightStore:
         pending = self._pending
         if pending is None or self.drafting:
             return
-        if not self.filled or pending.held_bytes < self.plan.held_bytes:
+        if not self.applied or pending.held_bytes < self.plan.held_bytes:
             self.apply(pending)
 
     # ---- what the runner calls
@@ -202,9 +202,9 @@ class WeightStore:
                 return
             self._pending = None
         try:
-            if self.in_pass or not self.filled:
+            if self.in_pass or not self.applied:
                 self._pending = plan
-                self.plan = self.plan if self.filled else plan
+                self.plan = self.plan if self.applied else plan
             else:
                 self.apply(plan)
         finally:
@@ -356,12 +356,12 @@ class WeightStore:
         self._trace.set_memory(
             plan.budget_bytes, plan.locked_bytes, plan.window_bytes, plan.total_bytes
         )
-        if self.in_pass and self.filled:
+        if self.in_pass and self.applied:
             # Activations are in memory too: the process cannot be measured now.
             self.idle_bytes += plan.held_bytes - before.held_bytes
         else:
             self.idle_bytes = self.held_bytes()
-        self.filled = True
+        self.applied = True
 
     def _begin_substitutes(self, plan: Plan) -> None:
         """Memory for the substitutes of what is streamed."""

@@ -21,12 +21,13 @@ from small_model import CONFIG, add_tokenizer
 
 from experiments import claims, drafts, figures, mixtures
 from experiments.config import DeviceConfig, SystemConfig, WorkloadConfig
+from experiments.expert_misses import HINDSIGHT
 from experiments.model_config import ExpertsConfig, ModelConfig, ShapeConfig
 from experiments.record_files import QUALITY, RELIABILITY, load_records
 from experiments.records import Record, RecordError
 from experiments.runner import save
 from flexinfer.observe.notebook import last_pass
-from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES
+from flexinfer.streaming.expert_policies import POLICIES
 from tests.experiments.samples import MACHINE, ROOT, make_cell, make_record
 from tests.stress.soak_cases import draw
 

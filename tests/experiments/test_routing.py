@@ -14,6 +14,7 @@ import pytest
 from experiments import routing
 from experiments.checkpoints import _describe
 from experiments.child import run_child
+from experiments.expert_misses import HINDSIGHT
 from experiments.gguf import deviations, file_bytes, make_gguf
 from experiments.model_config import (
     ConfigError,
@@ -23,7 +24,7 @@ from experiments.model_config import (
     weight_bytes,
 )
 from experiments.record_files import load_records
-from flexinfer.streaming.expert_policies import HINDSIGHT, POLICIES
+from flexinfer.streaming.expert_policies import POLICIES
 from tests.experiments.samples import ROOT
 
 

@@ -37,9 +37,8 @@ class Target:
     errors: Callable[[], tuple[type[Exception], ...]]  # that `read` documents
     modules: tuple[str, ...]  # whose coverage guides
     keys: Callable[[], Keys]
-    change: Callable[[bytes, int, Keys], bytes | None] = (
-        change_lines  # by a seed; None where it is not parsed
-    )
+    # By a seed; None where it is not parsed.
+    change: Callable[[bytes, int, Keys], bytes | None] = change_lines
 
 
 def _checkpoint_errors() -> tuple[type[Exception], ...]:

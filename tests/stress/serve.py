@@ -35,11 +35,9 @@ from flexinfer.sizes import format_size
 from tests.stress.serve_clients import Tally, Target, client, expected_texts
 
 START_S = 300.0
-REFUSED_STARTS = (
-    # Times in a row that a process may be larger than the one before, which named the smallest
-    # budget.
-    3
-)
+# Times in a row that a process may be larger than the one before, which named the smallest
+# budget.
+REFUSED_STARTS = 3
 
 
 @contextlib.contextmanager
