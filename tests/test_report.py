@@ -21,6 +21,7 @@ PLAN = Plan(
     slot_bytes=4 << 20,
     locked_pieces={},
     locked_bytes=3 * GIB,
+    locked_memory_bytes=3 * GIB,
     streamed_bytes=1_000_000_000,
     total_bytes=3 * GIB + 1_000_000_000,
     unused_bytes=0,
