@@ -336,8 +336,8 @@ def check_free_disk(path: Path, needed_bytes: int) -> None:
     if free_bytes < needed_bytes + (1 << 30):
         raise OSError(
             f"{path}: needs {needed_bytes / 2**30:.1f} GiB and 1 GiB to spare, "
-            f"{free_bytes / 2**30:.1f} GiB are free; "
-            "make room (scripts/clean.py) or choose another cache_dir"
+            f"{free_bytes / 2**30:.1f} GiB are free; make room (scripts/clean.py) or choose "
+            "another cache_dir"
         )
 
 

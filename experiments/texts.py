@@ -20,11 +20,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 PERIOD = 24  # tokens after which a replayed text comes again
 PASSAGE = (
     "The lighthouse on the northern cape was built in 1871 from grey granite. Its lamp burned oil "
-    "until 1922, when the keeper, Anna Holm, had it "
-    "changed to electric light. On clear nights it can be seen from thirty kilometres away. The "
-    "keeper's house beside it is now a small museum "
-    "with tools, letters and a model of the first lamp. Visitors come by boat in summer; in winter "
-    "the cape is closed because of storms."
+    "until 1922, when the keeper, Anna Holm, had it changed to electric light. On clear nights it "
+    "can be seen from thirty kilometres away. The keeper's house beside it is now a small museum "
+    "with tools, letters and a model of the first lamp. Visitors come by boat in summer; in "
+    "winter the cape is closed because of storms."
 )
 CODE = (
     "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    "

@@ -119,8 +119,7 @@ def _temporary(folder: Path, problem: str) -> Path:
     atexit.register(_remove, made, os.getpid())
     warnings.warn(
         f"{folder}: nothing can be kept there ({problem}); what is made now is kept in {made} "
-        "until this process ends. Set "
-        f"{VARIABLE} to a directory that can be written to",
+        f"until this process ends. Set {VARIABLE} to a directory that can be written to",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -106,8 +106,7 @@ class Options:
     policy: str = option(
         "balanced",
         "what is kept in memory: balanced (the same share of every weight), the paper's "
-        "unbalanced, "
-        "attention-first, ffn-first or algorithm1, or none",
+        "unbalanced, attention-first, ffn-first or algorithm1, or none",
         choices=tuple(POLICIES),
     )
     window: str | int | None = option(
@@ -133,15 +132,14 @@ class Options:
     context: int | None = option(
         None,
         "tokens that the KV cache and the activations are sized for, over all sequences of a "
-        "batch; "
-        "None: 2048, the model's own limit, or fewer where they would take more than a quarter of "
-        "the budget",
+        "batch; None: 2048, the model's own limit, or fewer where they would take more than a "
+        "quarter of the budget",
     )
     logits_to_keep: int = option(
         1,
         "positions of one pass, over all its sequences, whose logits there is room for: 1 to "
-        "generate one text, the size of the batch, the number of beams, or the length of a text to "
-        "be scored",
+        "generate one text, the size of the batch, the number of beams, or the length of a text "
+        "to be scored",
         on_line=False,
     )
     tokenizer: "PreTrainedTokenizerBase | None" = option(
@@ -158,9 +156,8 @@ class Options:
     )
     kv_dtype: "str | torch.dtype" = option(
         "auto",
-        "dtype of the KV cache; auto: as dtype, and float16 for GGUF, as in llama.cpp (layers with "
-        "a "
-        "sliding window: as dtype)",
+        "dtype of the KV cache; auto: as dtype, and float16 for GGUF, as in llama.cpp (layers "
+        "with a sliding window: as dtype)",
         type=str,
         choices=DTYPES,
     )
@@ -168,9 +165,8 @@ class Options:
         None,
         "several tokens per pass, same output: substitute (the model itself with its streamed "
         "weights in a few bits), lookup (repeats of the text so far), a directory or Hub id (a "
-        "small "
-        "model of the same tokenizer, kept in memory), or auto (the fastest by measured costs); "
-        "single texts only, batches and beams run without",
+        "small model of the same tokenizer, kept in memory), or auto (the fastest by measured "
+        "costs); single texts only, batches and beams run without",
         metavar="WHAT",
         choices=DRAFTS,
         meaning_on_line="several tokens per pass, same output: substitute, lookup, auto, or a "
@@ -182,8 +178,7 @@ class Options:
     trace: bool | str | Path = option(
         False,
         "keep a timeline of reads, waits and kernels, `model.flexinfer.events()`; close() writes "
-        "it "
-        "to a path, for https://ui.perfetto.dev",
+        "it to a path, for https://ui.perfetto.dev",
         type=str,
         metavar="FILE",
         meaning_on_line="write reads, waits and kernels to FILE, for https://ui.perfetto.dev",
@@ -191,8 +186,8 @@ class Options:
     progress: "Progress | bool | None" = option(
         None,
         "called with (stage, bytes done, bytes in all) while unstreamed parameters are read "
-        "('load'), a draft is made ('draft'), and for each piece of a pass ('pass'); True: bars by "
-        "tqdm.auto, for notebooks",
+        "('load'), a draft is made ('draft'), and for each piece of a pass ('pass'); True: bars "
+        "by tqdm.auto, for notebooks",
         on_line=False,
     )
     experiment: Experiment = option(

@@ -36,8 +36,7 @@ def parse_size(value: str | int, what: str = "memory") -> int:
     if number >= MOST_BYTES:
         raise BudgetError(
             f"{what}={value!r} is not a size; write whole bytes or a number with a unit, such as "
-            "'4GiB' (or '4G', the same), '1.5GB' "
-            "(decimal), '700MiB'"
+            "'4GiB' (or '4G', the same), '1.5GB' (decimal), '700MiB'"
         )
     if number < 1:
         raise BudgetError(f"{what}={value!r} must be at least 1 byte")

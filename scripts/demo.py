@@ -85,8 +85,7 @@ def main() -> int:
     if free < missing + (512 << 20):
         console.print(
             f"error: the demo writes {format_size(missing)} to {CACHE}, where {format_size(free)} "
-            "are free; make room, or set "
-            "FLEXINFER_CACHE to a directory on another disk"
+            "are free; make room, or set FLEXINFER_CACHE to a directory on another disk"
         )
         return 2
     agreed = real_model(console)

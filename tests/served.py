@@ -21,8 +21,8 @@ from flexinfer.serve.server import Server, serve
 SPECIAL = ["<pad>", "<s>", "</s>"]
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 CHATML = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] "
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson "
+    "}}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] "
     "}}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
 )
 

@@ -541,8 +541,8 @@ FACTS = Facts(
 def test_advice_of_a_good_machine_is_what_to_expect_and_no_more() -> None:
     assert advice(FACTS) == [
         "Every GB of weights that is not in memory costs 1.00 s a token.",
-        "A 7B model in 4 bit (3.8 GB), half of it in memory: at most 0.53 tokens/s; in memory as a "
-        "whole 1.3.",
+        "A 7B model in 4 bit (3.8 GB), half of it in memory: at most 0.53 tokens/s; in memory as "
+        "a whole 1.3.",
     ]
 
 

@@ -147,8 +147,8 @@ def test_what_cannot_be_had_is_one_line(
     *before, error = capsys.readouterr().err.splitlines()
     assert len(before) == 1  # that it is fetched
     said = (
-        "neither a directory, nor to be had from the Hub (OSError: no network); check the name and "
-        "the network"
+        "neither a directory, nor to be had from the Hub (OSError: no network); check the name "
+        "and the network"
     )
     assert error == f"error: nobody/nothing: {said}"
 

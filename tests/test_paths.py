@@ -284,12 +284,11 @@ def test_bars_in_a_notebook_without_ipywidgets_are_text_and_nothing_warns(
     """
     (tmp_path / "ipywidgets.py").write_text("raise ImportError")
     program = (
-        "import sys, types; "
-        "sys.modules['IPython'] = ipython = types.ModuleType('IPython'); "
-        "ipython.get_ipython = types.SimpleNamespace; "
-        "sys.modules['ipykernel.zmqshell'] = types.ModuleType('ipykernel.zmqshell'); "
-        f"{'import flexinfer.engine.load; ' if ours else ''}"
-        "import tqdm.auto, tqdm.std; print([one.__module__ for one in tqdm.auto.tqdm.__mro__])"
+        "import sys, types; sys.modules['IPython'] = ipython = types.ModuleType('IPython'); "
+        "ipython.get_ipython = types.SimpleNamespace; sys.modules['ipykernel.zmqshell'] = "
+        "types.ModuleType('ipykernel.zmqshell'); "
+        f"{'import flexinfer.engine.load; ' if ours else ''}import tqdm.auto, tqdm.std; "
+        "print([one.__module__ for one in tqdm.auto.tqdm.__mro__])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

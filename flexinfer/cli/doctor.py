@@ -67,8 +67,7 @@ def facts_table(facts: "Facts") -> "Table":
         made.add_row(
             f"{name} kernel",
             f"{facts.kernel_bytes_per_s[name] / 1e9:.1f} GB/s of weights at 1 row; "
-            f"{by_rows[1] * 1e3:.2f} ms at 1 row, "
-            f"{by_rows[many] * 1e3:.1f} ms at {many}",
+            f"{by_rows[1] * 1e3:.2f} ms at 1 row, {by_rows[many] * 1e3:.1f} ms at {many}",
         )
     made.add_row("ggml", facts.ggml)
     made.add_row("control groups", "can be made" if facts.cgroups_writable else "cannot be made")

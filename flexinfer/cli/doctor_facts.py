@@ -142,8 +142,7 @@ def advice(facts: Facts) -> list[str]:
     if facts.load > 0.5 * facts.cores:
         lines.append(
             f"The machine is busy (load {facts.load:.1f} on {facts.cores} cores): what it does "
-            "alone is more than this; measure again "
-            "when it is quiet."
+            "alone is more than this; measure again when it is quiet."
         )
     best = max((*facts.direct_bytes_per_s.values(), *facts.buffered_bytes_per_s.values()))
     lines.append(f"Every GB of weights that is not in memory costs {1e9 / best:.2f} s a token.")
@@ -157,8 +156,8 @@ def advice(facts: Facts) -> list[str]:
     if not facts.direct_works:
         lines.append(
             f"Direct reads do not work at {facts.path} ({facts.direct_note}); the engine reads "
-            "through the page cache there. "
-            "A directory on an ordinary disk (ext4, xfs, btrfs) is faster."
+            "through the page cache there. A directory on an ordinary disk (ext4, xfs, btrfs) is "
+            "faster."
         )
     else:
         direct, buffered = (
@@ -180,8 +179,8 @@ def advice(facts: Facts) -> list[str]:
     if facts.kernel_bytes_per_s[slowest] < best:
         lines.append(
             f"The {slowest} kernel takes {shown_speed(facts.kernel_bytes_per_s[slowest])} of "
-            "weights, less than the disk gives: for such "
-            "weights the CPU is the limit, and a larger budget will not help."
+            "weights, less than the disk gives: for such weights the CPU is the limit, and a "
+            "larger budget will not help."
         )
     return [*lines, *_advice_on_limits(facts)]
 
@@ -198,8 +197,7 @@ def _advice_on_limits(facts: Facts) -> list[str]:
         limit = "unknown" if facts.lock_limit_bytes is None else format_size(facts.lock_limit_bytes)
         lines.append(
             f"Memory cannot be locked (limit {limit}), so the system may page weights out: `ulimit "
-            "-l unlimited`, or raise memlock "
-            "in /etc/security/limits.conf."
+            "-l unlimited`, or raise memlock in /etc/security/limits.conf."
         )
     if not facts.cgroups_writable:
         lines.append(

@@ -65,8 +65,7 @@ def quantize(
     counts = Counter(tensor.kind for tensor in report.packed).most_common()
     print(
         f"{report.path}: {format_size(report.source_bytes)} -> {format_size(report.nbytes)} in "
-        f"{report.seconds:.0f} s; "
-        f"{', '.join(f'{count} tensors {kind}' for kind, count in counts)}"
+        f"{report.seconds:.0f} s; {', '.join(f'{count} tensors {kind}' for kind, count in counts)}"
     )
     print(
         f"largest relative error of a weight: {report.worst.relative_error:.4f} "

@@ -229,7 +229,7 @@ def _expert_entries(skeleton: Skeleton, kind: str, *, apart: bool) -> Iterator[t
 
 def _expert_part(weight: Weight, kernel: Kernel) -> Part:
     """The weight of one expert, as rows of outputs."""
-    assert isinstance(kernel, DenseKernel | ColumnsKernel)
+    assert isinstance(kernel, DenseKernel)
     first, last = weight.pieces[0], weight.pieces[-1]
     dtype = str(kernel.file_dtype).removeprefix("torch.")
     encoding = next(one for one in ENCODING_OF.values() if one.torch_name == dtype)

@@ -390,8 +390,7 @@ def check_free_disk(directory: Path, needed_bytes: int) -> None:
     if short_bytes > 0:
         raise QuantizeError(
             f"{directory}: needs {format_size(needed_bytes)} and {format_size(MARGIN_BYTES)} to "
-            "spare, "
-            f"{format_size(free_bytes)} are free: {short_bytes} bytes ({format_size(short_bytes)}) "
-            "are missing; "
-            "make room there, or choose a directory on another disk"
+            f"spare, {format_size(free_bytes)} are free: {short_bytes} bytes "
+            f"({format_size(short_bytes)}) are missing; make room there, or choose a directory on "
+            "another disk"
         )

@@ -90,8 +90,7 @@ class Drafts:
             )
             raise DraftError(
                 f"draft='substitute': {skeleton.checkpoint.path.name} is {what}, of which no "
-                "substitute is made; "
-                "use draft='lookup', or a small model"
+                "substitute is made; use draft='lookup', or a small model"
             )
         kernels = substitute_kernels(skeleton.weights, skeleton.kernels, type, skeleton.dtype)
         self._substitutes[type] = substitute_bytes(skeleton.weights, kernels)
@@ -109,8 +108,7 @@ class Drafts:
         if vocab != self._vocab:
             raise DraftError(
                 f"draft={str(choice.model)!r}: has a vocabulary of {vocab} tokens and the model "
-                f"one of {self._vocab}; a draft model "
-                "needs the model's tokenizer"
+                f"one of {self._vocab}; a draft model needs the model's tokenizer"
             )
         self._small = resident_skeleton(found, self._dtype)
         numbers = sum(spec.nbytes for spec in found.tensors.values())

@@ -68,8 +68,8 @@ def substitute_kernels(
         if name is None:
             raise DraftError(
                 f"draft='substitute': rows of {weight.name} have {in_features} numbers, no "
-                "multiple of 32, "
-                "and cannot be cut into blocks; use draft='lookup' or a small model"
+                "multiple of 32, and cannot be cut into blocks; use draft='lookup' or a small "
+                "model"
             )
         found[weight.name] = GgmlKernel(in_features, TYPES[name], dtype)
     return found
@@ -93,9 +93,8 @@ def substitute_bytes(
     ):
         raise DraftError(
             f"draft='substitute': in {next(iter(kernels.values())).type.name.lower()} it would "
-            "take as much memory as the weights "
-            f"({format_size(whole_bytes)}); choose a draft_type of fewer bits, draft='lookup' or a "
-            "small model"
+            f"take as much memory as the weights ({format_size(whole_bytes)}); choose a draft_type "
+            "of fewer bits, draft='lookup' or a small model"
         )
     return found
 
@@ -295,8 +294,8 @@ class SubstituteFile:
             if missing > 0:
                 raise DraftError(
                     f"{self.path.parent}: the substitute takes {format_size(self.nbytes)} there, "
-                    f"{format_size(missing)} are missing; "
-                    "make room, or name a directory on another disk with draft_dir"
+                    f"{format_size(missing)} are missing; make room, or name a directory on "
+                    "another disk with draft_dir"
                 )
             for weight in self._weights:
                 row_bytes = self._substitutes[weight.name].row_bytes

@@ -118,9 +118,8 @@ class Lengths:
         less = room_tokens + 1 - prompt_tokens
         raise ContextError(
             f"the KV cache is sized for context={context} tokens in all ({rows} x {room_tokens}) "
-            "and this text needs "
-            f"{rows} x {fed_tokens}, {prompt_tokens} of each for its prompt; nothing was run. Load "
-            "the model with a larger context, "
+            f"and this text needs {rows} x {fed_tokens}, {prompt_tokens} of each for its prompt; "
+            "nothing was run. Load the model with a larger context, "
             f"flexinfer.from_pretrained(..., context={rows * fed_tokens})"
             + (f", or ask for at most max_new_tokens={less}" if less > 0 else "")
         )
@@ -162,9 +161,8 @@ class _AtContext:
         if done and not any(torch.isin(input_ids[:, -1], end).all() for end in self._ends):
             warnings.warn(
                 f"the text has reached the context of {self._context} tokens (over all sequences) "
-                "and ends there; for a longer one "
-                "load the model with a larger context, such as flexinfer.from_pretrained(..., "
-                f"context={2 * self._context})",
+                "and ends there; for a longer one load the model with a larger context, such as "
+                f"flexinfer.from_pretrained(..., context={2 * self._context})",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -309,8 +309,7 @@ def _large_parameters(skeleton: Skeleton) -> str:
         return ""
     return (
         f"{large[0]} and {len(large) - 1} more are not weights of linears or of experts that can "
-        "be told apart, "
-        "cannot be streamed yet and have to stay in memory"
+        "be told apart, cannot be streamed yet and have to stay in memory"
     )
 
 
@@ -321,8 +320,8 @@ def _checksums(
         return None
     if not skeleton.weights:
         raise ValueError(
-            "verify=True: this model is loaded whole by transformers, which does not check what it "
-            "reads"
+            "verify=True: this model is loaded whole by transformers, which does not check what "
+            "it reads"
         )
     return checksums_of(
         skeleton.checkpoint.files, None if verify is True else user_path(verify), progress

@@ -284,10 +284,9 @@ class PassRunner:
         planner, plan = self.planner.grown(grown_bytes, before.budget_bytes)
         warnings.warn(
             f"the process has grown by {format_size(grown_bytes)} since the model was loaded; to "
-            "stay within "
-            f"memory={format_size(plan.budget_bytes)} "
-            f"{format_size(plan.streamed_bytes - before.streamed_bytes)} more "
-            "are read for each pass",
+            f"stay within memory={format_size(plan.budget_bytes)} "
+            f"{format_size(plan.streamed_bytes - before.streamed_bytes)} more are read for each "
+            "pass",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -320,9 +319,8 @@ class PassRunner:
         )
         return (
             f"a pass of {shape.batch} x {shape.new_tokens} new tokens after {shape.past_tokens}, "
-            f"with logits of {kept} positions, takes "
-            f"{format_size(needed_bytes)} and memory={format_size(budget_bytes)} leaves "
-            f"{format_size(room_bytes)} for it "
+            f"with logits of {kept} positions, takes {format_size(needed_bytes)} and "
+            f"memory={format_size(budget_bytes)} leaves {format_size(room_bytes)} for it "
             f"(context={self.context}, logits_to_keep={self.logits_to_keep}); nothing was run. "
             "What would make it fit: " + "; or ".join(remedies)
         )

@@ -67,8 +67,7 @@ def open_checkpoint(given: str | Path) -> Checkpoint:
     found = f" (found {', '.join(other[:4])})" if other else ""
     raise CheckpointError(
         f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}{found}; load the model with transformers "
-        "and save it with "
-        "model.save_pretrained(), which writes safetensors"
+        "and save it with model.save_pretrained(), which writes safetensors"
     )
 
 
@@ -135,13 +134,12 @@ def _what_it_is(file: Path) -> str:
     if file.suffix.lower() in {".bin", ".pt", ".pth", ".ckpt"}:
         return (
             "weights in PyTorch's format, which can hold code; load the model with transformers "
-            "and save it with "
-            "model.save_pretrained(), which writes safetensors"
+            "and save it with model.save_pretrained(), which writes safetensors"
         )
     if file.suffix.lower() != ".safetensors":
         return (
-            "not a checkpoint: neither a GGUF file nor safetensors; name a checkpoint directory or "
-            "a GGUF file"
+            "not a checkpoint: neither a GGUF file nor safetensors; name a checkpoint directory "
+            "or a GGUF file"
         )
     if not beside:
         return (
@@ -150,8 +148,7 @@ def _what_it_is(file: Path) -> str:
         )
     return (
         f"not part of the checkpoint in {file.parent}, which is in {SINGLE_FILE} or the files that "
-        f"{INDEX_FILE} names; "
-        "name the directory, or give the file that name"
+        f"{INDEX_FILE} names; name the directory, or give the file that name"
     )
 
 
@@ -182,7 +179,6 @@ def _named_file(config: Path) -> str | None:
     if not known or Path(name).name != name or not is_file(config.parent / name):
         raise CheckpointError(
             f"{config}: transformers_weights is {shown(name)}, no file of safetensors or index of "
-            "some in this directory; "
-            "correct the entry or remove it"
+            "some in this directory; correct the entry or remove it"
         )
     return str(name)

@@ -33,8 +33,7 @@ def make_apart(source: Path, needed_bytes: int, module: str, *arguments: str) ->
     too_little = CheckpointError(
         f"{source}: to make its tokenizer takes {format_size(needed_bytes)} of memory, once, and "
         f"{format_size(spare_bytes)} are to spare; run `flexinfer plan` on the model where there "
-        "is "
-        f"more: it is kept in {cache_dir()}"
+        f"is more: it is kept in {cache_dir()}"
     )
     if spare_bytes < needed_bytes:
         raise too_little

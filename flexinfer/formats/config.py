@@ -118,8 +118,7 @@ def _check(file: Path, values: dict[str, Any], checkpoint: Checkpoint) -> None:
         if COUNTS.search(key) and value > max(tensors, largest, FEW):
             raise CheckpointError(
                 f"{file}: {shown(key)} is {shown(value)}, but the largest dimension of a tensor is "
-                f"{largest}; "
-                "the two do not belong together"
+                f"{largest}; the two do not belong together"
             )
 
 

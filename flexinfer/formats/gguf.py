@@ -121,8 +121,7 @@ def read_gguf(file: Path, arrays: Collection[str] = ()) -> GGUF:
             _refuse(
                 part,
                 f"says it is part {no + 1} of {count} and is named as part {number + 1} of "
-                f"{len(files)}; "
-                "give the files the names they were published with",
+                f"{len(files)}; give the files the names they were published with",
             )
     tensors = {spec.name: spec for spec in specs}
     if len(tensors) < len(specs):

@@ -111,8 +111,8 @@ def read_header(file: Path) -> list[TensorSpec]:
         if end_bytes > size_bytes:
             raise CheckpointError(
                 f"{file}: truncated: tensor {shown(spec.name)} ends at byte "
-                f"{end_bytes - 8 - header_bytes} of the data, "
-                f"which has {data_bytes}; download it again"
+                f"{end_bytes - 8 - header_bytes} of the data, which has {data_bytes}; download it "
+                "again"
             )
     return specs
 
@@ -133,14 +133,12 @@ def _tensor_spec(file: Path, name: str, entry: Any, data_start: int) -> TensorSp
     if dtype not in ENCODINGS:
         raise CheckpointError(
             f"{file}: tensor {shown(name)} has dtype {shown(dtype)}, supported are "
-            f"{', '.join(ENCODINGS)}; "
-            "convert the checkpoint"
+            f"{', '.join(ENCODINGS)}; convert the checkpoint"
         )
     expected = ENCODINGS[dtype].nbytes(math.prod(shape))
     if stop - start != expected:
         raise CheckpointError(
             f"{file}: tensor {shown(name)} of shape {shown(list(shape))} and {dtype} needs "
-            f"{shown(expected)} bytes, the "
-            f"header gives it {stop - start}; download it again"
+            f"{shown(expected)} bytes, the header gives it {stop - start}; download it again"
         )
     return TensorSpec(name, file, data_start + start, expected, ENCODINGS[dtype], shape)

@@ -99,8 +99,8 @@ class PreparedTokenizer:
             shutil.rmtree(self.form, ignore_errors=True)
             raise CheckpointError(
                 f"{self.form}: the tokenizer that was kept there cannot be loaded "
-                f"({type(error).__name__}: {one_line(str(error))}); "
-                "it is removed, and made again when the model is loaded again"
+                f"({type(error).__name__}: {one_line(str(error))}); it is removed, and made again "
+                "when the model is loaded again"
             ) from error
         trim_heap()
         return tokenizer

@@ -53,7 +53,7 @@ class DenseKernel:
     aligned: bool = False
 
     @property
-    def resident(self) -> "DenseKernel":
+    def resident(self) -> Self:
         return self if self.file_dtype == self.dtype else replace(self, file_dtype=self.dtype)
 
     def resident_bytes(self, nbytes: int) -> int:
@@ -89,32 +89,10 @@ class DenseKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnsKernel:
+class ColumnsKernel(DenseKernel):
     """A weight whose rows in the file are inputs, [in_features, rows], as gpt-oss has its experts;
     never cut.
     """
-
-    in_features: int
-    file_dtype: torch.dtype
-    dtype: torch.dtype
-
-    @property
-    def resident(self) -> Self:
-        return self if self.file_dtype == self.dtype else replace(self, file_dtype=self.dtype)
-
-    def resident_bytes(self, nbytes: int) -> int:
-        return nbytes // self.file_dtype.itemsize * self.dtype.itemsize
-
-    def copied_bytes(self, nbytes: int) -> int:
-        """In another dtype than the file's one copy; and one more where torch lays the weight out
-        anew (see StreamedLinear).
-        """
-        copies = 1 if self.file_dtype == self.dtype else 2
-        return copies * self.resident_bytes(nbytes)
-
-    def work_bytes(self, activation_rows: int, output_rows: int) -> int:
-        """torch's own, small and of any size: in the margin."""
-        return 0
 
     def view(self, buffer: Buffer, position: int, rows: int) -> torch.Tensor:
         return buffer.tensor(position, self.file_dtype, (self.in_features, rows))

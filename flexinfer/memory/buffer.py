@@ -72,8 +72,7 @@ class Buffer:
         reason = os.strerror(ctypes.get_errno())
         warnings.warn(
             f"weights could not be locked in memory (mlock: {reason}); the system may page them "
-            "out. "
-            "Raise the limit with `ulimit -l unlimited` or in /etc/security/limits.conf",
+            "out. Raise the limit with `ulimit -l unlimited` or in /etc/security/limits.conf",
             RuntimeWarning,
             stacklevel=2,
         )

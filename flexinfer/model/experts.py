@@ -170,8 +170,8 @@ def check_shapes(name: str, parts: Parts, shape: Sequence[int]) -> None:
         if len(parts) != shape[0] or rows != wanted[0] or widths != {(wanted[1],)}:
             raise CheckpointError(
                 f"{spec.file}: {spec.name!r} and the other experts of {name} make "
-                f"{[len(parts), rows, *spec.shape[1:]]}, "
-                f"config.json says {list(shape)}; the two do not belong together"
+                f"{[len(parts), rows, *spec.shape[1:]]}, config.json says {list(shape)}; the two "
+                "do not belong together"
             )
 
 

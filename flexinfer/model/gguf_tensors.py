@@ -56,8 +56,7 @@ def specs_of(
     if unused := [name for name in checkpoint.tensors if name not in used]:
         raise CheckpointError(
             f"{checkpoint.path}: {len(unused)} tensors have no place in {type(model).__name__}, "
-            f"such as {shown(unused[0])}; "
-            "this kind of model cannot be run yet"
+            f"such as {shown(unused[0])}; this kind of model cannot be run yet"
         )
     return specs, parts
 

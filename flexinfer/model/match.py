@@ -52,7 +52,7 @@ def experts_of(
         if matrix.by_columns:
             return ColumnsKernel(matrix.in_features, matrix.spec.torch_dtype, dtype)
         kernel = kernel_for(matrix.spec, matrix.in_features, dtype)
-        return replace(kernel, aligned=matrix.joined) if isinstance(kernel, DenseKernel) else kernel
+        return replace(kernel, aligned=matrix.joined) if type(kernel) is DenseKernel else kernel
 
     modules = expert_modules(model)
     if not modules:
@@ -78,8 +78,7 @@ def match_tensors(
     ):
         raise CheckpointError(
             f"{checkpoint.path}: {len(missing)} tensors of {type(model).__name__} are not in it, "
-            f"such as {missing[0]!r}; "
-            "the checkpoint is incomplete or of another model"
+            f"such as {missing[0]!r}; the checkpoint is incomplete or of another model"
         )
     for name, module in modules.items():
         for parameter in parameters_of(name, module):
@@ -94,8 +93,7 @@ def match_tensors(
         if spec.shape != (shape[::-1] if spec.transposed else shape):
             raise CheckpointError(
                 f"{spec.file}: {shown(spec.name)} has shape {shown(list(spec.shape))}, config.json "
-                f"says {list(shape)}; "
-                "the two do not belong together"
+                f"says {list(shape)}; the two do not belong together"
             )
     return specs, parts
 
@@ -151,8 +149,7 @@ def _renamed(
     if converted:
         raise NotStreamableError(
             f"{checkpoint.path}: {shown(converted[0])} and {len(converted) - 1} more tensors are "
-            "stored apart and joined when "
-            f"transformers loads {type(model).__name__} (experts of a mixture, as a rule); they "
-            "cannot be streamed yet"
+            f"stored apart and joined when transformers loads {type(model).__name__} (experts of a "
+            "mixture, as a rule); they cannot be streamed yet"
         )
     return specs, joined.parts()

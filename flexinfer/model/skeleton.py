@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from flexinfer.formats.config import load_config, refusing, set_generation_config
 from flexinfer.formats.tensors import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
-from flexinfer.kernels.dense import ColumnsKernel, DenseKernel
+from flexinfer.kernels.dense import DenseKernel
 from flexinfer.messages import shown
 from flexinfer.model.dry_run import dry_run
 from flexinfer.model.experts import Experts
@@ -67,7 +67,7 @@ class Skeleton:
     @property
     def dense(self) -> bool:
         """Whether weights are multiplied as floats, by torch's own kernels."""
-        return any(isinstance(kernel, DenseKernel | ColumnsKernel) for _, kernel in self.used)
+        return any(isinstance(kernel, DenseKernel) for _, kernel in self.used)
 
     @property
     def in_blocks(self) -> bool:
@@ -173,8 +173,7 @@ def _check_tables(model: PreTrainedModel, checkpoint: Checkpoint, file: Path) ->
     if tables_bytes > limit_bytes:
         raise CheckpointError(
             f"{file}: masks, positions and other tables would take {tables_bytes} bytes, at most "
-            f"{limit_bytes} go with these "
-            "weights; the two do not belong together"
+            f"{limit_bytes} go with these weights; the two do not belong together"
         )
 
 
@@ -187,9 +186,8 @@ def _refuse_quantized(config: PretrainedConfig, file: Path) -> None:
     by = "an earlier version of flexinfer" if method == "flexinfer" else shown(method)
     raise CheckpointError(
         f"{file}: quantization_config: this checkpoint is quantised by {by}, which is not "
-        "supported; take the "
-        "original checkpoint and, if it should be small, run `flexinfer quantize SRC DST --type "
-        "q4_k`"
+        "supported; take the original checkpoint and, if it should be small, run `flexinfer "
+        "quantize SRC DST --type q4_k`"
     )
 
 

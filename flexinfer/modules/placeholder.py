@@ -27,9 +27,8 @@ class StreamedWeight(torch.Tensor):
                 if all((*args[1:], *kwargs.values())):
                     raise RuntimeError(
                         f"{args[0].streamed_name} is streamed from disk and cannot be trained; "
-                        "gradients go through it to its "
-                        "input. Name the parameters that are to have gradients, instead of taking "
-                        "all"
+                        "gradients go through it to its input. Name the parameters that are to "
+                        "have gradients, instead of taking all"
                     )
                 return func(*args, **kwargs)
             if name in FACTS_OF_A_WEIGHT and func.__name__ != "__set__":
@@ -45,9 +44,8 @@ class StreamedWeight(torch.Tensor):
         weight = next((a for a in (*args, *kwargs.values()) if isinstance(a, StreamedWeight)), None)
         raise RuntimeError(
             f"{weight.streamed_name if weight is not None else 'this weight'} is streamed from "
-            f"disk, {name}() has no numbers to work "
-            "with; read the tensor from the checkpoint with safetensors, or load the model with "
-            "transformers"
+            f"disk, {name}() has no numbers to work with; read the tensor from the checkpoint with "
+            "safetensors, or load the model with transformers"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -78,6 +76,6 @@ def streamed_weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> nn.P
 def refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
     raise RuntimeError(
         f"{prefix}weight is streamed from disk and not part of a state dict; the checkpoint on "
-        "disk is unchanged, copy that instead "
-        "(to save another precision, load it with transformers)"
+        "disk is unchanged, copy that instead (to save another precision, load it with "
+        "transformers)"
     )

@@ -76,8 +76,8 @@ def engine_html(plan: Plan, stats: dict[str, Any]) -> str:
         f"<tr><td style='text-align:left'>{a}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in rows
     )
     return (
-        f"<table><caption>FlexInfer: where {format_size(total)} go</caption>"
-        "<tr><td colspan='3'><div "
+        f"<table><caption>FlexInfer: where {format_size(total)} go</caption><tr><td "
+        "colspan='3'><div "
         f"style='display:flex;height:1em;min-width:24em'>{bar}</div></td></tr>{body}</table>"
     )
 

@@ -104,13 +104,12 @@ def plan_line(plan: Plan) -> str:
         kept = f" ({format_size(plan.substitute_bytes)} in {draft.type})" if draft.type else ""
         speed = (
             f"draft by {draft.kind}{kept}: {draft.candidates} candidates, "
-            f"{draft.tokens_per_pass:.3g} tokens a pass, "
-            f"{draft.predicted_tokens_per_s:.3g} tokens/s predicted; one a pass: {one_a_pass}"
+            f"{draft.tokens_per_pass:.3g} tokens a pass, {draft.predicted_tokens_per_s:.3g} "
+            f"tokens/s predicted; one a pass: {one_a_pass}"
         )
     return (
         f"budget {format_size(plan.budget_bytes)}: {format_size(plan.locked_bytes)} of weights "
-        f"locked{cached}, {streamed}; "
-        f"{speed}"
+        f"locked{cached}, {streamed}; {speed}"
     )
 
 
@@ -127,9 +126,9 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
     if max(faults * FAULT_S, stall_s) > MEMORY_SHARE * pass_s:
         stalled = f"{stall_s / pass_s:.0%} of the time stalled for memory, " if stall_s else ""
         return (
-            f"memory: {stalled}{faults} major page faults in {passes} passes; "
-            "the system takes pages from this process and reads them again: a smaller budget, or "
-            "fewer other programs"
+            f"memory: {stalled}{faults} major page faults in {passes} passes; the system takes "
+            "pages from this process and reads them again: a smaller budget, or fewer other "
+            "programs"
         )
     in_vain_bytes = spent["wasted_bytes"]
     if in_vain_bytes > MEMORY_SHARE * bytes_read and not spent["resyncs"]:
@@ -140,8 +139,7 @@ def bottleneck(before: dict[str, Any], after: dict[str, Any], plan: Plan) -> str
     if in_vain_bytes > MEMORY_SHARE * bytes_read:
         return (
             f"order: the readers were sent elsewhere {spent['resyncs']} times in {passes} passes "
-            "and read "
-            f"{format_size(in_vain_bytes)} of {format_size(bytes_read)} unused"
+            f"and read {format_size(in_vain_bytes)} of {format_size(bytes_read)} unused"
         )
     rate, measured = bytes_read / pass_s, plan.costs.bandwidth_bytes_per_s
     reads = f"reads at {rate / 1e9:.2f} GB/s of {measured / 1e9:.2f} GB/s measured"

@@ -277,15 +277,15 @@ class Planner:
         )
         return (
             f"{reason}memory={format_size(budget_bytes)} is too little for this model: it needs at "
-            "least "
-            f"{name_budget(self.smallest_bytes)}: process {format_size(overheads.process_bytes)}, "
-            f"tokenizer {format_size(overheads.tokenizer_bytes)}{loading}, "
-            f"parameters that stay {format_size(overheads.unstreamed_bytes)}, "
-            f"KV cache {format_size(overheads.kv_bytes + overheads.attention_bytes)}, "
-            f"activations {format_size(overheads.activation_bytes)}, margin "
-            f"{format_size(overheads.margin_bytes)}, "
-            f"window {format_size(MIN_SLOTS * self._slot_bytes)}{others}. "
-            f"A smaller context makes the KV cache and activations smaller."
+            f"least {name_budget(self.smallest_bytes)}: process "
+            f"{format_size(overheads.process_bytes)}, tokenizer "
+            f"{format_size(overheads.tokenizer_bytes)}{loading}, parameters that stay "
+            f"{format_size(overheads.unstreamed_bytes)}, KV cache "
+            f"{format_size(overheads.kv_bytes + overheads.attention_bytes)}, activations "
+            f"{format_size(overheads.activation_bytes)}, margin "
+            f"{format_size(overheads.margin_bytes)}, window "
+            f"{format_size(MIN_SLOTS * self._slot_bytes)}{others}. A smaller context makes the KV "
+            "cache and activations smaller."
         )
 
 

@@ -206,9 +206,8 @@ class Gate:
             raise Refusal(
                 421,
                 f"the request is addressed to {shown(host)}, and this server listens for this "
-                "machine alone: to "
-                f"{', '.join(sorted(self._hosts))}; send it there, or start the server with --host "
-                "0.0.0.0 (any name)",
+                f"machine alone: to {', '.join(sorted(self._hosts))}; send it there, or start the "
+                "server with --host 0.0.0.0 (any name)",
             )
         if self._api_key is None or exchange.path == "/health":
             return

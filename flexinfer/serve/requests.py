@@ -86,8 +86,7 @@ class Limits:
         return Refusal(
             400,
             f"this model's context is {self.context} tokens, for the prompt and the answer, and "
-            f"{prompt}; send less, "
-            f"or start the server with a larger --context",
+            f"{prompt}; send less, or start the server with a larger --context",
             "context_length_exceeded",
         )
 
@@ -108,8 +107,7 @@ def checked(
         refuse(
             NEEDED[path],
             f"cannot be made into a prompt: {limits.model!r} has no chat template (it is a base "
-            "model); "
-            f"send a text to {COMPLETIONS}, as prompt",
+            f"model); send a text to {COMPLETIONS}, as prompt",
         )
     if path == COMPLETIONS and isinstance(body["prompt"], list) and len(body["prompt"]) == 1:
         body["prompt"] = body["prompt"][0]

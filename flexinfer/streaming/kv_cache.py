@@ -70,10 +70,9 @@ def too_long(batch: int, room: int, needed: int) -> str:
     """
     return (
         f"the KV cache is sized for context={batch * room} tokens in all ({batch} x {room}) and "
-        "this pass needs "
-        f"{batch} x {needed}; nothing was run and the cache is as it was. Load the model with a "
-        "larger context, "
-        f"flexinfer.from_pretrained(..., context={batch * needed}), or crop the cache"
+        f"this pass needs {batch} x {needed}; nothing was run and the cache is as it was. Load the "
+        f"model with a larger context, flexinfer.from_pretrained(..., context={batch * needed}), "
+        "or crop the cache"
     )
 
 
@@ -110,9 +109,8 @@ class ReservedLayer(DynamicLayer):
         if self._revoked:
             raise RuntimeError(
                 "this KV cache came with the output of a call that was given none, and a later "
-                "such call has taken its memory; "
-                "to go on from several calls, make a transformers DynamicCache for each and pass "
-                "it as cache"
+                "such call has taken its memory; to go on from several calls, make a transformers "
+                "DynamicCache for each and pass it as cache"
             )
         if records_gradients(key_states, value_states):
             self._leave(key_states.dtype)

@@ -130,8 +130,8 @@ class FileReader:
                 raise ReadError(
                     errno.EIO,
                     f"{file}: the {PAGE_BYTES} bytes at {wrong} are not what they were when its "
-                    "checksums were made, read twice; "
-                    "the disk or the file is damaged: fetch the file again",
+                    "checksums were made, read twice; the disk or the file is damaged: fetch the "
+                    "file again",
                 )
         return position
 

@@ -207,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.write(json.dumps(record) + "\n")
     peak = record.get("group_peak_bytes")
     print(
-        f"{record['outcome']}: answers {record.get('answers')}, rude {record.get('rude')}, "
-        f"peak {format_size(peak) if peak else '?'} of {format_size(record['memory_bytes'])}"
+        f"{record['outcome']}: answers {record.get('answers')}, rude {record.get('rude')}, peak "
+        f"{format_size(peak) if peak else '?'} of {format_size(record['memory_bytes'])}"
     )
     for complaint in record.get("complaints", [record.get("message", "")]):
         print(f"  {complaint}")

@@ -173,9 +173,8 @@ def soak(
         left_s = (perf_counter() - start_s) / max(new, 1) * max(0, generations - made)
         print(
             f"case {case.number} {case.family} {case.blocks or case.file_dtype}/{case.dtype} "
-            f"vocabulary {case.vocab} share {case.share}: "
-            f"{record['outcome']}; {made} of {generations} generations, {dict(outcomes)}, "
-            f"{left_s / 60:.0f} min left",
+            f"vocabulary {case.vocab} share {case.share}: {record['outcome']}; {made} of "
+            f"{generations} generations, {dict(outcomes)}, {left_s / 60:.0f} min left",
             flush=True,
         )
         if record["outcome"] in BAD:
