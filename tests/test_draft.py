@@ -4,6 +4,7 @@ own distribution, the budget is kept.
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import flexinfer
 import flexinfer.engine.load
 from flexinfer.draft.economics import DraftCosts, Pace, best_candidates, expected_tokens, looked_up
 from flexinfer.draft.substitute import DraftError
-from flexinfer.engine.prepare import ProcessMemory
+from flexinfer.engine.prepare import ContextOf, ProcessMemory, prepare
+from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.tokenizer import TokenizerMemory
 from flexinfer.memory.libraries import LibraryPages
 from flexinfer.plan.plan import Costs, DraftPlan, Overheads
@@ -477,3 +479,30 @@ def test_a_substitute_is_made_of_what_the_first_pass_reads(
             model.generate(prompt(), **GREEDY), stock(path).generate(prompt(), **GREEDY)
         )
         assert engine.stats()["draft_passes"] > 0
+
+
+@pytest.mark.parametrize("draft", ["lookup", "substitute"])
+@pytest.mark.parametrize("prompt_tokens", [None, 100])
+def test_the_budget_that_a_refusal_names_is_enough(
+    checkpoint: MakeCheckpoint, draft: str, prompt_tokens: int | None
+) -> None:
+    """Larger budgets have room for more candidates, and must not need it."""
+    path = checkpoint("llama", vocab_size=32_000, **WHOLE)
+    of_prompt = None
+    if prompt_tokens is not None:
+        of_prompt = ContextOf(least=9, most=prompt_tokens, exact=lambda tokenizer: prompt_tokens)
+    process = ProcessMemory(100 << 20, LibraryPages(), 0)
+    candidates = set()
+
+    def prepared(memory: int) -> Any:
+        options = flexinfer.Options(memory=memory, draft=draft)
+        found = prepare(open_checkpoint(path), options, context_of=of_prompt, process=process)
+        context = found.context if prompt_tokens is None else prompt_tokens
+        candidates.add(found.logits_to_keep)
+        return replace(found, context=context).planner()
+
+    named = prepared(1 << 20).smallest_bytes
+    for more_mib in (0, 1, 6, 20, 60, 400):
+        memory = named + (more_mib << 20)
+        assert prepared(memory).smallest_bytes <= memory
+    assert len(candidates) > 2

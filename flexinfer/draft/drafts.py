@@ -177,6 +177,15 @@ class Drafts:
                 self.most //= 2
         return self.most
 
+    def fit_fewer(self) -> bool:
+        """Halve the number of candidates. Returns whether that could be done: it is not when their
+        number was given.
+        """
+        if self.choice.candidates is not None or self.most == 1:
+            return False
+        self.most //= 2
+        return True
+
     def bytes_beside(self, context: int) -> int:
         """Memory for scores of candidates, and for a small model with its cache of `context`
         tokens.

@@ -144,6 +144,11 @@ class Prepared:
             not_streamable=self.not_streamable or _large_parameters(skeleton),
         )
 
+    def fits(self, context: int) -> bool:
+        """Whether the budget is enough for `context` tokens."""
+        planner = replace(self, context=context).planner()
+        return planner.smallest_bytes <= self.budget_bytes
+
     def drafted_planners(self, planner: Planner) -> tuple[Planner, Planner]:
         """`planner` with the overheads of a draft, and without."""
         undrafted = replace(planner, overheads=self.overheads(drafted=False), substitutes=None)
@@ -196,7 +201,7 @@ def prepare(
         process = replace(process, tokenizer=tokenizer.memory)
     context = options.context or (context_of.least if context_of is not None else None)
     context = context or default_context(skeleton, process, budget_bytes, logits_to_keep, drafts)
-    return Prepared(
+    prepared = Prepared(
         skeleton=skeleton,
         options=options,
         budget_bytes=budget_bytes,
@@ -209,6 +214,12 @@ def prepare(
         checksums=checksums,
         not_streamable=not_streamable,
     )
+    longest = context if options.context or context_of is None else context_of.most
+    chosen = drafts is not None and not drafts.auto
+    while chosen and drafts and not prepared.fits(longest) and drafts.fit_fewer():
+        kept = max(options.logits_to_keep, drafts.most + 1)
+        prepared = replace(prepared, logits_to_keep=kept)
+    return prepared
 
 
 def load_tokenizer(
