@@ -169,12 +169,9 @@ class Drafts:
 
     def fit(self, budget_bytes: int) -> int:
         """Bound the number of candidates by the memory of their scores, and return it."""
-        if self.choice.candidates is None:
-            while (
-                self.most > 1
-                and self.most * self._vocab * SCORES_BYTES > SCORES_SHARE * budget_bytes
-            ):
-                self.most //= 2
+        while self.most * self._vocab * SCORES_BYTES > SCORES_SHARE * budget_bytes:
+            if not self.fit_fewer():
+                break
         return self.most
 
     def fit_fewer(self) -> bool:

@@ -215,10 +215,11 @@ def prepare(
         not_streamable=not_streamable,
     )
     longest = context if options.context or context_of is None else context_of.most
-    chosen = drafts is not None and not drafts.auto
-    while chosen and drafts and not prepared.fits(longest) and drafts.fit_fewer():
-        kept = max(options.logits_to_keep, drafts.most + 1)
-        prepared = replace(prepared, logits_to_keep=kept)
+    if drafts is not None and not drafts.auto:
+        # Fewer candidates where the budget has no room for more: it is never refused for them.
+        while not prepared.fits(longest) and drafts.fit_fewer():
+            kept = max(options.logits_to_keep, drafts.most + 1)
+            prepared = replace(prepared, logits_to_keep=kept)
     return prepared
 
 

@@ -19,23 +19,24 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 # Keywords of apply_chat_template that are not a template's own: a template of the client's would
 # run here.
 NOT_OF_TEMPLATES = {
-    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
-    *(
-        "continue_final_message",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-    ),
-    *(
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "load_audio_from_video",
-        "num_frames",
-        "sanitize_control_tokens",
-    ),
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "load_audio_from_video",
+    "num_frames",
+    "sanitize_control_tokens",
 }
 
 
