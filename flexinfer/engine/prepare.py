@@ -5,7 +5,6 @@ The way: index the checkpoint, build the model empty (flexinfer.model.skeleton),
 measure the process. Reads headers, never weights.
 """
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from flexinfer.draft.drafts import Drafts
 from flexinfer.formats.tensors import Checkpoint
 from flexinfer.formats.tokenizer import PreparedTokenizer, TokenizerMemory, prepare_tokenizer
 from flexinfer.kernels.dense import bound_kernel_caches
-from flexinfer.memory.heap import return_freed_memory, trim_heap
+from flexinfer.memory.heap import give_back, return_freed_memory
 from flexinfer.memory.libraries import LibraryPages
 from flexinfer.memory.process import anonymous_bytes, available_bytes, file_bytes
 from flexinfer.model.match import NotStreamableError
@@ -75,8 +74,7 @@ class ProcessMemory:
             in_blocks=skeleton.in_blocks or in_blocks,
         )
         # The dry run's model.
-        gc.collect()
-        trim_heap()
+        give_back()
         return cls(anonymous_bytes(), libraries, libraries.nbytes or file_bytes())
 
     def with_loaded_tokenizer(self, taken_bytes: int) -> "ProcessMemory":

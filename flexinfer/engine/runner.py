@@ -4,7 +4,6 @@ A call that the plan has no room for is refused before anything runs. Where the 
 since the plan was made, locked memory is given back for it.
 """
 
-import gc
 import inspect
 import os
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PretrainedConfig
 
-from flexinfer.memory.heap import trim_heap
+from flexinfer.memory.heap import give_back, trim_heap
 from flexinfer.memory.process import anonymous_bytes
 from flexinfer.model.pass_memory import PassMeter
 from flexinfer.modules.results import ReusedResults
@@ -272,8 +271,7 @@ class PassRunner:
             return
         if needed_bytes > room_bytes:
             raise BudgetError(self._too_large(shape, needed_bytes, room_bytes, can_keep_fewer))
-        gc.collect()
-        trim_heap()
+        give_back()
         grown_bytes = store.held_bytes() - store.idle_bytes
         if needed_bytes + grown_bytes > room_bytes:
             self._give_back(grown_bytes)

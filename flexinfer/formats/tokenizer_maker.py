@@ -8,7 +8,6 @@ flexinfer.formats.tokenizer will, and adds to facts.json the memory that this ta
 """
 
 import contextlib
-import gc
 import hashlib
 import json
 import sys
@@ -29,7 +28,7 @@ from flexinfer.formats.tokenizer_form import (
     stock_tokenizer,
     write_form,
 )
-from flexinfer.memory.heap import trim_heap
+from flexinfer.memory.heap import give_back
 from flexinfer.memory.process import anonymous_bytes, peak_bytes, reset_peak, resident_bytes
 
 LIMIT_BYTES = 1 << 10  # of a message
@@ -212,12 +211,6 @@ def measure(source: Path, form: Path) -> None:
         "sizes": {file.name: file.stat().st_size for file in form.iterdir() if file.name != FACTS},
     }
     (form / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-
-
-def give_back() -> None:
-    """What is not used any more, to the system."""
-    gc.collect()
-    trim_heap()
 
 
 def main(role: str, source: str, form: str) -> int:

@@ -1,6 +1,7 @@
 """glibc's heap, kept small: freed memory goes back to the system."""
 
 import ctypes
+import gc
 from pathlib import Path
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -30,6 +31,12 @@ def trim_heap() -> None:
     if malloc_trim is not None:
         malloc_trim(0)
         _plug_heap()
+
+
+def give_back() -> None:
+    """Return to the system what this process no longer uses."""
+    gc.collect()
+    trim_heap()
 
 
 def _plug_heap() -> None:
