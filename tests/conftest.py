@@ -8,6 +8,7 @@ through all of the machinery.
 
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,9 @@ import flexinfer
 import flexinfer.cache_dir
 import flexinfer.model.pieces
 
+# Ctrl-C is heard by this process and those that it starts, also in the background of a shell, which
+# has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("flexinfer", deadline=None)  # a busy machine is no failure
 settings.load_profile("flexinfer")
 

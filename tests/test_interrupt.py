@@ -36,16 +36,6 @@ SAMPLING = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _heard() -> Iterator[None]:
-    """Ctrl-C is heard by this process and those that it starts, also in the background of a shell,
-    which has them ignore it.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def model_dir(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama with a tokenizer of bytes that never ends by itself."""
