@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TOKENS, VOCAB
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flexinfer.kernels.ggml import TYPES, GgmlKernel, dequantize_rows, quantize_rows
+from tests.conftest import TOKENS, VOCAB
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 MIX = ("Q4_K", "Q6_K", "Q5_0", "Q8_0", "Q4_0", "F16")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Load, MakeCheckpoint
 from small_model import CONFIG, add_tokenizer
 
 import flexinfer.engine.prepare
@@ -16,6 +15,7 @@ from flexinfer.plan.batches import best_batch, counts_up_to, plan_batches
 from flexinfer.plan.plan import Costs, Overheads
 from flexinfer.plan.planner import Planner
 from flexinfer.plan.weights import Piece, Weight
+from tests.conftest import Load, MakeCheckpoint
 
 MIB = 1 << 20
 BUDGET = 400 * MIB

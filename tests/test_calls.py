@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -15,6 +14,7 @@ import flexinfer
 from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.model.skeleton import build_skeleton
 from flexinfer.plan.plan import PassShape
+from tests.conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 LARGE = {"vocab_size": 65_536, "num_hidden_layers": 2}
 

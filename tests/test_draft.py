@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, prompt, resize_to_share, smallest_budget, stock
 from gguf_models import Written, write_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +28,7 @@ from flexinfer.plan.plan import Costs, DraftPlan, Overheads
 from flexinfer.plan.planner import Planner
 from flexinfer.plan.weights import Piece, Weight
 from flexinfer.streaming.kv_cache import ContextError
+from tests.conftest import Load, MakeCheckpoint, prompt, resize_to_share, smallest_budget, stock
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 GREEDY: dict[str, Any] = {

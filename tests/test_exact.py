@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 import flexinfer
 from flexinfer.convert.quantize import quantize
 from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.plan.preservation import POLICIES
+from tests.conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 from transformers import PreTrainedModel
 
 import flexinfer.streaming.prefetch
 import flexinfer.streaming.reader
 from flexinfer.streaming.reader import FileReader, ReadError
+from tests.conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 
 def with_faults(

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import Load, MakeCheckpoint, logits, prompt, stock
 from hypothesis import given
 from hypothesis import strategies as st
 from test_budget import make_big
@@ -17,6 +16,7 @@ from test_budget import make_big
 from experiments.cgroups import find_place
 from experiments.limits import Limits
 from flexinfer.memory.follow import CALM_POLLS, HYSTERESIS, Follower, next_budget
+from tests.conftest import Load, MakeCheckpoint, logits, prompt, stock
 
 MIB = 1 << 20
 

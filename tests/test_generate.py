@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, prompt, resize_to_share, stock
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from flexinfer.plan.plan import PassShape
 from flexinfer.streaming.kv_cache import ContextError
+from tests.conftest import Load, MakeCheckpoint, prompt, resize_to_share, stock
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},

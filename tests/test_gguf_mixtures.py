@@ -7,12 +7,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import Load, logits, prompt, resize_to_share, stock
 from gguf_models import MIXTURES, WriteGGUF, made_once, relative_error, whole_model, write_model
 
 from flexinfer import CheckpointError
 from flexinfer.modules.experts import StreamedExperts
 from flexinfer.streaming.expert_policies import POLICIES
+from tests.conftest import Load, logits, prompt, resize_to_share, stock
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import Load, logits, prompt, resize_to_share, stock
 from gguf_models import (
     FAMILIES,
     WriteGGUF,
@@ -30,6 +29,7 @@ import flexinfer.kernels.ggml
 from flexinfer import CheckpointError
 from flexinfer.cli.main import main
 from flexinfer.formats.ggml_types import TYPES, GgmlError
+from tests.conftest import Load, logits, prompt, resize_to_share, stock
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Load, MakeCheckpoint, prompt, resize_to_share, stock
 from gguf_models import WriteGGUF, made_once
 from test_mixtures import MIXTURES, eager
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+
+from tests.conftest import FAMILIES, Load, MakeCheckpoint, prompt, resize_to_share, stock
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, prompt, stock
 from small_model import CONFIG, add_tokenizer
 from transformers import (
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from flexinfer.streaming.kv_cache import ContextError
+from tests.conftest import Load, MakeCheckpoint, prompt, stock
 
 CONTEXT = 32
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

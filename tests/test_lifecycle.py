@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from transformers import DynamicCache
+
+import flexinfer
+from flexinfer.memory.buffer import PAGE_BYTES
+from flexinfer.memory.process import anonymous_bytes
+from flexinfer.sizes import BudgetError, name_budget
+from flexinfer.streaming.kv_cache import ContextError
+from flexinfer.streaming.reader import ReadError
+from tests.conftest import (
     Load,
     MakeCheckpoint,
     logits,
@@ -20,14 +28,6 @@ from conftest import (
     smallest_budget,
     stock,
 )
-from transformers import DynamicCache
-
-import flexinfer
-from flexinfer.memory.buffer import PAGE_BYTES
-from flexinfer.memory.process import anonymous_bytes
-from flexinfer.sizes import BudgetError, name_budget
-from flexinfer.streaming.kv_cache import ContextError
-from flexinfer.streaming.reader import ReadError
 
 BIG = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 1, "vocab_size": 512}
 

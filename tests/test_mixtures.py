@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import (
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+import flexinfer
+from flexinfer.convert.quantize import quantize
+from flexinfer.streaming.expert_policies import POLICIES
+from flexinfer.streaming.reader import ReadError
+from tests.conftest import (
     FAMILIES,
     SHAPE,
     TOKENS,
@@ -21,13 +28,6 @@ from conftest import (
     resize_to_share,
     smallest_budget,
 )
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-
-import flexinfer
-from flexinfer.convert.quantize import quantize
-from flexinfer.streaming.expert_policies import POLICIES
-from flexinfer.streaming.reader import ReadError
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 3}
 LATENT = {

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, logits, prompt, stock
 from gguf_models import write_model
 
 import flexinfer.cache_dir
@@ -22,6 +21,7 @@ from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.hub import resolve
 from flexinfer.formats.safetensors import SINGLE_FILE
 from flexinfer.serve.server import name_of
+from tests.conftest import Load, MakeCheckpoint, logits, prompt, stock
 
 ROOT = Path(__file__).parents[1]
 

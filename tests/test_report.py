@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Load, MakeCheckpoint, prompt
 
 from flexinfer.observe.report import bottleneck, memory_stall_s, plan_line
 from flexinfer.plan.plan import Costs, Overheads, Plan
+from tests.conftest import Load, MakeCheckpoint, prompt
 
 GIB = 1 << 30
 PLAN = Plan(

@@ -12,13 +12,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 from safetensors.torch import load_file, save_file
 
 from flexinfer.convert.quantize import quantize
 from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.safetensors import INDEX_FILE, SINGLE_FILE
 from flexinfer.formats.tensors import CheckpointError
+from tests.conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 Tensors = dict[str, torch.Tensor]
 Copy = Callable[..., Path]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import SHAPE, TOKENS, MakeCheckpoint
 from transformers import AutoModelForCausalLM
 
 import flexinfer
 import flexinfer.formats.hub
 from flexinfer import BudgetError, CheckpointError
+from tests.conftest import SHAPE, TOKENS, MakeCheckpoint
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

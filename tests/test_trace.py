@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Load, MakeCheckpoint, prompt, resize_to_share
 
 from flexinfer.memory.process import resident_bytes
 from flexinfer.observe.perfetto import trace_events
 from flexinfer.observe.trace import KINDS, RECORD, SPANS, Event, Ring, Trace
+from tests.conftest import Load, MakeCheckpoint, prompt, resize_to_share
 
 
 def test_the_oldest_events_go_first() -> None:

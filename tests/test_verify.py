@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, logits, prompt, stock
 
 import flexinfer.formats.checkpoint
 import flexinfer.streaming.reader
 from flexinfer.streaming.checksums import checksums_of
 from flexinfer.streaming.reader import FileReader, ReadError
+from tests.conftest import Load, MakeCheckpoint, logits, prompt, stock
 
 
 @pytest.fixture

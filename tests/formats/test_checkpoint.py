@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint
 from safetensors.torch import load_file
 
 from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.safetensors import INDEX_FILE, read_header
 from flexinfer.formats.tensors import CheckpointError
+from tests.conftest import Load, MakeCheckpoint
 
 Header = dict[str, Any]
 

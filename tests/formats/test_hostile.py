@@ -15,7 +15,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint
 from gguf_models import write_model
 from test_checkpoint import change_config, change_index, entry, write_safetensors
 from test_gguf import ARCHITECTURE, ONE, file_of, string, tensor, value
@@ -30,6 +29,7 @@ from flexinfer.formats.safetensors import INDEX_FILE, read_header
 from flexinfer.formats.tensors import CheckpointError
 from flexinfer.model.resident import load_whole, resident_skeleton
 from flexinfer.model.skeleton import build_skeleton
+from tests.conftest import Load, MakeCheckpoint
 
 LONG_NUMBER = "9" * 5000  # Python turns at most 4300 digits into an int
 CopyOf = Callable[..., Path]

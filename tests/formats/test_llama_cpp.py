@@ -14,10 +14,10 @@ from typing import Any, cast
 import gguf_models
 import pytest
 import torch
-from conftest import Load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexinfer.convert.quantize import quantize
+from tests.conftest import Load
 from tests.stress.soak_cases import Case
 from tests.stress.soak_models import make_tokenizer
 

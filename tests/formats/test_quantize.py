@@ -18,7 +18,6 @@ import gguf_models
 import pytest
 import torch
 import transformers
-from conftest import Load, MakeCheckpoint, logits, prompt
 from safetensors import safe_open
 
 import flexinfer.convert.gguf_entries
@@ -30,6 +29,7 @@ from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.gguf_families import FAMILIES
 from flexinfer.formats.tensors import CheckpointError
 from flexinfer.kernels.ggml import TYPES, dequantize_rows
+from tests.conftest import Load, MakeCheckpoint, logits, prompt
 
 ALL_FAMILIES = gguf_models.FAMILIES | gguf_models.MIXTURES
 

@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Load, MakeCheckpoint, logits, prompt, resize_to_share, smallest_budget, stock
 from transformers import PreTrainedModel
 
 from flexinfer.streaming.reader import ReadError
+from tests.conftest import (
+    Load,
+    MakeCheckpoint,
+    logits,
+    prompt,
+    resize_to_share,
+    smallest_budget,
+    stock,
+)
 
 Read = tuple[Path, int, int]
 

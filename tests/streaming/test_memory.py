@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import needs_mlock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from flexinfer.memory.buffer import HUGE_PAGE_BYTES, PAGE_BYTES, Buffer, round_u
 from flexinfer.memory.heap import return_freed_memory, trim_heap
 from flexinfer.memory.libraries import LibraryPages, library_pages, page_out_libraries
 from flexinfer.memory.process import anonymous_bytes
+from tests.conftest import needs_mlock
 
 
 def locked_bytes() -> int:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 import flexinfer.engine.runner
 import flexinfer.modules.results
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer
 from flexinfer.modules.results import INTO_MEMORY, SMALLEST_BYTES, ReusedResults
+from tests.conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 aten = torch.ops.aten
 SHAPE = (512, SMALLEST_BYTES // 1024)  # float32: twice the smallest that is taken care of
