@@ -20,7 +20,7 @@ from tests.conftest import Load, MakeCheckpoint
 MIB = 1 << 20
 BUDGET = 400 * MIB
 PIECES = tuple(
-    Piece("w", 0, i, i + 1, Path("f"), i * MIB, MIB, MIB, locked_bytes=MIB) for i in range(100)
+    Piece("w", 0, i, i + 1, Path("f"), i * MIB, MIB, MIB, lock_cost_bytes=MIB) for i in range(100)
 )
 
 

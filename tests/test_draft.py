@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_models import Written, write_model
+from gguf_models import write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -106,18 +106,6 @@ def test_text_is_that_of_the_model_and_a_draft_reads_no_weight(
     assert 0 < stats["accepted"] <= stats["drafted"]
 
 
-EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2")
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Written]:
-    return {
-        (family, kind): write_model(tmp_path_factory.mktemp(family), family, [kind])
-        for family in EXACT
-        for kind in ("Q8_0", "Q4_0")
-    }
-
-
 def row_by_row(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -144,13 +132,18 @@ def row_by_row(
     return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(("llama", "Q8_0"), ("qwen2", "Q8_0"), ("gpt2", "Q8_0")),
+        *(("mistral", "Q4_0"), ("qwen3", "Q4_0"), ("phi3", "Q4_0")),
+    ],
+)
 def test_exact_to_the_last_token_where_rows_do_not_depend_on_one_another(
-    written: dict[tuple[str, str], Written], load: Load, family: str, kind: str
+    tmp_path: Path, load: Load, family: str, kind: str
 ) -> None:
     AttentionInterface.register("row_by_row", row_by_row)
-    file, options = written[family, kind].file, GREEDY | {"max_new_tokens": 48}
+    file, options = write_model(tmp_path, family, [kind]).file, GREEDY | {"max_new_tokens": 48}
     plain = load(file, policy="none")
     plain.set_attn_implementation("row_by_row")
     expected = plain.generate(prompt(), **options)
@@ -412,7 +405,8 @@ def test_lookup_takes_the_longest_and_latest_run() -> None:
 
 def test_a_plan_with_substitutes_adds_up() -> None:
     pieces = tuple(
-        Piece("w", 0, i, i + 1, Path("f"), i * 100, 100, 100, locked_bytes=100) for i in range(10)
+        Piece("w", 0, i, i + 1, Path("f"), i * 100, 100, 100, lock_cost_bytes=100)
+        for i in range(10)
     )
     weight = Weight("w", "w", 0, "ffn", pieces)
     overheads = Overheads(0, 0, 0, 0, 0)

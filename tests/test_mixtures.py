@@ -151,7 +151,7 @@ def test_experts_are_found_and_budgeted(checkpoint: MakeCheckpoint, load: Load) 
     assert experts.hit_rate == 1.0
     assert engine.plan.bound_tokens_per_s >= engine.plan.predicted_tokens_per_s
     smallest = smallest_budget(model)
-    dense = sum(weight.locked_bytes for weight in engine.runner.planner.weights)
+    dense = sum(weight.lock_cost_bytes for weight in engine.runner.planner.weights)
     engine.resize(smallest + dense + experts.cache_bytes // 2)
     plan = engine.plan
     assert plan.locked_bytes == sum(weight.nbytes for weight in engine.runner.planner.weights), (

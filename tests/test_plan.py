@@ -145,7 +145,7 @@ WINDOWS = st.sampled_from([None, 1, "1 layers", "3 layers", 3 * PAGE, "1MiB"])
 def test_every_byte_is_accounted_for(
     weights: list[Weight], policy: str, window: str | int | None, share: float
 ) -> None:
-    total_memory = sum(w.locked_bytes for w in weights)
+    total_memory = sum(w.lock_cost_bytes for w in weights)
     slot_bytes = max(piece.memory_bytes for w in weights for piece in w.pieces)
     budget = Planner(weights, OVERHEADS).smallest_bytes + int(share * total_memory)
     plan = Planner(weights, OVERHEADS, COSTS, policy=policy, window=window).plan(budget)
@@ -177,7 +177,7 @@ def test_every_byte_is_accounted_for(
 
 @given(any_weights(), st.floats(0, 1))
 def test_balanced_leaves_less_than_one_piece_unused(weights: list[Weight], share: float) -> None:
-    plan = plan_for(weights, int(share * sum(w.locked_bytes for w in weights)))
+    plan = plan_for(weights, int(share * sum(w.lock_cost_bytes for w in weights)))
     open_pieces = [
         w.pieces[plan.locked_pieces.get(w.name, 0)].memory_bytes
         for w in weights
@@ -193,17 +193,17 @@ def test_balanced_spreads_what_is_streamed_over_the_whole_pass(
     """At every point of a pass the share that was streamed is the share of the whole, to within
     three pieces.
     """
-    plan = plan_for(weights, int(share * sum(w.locked_bytes for w in weights)))
+    plan = plan_for(weights, int(share * sum(w.lock_cost_bytes for w in weights)))
     slot_bytes = plan.slot_bytes
     locked_memory = {
         w.name: sum(p.memory_bytes for p in w.pieces[: plan.locked_pieces.get(w.name, 0)])
         for w in weights
     }
-    memory = sum(w.locked_bytes for w in weights)
+    memory = sum(w.lock_cost_bytes for w in weights)
     locked_share = sum(locked_memory.values()) / memory
     so_far = locked_so_far = 0
     for w in weights:
-        so_far += w.locked_bytes
+        so_far += w.lock_cost_bytes
         locked_so_far += locked_memory[w.name]
         assert abs(locked_so_far - locked_share * so_far) <= 3 * slot_bytes
 
@@ -222,7 +222,7 @@ def test_balanced_layers_stream_alike(lock_pages: int) -> None:
 @given(any_weights(), st.floats(0, 1), st.floats(0, 0.2))
 def test_more_memory_never_streams_more(weights: list[Weight], share: float, more: float) -> None:
     """But for a piece, which rounding can put the other way."""
-    total = sum(w.locked_bytes for w in weights)
+    total = sum(w.lock_cost_bytes for w in weights)
     less = plan_for(weights, int(share * total))
     enough = plan_for(weights, int((share + more) * total))
     assert enough.streamed_bytes <= less.streamed_bytes + less.slot_bytes
@@ -283,7 +283,7 @@ def test_at_true_shapes_balanced_uses_98_percent_and_algorithm1_does_not(
         for layer in range(layers)
         for role, kind, nbytes in sizes
     ]
-    lock_bytes = int(share * sum(w.locked_bytes for w in weights))
+    lock_bytes = int(share * sum(w.lock_cost_bytes for w in weights))
     balanced = plan_for(weights, lock_bytes)
     assert balanced.unused_bytes <= 0.02 * lock_bytes
     assert balanced.streamed_bytes <= plan_for(weights, lock_bytes, "algorithm1").streamed_bytes + (

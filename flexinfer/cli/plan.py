@@ -91,7 +91,7 @@ def useful_bytes(prepared: "Prepared") -> int:
 def _everything_bytes(planner: Planner) -> int:
     """A budget that holds every weight."""
     experts_bytes = planner.mixture.slots().nbytes if planner.mixture is not None else 0
-    weights_bytes = sum(weight.locked_bytes for weight in planner.weights) + experts_bytes
+    weights_bytes = sum(weight.lock_cost_bytes for weight in planner.weights) + experts_bytes
     return max(planner.smallest_bytes, planner.overheads.nbytes + with_page_tables(weights_bytes))
 
 

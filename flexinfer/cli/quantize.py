@@ -16,7 +16,7 @@ from flexinfer.cli.terminal import note
 from flexinfer.formats.ggml_types import KINDS
 from flexinfer.sizes import format_size
 
-TYPES = [kind.lower() for kind in KINDS]
+CHOICES = [kind.lower() for kind in KINDS]
 SOURCE = typer.Argument(
     metavar="SRC",
     help="checkpoint directory, or Hub id",
@@ -28,8 +28,8 @@ TARGET = typer.Argument(
 )
 TYPE = typer.Option(
     "--type",
-    help=f"ggml's type of blocks: {', '.join(TYPES)}",
-    autocompletion=lambda incomplete: [one for one in TYPES if one.startswith(incomplete)],
+    help=f"ggml's type of blocks: {', '.join(CHOICES)}",
+    autocompletion=lambda incomplete: [one for one in CHOICES if one.startswith(incomplete)],
 )
 
 

@@ -27,7 +27,7 @@ from flexinfer.convert.gguf_header import (
 )
 from flexinfer.convert.gguf_vocabulary import add_vocabulary
 from flexinfer.formats.ggml_types import TYPES, kind_for
-from flexinfer.formats.gguf import TYPES as ENCODINGS
+from flexinfer.formats.gguf import ENCODING_OF
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.gguf_config import config_of
 from flexinfer.formats.gguf_families import FAMILIES, Family
@@ -41,7 +41,7 @@ from flexinfer.plan.weights import Weight
 
 # Of the output head, tied or not, where fewer bits are asked for: it costs little and gives most.
 HEAD_KIND = "Q6_K"
-ENCODING_OF = {encoding.name: encoding for encoding in ENCODINGS.values()}
+BY_NAME = {encoding.name: encoding for encoding in ENCODING_OF.values()}
 
 # A tensor of the source, and what is made of its numbers; None: nothing.
 Part = tuple[TensorSpec, Take | None]
@@ -59,7 +59,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return ENCODING_OF[self.kind].nbytes(math.prod(self.shape))
+        return BY_NAME[self.kind].nbytes(math.prod(self.shape))
 
 
 def lay_out(
@@ -158,7 +158,7 @@ def _in_order_of_use(skeleton: Skeleton) -> list[str]:
     linears.
     """
     weights = (weight.name for weight in skeleton.weights)
-    order = (f"{skeleton.embedding_name}.weight", *skeleton.resident, *weights)
+    order = (f"{skeleton.embedding_name}.weight", *skeleton.unstreamed, *weights)
     first = {skeleton.specs[parameter].name: parameter for parameter in reversed(order)}
     return [parameter for parameter in order if first[skeleton.specs[parameter].name] == parameter]
 
@@ -232,7 +232,7 @@ def _expert_part(weight: Weight, kernel: Kernel) -> Part:
     assert isinstance(kernel, DenseKernel)
     first, last = weight.pieces[0], weight.pieces[-1]
     dtype = str(kernel.file_dtype).removeprefix("torch.")
-    encoding = next(one for one in ENCODING_OF.values() if one.torch_name == dtype)
+    encoding = next(one for one in BY_NAME.values() if one.torch_name == dtype)
     shape = (last.row_stop - first.row_start, kernel.in_features)
     spec = TensorSpec(weight.name, first.file, first.offset_bytes, weight.nbytes, encoding, shape)
     if isinstance(kernel, ColumnsKernel):

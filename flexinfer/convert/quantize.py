@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from flexinfer.cache_dir import user_path
-from flexinfer.convert.gguf_entries import ENCODING_OF, Entry, blocks, lay_out
+from flexinfer.convert.gguf_entries import BY_NAME, Entry, blocks, lay_out
 from flexinfer.formats.checkpoint import local_checkpoint, open_checkpoint
 from flexinfer.formats.ggml_types import KINDS, TYPES
 from flexinfer.formats.gguf import read_gguf
@@ -304,7 +304,7 @@ def _packed(entry: Entry, pool: ThreadPoolExecutor) -> Iterator[tuple[torch.Tens
     """
     todo = blocks(entry.parts, BLOCK_WEIGHTS)
     if entry.kind not in TYPES:
-        dtype: torch.dtype = getattr(torch, str(ENCODING_OF[entry.kind].torch_name))
+        dtype: torch.dtype = getattr(torch, str(BY_NAME[entry.kind].torch_name))
         yield from ((rows_of().to(dtype).contiguous(), 0.0, 0.0) for rows_of in todo)
         return
     running = deque(pool.submit(_pack, entry.kind, rows_of) for rows_of in islice(todo, _cores()))

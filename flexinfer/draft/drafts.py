@@ -26,7 +26,7 @@ from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.config import load_config
 from flexinfer.formats.hub import resolve
 from flexinfer.kernels.ggml import GgmlKernel
-from flexinfer.model.resident import load_whole, resident_skeleton, whole_model_bytes
+from flexinfer.model.whole import load_whole, whole_skeleton, whole_model_bytes
 from flexinfer.model.skeleton import Skeleton
 from flexinfer.plan.plan import Costs, DraftPlan, Plan
 from flexinfer.plan.planner import Substitutes
@@ -110,7 +110,7 @@ class Drafts:
                 f"draft={str(choice.model)!r}: has a vocabulary of {vocab} tokens and the model "
                 f"one of {self._vocab}; a draft model needs the model's tokenizer"
             )
-        self._small = resident_skeleton(found, self._dtype)
+        self._small = whole_skeleton(found, self._dtype)
         numbers = sum(spec.nbytes for spec in found.tensors.values())
         self.model_share = numbers / max(
             1, sum(spec.nbytes for spec in skeleton.checkpoint.tensors.values())

@@ -89,7 +89,7 @@ def substitute_bytes(
         sizes = [(piece.row_stop - piece.row_start) * row_bytes for piece in weight.pieces]
         found[weight.name] = [*sizes[:-1], sizes[-1] + EXTRA_BYTES]
     if sum(map(sum, found.values())) >= (
-        whole_bytes := sum(weight.locked_bytes for weight in weights)
+        whole_bytes := sum(weight.lock_cost_bytes for weight in weights)
     ):
         raise DraftError(
             f"draft='substitute': in {next(iter(kernels.values())).type.name.lower()} it would "

@@ -19,7 +19,7 @@ from flexinfer.model.linears import decoder_of
 from flexinfer.model.skeleton import Skeleton
 from flexinfer.modules.embedding import StreamedEmbedding
 from flexinfer.modules.experts import StreamedExperts, routed_next
-from flexinfer.modules.linear import Group, StreamedLinear
+from flexinfer.modules.linear import SameInput, StreamedLinear
 from flexinfer.modules.placeholder import streamed_weight
 from flexinfer.observe.trace import Trace
 from flexinfer.streaming.reader import FileReader, padded_bytes
@@ -82,7 +82,7 @@ def _group(
         kernel for one in linears if isinstance(kernel := kernels[one.spec.name], GgmlKernel)
     ]
     if len(of_ggml) == len(linears):
-        group = Group(linears, of_ggml, store, trace)
+        group = SameInput(linears, of_ggml, store, trace)
         for linear in linears:
             linear.join(group)
 
@@ -115,8 +115,8 @@ def _install_experts(
 
 def _read_parameters(skeleton: Skeleton, reader: FileReader, trace: Trace) -> None:
     """Read norms, biases and whatever else is not streamed."""
-    done_bytes, all_bytes = 0, sum(spec.nbytes for spec in skeleton.resident.values())
-    for name, spec in skeleton.resident.items():
+    done_bytes, all_bytes = 0, sum(spec.nbytes for spec in skeleton.unstreamed.values())
+    for name, spec in skeleton.unstreamed.items():
         owner, _, leaf = name.rpartition(".")
         holder = skeleton.model.get_submodule(owner)
         stock = getattr(holder, leaf)

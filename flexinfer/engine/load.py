@@ -26,7 +26,7 @@ from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.hub import resolve
 from flexinfer.memory.process import reset_peak
 from flexinfer.model.experts import Experts
-from flexinfer.model.resident import load_whole
+from flexinfer.model.whole import load_whole
 from flexinfer.observe.notebook import TqdmBars
 from flexinfer.observe.report import plan_line
 from flexinfer.observe.trace import MAX_EVENTS, Trace

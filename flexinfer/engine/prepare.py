@@ -21,7 +21,7 @@ from flexinfer.memory.libraries import LibraryPages
 from flexinfer.memory.process import anonymous_bytes, available_bytes, file_bytes
 from flexinfer.model.match import NotStreamableError
 from flexinfer.model.rehearsal import rehearse_once
-from flexinfer.model.resident import resident_skeleton
+from flexinfer.model.whole import whole_skeleton
 from flexinfer.model.skeleton import Skeleton, build_skeleton
 from flexinfer.observe.trace import Progress
 from flexinfer.options import Options
@@ -184,7 +184,7 @@ def prepare(
     try:
         skeleton = build_skeleton(checkpoint, options.dtype, options.kv_dtype)
     except NotStreamableError as error:
-        skeleton, not_streamable = resident_skeleton(checkpoint, options.dtype), str(error)
+        skeleton, not_streamable = whole_skeleton(checkpoint, options.dtype), str(error)
     checksums = _checksums(skeleton, options.verify, progress)
     drafts, logits_to_keep = None, options.logits_to_keep
     if options.draft_choice is not None:
@@ -268,7 +268,7 @@ def overheads_of(
         tokenizer_bytes=process.tokenizer.stays_bytes + process.tokenizer.use_bytes,
         loading_bytes=process.tokenizer.peak_bytes,
         unstreamed_bytes=skeleton.whole_bytes
-        + sum(state[name].numel() * state[name].dtype.itemsize for name in skeleton.resident),
+        + sum(state[name].numel() * state[name].dtype.itemsize for name in skeleton.unstreamed),
         kv_bytes=kv_bytes,
         activation_bytes=activation_bytes,
         margin_bytes=process.margin_bytes,
@@ -313,7 +313,7 @@ def context_limit(config: PretrainedConfig) -> int:
 def _large_parameters(skeleton: Skeleton) -> str:
     """Large parameters that are not streamed, and why."""
     large = [
-        spec.name for spec in skeleton.resident.values() if spec.nbytes > LARGE_PARAMETER_BYTES
+        spec.name for spec in skeleton.unstreamed.values() if spec.nbytes > LARGE_PARAMETER_BYTES
     ]
     if not large:
         return ""

@@ -60,9 +60,21 @@ SCALARS = {
 PACKAGES = ("gguf", "transcribe_cpp_native")  # of the extra `ggml`
 
 # ggml's number of a type -> how its numbers are stored
-TYPES = {one.id: Encoding(one.name, one.block_elements, one.block_bytes) for one in BLOCKS.values()}
-TYPES |= {0: ENCODINGS["F32"], 1: ENCODINGS["F16"], 30: ENCODINGS["BF16"], 28: ENCODINGS["F64"]}
-TYPES |= {24: ENCODINGS["I8"], 25: ENCODINGS["I16"], 26: ENCODINGS["I32"], 27: ENCODINGS["I64"]}
+ENCODING_OF = {
+    one.id: Encoding(one.name, one.block_elements, one.block_bytes) for one in BLOCKS.values()
+}
+ENCODING_OF |= {
+    0: ENCODINGS["F32"],
+    1: ENCODINGS["F16"],
+    30: ENCODINGS["BF16"],
+    28: ENCODINGS["F64"],
+}
+ENCODING_OF |= {
+    24: ENCODINGS["I8"],
+    25: ENCODINGS["I16"],
+    26: ENCODINGS["I32"],
+    27: ENCODINGS["I64"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,9 +301,9 @@ def _tensor(source: "_Source", alignment: int) -> TensorSpec:
         _refuse(source.file, f"{named} has {dimensions} dimensions, not 1 to 4: {AGAIN}")
     shape = tuple(source.number("Q", named) for _ in range(dimensions))[::-1]
     kind, offset_bytes = source.number("I", named), source.number("Q", named)
-    encoding = TYPES.get(kind)
+    encoding = ENCODING_OF.get(kind)
     if encoding is None:
-        known = ", ".join(one.name for one in TYPES.values())
+        known = ", ".join(one.name for one in ENCODING_OF.values())
         what = f"{named} is of ggml's type {kind}, supported are {known}"
         _refuse(source.file, f"{what}; take another file of this model")
     if 0 in shape or shape[-1] % encoding.block_elements:

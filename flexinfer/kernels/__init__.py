@@ -18,14 +18,14 @@ class Kernel(Protocol):
     def in_features(self) -> int: ...
 
     @property
-    def resident(self) -> "Kernel":
-        """The kernel of rows that stay: this one, or that of the dtype to which they are converted
+    def locked(self) -> "Kernel":
+        """The kernel of rows that are locked: this one, or that of the dtype to which they are converted
         once.
         """
         ...
 
-    def resident_bytes(self, nbytes: int) -> int:
-        """Memory that `nbytes` of a file take when they stay."""
+    def locked_bytes(self, nbytes: int) -> int:
+        """Memory that `nbytes` of a file take when they are locked."""
         ...
 
     def copied_bytes(self, nbytes: int) -> int:

@@ -53,10 +53,10 @@ class DenseKernel:
     aligned: bool = False
 
     @property
-    def resident(self) -> Self:
+    def locked(self) -> Self:
         return self if self.file_dtype == self.dtype else replace(self, file_dtype=self.dtype)
 
-    def resident_bytes(self, nbytes: int) -> int:
+    def locked_bytes(self, nbytes: int) -> int:
         return nbytes // self.file_dtype.itemsize * self.dtype.itemsize
 
     def copied_bytes(self, nbytes: int) -> int:
@@ -64,7 +64,7 @@ class DenseKernel:
         anew (see StreamedLinear).
         """
         copies = 1 if self.file_dtype == self.dtype and not self._realigns else 2
-        return copies * self.resident_bytes(nbytes)
+        return copies * self.locked_bytes(nbytes)
 
     @property
     def _realigns(self) -> bool:

@@ -79,10 +79,10 @@ class GgmlKernel:
         return self.type.row_bytes(self.in_features)
 
     @property
-    def resident(self) -> "GgmlKernel":
+    def locked(self) -> "GgmlKernel":
         return self
 
-    def resident_bytes(self, nbytes: int) -> int:
+    def locked_bytes(self, nbytes: int) -> int:
         return nbytes
 
     def copied_bytes(self, nbytes: int) -> int:

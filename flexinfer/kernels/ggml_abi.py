@@ -58,8 +58,8 @@ def open_library(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL, Path]:
         (base.ggml_get_type_traits, POINTER(Traits), [c_int]),
         (cpu.ggml_cpu_init, None, []),
         (cpu.ggml_threadpool_new, c_void_p, [POINTER(PoolParams)]),
-        (cpu.ggml_graph_plan, Plan, [c_void_p, c_int, c_void_p]),
-        (cpu.ggml_graph_compute, c_int, [c_void_p, POINTER(Plan)]),
+        (cpu.ggml_graph_plan, ComputePlan, [c_void_p, c_int, c_void_p]),
+        (cpu.ggml_graph_compute, c_int, [c_void_p, POINTER(ComputePlan)]),
         (cpu.ggml_get_type_traits_cpu, POINTER(CpuTraits), [c_int]),
     )  # fmt: skip
     for function, result, arguments in signatures:
@@ -106,7 +106,7 @@ class Tensor(Structure):
     )
 
 
-class Plan(Structure):
+class ComputePlan(Structure):
     _fields_ = (
         ("work_size", c_size_t),
         ("work_data", c_void_p),

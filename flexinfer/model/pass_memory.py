@@ -54,7 +54,7 @@ class PassMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class ComputedLinear:
     """A linear of the model, as it is computed."""
 
     weight: Weight
@@ -73,7 +73,7 @@ class PassMeter:
         config: PretrainedConfig,
         dtype: torch.dtype,
         layers: Sequence[LayerShape],
-        products: Sequence[Product],
+        products: Sequence[ComputedLinear],
         scale: int = 1,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,7 +135,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def pass_memory(
     model: PreTrainedModel,
     layers: Sequence[LayerShape],
-    products: Sequence[Product],
+    products: Sequence[ComputedLinear],
     shape: PassShape,
     kv_dtype: torch.dtype,
 ) -> PassMemory:
@@ -180,7 +180,7 @@ def pass_memory(
     return PassMemory(start_bytes, peak_bytes)
 
 
-def _copied_bytes(product: Product, rows: int, itemsize: int) -> int:
+def _copied_bytes(product: ComputedLinear, rows: int, itemsize: int) -> int:
     """What `StreamedLinear` holds at most besides the output: one part of it, a piece as the kernel
     may copy it, what the kernel works in, and the output once more to put its rows in order.
     """

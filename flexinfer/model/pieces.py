@@ -37,7 +37,7 @@ def cut(
     step = rows
     if piece_bytes is not None:
         step = min(rows, round_up(-(-rows // -(-spec.nbytes // piece_bytes)), ROW_MULTIPLE))
-    row_bytes, stays = spec.nbytes // rows, kernel.resident is kernel
+    row_bytes, stays = spec.nbytes // rows, kernel.locked is kernel
     pieces = []
     for start, stop in pairwise([0, *range(step, rows - ROW_MULTIPLE + 1, step), rows]):
         offset_bytes, nbytes = spec.offset_bytes + start * row_bytes, (stop - start) * row_bytes
@@ -52,7 +52,7 @@ def cut(
                 offset_bytes,
                 nbytes,
                 memory_bytes,
-                locked_bytes=memory_bytes if stays else round_up(kernel.resident_bytes(nbytes)),
+                lock_cost_bytes=memory_bytes if stays else round_up(kernel.locked_bytes(nbytes)),
                 copied_bytes=kernel.copied_bytes(nbytes),
             )
         )

@@ -25,7 +25,7 @@ from flexinfer.model.dry_run import dry_run
 from flexinfer.model.experts import Experts
 from flexinfer.model.linears import find_linears, row_orders_of, weight_of
 from flexinfer.model.match import experts_of, match_tensors
-from flexinfer.model.pass_memory import PassMeter, Product, meta_model
+from flexinfer.model.pass_memory import PassMeter, ComputedLinear, meta_model
 from flexinfer.modules.experts import IMPLEMENTATION, register
 from flexinfer.plan.experts import Mixture
 from flexinfer.plan.weights import Weight
@@ -93,7 +93,7 @@ class Skeleton:
         return self.whole_dtype or self.model.dtype
 
     @property
-    def resident(self) -> dict[str, TensorSpec]:
+    def unstreamed(self) -> dict[str, TensorSpec]:
         """Parameters and buffers that are read once and stay."""
         not_read = {weight.name for weight in self.weights} | {self.embedding_name + ".weight"}
         return {name: spec for name, spec in self.specs.items() if name not in not_read}
@@ -139,9 +139,13 @@ def build_skeleton(
         parts = [weight_of(linears[name], specs, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
     row_orders = row_orders_of(specs, weights)
-    products = [Product(weight, kernel, weight.name in row_orders) for weight, kernel in parts]
+    products = [
+        ComputedLinear(weight, kernel, weight.name in row_orders) for weight, kernel in parts
+    ]
     if experts is not None:
-        products.extend(Product(weight, kernel, False) for weight, kernel in experts.of_a_token())
+        products.extend(
+            ComputedLinear(weight, kernel, False) for weight, kernel in experts.of_a_token()
+        )
     skeleton = Skeleton(
         model=model,
         checkpoint=checkpoint,
@@ -155,7 +159,7 @@ def build_skeleton(
         kv_dtype=kept_dtype,
         meter=PassMeter(config, compute_dtype, cache_layers, products, kv_dtype=kept_dtype),
     )
-    for name, spec in skeleton.resident.items():
+    for name, spec in skeleton.unstreamed.items():
         if spec.encoding.torch_name is None or spec.transposed:
             raise CheckpointError(
                 f"{spec.file}: {spec.name!r} ({name}) is {spec.dtype} and no weight of a linear; "

@@ -51,7 +51,7 @@ Products = Callable[[torch.Tensor], torch.Tensor]  # [n, in] -> [n, out], withou
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RoutedTokens:
     """The tokens that are routed to one expert."""
 
     expert: int
@@ -76,19 +76,16 @@ class Group:
             output.index_add_(0, self.tokens, y)
 
 
-def group(top_k_index: torch.Tensor, num_experts: int) -> list[Group]:
+def group(top_k_index: torch.Tensor, num_experts: int) -> list[RoutedTokens]:
     """top_k_index [tokens, k] -> its experts in the order of their numbers, their tokens in the
     order of (place, token).
     """
     tokens = len(top_k_index)
-    if (
-        tokens == 1
-        # As a rule; each tensor operation that it is spared is spared for every expert of every
-        # layer.
-    ):
+    # One token, as a rule: a tensor operation spared here is spared for every expert of every layer.
+    if tokens == 1:
         place_of = {expert: place for place, expert in enumerate(top_k_index[0].tolist())}
         return [
-            Group(expert, None, place_of[expert])
+            RoutedTokens(expert, None, place_of[expert])
             for expert in sorted(place_of)
             if expert < num_experts
         ]
@@ -100,7 +97,7 @@ def group(top_k_index: torch.Tensor, num_experts: int) -> list[Group]:
     for expert, count in enumerate(counts):
         if count:
             groups.append(
-                Group(expert, of_token[start : start + count], places[start : start + count])
+                RoutedTokens(expert, of_token[start : start + count], places[start : start + count])
             )
             start += count
     return groups
@@ -222,7 +219,7 @@ class StreamedExperts:
         self,
         module: Any,
         hidden: torch.Tensor,
-        group_of: dict[int, Group],
+        group_of: dict[int, RoutedTokens],
         top_k_weights: torch.Tensor,
         order: Sequence[int],
     ) -> dict[int, torch.Tensor]:

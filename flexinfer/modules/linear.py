@@ -56,10 +56,10 @@ class StreamedLinear(nn.Module):
         self.bias = cast(nn.Parameter | None, stock.bias)
         self.out_features = weight.pieces[-1].row_stop
         self._store, self._trace, self._row_order = store, trace, row_order
-        self._group: Group | None = None
+        self._group: SameInput | None = None
         self.register_state_dict_pre_hook(refuse_state_dict)
 
-    def join(self, group: "Group") -> None:
+    def join(self, group: "SameInput") -> None:
         """Be computed with others that get the same input, where that pays."""
         self._group = group
 
@@ -124,7 +124,7 @@ class StreamedLinear(nn.Module):
         )
 
 
-class Group:
+class SameInput:
     """Linears that get the same input, one after another, their weights in ggml's blocks: while all
     rows are locked and activation rows are few, one call computes all of them, and threads are
     woken once.

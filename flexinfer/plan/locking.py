@@ -16,14 +16,14 @@ def balanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     """The same share of every weight; rounding errors are carried along the pass, so that they
     cannot pile up.
     """
-    share = lock_bytes / sum(weight.locked_bytes for weight in weights)
+    share = lock_bytes / sum(weight.lock_cost_bytes for weight in weights)
     locked: dict[str, int] = {}
     wanted = used = 0.0
     for weight in weights:
-        wanted += share * weight.locked_bytes
+        wanted += share * weight.lock_cost_bytes
         count = 0
-        while count < len(weight.pieces) and used + weight.pieces[count].locked_bytes <= wanted:
-            used += weight.pieces[count].locked_bytes
+        while count < len(weight.pieces) and used + weight.pieces[count].lock_cost_bytes <= wanted:
+            used += weight.pieces[count].lock_cost_bytes
             count += 1
         locked[weight.name] = count
     return _fill(weights, locked, lock_bytes - int(used))
@@ -37,8 +37,8 @@ def _fill(weights: Sequence[Weight], locked: dict[str, int], left_bytes: int) ->
         grown = False
         for weight in by_spread:
             count = locked.get(weight.name, 0)
-            if count < len(weight.pieces) and weight.pieces[count].locked_bytes <= left_bytes:
-                left_bytes -= weight.pieces[count].locked_bytes
+            if count < len(weight.pieces) and weight.pieces[count].lock_cost_bytes <= left_bytes:
+                left_bytes -= weight.pieces[count].lock_cost_bytes
                 locked[weight.name] = count + 1
                 grown = True
     return locked

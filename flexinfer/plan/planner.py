@@ -130,7 +130,7 @@ class Planner:
         where they do not fit.
         """
         cache_slots, cache_bytes = self._small_cache(spare_bytes)
-        to_lock_bytes = sum(weight.locked_bytes for weight in self.weights)
+        to_lock_bytes = sum(weight.lock_cost_bytes for weight in self.weights)
         left_bytes = spare_bytes - cache_slots * cache_bytes - to_lock_bytes
         if left_bytes < 0 or (
             self.policy == "none" and any(weight.pieces for weight in self.weights)
@@ -206,7 +206,7 @@ class Planner:
             )
         streamed = [piece for w in self.weights for piece in w.pieces[locked.get(w.name, 0) :]]
         locked_memory = sum(
-            p.locked_bytes for w in self.weights for p in w.pieces[: locked.get(w.name, 0)]
+            p.lock_cost_bytes for w in self.weights for p in w.pieces[: locked.get(w.name, 0)]
         )
         dense_bytes = sum(weight.nbytes for weight in self.weights)
         streamed_bytes = sum(piece.nbytes for piece in streamed)
@@ -326,7 +326,7 @@ def _beyond_substitutes(weights: Sequence[Weight], substitutes: Substitutes) -> 
         replace(
             weight,
             pieces=tuple(
-                replace(piece, locked_bytes=max(0, piece.locked_bytes - nbytes))
+                replace(piece, lock_cost_bytes=max(0, piece.lock_cost_bytes - nbytes))
                 for piece, nbytes in zip(weight.pieces, substitutes[weight.name], strict=True)
             ),
         )

@@ -20,7 +20,7 @@ def unbalanced(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     locked, left_bytes = _head_first(weights, lock_bytes)
     for layer in dict.fromkeys(w.layer for w in weights if w.kind != "head"):
         in_layer = [w for w in weights if w.layer == layer]
-        needed = sum(w.locked_bytes for w in in_layer)
+        needed = sum(w.lock_cost_bytes for w in in_layer)
         if needed > left_bytes:
             break
         left_bytes -= needed
@@ -55,9 +55,9 @@ def algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
     locked, left_bytes = _head_first(weights, lock_bytes)
     ffn_roles = _roles(weights, "ffn")
     layers = len({w.layer for w in weights if w.kind != "head"})
-    ffn_bytes = layers * max((w.locked_bytes for w in weights if w.kind == "ffn"), default=0)
+    ffn_bytes = layers * max((w.lock_cost_bytes for w in weights if w.kind == "ffn"), default=0)
     attention_bytes = layers * max(
-        (w.locked_bytes for w in weights if w.kind == "attention"), default=0
+        (w.lock_cost_bytes for w in weights if w.kind == "attention"), default=0
     )
     if left_bytes >= len(ffn_roles) * ffn_bytes + 2 * attention_bytes:
         keep = len(ffn_roles)
@@ -70,7 +70,7 @@ def algorithm1(weights: Sequence[Weight], lock_bytes: int) -> dict[str, int]:
 
 def _head_first(weights: Sequence[Weight], lock_bytes: int) -> tuple[dict[str, int], int]:
     head = [w for w in weights if w.kind == "head"]
-    needed = sum(w.locked_bytes for w in head)
+    needed = sum(w.lock_cost_bytes for w in head)
     if needed > lock_bytes:
         return {}, lock_bytes
     return {w.name: len(w.pieces) for w in head}, lock_bytes - needed
@@ -78,7 +78,7 @@ def _head_first(weights: Sequence[Weight], lock_bytes: int) -> tuple[dict[str, i
 
 def _roles(weights: Sequence[Weight], kind: Kind) -> list[str]:
     """The roles of a kind, smallest weight first (K and V with grouped-query attention)."""
-    size_of = {w.role: w.locked_bytes for w in weights if w.kind == kind}
+    size_of = {w.role: w.lock_cost_bytes for w in weights if w.kind == kind}
     return sorted(size_of, key=lambda role: size_of[role])
 
 
@@ -92,8 +92,8 @@ def _lock_roles(
     for role in roles:
         of_role = [w for w in weights if w.role == role]
         for i in spread(len(of_role)):
-            if of_role[i].locked_bytes <= left_bytes:
-                left_bytes -= of_role[i].locked_bytes
+            if of_role[i].lock_cost_bytes <= left_bytes:
+                left_bytes -= of_role[i].lock_cost_bytes
                 locked[of_role[i].name] = len(of_role[i].pieces)
     return left_bytes
 

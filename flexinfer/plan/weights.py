@@ -26,7 +26,7 @@ class Piece:
     # nbytes and the padding that a direct read needs around them.
     memory_bytes: int
     # Memory that it takes when it is locked, in the compute dtype.
-    locked_bytes: int
+    lock_cost_bytes: int
     # Memory that its kernel may take for a copy of it while it is multiplied.
     copied_bytes: int = 0
 
@@ -49,6 +49,6 @@ class Weight:
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
-    def locked_bytes(self) -> int:
+    def lock_cost_bytes(self) -> int:
         """Memory that it takes when it is locked whole."""
-        return sum(piece.locked_bytes for piece in self.pieces)
+        return sum(piece.lock_cost_bytes for piece in self.pieces)

@@ -55,7 +55,7 @@ class Rows:
 
 
 @dataclass(slots=True, eq=False)
-class LockedPieces:
+class LockedBlock:
     """Pieces of a weight that follow one another and stay in memory, in one buffer, from when they
     are read on.
 
@@ -76,7 +76,7 @@ class LockedPieces:
     @property
     def as_in_file(self) -> bool:
         """Whether it is read as it is."""
-        return self.kernel.resident is self.kernel
+        return self.kernel.locked is self.kernel
 
     @property
     def _begin(self) -> int:
@@ -86,7 +86,7 @@ class LockedPieces:
         return self.pieces[0].offset_bytes % PAGE_BYTES if self.as_in_file else 0
 
     def _position(self, piece: Piece) -> int:
-        return self._begin + self.kernel.resident_bytes(
+        return self._begin + self.kernel.locked_bytes(
             piece.offset_bytes - self.pieces[0].offset_bytes
         )
 
@@ -99,7 +99,7 @@ class LockedPieces:
     def _memory_bytes(self) -> int:
         if self.as_in_file:
             return padded_bytes(self.pieces[0].offset_bytes, self.nbytes)
-        return self.kernel.resident_bytes(self.nbytes)
+        return self.kernel.locked_bytes(self.nbytes)
 
     def allocate(self) -> Buffer:
         """Its memory, taken now if it is not yet."""
@@ -112,16 +112,16 @@ class LockedPieces:
         self._buffer = None
 
     def read(self, read: Callable[[Piece, memoryview], int]) -> None:
-        """Read the pieces into its memory, converted to the dtype of `kernel.resident`.
+        """Read the pieces into its memory, converted to the dtype of `kernel.locked`.
 
         Raises ReadError.
         """
-        buffer, resident = self.allocate(), self.kernel.resident
+        buffer, locked = self.allocate(), self.kernel.locked
         scratch = Buffer(max(piece.memory_bytes for piece in self.pieces), lock=False)
         for piece in self.pieces:
             count = piece.row_stop - piece.row_start
             at = read(piece, scratch.memory(0, scratch.nbytes))
-            view = resident.view(buffer, self._position(piece), count)
+            view = locked.view(buffer, self._position(piece), count)
             view.copy_(self.kernel.view(scratch, at, count))
 
     def as_one(self) -> Piece:
@@ -138,9 +138,7 @@ class LockedPieces:
             self._buffer = None
         elif self._buffer is not None:
             last = self.pieces[-1]
-            self._buffer.release_from(
-                self._position(last) + self.kernel.resident_bytes(last.nbytes)
-            )
+            self._buffer.release_from(self._position(last) + self.kernel.locked_bytes(last.nbytes))
 
     def rows(self) -> Rows:
         """What there is to multiply, all of it as one. Only when it is filled."""
@@ -148,7 +146,7 @@ class LockedPieces:
             assert self.filled
             assert self._buffer is not None
             counts = [piece.row_stop - piece.row_start for piece in self.pieces]
-            view = self.kernel.resident.view(self._buffer, self._begin, sum(counts))
+            view = self.kernel.locked.view(self._buffer, self._begin, sum(counts))
             first = self.pieces[0].row_start
             self._rows = Rows(first, sum(counts), max(counts), self.nbytes, view, self.kernel)
         return self._rows
@@ -157,14 +155,14 @@ class LockedPieces:
 class Filler:
     """Has the readers of `queue` fill `blocks`, which are in the order of use."""
 
-    def __init__(self, blocks: Sequence[LockedPieces], queue: ReadQueue) -> None:
+    def __init__(self, blocks: Sequence[LockedBlock], queue: ReadQueue) -> None:
         self._blocks, self._queue = blocks, queue
         self._number = {id(block): number for number, block in enumerate(blocks)}
         # To be read, the one that is wanted next first.
         self._next = deque(range(len(blocks)))
         self._failed: dict[int, BaseException] = {}
 
-    def wait_for(self, block: LockedPieces) -> None:
+    def wait_for(self, block: LockedBlock) -> None:
         """Return when `block` is filled.
 
         Raises ReadError if it could not be read, now and not when it was read ahead.

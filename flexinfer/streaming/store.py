@@ -32,7 +32,7 @@ from flexinfer.plan.planner import MIN_SLOTS
 from flexinfer.plan.weights import Piece, Weight
 from flexinfer.streaming.expert_cache import ExpertCache
 from flexinfer.streaming.kv_cache import KVReserve
-from flexinfer.streaming.locked import Filler, LockedPieces, Rows
+from flexinfer.streaming.locked import Filler, LockedBlock, Rows
 from flexinfer.streaming.prefetch import Prefetcher
 from flexinfer.streaming.queue import CLOSED, ReadQueue
 from flexinfer.streaming.reader import FileReader
@@ -75,7 +75,7 @@ class _Placement:
 
     weight: Weight
     kernel: Kernel
-    locked: list[LockedPieces] = field(default_factory=list)
+    locked: list[LockedBlock] = field(default_factory=list)
     # The others, each with its place in the window's schedule.
     streamed: list[tuple[int, Piece]] = field(default_factory=list)
     substitute: Substitute | None = None
@@ -261,7 +261,7 @@ class WeightStore:
                 have, pieces = placement.locked_pieces, placement.weight.pieces
                 if have < count_of[placement.weight.name]:
                     new = pieces[have : count_of[placement.weight.name]]
-                    placement.locked.append(LockedPieces(new, placement.kernel))
+                    placement.locked.append(LockedBlock(new, placement.kernel))
             try:
                 self._begin_substitutes(plan)
                 if self.cache is not None and not self.closed:

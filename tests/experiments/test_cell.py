@@ -14,7 +14,7 @@ from experiments import resident
 from experiments.cell import OthersCpu, run_cell
 from experiments.cgroups import find_place
 from experiments.checkpoints import describe_checkpoint
-from experiments.child import remove_stale_scratch, run_child
+from experiments.child import Child, remove_stale_scratch, run_child
 from experiments.config import CellConfig, DeviceConfig, SystemConfig, WorkloadConfig
 from experiments.model_config import ModelConfig, ShapeConfig
 from experiments.record_files import append_record, load_records
@@ -27,8 +27,14 @@ PLACE = find_place()
 SHAPE = ShapeConfig(hidden=256, intermediate=512, layers=4, heads=4, kv_heads=2, vocab=8192)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory that keeps what several tests need: checkpoints and resident passes."""
+    return tmp_path_factory.mktemp("cells")
+
+
 def tiny_cell(
-    tmp_path: Path, kind: str, format: str, budget_bytes: int, **options: Any
+    cache_dir: Path, kind: str, format: str, budget_bytes: int, **options: Any
 ) -> CellConfig:
     return make_cell(
         model=ModelConfig("tiny", formats=["q4_0", "bf16"], shape=SHAPE),
@@ -36,7 +42,7 @@ def tiny_cell(
         device=DeviceConfig("native", "this machine", cores=1),
         budget_bytes=budget_bytes,
         workload=WorkloadConfig("test", 6, 1, 3, 0.0, 300.0, 4, 64, 300.0),
-        cache_dir=str(tmp_path),
+        cache_dir=str(cache_dir),
     )
 
 
@@ -48,8 +54,10 @@ def job(tmp_path: Path) -> dict[str, Any]:
     return told | {"scratch": str(tmp_path), "cores": 1, "core_set": [0], "options": {}}
 
 
-def test_a_cell_of_a_batch_counts_all_its_tokens_and_carries_the_prediction(tmp_path: Path) -> None:
-    cell = tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30)
+def test_a_cell_of_a_batch_counts_all_its_tokens_and_carries_the_prediction(
+    made: Path, tmp_path: Path
+) -> None:
+    cell = tiny_cell(made, "flexinfer", "bf16", 1 << 30)
     record = run_cell(replace(cell, workload=replace(cell.workload, batch=2)))
     assert (record.status, record.message) == ("ok", "")
     assert (record.tokens, record.passes, len(record.output_tokens)) == (6, 3, 10)
@@ -60,8 +68,8 @@ def test_a_cell_of_a_batch_counts_all_its_tokens_and_carries_the_prediction(tmp_
     assert load_records(tmp_path / "records.jsonl") == [record]
 
 
-def test_a_cell_of_ours_is_a_valid_record_with_its_bound(tmp_path: Path) -> None:
-    record = run_cell(tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30))
+def test_a_cell_of_ours_is_a_valid_record_with_its_bound(made: Path, tmp_path: Path) -> None:
+    record = run_cell(tiny_cell(made, "flexinfer", "bf16", 1 << 30))
     append_record(tmp_path / "records.jsonl", record)
     assert record.message == ""
     assert load_records(tmp_path / "records.jsonl") == [record]
@@ -85,8 +93,8 @@ def test_a_cell_of_ours_is_a_valid_record_with_its_bound(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(PLACE.memory is None, reason=f"no memory groups here: {PLACE.why_not}")
-def test_a_cell_over_its_budget_is_a_record_of_a_kill(tmp_path: Path) -> None:
-    record = run_cell(tiny_cell(tmp_path, "transformers", "bf16", 40 << 20))
+def test_a_cell_over_its_budget_is_a_record_of_a_kill(made: Path) -> None:
+    record = run_cell(tiny_cell(made, "transformers", "bf16", 40 << 20))
     assert record.status == "killed"
     assert "memory limit of 41943040 bytes" in record.message
     assert record.peak_memory_bytes is not None
@@ -114,8 +122,8 @@ def test_a_cell_on_a_gguf_file_leaves_its_config_to_the_helper(
     assert not (tmp_path / "of-the-user").exists()
 
 
-def test_a_budget_the_engine_refuses_is_its_own_words(tmp_path: Path) -> None:
-    record = run_cell(tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30, memory="1MiB"))
+def test_a_budget_the_engine_refuses_is_its_own_words(made: Path) -> None:
+    record = run_cell(tiny_cell(made, "flexinfer", "bf16", 1 << 30, memory="1MiB"))
     assert record.status == "error"
     assert "BudgetError" in record.message
 
@@ -217,10 +225,12 @@ def test_the_engines_resident_pass_is_measured_anew_when_it_has_changed(
 ) -> None:
     one = tiny_cell(tmp_path, "flexinfer", "bf16", 1 << 30)
     facts = describe_checkpoint(one)
+    measured_pass = Child("ok", "", [{"event": "token", "counted": True, "s": 0.5}])
+    monkeypatch.setattr(resident, "run_child", lambda *_: measured_pass)
     for commit, kept in (("first", 1), ("first", 1), ("second", 2)):
         monkeypatch.setattr(resident, "engine_commit", lambda commit=commit: commit)
         seconds, _ = resident.resident_pass(one, facts, tmp_path)
-        assert seconds is not None
+        assert seconds == 0.5
         assert len(list((tmp_path / "resident").iterdir())) == kept
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from flexinfer import CheckpointError
 from flexinfer.formats.checkpoint import open_checkpoint
-from flexinfer.formats.gguf import TYPES, LongArray, read_gguf
-from flexinfer.kernels.ggml import TYPES as KERNEL_TYPES
+from flexinfer.formats.gguf import ENCODING_OF, LongArray, read_gguf
+from flexinfer.kernels.ggml import TYPES
 
 
 def string(text: str) -> bytes:
@@ -115,13 +115,13 @@ def test_it_agrees_with_the_gguf_package(tmp_path: Path) -> None:
 
 def test_types_are_what_ggml_says() -> None:
     sizes = gguf.constants.GGML_QUANT_SIZES
-    for number, encoding in TYPES.items():
+    for number, encoding in ENCODING_OF.items():
         assert (encoding.block_elements, encoding.block_bytes) == sizes[
             gguf.GGMLQuantizationType(number)
         ]
         assert encoding.name == gguf.GGMLQuantizationType(number).name
         if encoding.torch_name is None:
-            kernel = KERNEL_TYPES[encoding.name]
+            kernel = TYPES[encoding.name]
             assert (kernel.block_elements, kernel.block_bytes) == (
                 encoding.block_elements,
                 encoding.block_bytes,

@@ -27,7 +27,7 @@ from flexinfer.formats.config import refusing
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.safetensors import INDEX_FILE, read_header
 from flexinfer.formats.tensors import CheckpointError
-from flexinfer.model.resident import load_whole, resident_skeleton
+from flexinfer.model.whole import load_whole, whole_skeleton
 from flexinfer.model.skeleton import build_skeleton
 from tests.conftest import Load, MakeCheckpoint
 
@@ -558,10 +558,10 @@ def test_the_base_model_of_an_adapter_is_not_loaded(tmp_path: Path, alone: None)
         MixtralConfig(**shape, vocab_size=160, num_key_value_heads=1)
     )
     mixture.save_pretrained(tmp_path)
-    load_whole(resident_skeleton(open_checkpoint(tmp_path), torch.float32))
+    load_whole(whole_skeleton(open_checkpoint(tmp_path), torch.float32))
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name"}')
     file = tmp_path / "adapter_config.json"
-    refusal(file, lambda: resident_skeleton(open_checkpoint(tmp_path), torch.float32))
+    refusal(file, lambda: whole_skeleton(open_checkpoint(tmp_path), torch.float32))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])

@@ -133,14 +133,14 @@ def _build(path: Path) -> None:
     """What `from_pretrained` does with a configuration."""
     from flexinfer.formats.checkpoint import open_checkpoint
     from flexinfer.model.match import NotStreamableError
-    from flexinfer.model.resident import resident_skeleton, whole_model_bytes
+    from flexinfer.model.whole import whole_skeleton, whole_model_bytes
     from flexinfer.model.skeleton import build_skeleton
 
     checkpoint = open_checkpoint(path)
     try:
         skeleton = build_skeleton(checkpoint)
     except NotStreamableError:
-        whole_model_bytes(resident_skeleton(checkpoint, "auto"), 32)
+        whole_model_bytes(whole_skeleton(checkpoint, "auto"), 32)
     else:
         assert skeleton.meter.planned_bytes(32, 1) > 0
 

@@ -87,7 +87,7 @@ def test_a_drafted_text_may_differ_where_two_tokens_are_as_good_as_equal() -> No
     }
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi3", "opt"])
+@pytest.mark.parametrize("family", ["phi3", "opt"])
 def test_a_short_soak(tmp_path: Path, family: str) -> None:
     """The first case of a family whose vocabulary is not the largest, in a control group of exactly
     the budget.
@@ -113,7 +113,7 @@ def test_a_large_vocabulary_and_its_tokenizer_in_a_budget_in_between(tmp_path: P
     if place.memory is None:
         pytest.skip(f"no right to limit memory here: {place.why_not}")
     case = next(case for case in large() if case.vocab == 151_936 and case.share == 0.5)
-    record = run_case(case, tmp_path)
+    record = run_case(replace(case, hidden=512, layers=2), tmp_path)
     assert record["outcome"] == "ok", record
     assert dict(zip((call.kind for call in case.calls), record["outcomes"], strict=True)) == {
         "tokenize": "ok",

@@ -14,7 +14,7 @@ from flexinfer.model.pass_memory import PassMeter, meta_model
 from flexinfer.model.skeleton import Skeleton, compute_dtype_of
 
 
-def resident_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
+def whole_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton:
     """A checkpoint that is to be loaded whole: no weights to stream, the model on the meta device.
 
     Reads headers alone.
@@ -64,7 +64,7 @@ def whole_model_bytes(skeleton: Skeleton, context: int) -> int:
 
 
 def load_whole(skeleton: Skeleton) -> PreTrainedModel:
-    """The model of a `resident_skeleton`, with its weights."""
+    """The model of a `whole_skeleton`, with its weights."""
     checkpoint = skeleton.checkpoint
     with refusing(checkpoint.path, "transformers cannot load it"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
