@@ -127,5 +127,6 @@ def _temporary(folder: Path, problem: str) -> Path:
 
 
 def _remove(made: Path, pid: int) -> None:
-    if os.getpid() == pid:  # not in a child that ends on its own
+    # Not in a child that ends on its own.
+    if os.getpid() == pid:
         shutil.rmtree(made, ignore_errors=True)

@@ -121,7 +121,8 @@ class _Deferred(ModuleType):
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
             "importlib."
         ):
-            frame = frame.f_back  # `from ... import` asks twice, once by way of the import system
+            # `from ... import` asks twice, once through the import system.
+            frame = frame.f_back
         importer = frame.f_globals.get("__name__", "")
         if isinstance(sys.modules.get(self.__name__), _Deferred) and IMPORTERS.match(importer):
             return _stand_in(self.__name__, name)
@@ -165,9 +166,11 @@ def _stand_in(module: str, name: str) -> type:
                 return OF_PLAIN_NUMBERS[name](*args)
             if name[0].isupper():
                 return _Instance(lambda: real()(*args, **kwargs), waits)
-            if args and callable(args[0]):  # a decorator, used as one
+            # Used as a decorator.
+            if args and callable(args[0]):
                 return _decorated_when_called(real, *args, **kwargs)
-            if not args or args[0] is None:  # a decorator with options
+            # Used as a decorator with options.
+            if not args or args[0] is None:
                 return lambda function: _decorated_when_called(real, function, *args[1:], **kwargs)
             return real()(*args, **kwargs)
 
@@ -203,4 +206,5 @@ class _Instance:
     def _class(self) -> type:
         return type(self) if self._waits() else type(self._made())
 
-    __class__ = property(_class)  # what isinstance() asks
+    # isinstance() asks for it.
+    __class__ = property(_class)

@@ -2,8 +2,10 @@
 
 # Between processes of the same program, which are not always of the same size (docs/log.md).
 SLACK_BYTES = 6 << 20
-MOST_BYTES = 1 << 60  # no machine has as many
-UNITS_BYTES = {"": 1, "B": 1}  # in any case
+# More than any machine has.
+MOST_BYTES = 1 << 60
+# Units, in upper case.
+UNITS_BYTES = {"": 1, "B": 1}
 
 for _power, _letter in enumerate("KMGT", 1):
     # A letter alone is binary, as docker and systemd have it: a budget is often that of a

@@ -14,8 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-# Several processes of several threads share the cores: threads that wait for the others of a product
-# let go of theirs at once. libgomp reads it when torch loads it.
+# Several processes of several threads share the cores: threads that wait for others sleep at once.
+# libgomp reads it when torch loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from flexinfer.observe import trace
 
-PATIENCE_S = 0.5  # what will be done by then gets no bar
+# Work that is over before this gets no bar.
+PATIENCE_S = 0.5
 
 
 class Bars:
@@ -123,7 +124,8 @@ def _make_bar(stage: str, total_bytes: int) -> "Progress":
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        *([TaskProgressColumn()] if stage == "pass" else reads),  # a prompt is mostly computing
+        # A prompt is mostly computing.
+        *([TaskProgressColumn()] if stage == "pass" else reads),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

@@ -131,13 +131,15 @@ class Conversation:
         bars: Bars,
         system: str | None = None,
     ) -> None:
-        self._model: Any = model  # transformers' own types promise too little of both
+        # transformers' own types promise too little of both.
+        self._model: Any = model
         self._tokenizer: Any = tokenizer
         self._decoding, self._bars = decoding, bars
         self._context = engine_of(model).context
         self._system = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
-        self._cached: list[int] = []  # the tokens that the cache holds keys and values of
+        # Tokens whose keys and values are in the cache.
+        self._cached: list[int] = []
         self._cache: Any = None
 
     def ask(self, question: str) -> str:
@@ -222,10 +224,12 @@ class Conversation:
         try:
             if self._cache is not None and len(self._cached) > common:
                 self._cache.crop(common - len(self._cached))
-        except ValueError:  # a sliding window has let go of what would be needed
+        except ValueError:
+            # A sliding window has let go of what would be needed.
             self._cache = None
         if self._cache is None or common == 0:
             from transformers import DynamicCache
 
-            self._cache = None  # first: the engine lends its memory to one living cache
+            # First: the engine lends its memory to one living cache.
+            self._cache = None
             self._cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))

@@ -32,12 +32,16 @@ from flexinfer.streaming.costs import kernel_s, read_speed
 from flexinfer.streaming.reader import FileReader
 
 REQUEST_BYTES = 4 << 20
-SCRATCH = ".flexinfer-doctor-"  # begins the names of scratch directories
+# Prefix of scratch directories.
+SCRATCH = ".flexinfer-doctor-"
 THREADS = (1, 2, 4)
-KERNEL_SHAPE = (4096, 4096)  # (out_features, in_features): an attention weight of a 7B model
-REPEATS = {1: 7, 64: 3}  # by activation rows
+# (out_features, in_features): an attention weight of a 7B model.
+KERNEL_SHAPE = (4096, 4096)
+# How often a kernel is timed, by activation rows.
+REPEATS = {1: 7, 64: 3}
 LOCK_TEST_BYTES = 64 << 20
-EXAMPLE_BYTES = 3.8e9  # weights of a 7B model in 4 bit
+# Weights of a 7B model in 4 bit.
+EXAMPLE_BYTES = 3.8e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +50,34 @@ class Facts:
 
     cpu: str
     cores: int
-    load: float  # processes that wanted a core in the last minute
+    # Processes that wanted a core in the last minute.
+    load: float
     torch_threads: int
-    vector_width: str  # as torch names the CPU's capability
-    ggml: str  # its version and the kernels that it has for this CPU, or why there is none
-    memory_bytes: int  # for one process: free, or its cgroup's limit
+    # As torch names it.
+    vector_width: str
+    # Its version and its kernels for this CPU, or why there is none.
+    ggml: str
+    # What one process may take: what is free, or its cgroup's limit.
+    memory_bytes: int
     path: str
     file_system: str
     free_disk_bytes: int
     direct_works: bool
     direct_note: str
     write_bytes_per_s: float
-    direct_bytes_per_s: dict[int, float]  # by reader threads; empty where direct reads do not work
+    # By the number of reader threads; empty if direct reads do not work.
+    direct_bytes_per_s: dict[int, float]
     buffered_bytes_per_s: dict[int, float]
-    kernel_bytes_per_s: dict[str, float]  # weight bytes at one row, by the kind of weight
-    kernel_s: dict[str, dict[int, float]]  # by kind, then activation rows
-    lock_limit_bytes: int | None  # None: unlimited
-    lock_works: bool  # for LOCK_TEST_BYTES
-    cgroups_writable: bool  # so that experiments can limit memory and read bandwidth
+    # Bytes of weights a second at one row, by the kind of weight.
+    kernel_bytes_per_s: dict[str, float]
+    # Seconds of a kernel, by kind and activation rows.
+    kernel_s: dict[str, dict[int, float]]
+    # None if there is no limit.
+    lock_limit_bytes: int | None
+    # Whether LOCK_TEST_BYTES could be locked.
+    lock_works: bool
+    # Whether experiments can limit memory and read bandwidth.
+    cgroups_writable: bool
 
 
 def measure_machine(path: Path, size_bytes: int) -> Facts:

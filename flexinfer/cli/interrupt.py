@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-INTERRUPTED, TERMINATED = 130, 143  # exit codes, as shells have them: 128 and the signal's number
+# Exit codes, as shells have them: 128 and the signal's number.
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class Terminated(SystemExit):
@@ -86,7 +87,8 @@ class Interrupt:
 
     def __init__(self, heard: Callable[[], None] | None = None) -> None:
         self._heard = heard
-        self.code = 0  # what the command should exit with: 0 while no signal has come
+        # The exit code of the command; 0 while no signal has come.
+        self.code = 0
 
     @property
     def pressed(self) -> bool:

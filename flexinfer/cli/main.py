@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             run: Any = command.main(
                 given or ["--help"], prog_name="flexinfer", standalone_mode=False
             )
-            if run == INTERRUPTED:  # while the line was read
+            # Ctrl-C while the arguments were parsed.
+            if run == INTERRUPTED:
                 raise KeyboardInterrupt
             # A help text was shown.
             if not callable(run):
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, Terminated) as stop:
         note("stopped")
         return exit_code(stop)
-    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
+    except BrokenPipeError:
+        # The reader of a pipe has gone: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except typer.TyperException as wrong:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-Run = Callable[[], int]  # a command with its arguments; returns the exit code
+# A command with its arguments; returns the exit code.
+Run = Callable[[], int]
 
 ENGINE, DECODING, INSIDE = "Memory and reading", "Decoding", "Seeing inside"
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PLAIN_WIDTH = 240  # columns of a table that goes to a pipe or a file, so that no cell is wrapped
+# Width of a table in a pipe or a file, so that no cell is wrapped.
+PLAIN_WIDTH = 240
 
 
 def note(text: str) -> None:

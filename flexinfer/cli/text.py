@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from flexinfer.engine.engine import Engine
     from flexinfer.engine.prepare import ContextOf
 
-NEW_TOKENS = 256  # of a text, where nothing is said
+# Length of a text if none is given.
+NEW_TOKENS = 256
 DRAFT_STATS = (
     "draft",
     "drafted",
@@ -125,7 +126,8 @@ def loaded(
         path,
         replace(
             options,
-            gguf_file=None,  # `path` names it
+            # `path` already names the file.
+            gguf_file=None,
             progress=bars.progress,
         ),
         context_of,
@@ -161,9 +163,12 @@ class Clock:
     engine: "Engine"
     bars: Bars
     start_s: float = field(default_factory=perf_counter)
-    times_s: list[float] = field(default_factory=list)  # one for each pass
-    counts: list[int] = field(default_factory=list)  # tokens of that pass
-    bytes_read: list[int] = field(default_factory=list)  # until then
+    # When each pass ended.
+    times_s: list[float] = field(default_factory=list)
+    # Tokens that each pass gave.
+    counts: list[int] = field(default_factory=list)
+    # Bytes read by then.
+    bytes_read: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bars.expect("draft", "pass")
@@ -196,7 +201,8 @@ def measure(model: "PreTrainedModel", clock: Clock) -> dict[str, Any]:
     """
     engine = engine_of(model)
     stats, plan = engine.stats(), engine.plan
-    times_s, counts = clock.times_s[1:], clock.counts[1:]  # without the prompt
+    # Without the prompt.
+    times_s, counts = clock.times_s[1:], clock.counts[1:]
     tokens, passes = sum(counts), len(counts)
     decoding_s = times_s[-1] - times_s[0] if passes > 1 else 0.0
     speed = (tokens - counts[0]) / decoding_s if decoding_s else None

@@ -27,8 +27,7 @@ from flexinfer.convert.gguf_header import (
 )
 from flexinfer.convert.gguf_vocabulary import add_vocabulary
 from flexinfer.formats.ggml_types import TYPES, kind_for
-from flexinfer.formats.gguf import ENCODING_OF
-from flexinfer.formats.gguf import read_gguf
+from flexinfer.formats.gguf import ENCODING_OF, read_gguf
 from flexinfer.formats.gguf_config import config_of
 from flexinfer.formats.gguf_families import FAMILIES, Family
 from flexinfer.formats.gguf_model import NAMES_KEY
@@ -51,11 +50,14 @@ Part = tuple[TensorSpec, Take | None]
 class Entry:
     """One tensor of the copy; its parts follow one another along its rows."""
 
-    parameter: str  # the model's name
-    kind: str  # ggml's name of the type
+    # Name in the model.
+    parameter: str
+    # ggml's name of its type.
+    kind: str
     shape: tuple[int, ...]
     parts: list[Part]
-    kept: str = ""  # why it is not in blocks, though it is a weight
+    # Why a weight is not quantised.
+    kept: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +170,8 @@ def _entry(skeleton: Skeleton, parameter: str, kind: str, tensor: str | None) ->
     name of it.
     """
     spec, kernel = skeleton.specs[parameter], skeleton.kernels.get(parameter)
-    by_columns = isinstance(kernel, Conv1DKernel)  # its weight is [in, out]
+    # Its weight is [in, out].
+    by_columns = isinstance(kernel, Conv1DKernel)
     take: Take | None = torch.t if by_columns else None
     if tensor and not by_columns:
         take = stored_as(tensor, spec.shape, skeleton.config)

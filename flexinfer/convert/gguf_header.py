@@ -35,7 +35,8 @@ NOT_OF_THE_MODEL |= {"tie_word_embeddings", "max_window_layers", "quantization_c
 NOT_OF_THE_MODEL |= {"num_kv_heads"}
 
 ROPE_DEFAULTS = {"partial_rotary_factor": 1.0}
-CLOSE = 1e-6  # of numbers kept as float32
+# Relative difference that float32 storage may cause.
+CLOSE = 1e-6
 
 Take = Callable[[torch.Tensor], torch.Tensor]
 

@@ -55,7 +55,8 @@ MODEL_FILE = "model.gguf"
 UNFINISHED_FILE = MODEL_FILE + ".unfinished"
 HEADER_FILE = MODEL_FILE + ".header"
 DEFAULT_KIND = "Q4_K"
-BLOCK_WEIGHTS = 1 << 20  # quantised at a time
+# Weights quantised at a time.
+BLOCK_WEIGHTS = 1 << 20
 
 # Of the disk that stay free: header, tokenizer files, the file system's own.
 MARGIN_BYTES = 64 << 20
@@ -76,10 +77,13 @@ class QuantizeError(ValueError):
 class TensorReport:
     """What quantising one tensor did to its weights."""
 
-    name: str  # the model's, of the parameter
-    kind: str  # ggml's type
+    # Name of the parameter in the model.
+    name: str
+    # ggml's name of its type.
+    kind: str
     nbytes: int
-    relative_error: float  # Frobenius norm of the difference over that of the weights
+    # Frobenius norm of the difference over that of the weights.
+    relative_error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +92,19 @@ class Report:
 
     path: Path
     kind: str
-    source_bytes: int  # of the tensors
-    nbytes: int  # of the copy's
-    seconds: float  # of the last run
+    # Size of the tensors in the source.
+    source_bytes: int
+    # Size of those in the copy.
+    nbytes: int
+    # Time of the last run.
+    seconds: float
     packed: list[TensorReport]
-    kept: dict[str, str]  # weights left as they are: name -> reason
-    architecture: str | None  # llama.cpp's name, where it can read the file
-    notes: list[str]  # why it cannot, or what it reads in another way
+    # Weights that are not quantised, and why.
+    kept: dict[str, str]
+    # llama.cpp's name, where it can read the file.
+    architecture: str | None
+    # Why it cannot, or what it reads in another way.
+    notes: list[str]
 
     @property
     def worst(self) -> TensorReport:

@@ -47,10 +47,13 @@ class Assistant:
             assistant_confidence_threshold=0.0,
         )
         self._drafted: list[int] = []
-        self._start = 0  # where they stand in the text
-        self._began_s = 0.0  # the pass that verifies them
+        # Position of the first candidate in the text.
+        self._start = 0
+        # When the pass that verifies them began.
+        self._began_s = 0.0
         self._rounds = 0
-        self._guessed = False  # that they are no draft, and say nothing of what is accepted
+        # Whether they are fillers, which say nothing about acceptance.
+        self._guessed = False
 
     def _supports_logits_to_keep(self) -> bool:
         return True
@@ -136,7 +139,8 @@ class ModelAssistant(Assistant):
         text.
         """
         cache = self._cache()
-        expected = input_ids.shape[1] - 1  # tokens that passes have read
+        # Tokens that the passes so far have seen.
+        expected = input_ids.shape[1] - 1
         if cache is None or (
             not self._own and (self._rounds == 0 or cache.get_seq_length() != expected)
         ):

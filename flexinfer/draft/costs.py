@@ -26,7 +26,8 @@ def measure_draft_costs(
     As `measure_costs`: from one piece of each role, in at most `memory_bytes` or two pieces.
     """
     rows_s = measure_rows(used, DRAFT_ROWS, dtype, memory_bytes)
-    draft_s, seconds = 0.0, dict[str, float]()  # of a byte, by role
+    # `seconds` are those of a byte, by role.
+    draft_s, seconds = 0.0, dict[str, float]()
     if substitutes:
         buffer = zeros(used, memory_bytes)
         for weight, _ in used:

@@ -26,15 +26,18 @@ from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.formats.config import load_config
 from flexinfer.formats.hub import resolve
 from flexinfer.kernels.ggml import GgmlKernel
-from flexinfer.model.whole import load_whole, whole_skeleton, whole_model_bytes
 from flexinfer.model.skeleton import Skeleton
+from flexinfer.model.whole import load_whole, whole_model_bytes, whole_skeleton
 from flexinfer.plan.plan import Costs, DraftPlan, Plan
 from flexinfer.plan.planner import Substitutes
 from flexinfer.sizes import BudgetError
 
-AUTO_TYPES = ("q4_0", "q8_0")  # both are quantised faster than most disks read
-SCORES_BYTES = 8  # a candidate and token of the vocabulary: scores in float32, twice
-SCORES_SHARE = 1 / 32  # of the budget, that these may take
+# Both are quantised faster than most disks read.
+AUTO_TYPES = ("q4_0", "q8_0")
+# Two float32 scores for each candidate and token of the vocabulary.
+SCORES_BYTES = 8
+# Share of the budget that scores may take.
+SCORES_SHARE = 1 / 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class Option:
     """A draft, or none, and what the budget is with it."""
 
     kind: str | None
-    type: str  # of a substitute's blocks
+    # ggml's type of a substitute.
+    type: str
     costs: DraftCosts
     plan: Plan
 
@@ -58,7 +62,8 @@ class Option:
 class Drafts:
     """What can draft for one model, and what does."""
 
-    model: PreTrainedModel | None = None  # a small one, once it is loaded
+    # The small model, once it is loaded.
+    model: PreTrainedModel | None = None
 
     def __init__(self, choice: DraftChoice, skeleton: Skeleton, dtype: torch.dtype) -> None:
         """Raises DraftError for a draft that cannot be made for this model."""
@@ -69,9 +74,11 @@ class Drafts:
         self._kernels: dict[str, dict[str, GgmlKernel]] = {}
         self._substitutes: dict[str, Substitutes] = {}
         self._small: Skeleton | None = None
-        self._bytes: dict[int, int] = {}  # of the small model, by context
+        # Memory of the small model, by context.
+        self._bytes: dict[int, int] = {}
         self.most = choice.candidates or MOST_CANDIDATES
-        self.model_share = 1.0  # of the model's weights, that a small one has
+        # Weights of the small model over those of the model.
+        self.model_share = 1.0
         if choice.kind in ("substitute", "auto"):
             types = AUTO_TYPES if self.auto and choice.type is None else (self.type,)
             for type in types:
@@ -158,7 +165,8 @@ class Drafts:
                     raise
                 continue
             if self.auto and self.kind == "substitute" and not plan.streamed_bytes:
-                continue  # its draft passes would be passes
+                # Nothing is streamed, so a draft pass would be a full pass.
+                continue
             if self.type not in costs_of:
                 costs_of[self.type] = measure()
             draft = self.planned(plan, costs, costs_of[self.type]) if self.kind else None

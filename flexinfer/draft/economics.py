@@ -20,7 +20,8 @@ from flexinfer.cache_dir import user_path
 from flexinfer.plan.batches import at_rows
 from flexinfer.plan.plan import Costs, DraftPlan, Plan
 
-DRAFTS = ("substitute", "lookup", "auto")  # beside small models
+# Kinds of drafts besides a small model.
+DRAFTS = ("substitute", "lookup", "auto")
 DEFAULT_TYPE = "q4_0"
 MOST_CANDIDATES = 16
 
@@ -31,20 +32,28 @@ ACCEPTANCE_OF = {"model": 0.7, "lookup": 0.2}
 
 # As many the prior counts for at first; it is forgotten as what was seen is.
 PRIOR_CANDIDATES = 16.0
-FORGETTING = 0.85  # what was seen counts so much less with each pass (docs/log.md)
-READING_SHARE = 0.8  # a pass whose kernels should take less than this part of it waits for the disk
-LOOKED_UP_TOKENS = 3  # the longest run of tokens that is looked for in the text so far
+# Factor by which each pass discounts earlier ones (docs/log.md).
+FORGETTING = 0.85
+# A pass waits for the disk if its kernels take less than this share of it.
+READING_SHARE = 0.8
+# Longest run of tokens that is looked up in the text so far.
+LOOKED_UP_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class DraftChoice:
     """What `from_pretrained` was asked for."""
 
-    kind: str  # "substitute", "lookup", "auto", or "model"
-    model: str | Path | None  # where that one is
-    type: str | None  # of a substitute's blocks
-    candidates: int | None  # of a pass; None: as many as pay
-    folder: Path | None  # that keeps a substitute
+    # "substitute", "lookup", "auto", or "model".
+    kind: str
+    # Path or id of the small model.
+    model: str | Path | None
+    # ggml's type of a substitute.
+    type: str | None
+    # Candidates a pass; None for as many as pay.
+    candidates: int | None
+    # Where substitutes are kept.
+    folder: Path | None
 
     @classmethod
     def of(
@@ -82,9 +91,12 @@ class DraftChoice:
 class DraftCosts:
     """Seconds of computing, as measured when a model is loaded."""
 
-    rows_s: tuple[tuple[int, float], ...]  # (rows, one pass over all weights), by rows
-    draft_s: float  # one draft pass with every weight streamed: in few bits
-    locked_s: float  # and with every weight locked
+    # Seconds of a pass over all weights: (rows, seconds), ascending.
+    rows_s: tuple[tuple[int, float], ...]
+    # Seconds of a draft pass if every weight is streamed, and so read from its substitute.
+    draft_s: float
+    # Seconds of a draft pass if every weight is locked.
+    locked_s: float
 
     def pass_s(self, rows: int) -> float:
         """Seconds of a pass of `rows` rows."""
@@ -173,15 +185,18 @@ class Pace:
 
     planned: DraftPlan
     most: int
-    rows_s: Callable[[int], float]  # seconds of computing a pass of so many rows
-    fixed: bool = False  # always as many as planned
+    # Rows of a pass -> seconds of compute.
+    rows_s: Callable[[int], float]
+    # Whether the number of candidates stays as planned.
+    fixed: bool = False
     _prior: float = PRIOR_CANDIDATES
     _accepted: float = 0.0
     _rejected: float = 0.0
     _draft_s: float | None = None
     _pass_s: float | None = None
     _pass_rows: int = 1
-    passes: int = 0  # seen so far
+    # Passes seen so far.
+    passes: int = 0
 
     @property
     def acceptance(self) -> float:

@@ -41,7 +41,8 @@ from flexinfer.streaming.reader import FileReader, padded_bytes
 NUMBERS_AT_ONCE = 32_768
 
 SPARE_DISK_BYTES = 64 << 20
-EXTRA_BYTES = 2 * PAGE_BYTES  # of a substitute: it begins and ends within a page
+# Padding of a substitute: it begins and ends within a page.
+EXTRA_BYTES = 2 * PAGE_BYTES
 
 
 class DraftError(ValueError):
@@ -244,7 +245,8 @@ class SubstituteFile:
         weights: Sequence[Weight],
         substitutes: Mapping[str, GgmlKernel],
         kind: str,
-        folder: Path | None = None,  # None: the cache directory
+        # None for the cache directory.
+        folder: Path | None = None,
     ) -> None:
         self._weights, self._substitutes = weights, substitutes
         self._places: dict[str, _Place] = {}

@@ -26,18 +26,23 @@ if TYPE_CHECKING:
     from flexinfer.engine.runner import PassRunner
 
 LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
-IN_RESERVE = (None, "dynamic")  # names of cache implementations whose memory is set aside
+# Cache implementations whose memory is reserved.
+IN_RESERVE = (None, "dynamic")
 
 
 class _Call(threading.local):
     """The call of `generate()` that a thread is preparing."""
 
-    asked: frozenset[str] = frozenset()  # of LENGTHS
+    # Names in LENGTHS that the call set.
+    asked: frozenset[str] = frozenset()
     cache: Any = None
     mask_tokens: int = 0
-    longest: Callable[[int], int] | None = None  # tokens of a sequence that fit, up to so many
-    wanted: int = 0  # the length that the settings come to
-    beside: int = 0  # tokens of each sequence that are not among its input ids
+    # Tokens wanted of a sequence -> tokens that fit.
+    longest: Callable[[int], int] | None = None
+    # Length that the settings amount to.
+    wanted: int = 0
+    # Tokens of a sequence beyond its input ids.
+    beside: int = 0
 
 
 class Lengths:
@@ -87,12 +92,14 @@ class Lengths:
         """
         config: GenerationConfig = stock(**kwargs)
         call, cache = self._call, self._call.cache
-        call.cache = None  # it is the program's, to be let go
+        # The cache belongs to the caller: keep no reference.
+        call.cache = None
         inputs, prompt_tokens = kwargs["inputs_tensor"], kwargs["input_ids_length"]
         rows = inputs.shape[0] * max(config.num_beams or 1, config.num_return_sequences or 1)
         if kwargs["model_input_name"] == "inputs_embeds" and prompt_tokens != inputs.shape[1]:
             call.beside = inputs.shape[1]
-        else:  # a mask that is longer than the ids: the others are in the cache
+        else:
+            # A mask longer than the ids covers tokens in the cache.
             call.beside = max(0, call.mask_tokens - prompt_tokens) if cache is not None else 0
         own_memory = cache is None and config.cache_implementation not in IN_RESERVE
         call.longest = partial(

@@ -21,8 +21,8 @@ from flexinfer.memory.libraries import LibraryPages
 from flexinfer.memory.process import anonymous_bytes, available_bytes, file_bytes
 from flexinfer.model.match import NotStreamableError
 from flexinfer.model.rehearsal import rehearse_once
-from flexinfer.model.whole import whole_skeleton
 from flexinfer.model.skeleton import Skeleton, build_skeleton
+from flexinfer.model.whole import whole_skeleton
 from flexinfer.observe.trace import Progress
 from flexinfer.options import Options
 from flexinfer.plan.plan import Costs, Overheads

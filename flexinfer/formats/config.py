@@ -27,10 +27,13 @@ from flexinfer.formats.tensors import (
 from flexinfer.messages import cause, shown
 
 GENERATION_FILE = "generation_config.json"
-LAYERS = re.compile(r"(?<!window_)layers?$|blocks$|depth$")  # keys: how many times a part is built
+# Keys that say how many layers are built.
+LAYERS = re.compile(r"(?<!window_)layers?$|blocks$|depth$")
 COUNTS = re.compile(r"(^|_)(num|n)_|(experts|heads|labels|groups|codebooks)$")
-FEW = 1024  # experts, labels and so on that may be named without being there
-NO_COUNTS = re.compile(r"position|ctx|token|seq|logit|bucket|step|frame|length")  # sizes of a text
+# Experts, labels and the like that may be named without being there.
+FEW = 1024
+# Keys of lengths in tokens.
+NO_COUNTS = re.compile(r"position|ctx|token|seq|logit|bucket|step|frame|length")
 IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?$")
 # Of transformers and torch; others are packages, or on the Hub.
 OWN_IMPLEMENTATIONS = {None, "eager", "sdpa"}
@@ -65,7 +68,8 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
             checkpoint.config_dir, trust_remote_code=False, local_files_only=True
         )
         values = config.to_dict()
-    _check(file, values, checkpoint)  # the defaults as well
+    # Check the defaults as well.
+    _check(file, values, checkpoint)
     return config
 
 

@@ -4,7 +4,8 @@ only list of them.
 
 from dataclasses import dataclass
 
-INSTALL = "pip install 'flexinfer[ggml]'"  # what GGUF files and ggml's types need
+# Command that installs what GGUF files and ggml's types need.
+INSTALL = "pip install 'flexinfer[ggml]'"
 
 
 class GgmlError(ValueError):
@@ -16,7 +17,8 @@ class GgmlType:
     """How numbers lie in a file: `block_elements` of them in `block_bytes` bytes."""
 
     name: str
-    id: int  # in GGUF files, and in ggml
+    # Its number in GGUF files and in ggml.
+    id: int
     block_elements: int
     block_bytes: int
 

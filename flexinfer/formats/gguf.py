@@ -32,15 +32,21 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 CHUNK_BYTES = 1 << 18
-MAX_ENTRIES = 1 << 16  # values, and tensors
-MAX_STRINGS = 1 << 22  # of an array: of a vocabulary and its merges there are some hundred thousand
+# Most values, and most tensors.
+MAX_ENTRIES = 1 << 16
+# Most strings of an array; a vocabulary and its merges have some hundred thousand.
+MAX_STRINGS = 1 << 22
 # Strings and numbers, with vocabulary and merges where they are asked for.
 MAX_KEPT_BYTES = 32 << 20
-MAX_KEPT_NUMBERS = 4096  # of an array: one for each layer, or each frequency
-SMALLEST_VALUE_BYTES = 8 + 4 + 1  # a name's length, a type and a value
-SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name's length, dimensions, type and offset
+# Longest array of numbers that is kept: one for each layer, or each frequency.
+MAX_KEPT_NUMBERS = 4096
+# A name's length, a type and a value.
+SMALLEST_VALUE_BYTES = 8 + 4 + 1
+# A name's length, dimensions, type and offset.
+SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
-PROJECTORS = {"clip"}  # architectures of what turns pictures and sound into tokens
+# Architectures that turn images and sound into tokens.
+PROJECTORS = {"clip"}
 AGAIN = "damaged; download it again"
 STRING, ARRAY = 8, 9
 SCALARS = {
@@ -57,7 +63,8 @@ SCALARS = {
     12: "d",
 }
 
-PACKAGES = ("gguf", "transcribe_cpp_native")  # of the extra `ggml`
+# Packages of the extra `ggml`.
+PACKAGES = ("gguf", "transcribe_cpp_native")
 
 # ggml's number of a type -> how its numbers are stored
 ENCODING_OF = {

@@ -18,7 +18,8 @@ from flexinfer.formats.tensors import TensorSpec
 from flexinfer.messages import shown
 
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-RATIOS = ("epsilon", "scale", "softcapping")  # keys that end so are no counts
+# Keys with these endings are not counts.
+RATIOS = ("epsilon", "scale", "softcapping")
 
 
 def family_of(gguf: GGUF) -> Family:
@@ -213,7 +214,8 @@ def llama3_divisors(
     """What Llama 3's `scaling`, in transformers' words, divides the frequencies of `rotated`
     numbers of a head by: [rotated / 2].
     """
-    lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)  # of each wave, in tokens
+    # Wavelengths in tokens.
+    lengths = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     share = np.clip(
         (scaling["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1

@@ -16,14 +16,19 @@ class Family:
     "<architecture>.".
     """
 
-    model_type: str  # transformers' name
-    architecture: str  # llama.cpp's name
-    keys: dict[str, str]  # of the header -> of the config
-    fixed: dict[str, Any] = field(default_factory=dict)  # of the config, the same in every file
-    # Of the config: whether this tensor is there.
+    # Name in transformers.
+    model_type: str
+    # Name in llama.cpp.
+    architecture: str
+    # Key of the header -> key of the config.
+    keys: dict[str, str]
+    # Values of the config that are the same in every file.
+    fixed: dict[str, Any] = field(default_factory=dict)
+    # Keys of the config that are true if this tensor is there.
     present: dict[str, str] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)  # of the config: whether it is not
-    # Of the config: how long this tensor's rows are.
+    # Keys of the config that are true if this tensor is missing.
+    absent: dict[str, str] = field(default_factory=dict)
+    # Keys of the config that are the row length of this tensor.
     widths: dict[str, str] = field(default_factory=dict)
     # Of the header: the one value that can be run.
     only: dict[str, int] = field(default_factory=dict)
@@ -32,11 +37,16 @@ class Family:
     rotated: Literal["all", "part", "none"] = "all"
     # Layers with a sliding window have a base of their own, and no scaling.
     two_rotations: bool = False
-    yarn: dict[str, Any] = field(default_factory=dict)  # of the config: how YaRN scales
-    layers_of_27b: int = 0  # the size of Gemma whose attention is scaled by the width of all heads
-    rows_by_pairs: bool = False  # rows of Q and K: those that are rotated together lie side by side
-    norms_plus_one: bool = False  # the file has 1 + weight
-    flat: tuple[str, ...] = ()  # tensors that lack the parameter's first dimension, which is 1
+    # Parameters of YaRN in the config.
+    yarn: dict[str, Any] = field(default_factory=dict)
+    # Layers of the Gemma whose attention is scaled by the width of all heads.
+    layers_of_27b: int = 0
+    # Whether rows of Q and K that are rotated together lie side by side.
+    rows_by_pairs: bool = False
+    # Whether the file stores 1 + weight.
+    norms_plus_one: bool = False
+    # Tensors that lack the parameter's first dimension, which is 1.
+    flat: tuple[str, ...] = ()
 
 
 KEYS = {

@@ -34,8 +34,10 @@ from flexinfer.formats.tokenizer_form import OF_GGUF
 
 # Whose names the tensors have, in a file that `flexinfer quantize` wrote beside config.json.
 NAMES_KEY = "flexinfer.names"
-NO_TOKENIZER = "no_tokenizer.txt"  # why there is none
-CACHE_VERSION = 2  # of what is kept
+# Says why a file has no usable tokenizer.
+NO_TOKENIZER = "no_tokenizer.txt"
+# Version of what is cached.
+CACHE_VERSION = 2
 # Of the process that makes a tokenizer, and for each token.
 TOKENIZER_BYTES, TOKEN_BYTES = 56 << 20, 1100
 

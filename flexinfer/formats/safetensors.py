@@ -22,7 +22,8 @@ from flexinfer.messages import shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_DIMENSIONS = 64  # of a tensor: as many as torch can take
+# Most dimensions of a tensor: torch takes no more.
+MAX_DIMENSIONS = 64
 
 
 def tensors_by_name(file: Path) -> dict[str, TensorSpec]:
@@ -62,7 +63,8 @@ def read_index(index: Path) -> dict[str, TensorSpec]:
 def is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):
+        # A name that no file can have.
         return False
 
 

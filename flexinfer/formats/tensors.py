@@ -69,17 +69,22 @@ class TensorSpec:
     `offset_bytes` counts from the start of `file`.
     """
 
-    name: str  # in the file
+    # Name in the file.
+    name: str
     file: Path
     offset_bytes: int
     nbytes: int
     encoding: Encoding
-    shape: tuple[int, ...]  # of its elements; its last dimension is made of whole blocks
-    added: float = 0.0  # to each element, to get the parameter
+    # Shape in elements; the last dimension consists of whole blocks.
+    shape: tuple[int, ...]
+    # Added to each element to get the parameter.
+    added: float = 0.0
     # Row i of the parameter is row row_order[i] in the file.
     row_order: tuple[int, ...] | None = None
-    transposed: bool = False  # the rows of the file are the columns of the parameter
-    alternate: "TensorSpec | None" = None  # a tensor whose columns alternate with those of this one
+    # Whether rows of the file are columns of the parameter.
+    transposed: bool = False
+    # A tensor whose columns alternate with those of this one.
+    alternate: "TensorSpec | None" = None
 
     @property
     def dtype(self) -> str:

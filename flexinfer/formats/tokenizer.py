@@ -54,15 +54,18 @@ class TokenizerMemory:
     """What a tokenizer takes, as measured where it was made."""
 
     stays_bytes: int = 0
-    use_bytes: int = 0  # that it grows by when it is used
-    peak_bytes: int = 0  # at most while it is loaded
+    # Growth when it is used.
+    use_bytes: int = 0
+    # The most while it is loaded.
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedTokenizer:
     """A tokenizer that can be loaded."""
 
-    source: Path  # the directory of its files
+    # Directory of its files.
+    source: Path
     form: Path
     facts: dict[str, Any]
 

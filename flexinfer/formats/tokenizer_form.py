@@ -31,7 +31,8 @@ FACTS, STATE, WORDS, REST, WHOLE = (
     "tokenizer.json",
 )
 
-OF_GGUF = "of_gguf"  # a file beside the tokenizer of a GGUF file, which it names
+# A file beside the tokenizer of a GGUF file that names the GGUF file.
+OF_GGUF = "of_gguf"
 
 # Attributes: the last two are copies, for the constructor alone.
 KEPT_IN_BACKEND = ("_tokenizer", "_vocab", "_merges")
@@ -86,7 +87,8 @@ def read_form(source: Path, form: Path) -> "PreTrainedTokenizerBase":
     tokenizer: Any = kind.__new__(kind)
     vars(tokenizer).update(_decoded(state["attributes"], str(source)))
     backend = Tokenizer.from_file(str(form / WHOLE)) if (form / WHOLE).is_file() else _backend(form)
-    tokenizer.init_kwargs["local_files_only"] = is_offline_mode()  # as from_pretrained notes it
+    # As from_pretrained sets it.
+    tokenizer.init_kwargs["local_files_only"] = is_offline_mode()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     tokenizer._tokenizer = backend
     return tokenizer

@@ -31,8 +31,10 @@ from flexinfer.formats.tokenizer_form import (
 from flexinfer.memory.heap import give_back
 from flexinfer.memory.process import anonymous_bytes, peak_bytes, reset_peak, resident_bytes
 
-LIMIT_BYTES = 1 << 10  # of a message
-DISTINCT_WORDS = 12_000  # more than the library remembers the tokens of
+# Longest message.
+LIMIT_BYTES = 1 << 10
+# More words than the library caches.
+DISTINCT_WORDS = 12_000
 
 TEXTS = (
     "",
@@ -71,7 +73,8 @@ def make(source: Path, form: Path) -> None:
 
     Raises what AutoTokenizer raises.
     """
-    facts: dict[str, Any] = {"stock": None}  # why the stock one has to be used, if it has to be
+    # "stock": why the stock tokenizer has to be used, if it has to be.
+    facts: dict[str, Any] = {"stock": None}
     stock: Any = stock_tokenizer(source)
     facts["has_template"] = bool(stock.chat_template)
     try:
@@ -201,7 +204,8 @@ def measure(source: Path, form: Path) -> None:
     ids = tokenizer(list(TEXTS))["input_ids"]
     tokenizer.batch_decode(ids)
     for chat in CHATS[: 2 if tokenizer.chat_template else 0]:
-        with contextlib.suppress(Exception):  # a template that wants something else
+        # A template may want something else.
+        with contextlib.suppress(Exception):
             tokenizer.apply_chat_template(chat, add_generation_prompt=True)
     give_back()
     facts |= {

@@ -5,7 +5,8 @@ Nothing here knows files or budgets.
 
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:  # not for the command line and the process that makes a tokenizer
+# The command line and the process that makes a tokenizer do without torch.
+if TYPE_CHECKING:
     import torch
 
     from flexinfer.memory.buffer import Buffer
@@ -19,9 +20,7 @@ class Kernel(Protocol):
 
     @property
     def locked(self) -> "Kernel":
-        """The kernel of rows that are locked: this one, or that of the dtype to which they are converted
-        once.
-        """
+        """The kernel of locked rows: this one, or that of the dtype they are converted to once."""
         ...
 
     def locked_bytes(self, nbytes: int) -> int:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from flexinfer.kernels.gradients import records_gradients
 
-ASKED = {  # what may be asked of a tensor without its numbers
+# Properties of a tensor that do not need its numbers.
+ASKED = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
     torch.Tensor.device.__get__,
@@ -36,7 +37,8 @@ class Rounded(torch.Tensor):
     """
 
     wide: torch.dtype
-    scratch: torch.Tensor  # [n] of dtype `wide`
+    # [n] of dtype `wide`.
+    scratch: torch.Tensor
 
     @classmethod
     def of(cls, kept: torch.Tensor, scratch: torch.Tensor) -> "Rounded":

@@ -47,7 +47,8 @@ class DenseKernel:
 
     in_features: int
     file_dtype: torch.dtype
-    dtype: torch.dtype  # what the model computes in
+    # Compute dtype.
+    dtype: torch.dtype
     # Whether transformers would have copied them to memory of their own, and not mapped the
     # file.
     aligned: bool = False

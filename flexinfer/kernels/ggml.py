@@ -50,16 +50,21 @@ from flexinfer.kernels.ggml_abi import (
 )
 from flexinfer.memory.buffer import Buffer
 
-VERSION = "0.26."  # of ggml: the structures of ggml_abi are laid out as in its header
-WORK_ROWS = 256  # activation rows that are multiplied at a time
-SHARE_ROWS = 16  # output rows of a share are a multiple of this: float32 outputs of one cache line
-FEW_ROWS = 8  # up to this many activation rows, work memory is kept from call to call
+# Version of ggml whose header ggml_abi follows.
+VERSION = "0.26."
+# Activation rows multiplied at a time.
+WORK_ROWS = 256
+# A share has a multiple of this many output rows: float32 outputs of one cache line.
+SHARE_ROWS = 16
+# Up to this many activation rows, work memory is kept from call to call.
+FEW_ROWS = 8
 # Of output rows, for each thread, with up to FEW_ROWS activation rows and with more.
 SHARES_OF_FEW, SHARES_OF_MANY = (4, 2)
 # Products whose graphs are kept: a model has ten or so, for one token and for a few; experts of a
 # layer three each.
 KEPT_SHAPES = 64
-ONE_THREAD_WORK = 1 << 20  # products of fewer multiplications are not worth waking another thread
+# Products of fewer multiplications are not worth waking another thread.
+ONE_THREAD_WORK = 1 << 20
 
 # Of a product: in_features, output rows, activation rows, threads, and which it is of those that
 # are computed together.
@@ -72,7 +77,8 @@ class GgmlKernel:
 
     in_features: int
     type: GgmlType
-    dtype: torch.dtype  # what the model computes in
+    # Compute dtype.
+    dtype: torch.dtype
 
     @property
     def row_bytes(self) -> int:
@@ -104,7 +110,8 @@ class GgmlKernel:
     def multiply(
         self, x: torch.Tensor, view: torch.Tensor, rows: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        flat = x.reshape(-1, self.in_features)  # [activation rows, in]
+        # [activation rows, in].
+        flat = x.reshape(-1, self.in_features)
         y = x.new_empty(len(flat), rows)
         if len(flat) <= WORK_ROWS:
             self._multiply(flat, view, y, bias)
@@ -212,7 +219,8 @@ class Library:
         except OSError as error:
             raise GgmlError(f"ggml cannot be loaded ({error}); run `{INSTALL}`") from error
         self.version = base.ggml_version().decode()
-        self.kernels = kernels.name  # the file of those that suit this CPU
+        # File with the kernels for this CPU.
+        self.kernels = kernels.name
         if not self.version.startswith(VERSION):
             raise GgmlError(
                 f"ggml {self.version} is installed, flexinfer knows {VERSION}x; run `{INSTALL}`"
@@ -220,10 +228,13 @@ class Library:
         cpu.ggml_cpu_init()
         self._base, self._cpu = base, cpu
         self._team = Team()
-        self._shared: dict[Shape, list[Product]] = {}  # the last used is the last
-        self._spare: list[Product] = []  # of shapes that are no longer kept
+        # In order of use, the last used at the end.
+        self._shared: dict[Shape, list[Product]] = {}
+        # Products of shapes that are no longer kept.
+        self._spare: list[Product] = []
         self._activations: dict[GgmlType, _Activations] = {}
-        self._work: list[torch.Tensor] = []  # what each thread works in
+        # Work memory of each thread.
+        self._work: list[torch.Tensor] = []
         self._lock = threading.Lock()
 
     def multiply(

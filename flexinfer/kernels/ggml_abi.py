@@ -30,8 +30,10 @@ import torch
 from flexinfer.formats.ggml_types import GgmlError, GgmlType
 
 PACKAGE = "transcribe_cpp_native"
-F32 = 0  # ggml's number for the type of activations and outputs
-CONTEXT_BYTES = 4096  # for the structures of one product, of which ggml 0.26 takes 1440
+# ggml's number for the type of activations and outputs.
+F32 = 0
+# Memory for the structures of one product; ggml 0.26 takes 1440 bytes.
+CONTEXT_BYTES = 4096
 # What a thread does, with the address of memory to work in; something true says that it failed.
 Job = Callable[[int], object]
 
@@ -91,8 +93,10 @@ class Tensor(Structure):
     _fields_ = (
         ("type", c_int),
         ("buffer", c_void_p),
-        ("ne", c_int64 * 4),  # elements of each dimension, the innermost first
-        ("nb", c_size_t * 4),  # bytes from one to the next
+        # Elements of each dimension, the innermost first.
+        ("ne", c_int64 * 4),
+        # Stride in bytes.
+        ("nb", c_size_t * 4),
         ("op", c_int),
         ("op_params", c_int32 * 16),
         ("flags", c_int32),
@@ -186,7 +190,8 @@ class Team:
         if len(rooms) == 1:
             self._take()
         else:
-            try:  # what is raised in here (Ctrl-C) is raised after the first call
+            # An exception in here (Ctrl-C) is raised after the first call.
+            try:
                 self._start(self._job, None, len(rooms))
                 self._take()
             finally:
@@ -226,7 +231,8 @@ class Product:
         )
         assert self._y.src[:2] == [weight, x]
         params = PoolParams()
-        base.ggml_threadpool_params_init(byref(params), 1)  # one thread, the calling one
+        # One thread, the calling one.
+        base.ggml_threadpool_params_init(byref(params), 1)
         self._pool = cpu.ggml_threadpool_new(byref(params))
         self._make_plan, self._compute = cpu.ggml_graph_plan, cpu.ggml_graph_compute
         self._start_row = self._row_bytes = 0

@@ -39,7 +39,8 @@ class Buffer:
         self.nbytes = round_up(max(nbytes, 1))
         # Ordinary pages behind: no more than asked for.
         huge_bytes = self.nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-        slack_bytes = HUGE_PAGE_BYTES if huge_bytes else 0  # to begin at a boundary; never touched
+        # Room to begin at a boundary; never touched.
+        slack_bytes = HUGE_PAGE_BYTES if huge_bytes else 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         mapping = mmap.mmap(-1, self.nbytes + slack_bytes, flags=flags)
         begin = (
@@ -48,7 +49,8 @@ class Buffer:
             else 0
         )
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
+            # A kernel without huge pages uses ordinary ones.
+            with contextlib.suppress(OSError):
                 mapping.madvise(mmap.MADV_NOHUGEPAGE)
                 if huge_bytes:
                     mapping.madvise(mmap.MADV_HUGEPAGE, begin, huge_bytes)
@@ -56,9 +58,11 @@ class Buffer:
         self._memory = memoryview(mapping)[begin : begin + self.nbytes]
         # [nbytes] uint8.
         self.bytes: torch.Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.address: int = self.bytes.data_ptr()  # of the first byte
+        # Address of the first byte.
+        self.address: int = self.bytes.data_ptr()
         self.locked = lock and self._mlock()
-        if lock and not self.locked:  # in memory from the first, so that what is in use shows
+        # Fault all pages in now, so that the memory in use shows.
+        if lock and not self.locked:
             self._call("madvise", 0, self.nbytes, MADV_POPULATE_WRITE)
 
     def _call(self, function: str, start: int, nbytes: int, *arguments: int) -> bool:

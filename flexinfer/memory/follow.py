@@ -18,10 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_S = 0.25
-CALM_POLLS = 20  # looks in a row that find room, before it is taken
-HYSTERESIS = 0.05  # of the budget: less than that is left as it is
+# Polls in a row that must find room before it is taken.
+CALM_POLLS = 20
+# Smaller changes, as a share of the budget, are ignored.
+HYSTERESIS = 0.05
 PRESSURE_FILE = Path("/proc/pressure/memory")
-PRESSURE_TRIGGER = b"some 100000 2000000"  # microseconds that some task has waited, in how many
+# Some task waited so many microseconds, in a window of so many.
+PRESSURE_TRIGGER = b"some 100000 2000000"
 
 logger = logging.getLogger("flexinfer")
 
@@ -86,14 +89,16 @@ class Follower:
         while not any(fd == self._wake_read for fd, _ in poll.poll(POLL_S * 1000)):
             try:
                 self.look()
-            except Exception:  # it may work next time; the model runs on as it is
+            except Exception:
+                # It may work next time; the model runs on as it is.
                 logger.warning("the budget could not follow the memory to spare", exc_info=True)
 
     def close(self) -> None:
         """End the thread. Safe to call twice."""
         if self._wake_write < 0:
             return
-        os.close(self._wake_write)  # its other end becomes readable
+        # Makes the other end readable.
+        os.close(self._wake_write)
         self._wake_write = -1
         if self._thread is not threading.current_thread():
             self._thread.join()

@@ -5,8 +5,10 @@ import gc
 from pathlib import Path
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-M_MMAP_THRESHOLD = -3  # malloc.h
-MMAP_THRESHOLD_BYTES = 128 << 10  # glibc's own first value; naming it keeps it there
+# From malloc.h.
+M_MMAP_THRESHOLD = -3
+# glibc's initial value; setting it stops glibc from changing it.
+MMAP_THRESHOLD_BYTES = 128 << 10
 
 
 def return_freed_memory() -> None:
@@ -64,6 +66,7 @@ def _plug_heap() -> None:
     nbytes = 1 << (stop - start).bit_length()
     while nbytes >= MMAP_THRESHOLD_BYTES // 2:
         block = LIBC.malloc(nbytes)
-        if block is None or not start <= block < stop:  # no hole of this size is left
+        # No hole of this size is left.
+        if block is None or not start <= block < stop:
             LIBC.free(block)
             nbytes //= 2

@@ -13,7 +13,8 @@ import numpy as np
 
 from flexinfer.memory.buffer import LIBC, PAGE_BYTES
 
-MADV_PAGEOUT = 21  # asm-generic/mman-common.h; Python names it from 3.13 on
+# From asm-generic/mman-common.h; Python has it from 3.13 on.
+MADV_PAGEOUT = 21
 
 
 def page_out_libraries() -> None:
@@ -42,12 +43,14 @@ class _Library:
 
 
 def _libraries() -> Iterator[_Library]:
-    start = stop = 0  # of none
+    # Not inside a library yet.
+    start = stop = 0
     # Line by line: of a large process they are megabytes.
     with Path("/proc/self/smaps").open() as lines:
         for line in lines:
             fields = line.split(maxsplit=5)
-            if not fields[0].endswith(":"):  # the line that begins a mapping
+            # The first line of a mapping.
+            if not fields[0].endswith(":"):
                 of_file = len(fields) == 6 and fields[5].startswith("/") and "w" not in fields[1]
                 start, stop = (
                     (int(address, 16) for address in fields[0].split("-")) if of_file else (0, 0)
@@ -73,7 +76,8 @@ class LibraryPages:
     says), which push out the next ones: up to 67 GiB were read for a token.
     """
 
-    ranges: tuple[tuple[int, int], ...] = ()  # start and stop
+    # (start, stop) of each mapping.
+    ranges: tuple[tuple[int, int], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +101,8 @@ class LibraryPages:
             getattr(LIBC, function)(ctypes.c_void_p(start), ctypes.c_size_t(stop - start))
 
 
-_lockers: list[LibraryPages] = []  # of this process, as its pages are: the system counts no locks
+# Shared by the process, as its pages are: the system does not count locks.
+_lockers: list[LibraryPages] = []
 
 
 def library_pages() -> LibraryPages:

@@ -25,7 +25,8 @@ def _cgroup_rooms() -> Iterator[int]:
     Pages of files do not count as in use: the kernel takes them back when there is need.
     """
     for folder, limit_file, usage_file, reclaimable in _cgroup_folders():
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        # "max" is not a number and means no limit.
+        with contextlib.suppress(OSError, ValueError):
             limit_bytes = int((folder / limit_file).read_text())
             used_bytes = int((folder / usage_file).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

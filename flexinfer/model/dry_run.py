@@ -67,13 +67,15 @@ def dry_run(
 def _watch_routes(model: PreTrainedModel) -> dict[str, Route]:
     """Filled by the next pass of `model`: how tokens come to each experts module, by its name."""
     routes: dict[str, Route] = {}
-    chosen: list[tuple[torch.Tensor, Router]] = []  # what modules beside the experts have returned
+    # What modules other than experts have returned.
+    chosen: list[tuple[torch.Tensor, Router]] = []
 
     def note_output(
         name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
     ) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
-        if len(args) == 1 and not kwargs:  # chooses by the hidden states alone
+        # It chooses by the hidden states alone.
+        if len(args) == 1 and not kwargs:
             chosen.extend(
                 (one, Router(name, i))
                 for i, one in enumerate(outputs)

@@ -23,7 +23,8 @@ from flexinfer.model import pieces
 from flexinfer.plan.experts import ExpertLayer, Mixture, even_piece_bytes
 from flexinfer.plan.weights import Weight
 
-Parts = list[list[TensorSpec]]  # of each expert of a parameter, one after another along its rows
+# For each expert of a parameter, the tensors that follow one another along its rows.
+Parts = list[list[TensorSpec]]
 
 KernelOf = Callable[["Matrix"], Kernel]
 
@@ -32,16 +33,20 @@ KernelOf = Callable[["Matrix"], Kernel]
 class Router:
     """What chooses the experts of a layer."""
 
-    name: str  # of the module
-    place: int  # of the experts that it chooses, [tokens, k], among its outputs
+    # Name of the module.
+    name: str
+    # Index of the chosen experts [tokens, k] among its outputs.
+    place: int
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """How tokens come to the experts of a layer, as seen in a dry run."""
 
-    used: int  # experts of each token
-    router: Router | None  # None where what it chooses is changed on the way
+    # Experts per token.
+    used: int
+    # None if the model changes its choice on the way.
+    router: Router | None
 
 
 @dataclass(slots=True)
@@ -51,8 +56,10 @@ class Experts:
     mixture: Mixture
     # By the name of the module: of the weights of any of its experts.
     kernels: dict[str, tuple[Kernel, ...]]
-    routers: dict[str, Router]  # by the name of the module, where it is known
-    alternate: frozenset[str]  # modules whose outputs on the way up alternate between two weights
+    # By name of the module, where the router is known.
+    routers: dict[str, Router]
+    # Modules whose outputs on the way up alternate between two weights.
+    alternate: frozenset[str]
 
     def of_a_token(self) -> list[tuple[Weight, Kernel]]:
         """What a token may use: as many experts of each layer."""
@@ -152,11 +159,15 @@ class Matrix:
 
     role: str
     spec: TensorSpec
-    rows: int  # outputs
+    # Number of output rows.
+    rows: int
     in_features: int
-    row_start: int  # among the rows of the parameter
-    by_columns: bool  # its rows in the file are inputs
-    joined: bool  # it lies by itself, and transformers copies it into the parameter
+    # First row in the parameter.
+    row_start: int
+    # Whether rows in the file are inputs.
+    by_columns: bool
+    # Whether it is stored apart, and transformers copies it into the parameter.
+    joined: bool
 
 
 def check_shapes(name: str, parts: Parts, shape: Sequence[int]) -> None:

@@ -74,7 +74,8 @@ def tensor_names(architecture: str, model: "PreTrainedModel") -> Callable[[str],
             # As it once was in transformers.
             found = names.get_name(module) or names.get_name(f"{module}.layer")
             return f"{found}.{leaf}" if found else None
-        found = names.get_name(parameter)  # a parameter of a layer's own
+        # A parameter of the layer itself.
+        found = names.get_name(parameter)
         return f"{found}.weight" if found else None
 
     return name_of

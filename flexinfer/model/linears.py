@@ -34,7 +34,8 @@ def decoder_of(spec: TensorSpec) -> Callable[[Buffer, int], torch.Tensor]:
     width = spec.shape[-1]
     if spec.encoding.torch_name is not None:
         return lambda buffer, position: buffer.tensor(position, spec.torch_dtype, (width,))
-    from flexinfer.kernels.ggml import TYPES, dequantize_rows  # loads a library
+    # This import loads a shared library.
+    from flexinfer.kernels.ggml import TYPES, dequantize_rows
 
     def decode(buffer: Buffer, position: int) -> torch.Tensor:
         row = buffer.tensor(position, torch.uint8, (1, spec.row_bytes))
@@ -52,7 +53,8 @@ def kernel_for(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel
             f"{spec.file}: {spec.name!r} has dtype {spec.dtype}; the weight of a linear can be "
             f"{', '.join(sorted(FLOAT_NAMES))}"
         )
-    from flexinfer.kernels.ggml import TYPES, GgmlKernel  # loads a library
+    # This import loads a shared library.
+    from flexinfer.kernels.ggml import TYPES, GgmlKernel
 
     return GgmlKernel(in_features, TYPES[spec.encoding.name], dtype)
 
@@ -61,10 +63,13 @@ def kernel_for(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel
 class Linear:
     """A linear that can be streamed, and its place in the model."""
 
-    name: str  # of the module
+    # Name of the module.
+    name: str
     module: nn.Module
-    role: str  # its name within a layer
-    layer: int  # the number of layers for the output head
+    # Name within a layer.
+    role: str
+    # Index of its layer; the number of layers for the output head.
+    layer: int
     kind: Kind
 
     @property

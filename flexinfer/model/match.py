@@ -142,7 +142,8 @@ def _renamed(
             specs[name] = spec
         elif target in state:
             specs[target] = spec
-    for name, spec in specs.items():  # blocks lie by output rows, whatever the module does
+    # ggml's blocks run along output rows, whatever the module does.
+    for name, spec in specs.items():
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, Conv1D) and spec.encoding.torch_name is None:
             specs[name] = replace(spec, transposed=True)

@@ -37,7 +37,8 @@ from flexinfer.streaming.kv_cache import LayerShape, ReservedLayer
 # A position and token: scores in float32, their log-softmax, sorted copies with their indices.
 SAMPLING_BYTES = 32
 
-FEW_TOKENS = 16  # new tokens of a pass of decoding: one, or the candidates of a draft
+# Most new tokens of a decoding pass: one, or the candidates of a draft.
+FEW_TOKENS = 16
 
 # A pair of positions: the boolean masks of padding, causality and their union, before the last
 # one.
@@ -48,7 +49,8 @@ MASK_BYTES = 6
 class PassMemory:
     """Bytes that a pass allocates beside weights and the reserved KV cache."""
 
-    start_bytes: int  # sliding-window layers of the cache, there before the pass
+    # Sliding-window layers of the cache, which exist before the pass.
+    start_bytes: int
     # The most during the pass and the choice of the next tokens, start_bytes included.
     peak_bytes: int
 
@@ -59,7 +61,8 @@ class ComputedLinear:
 
     weight: Weight
     kernel: Kernel
-    reordered: bool  # whether its output is put in another order of rows
+    # Whether its output rows are reordered.
+    reordered: bool
 
 
 class PassMeter:
@@ -78,7 +81,8 @@ class PassMeter:
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         self._kv_dtype = kv_dtype or dtype
-        self._scale = scale  # bytes of the dtype that is computed in to those of `dtype`
+        # Itemsize of the compute dtype over that of `dtype`.
+        self._scale = scale
         self._config, self._dtype, self._layers, self._products = config, dtype, layers, products
         self._model: PreTrainedModel | None = None
         self._found: dict[PassShape, PassMemory] = {}
@@ -156,7 +160,8 @@ def pass_memory(
         start_bytes = meter.count(_tensors_of(cache))
         with meter, _AttentionByBlocks():
             output = model(input_ids=ids, cache=cache, use_cache=True, **keep)
-        after_bytes = meter.live_bytes  # logits, and what the cache keeps
+        # Logits and the cache.
+        after_bytes = meter.live_bytes
         del output
     chosen = shape.batch * (shape.kept_tokens if 0 < shape.kept <= FEW_TOKENS else 1)
     sampling_bytes = after_bytes + chosen * config.vocab_size * SAMPLING_BYTES
@@ -175,7 +180,8 @@ def pass_memory(
     peak_bytes = max(
         meter.peak_bytes + copied_bytes + table_bytes + padding_bytes,
         sampling_bytes
-        + (moved_bytes if shape.batch > 1 else 0),  # beams take one another's places in the cache
+        # Beams are reordered in the cache.
+        + (moved_bytes if shape.batch > 1 else 0),
     )
     return PassMemory(start_bytes, peak_bytes)
 

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flexinfer.kernels.dense import fill_kernel_caches
 from flexinfer.memory.libraries import LibraryPages, library_pages, page_out_libraries
 
-ROWS = 64  # of the prompt: kernels for many rows take memory that those for one do not
+# Rows of the prompt: kernels for many rows need memory that those for one row do not.
+ROWS = 64
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 256,
@@ -49,7 +50,8 @@ def rehearse(dtype: torch.dtype, attention: str, in_blocks: bool = False) -> Non
     kind of attention; and multiply with weights `in_blocks`.
     """
     if in_blocks:
-        from flexinfer.kernels import ggml  # loads a library
+        # This import loads a shared library.
+        from flexinfer.kernels import ggml
 
         ggml.rehearse()
     config = LlamaConfig(**SHAPE | {"attn_implementation": attention})

@@ -25,7 +25,7 @@ from flexinfer.model.dry_run import dry_run
 from flexinfer.model.experts import Experts
 from flexinfer.model.linears import find_linears, row_orders_of, weight_of
 from flexinfer.model.match import experts_of, match_tensors
-from flexinfer.model.pass_memory import PassMeter, ComputedLinear, meta_model
+from flexinfer.model.pass_memory import ComputedLinear, PassMeter, meta_model
 from flexinfer.modules.experts import IMPLEMENTATION, register
 from flexinfer.plan.experts import Mixture
 from flexinfer.plan.weights import Weight
@@ -41,14 +41,21 @@ class Skeleton:
 
     model: PreTrainedModel
     checkpoint: Checkpoint
-    specs: dict[str, TensorSpec]  # by the model's parameter name
-    weights: list[Weight]  # the streamable ones that every token needs, in order of use
-    experts: Experts | None  # those of a mixture
-    kernels: dict[str, Kernel]  # by the name of the weight
-    row_orders: dict[str, torch.Tensor]  # of weights whose rows the file has in another order
-    together: list[list[str]]  # weights that are given the same input, one after another
+    # By parameter name.
+    specs: dict[str, TensorSpec]
+    # Streamable weights that every token needs, in order of use.
+    weights: list[Weight]
+    # Experts of a mixture.
+    experts: Experts | None
+    # By weight name.
+    kernels: dict[str, Kernel]
+    # Row orders of weights that the file stores in another order.
+    row_orders: dict[str, torch.Tensor]
+    # Weights that get the same input, one after another.
+    together: list[list[str]]
     cache_layers: list[LayerShape]
-    kv_dtype: torch.dtype  # what the KV cache is kept in
+    # Dtype of the KV cache.
+    kv_dtype: torch.dtype
     meter: PassMeter
     # Of a model that cannot be streamed: its weights, which transformers loads whole, and their
     # dtype.

@@ -41,13 +41,16 @@ from flexinfer.streaming.expert_cache import ExpertCache
 from flexinfer.streaming.store import WeightStore
 
 IMPLEMENTATION = "flexinfer"
-HELD_BYTES = 1 << 20  # outputs that may be held until their turn comes
-FEW_TOKENS = 16  # of a pass whose next experts are predicted: one, or the candidates of a draft
+# Memory for outputs that wait for their turn.
+HELD_BYTES = 1 << 20
+# Most tokens of a pass whose next experts are predicted: one, or the candidates of a draft.
+FEW_TOKENS = 16
 
 # Which expert, the first of its pieces, and the weights and kernels that follow one another from
 # there.
 Where = tuple[int, int, Sequence[Weight], Sequence[Kernel]]
-Products = Callable[[torch.Tensor], torch.Tensor]  # [n, in] -> [n, out], without bias
+# [n, in] -> [n, out], without bias.
+Products = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,10 @@ class RoutedTokens:
     """The tokens that are routed to one expert."""
 
     expert: int
-    tokens: torch.Tensor | None  # [n] rows of the hidden states; None where there is but one token
-    places: torch.Tensor | int  # [n] where among the experts of its token it stands
+    # [n] rows of the hidden states; None if there is only one token.
+    tokens: torch.Tensor | None
+    # [n] index among the experts of its token.
+    places: torch.Tensor | int
 
     def take(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [tokens, hidden] -> [n, hidden]."""
@@ -81,7 +86,7 @@ def group(top_k_index: torch.Tensor, num_experts: int) -> list[RoutedTokens]:
     order of (place, token).
     """
     tokens = len(top_k_index)
-    # One token, as a rule: a tensor operation spared here is spared for every expert of every layer.
+    # The usual case: an operation saved here is saved for every expert of every layer.
     if tokens == 1:
         place_of = {expert: place for place, expert in enumerate(top_k_index[0].tolist())}
         return [

@@ -33,7 +33,8 @@ class StreamedWeight(torch.Tensor):
                 return func(*args, **kwargs)
             if name in FACTS_OF_A_WEIGHT and func.__name__ != "__set__":
                 return func(*args, **kwargs)
-            if name in CONVERSIONS:  # to where it is and as it is: nothing to do
+            # A conversion to the present device and dtype does nothing.
+            if name in CONVERSIONS:
                 asked = getattr(torch.empty(0, dtype=args[0].dtype), name)(*args[1:], **kwargs)
                 if (asked.dtype, asked.device) == (args[0].dtype, args[0].device):
                     return args[0]

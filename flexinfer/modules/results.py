@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexinfer.memory.buffer import Buffer, round_up
 
-SMALLEST_BYTES = 512 << 10  # of a result that is worth the trouble
+# Smallest result that is worth the trouble.
+SMALLEST_BYTES = 512 << 10
 
 aten = torch.ops.aten
 
@@ -63,11 +64,14 @@ class ReusedResults(TorchDispatchMode):
     def __init__(self, limit_bytes: int) -> None:
         super().__init__()
         self._limit_bytes = limit_bytes
-        self._kept: dict[int, list[Buffer]] = {}  # by size in bytes, the one used last at the end
-        self._in_use: dict[int, weakref.ref[Any]] = {}  # by storage: tells when it is gone
+        # By size in bytes, the last used at the end.
+        self._kept: dict[int, list[Buffer]] = {}
+        # By storage; says when it is gone.
+        self._in_use: dict[int, weakref.ref[Any]] = {}
         self._entered = False
         self.kept_bytes = self.in_use_bytes = 0
-        self.taken_bytes = 0  # of new memory, since the beginning
+        # Memory newly taken since the beginning.
+        self.taken_bytes = 0
 
     def __enter__(self) -> "ReusedResults":
         self._entered = True
@@ -121,7 +125,8 @@ class ReusedResults(TorchDispatchMode):
             self._make_room(nbytes)
             buffer = Buffer(nbytes, lock=False)
             self.taken_bytes += nbytes
-        view = buffer.memory(0, nbytes)  # of this result alone: it goes when the result does
+        # A view for this result alone, which goes when the result does.
+        view = buffer.memory(0, nbytes)
         flat = torch.frombuffer(view, dtype=like.dtype, count=nbytes // like.itemsize)
         self._note(view, flat.untyped_storage(), nbytes, buffer)
         return flat.as_strided(like.size(), like.stride())

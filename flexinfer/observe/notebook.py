@@ -136,11 +136,13 @@ def timeline(events: Sequence[dict[str, Any]]) -> "Figure":
     Raises ImportError without matplotlib, ValueError without a pass.
     """
     try:
-        from matplotlib import pyplot as plt  # it has notebooks show figures
+        # pyplot makes notebooks show figures.
+        from matplotlib import pyplot as plt
     except ImportError as error:
         raise ImportError("a timeline needs matplotlib: pip install 'flexinfer[bench]'") from error
     figure, axes = plt.subplots(figsize=(10, 2.2), layout="constrained")
-    plt.close(figure)  # shown once, by whoever gets it
+    # The caller shows it, once.
+    plt.close(figure)
     pass_s, waited_s = draw_pass(axes, last_pass(events))
     axes.set_title(f"the last pass: {pass_s:.3g} s, of which {waited_s:.3g} s waiting", loc="left")
     axes.set_xlabel("time within the pass [s]")
@@ -158,7 +160,8 @@ class TqdmBars:
     def __call__(self, stage: str, done_bytes: int, total_bytes: int) -> None:
         if self._bar is None or stage != self._stage or done_bytes < self._bar.n:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that without ipywidgets the bars are text
+                # tqdm warns that bars are text without ipywidgets.
+                warnings.simplefilter("ignore")
                 from tqdm.auto import tqdm
             self._close()
             self._stage = stage

@@ -18,7 +18,8 @@ from flexinfer.sizes import format_size
 
 logger = logging.getLogger("flexinfer")
 
-MEMORY_SHARE = 0.2  # of the time, from which on memory is named first; our choice
+# Share of the time from which memory is named first; our choice.
+MEMORY_SHARE = 0.2
 
 COUNTERS = (
     "passes",
@@ -32,18 +33,21 @@ COUNTERS = (
     "memory_stall_s",
 )
 
-FAULT_S = 1e-3  # our choice for a page read back from a disk that is in use
+# Time of a major fault on a busy disk; our choice.
+FAULT_S = 1e-3
 
 # Of the measured bandwidth, below which reads are said not to overlap; our choice.
 OVERLAP_SHARE = 0.7
-TITLES = {  # of the stages of progress
+# Titles of the stages of progress.
+TITLES = {
     "verify": "making checksums",
     "load": "reading what stays",
     "pass": "reading the prompt",
     "draft": "making the draft",
 }
 
-PART_COLOURS = {  # of the parts of a budget, on a terminal and in a picture
+# Colours of the parts of a budget, on a terminal and in a figure.
+PART_COLOURS = {
     "process": "#9e9e9e",
     "tokenizer": "#7f7f7f",
     "parameters that stay": "#5f5f5f",

@@ -22,15 +22,18 @@ from flexinfer.memory.process import resident_bytes
 
 Kind = Literal["read", "wait", "compute", "pass", "budget", "locked", "window", "resident"]
 
-Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all)
+# (stage, bytes done, bytes in all).
+Progress = Callable[[str, int, int], None]
 
 SPANS: tuple[Kind, ...] = ("read", "wait", "compute")
 COUNTERS: tuple[Kind, ...] = ("budget", "locked", "window", "resident")
 KINDS: tuple[Kind, ...] = (*SPANS, "pass", *COUNTERS)
 KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 MAX_EVENTS = 200_000
-SAMPLE_S = 0.05  # between two looks at the memory in use
-RECORD = struct.Struct("=BHIHddQ")  # kind, thread, tensor, layer, start, stop, bytes
+# Time between two samples of the memory in use.
+SAMPLE_S = 0.05
+# Kind, thread, tensor, layer, start, stop, bytes.
+RECORD = struct.Struct("=BHIHddQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +44,16 @@ class Event:
     """
 
     kind: Kind
-    tensor: str  # empty for a pass and for a counter
-    layer: int  # the decoder layer; the number of layers for what follows them (lm_head)
+    # Empty for a pass and for a counter.
+    tensor: str
+    # The decoder layer; the number of layers for what follows them (lm_head).
+    layer: int
     start_s: float
     stop_s: float
-    bytes: int  # of the tensor, or the counter's value; the tokens of a pass
-    thread: str  # name of the thread it ran on
+    # Size of the tensor, value of the counter, or tokens of the pass.
+    bytes: int
+    # Name of the thread it ran on.
+    thread: str
 
 
 class Ring:
@@ -54,7 +61,8 @@ class Ring:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._records = bytearray(b"\0") * (capacity * RECORD.size)  # repeating touches every page
+        # Repeating the byte touches every page.
+        self._records = bytearray(b"\0") * (capacity * RECORD.size)
         self._added = 0
         self._names: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -100,27 +108,34 @@ class Trace:
     # Hears how far a pass has come, as ("pass", bytes multiplied, bytes of a pass).
     progress: Progress | None = None
     passes: int = 0
-    tokens: int = 0  # rows that went through the model: batch x new positions
+    # Batch times new positions, over all passes.
+    tokens: int = 0
     bytes_read: int = 0
     reads: int = 0
     pass_s: float = 0.0
     wait_s: float = 0.0
     draft_passes: int = 0
     draft_s: float = 0.0
-    drafted: int = 0  # candidates that passes verified
-    texts_tokens: int = 0  # that generate() made with a draft, and
-    texts_passes: int = 0  # in so many passes
+    # Candidates that passes verified.
+    drafted: int = 0
+    # Tokens and passes of generate() with a draft.
+    texts_tokens: int = 0
+    texts_passes: int = 0
     resyncs: int = 0
-    wasted_bytes: int = 0  # read and never used
-    expert_hits: int = 0  # experts that a layer wanted and that were in memory
+    # Bytes read and never used.
+    wasted_bytes: int = 0
+    # Experts that were in memory when a layer wanted them.
+    expert_hits: int = 0
     expert_misses: int = 0
     # Of those that were to be read ahead, because the layer before thought so.
     experts_foretold: int = 0
-    experts_foretold_right: int = 0  # and were wanted
+    # Those that were wanted.
+    experts_foretold_right: int = 0
     # From loading on to the end of the first whole pass; 0 before.
     first_token_s: float = 0.0
     _began_s: float = field(default_factory=perf_counter)
-    _memory_bytes: tuple[int, int, int] = (0, 0, 0)  # budget, locked, window
+    # Budget, locked, window.
+    _memory_bytes: tuple[int, int, int] = (0, 0, 0)
     _total_bytes: int = 0
     _pass_bytes: int = 0
     _sampled_s: float = float("-inf")
@@ -162,7 +177,8 @@ class Trace:
         self, budget_bytes: int, locked_bytes: int, window_bytes: int, total_bytes: int
     ) -> None:
         """What a plan made of the budget, from now on; `total_bytes` are the weights of a pass."""
-        if self._ring is not None:  # so that the counters show a step and no slope
+        # A sample on both sides makes the counters show a step, not a slope.
+        if self._ring is not None:
             self._sample(self._ring, perf_counter())
         self._memory_bytes, self._total_bytes = (
             (budget_bytes, locked_bytes, window_bytes),

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flexinfer.plan.weights import Piece, Weight
 
-FEW_PIECES = 16  # a piece is at least 1/16 of the largest that is read at once
-REQUEST_BYTES = 64 << 10  # what a read costs besides its bytes, in bytes; our choice
+# A piece is at least 1/16 of the largest that is read at once.
+FEW_PIECES = 16
+# Fixed cost of a read, in bytes; our choice.
+REQUEST_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,11 @@ class ExpertLayer:
     Each has the same weights: one or two for the way up, and last the way down.
     """
 
-    name: str  # of the module
+    # Name of the module.
+    name: str
     layer: int
-    used: int  # experts that a token is routed to
+    # Experts per token.
+    used: int
     experts: tuple[tuple["Weight", ...], ...]
 
     @property
@@ -96,9 +100,12 @@ class ExpertPlan:
 
     slots: int
     slot_bytes: int
-    total_bytes: int  # of all experts
-    token_bytes: int  # of those that a token is routed to
-    hit_rate: float  # expected where routing is uniform
+    # Size of all experts.
+    total_bytes: int
+    # Size of the experts of one token.
+    token_bytes: int
+    # Hit rate to expect if routing is uniform.
+    hit_rate: float
 
     @property
     def cache_bytes(self) -> int:

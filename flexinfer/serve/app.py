@@ -29,7 +29,8 @@ from flexinfer.serve.generation import Failed, Generation, OneGeneration, Reply,
 from flexinfer.serve.metrics import CONTENT_TYPE, Metrics
 from flexinfer.serve.requests import CHAT, COMPLETIONS, MODELS, RESPONSES, Limits, settings, text_of
 
-REHEARSED: dict[str, dict[str, Any]] = {  # one request of each kind
+# One request of each kind.
+REHEARSED: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "a"}]},
     COMPLETIONS: {"prompt": "a"},
     RESPONSES: {"input": "a"},
@@ -109,7 +110,8 @@ class _Completion(_Handler, CompletionHandler): ...
 
 
 class _Response(_Handler, ResponseHandler):
-    _streaming = ResponseHandler._streaming  # whose last event says that it is
+    # Its last event says that it is the last.
+    _streaming = ResponseHandler._streaming
 
     @staticmethod
     def _normalize_input(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,7 +138,8 @@ def build_app(
         "chat_handler": _Chat(manager, state),
         "completion_handler": _Completion(manager, state),
         "response_handler": _Response(manager, state),
-        "transcription_handler": None,  # the gate has no way to these
+        # The gate does not let requests to these pass.
+        "transcription_handler": None,
         "systemone_handler": None,
     }
     app = build_server(manager, generation_state=state, **handlers)
@@ -145,7 +148,8 @@ def build_app(
     async def read_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.get(MODELS + "/{model:path}")  # the gate lets its own name pass
+    # The gate lets only the name of this model pass.
+    @app.get(MODELS + "/{model:path}")
     async def read_model(model: str) -> Response:
         return JSONResponse(manager.list_models()[0])
 
@@ -213,7 +217,8 @@ async def rehearse(generation: Generation, tokenizer: Any) -> None:
     for path, body in REHEARSED.items():
         for stream in (False, True):
             await _post(app, generation, path, body | {"stream": stream})
-    await _post(app, generation, COMPLETIONS, {"prompt": ""})  # and an error
+    # An error takes memory too.
+    await _post(app, generation, COMPLETIONS, {"prompt": ""})
 
 
 async def first_text(model: Any, tokenizer: Any, generation: Generation) -> None:
@@ -247,6 +252,7 @@ async def _post(app: FastAPI, generation: Generation, path: str, body: dict[str,
     }
     scope |= {"headers": [(b"content-type", b"application/json")], "client": None, "server": None}
     generation.turn = Turn(asyncio.get_running_loop())
-    with contextlib.suppress(Exception):  # the app has answered by its own handlers
+    # The app's own handlers have answered.
+    with contextlib.suppress(Exception):
         await app(scope | {"http_version": "1.1", "scheme": "http"}, receive, send)
     return status

@@ -12,7 +12,8 @@ from flexinfer.messages import shown
 # Continue's stop strings for a completion in an editor, words that begin a block of the language
 # included, are about 30.
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 256
-MAX_BIASED_TOKENS = 300  # as OpenAI
+# OpenAI's limit.
+MAX_BIASED_TOKENS = 300
 MAX_TEMPLATE_OPTIONS = 16
 MAX_TOKEN_IDS = 16
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -111,7 +112,8 @@ def checked_generation_config(text: str) -> str:
             )
         OF_GENERATION[name](f"generation_config.{name}", value)
         if name in FRACTIONS:
-            config[name] = float(value)  # generate() takes no whole number for some
+            # generate() refuses whole numbers for some.
+            config[name] = float(value)
     config.pop("transformers_version", None)
     return json.dumps(config)
 
@@ -261,7 +263,8 @@ def _messages(field: str, value: Any) -> None:
 def _called(field: str, function: Any) -> None:
     """A call of a tool that the model has made in an earlier turn."""
     arguments = function.get("arguments") if isinstance(function, dict) else None
-    if isinstance(arguments, str):  # empty: some clients' word for none
+    # Some clients send an empty string for none.
+    if isinstance(arguments, str):
         arguments = function["arguments"] = parse(
             (arguments or "{}").encode(), f"{field}.arguments"
         )
@@ -332,7 +335,8 @@ CHECKS: dict[str, Check] = {
     "stream": _boolean,
     "temperature": _number(0, 2),
     "top_p": _number(0, 1, above=True),
-    "top_k": _integer(-1, 2**31 - 1),  # -1 and 0: all of them, as vLLM and llama.cpp say it
+    # -1 (vLLM) and 0 (llama.cpp) mean all of them.
+    "top_k": _integer(-1, 2**31 - 1),
     "min_p": _number(0, 1),
     "typical_p": _number(0, 1, above=True),
     "repetition_penalty": _number(0, 10, above=True),
@@ -344,7 +348,8 @@ CHECKS: dict[str, Check] = {
     "stop": _stop,
     "logit_bias": _logit_bias,
     "chat_template_kwargs": _template_options,
-    "generation_config": _anything,  # checked when it is read
+    # Checked when it is parsed.
+    "generation_config": _anything,
 }
 # Fields that would change the answer and are not supported, with the values that change nothing.
 UNSUPPORTED: dict[str, Check] = {
@@ -378,7 +383,8 @@ UNSUPPORTED: dict[str, Check] = {
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _only()),
     **dict.fromkeys(("structured_outputs", "json_schema", "grammar", "format"), _only()),
 }
-CHECKED_ONLY = UNSUPPORTED.keys()  # the handlers would only warn of them
+# The handlers would only warn about them.
+CHECKED_ONLY = UNSUPPORTED.keys()
 CHECKS |= UNSUPPORTED
 OF_GENERATION: dict[str, Check] = {
     "max_new_tokens": _integer(1, 2**31 - 1),

@@ -34,11 +34,15 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Receive, Send], Awaitable[None]]
 
 READABLE = ("/health", MODELS, "/metrics")
-MAX_IGNORED = 100  # names of fields that the log has had; our choice
-BODY_S = 20.0  # to send a body
-DELIVERY_S = 60.0  # to read the rest of an answer, once it is made
+# Most names of ignored fields that the log gets; our choice.
+MAX_IGNORED = 100
+# Time to send a body.
+BODY_S = 20.0
+# Time to read the rest of a finished answer.
+DELIVERY_S = 60.0
 REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
-GONE = 499  # a status for the log: the client went away, nobody was answered
+# Status in the log for a client that went away.
+GONE = 499
 logger = logging.getLogger("flexinfer.serve")
 
 
@@ -49,8 +53,10 @@ class Exchange:
         self.path, self.method = scope["path"].rstrip("/"), scope["method"]
         self.scope, self.receive, self._send = scope | {"path": self.path}, receive, send
         self.headers = {name: value for name, value in scope["headers"]}
-        self.status = 0  # 0 until an answer begins
-        self.answered = False  # to its end
+        # Status of the answer; 0 before it begins.
+        self.status = 0
+        # Whether the whole answer was sent.
+        self.answered = False
         self.start_s = perf_counter()
         self.waited_s = 0.0
         self.turn: Turn | None = None
@@ -130,10 +136,13 @@ class Gate:
     ) -> None:
         self._app, self._generation, self._line, self._metrics = app, generation, line, metrics
         assert generation.limits is not None
-        self._limits, self._plan = generation.limits, plan  # whose bound the log compares with
+        # The log compares with the bound of the plan.
+        self._limits, self._plan = generation.limits, plan
         self._api_key = api_key
-        self._hosts = hosts  # that requests may be addressed to; None: any
-        self._ignored: set[str] = set()  # fields that the log has named
+        # Hosts that requests may be addressed to; None for any.
+        self._hosts = hosts
+        # Ignored fields that the log has named.
+        self._ignored: set[str] = set()
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -145,9 +154,11 @@ class Gate:
         except Refusal as refusal:
             if refusal.status != GONE and not exchange.status:
                 await exchange.refuse(refusal)
-        except Failed:  # which the thread has logged
+        except Failed:
+            # The thread has logged it.
             pass
-        except Exception:  # the app has answered by its own handlers
+        except Exception:
+            # The app's own handlers have answered.
             if exchange.status >= 500 or not exchange.status:
                 logger.exception("a request failed")
             if not exchange.status:
@@ -229,7 +240,8 @@ class Gate:
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done() and not exchange.answered:
-                if exchange.turn is None:  # it is waiting
+                # It is still in the queue.
+                if exchange.turn is None:
                     work.cancel()
                     await asyncio.wait({work})
                     raise Refusal(GONE, "the client went away")
@@ -307,7 +319,8 @@ class Gate:
                     line += f" of one token a pass ({turn.passes} passes)"
             if turn.failure is not None:
                 line += f", {turn.failure}"
-        quiet = exchange.method == "GET" and status == 200  # what is polled
+        # Successful polls are not worth a line.
+        quiet = exchange.method == "GET" and status == 200
         logger.log(logging.DEBUG if quiet else logging.INFO, "%s", line)
 
 

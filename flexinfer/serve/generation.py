@@ -38,7 +38,8 @@ from flexinfer.serve.requests import Limits
 # What transformers' parser raises of a call of a tool that is none: no JSON, no name, cut off by
 # the end of the text.
 NO_CALL = (ValueError, RuntimeError, KeyError, TypeError)
-NEW_TOKENS = 1024  # of a request that does not say how many, as in transformers' server
+# Length of an answer if the request sets none, as in transformers' server.
+NEW_TOKENS = 1024
 logger = logging.getLogger("flexinfer.serve")
 
 
@@ -49,14 +50,19 @@ class Turn:
     loop: asyncio.AbstractEventLoop
     prompt_tokens: int = 0
     new_tokens: int = 0
-    passes: int = 0  # that gave them
-    begun: bool = False  # whether its generation was handed to the thread
+    # Passes that gave them.
+    passes: int = 0
+    # Whether the thread has it.
+    begun: bool = False
     failure: str | None = None
     start_s: float = field(default_factory=perf_counter)
-    first_s: float = 0.0  # when its first pass was done
-    first_tokens: int = 0  # that it gave
+    # When its first pass ended.
+    first_s: float = 0.0
+    # Tokens of the first pass.
+    first_tokens: int = 0
     last_s: float = 0.0
-    ended: asyncio.Event = field(default_factory=asyncio.Event)  # the thread is done with it
+    # Set when the thread is done with it.
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
@@ -153,7 +159,8 @@ class Text:
         self._stop_ids = {self._special[stop] for stop in stops if stop in self._special}
         self._stop = StopText(stops)
         self.said = ""
-        self._unparsed = ""  # what has come since the parser found something
+        # Text since the parser last found something.
+        self._unparsed = ""
         if parser is not None:
             self._hand_on(response_events_to_chunks(parser.initial_events))
 
@@ -216,7 +223,8 @@ class Text:
             self._unparsed += text
             try:
                 found = response_events_to_chunks(self._parser.feed(text))
-            except NO_CALL:  # it is text like any other, and so is what follows
+            except NO_CALL:
+                # It is plain text, and so is what follows.
                 self._parser, found = None, [self.without_special(self._unparsed)]
             self._hand_on(found)
             if found:
@@ -242,7 +250,8 @@ class Reply:
         self.response_template = getattr(tokenizer, "response_template", None)
         self.backend = tokenizer._tokenizer
         self.text = ""
-        self.cut: str | None = None  # with special tokens, where a stop string ended it
+        # The text with special tokens, if a stop string ended it.
+        self.cut: str | None = None
 
     def parse_response(self, ids: Any, template: Any, **options: Any) -> dict[str, Any]:
         """The message: content, reasoning, calls of tools."""

@@ -7,7 +7,8 @@ from time import perf_counter
 
 from flexinfer.serve.fields import Refusal
 
-SHARE_OF_LAST = 0.3  # in the mean length of a turn; our choice
+# Weight of the last turn in the mean length; our choice.
+SHARE_OF_LAST = 0.3
 
 
 class Line:
@@ -21,7 +22,8 @@ class Line:
         self.busy = False
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed: Refusal | None = None
-        self._turn_s = 1.0  # mean length of the last turns
+        # Mean length of the last turns.
+        self._turn_s = 1.0
         self._begin_s = 0.0
 
     @property

@@ -15,7 +15,8 @@ from flexinfer.serve.line import Line
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-COUNTERS = {  # of Engine.stats(): name, what it counts
+# Counter in Engine.stats() -> metric and description.
+COUNTERS = {
     "passes": ("flexinfer_passes", "passes over the weights"),
     "bytes_read": ("flexinfer_read_bytes", "bytes read from disk"),
     "wait_s": ("flexinfer_wait_seconds", "seconds that kernels waited for a read"),

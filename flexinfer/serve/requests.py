@@ -30,8 +30,10 @@ from flexinfer.serve.fields import (
 SMALLEST_BODY_BYTES = 64 << 10
 # Of a text of as many tokens as fit, escapes, roles and tools included; our choice.
 BODY_BYTES_PER_TOKEN = 32
-LEAST_TEMPERATURE = 1e-4  # below it logits overflow; the text is the greedy one
-NOTHING: tuple[Any, ...] = (None, [], {})  # a field that holds this might as well be left out
+# Logits overflow below it; the text is the greedy one.
+LEAST_TEMPERATURE = 1e-4
+# Values that mean the same as leaving the field out.
+NOTHING: tuple[Any, ...] = (None, [], {})
 CHAT, COMPLETIONS, RESPONSES, LOAD = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -40,7 +42,8 @@ CHAT, COMPLETIONS, RESPONSES, LOAD = (
 )
 MODELS = "/v1/models"
 NEEDED = {CHAT: "messages", COMPLETIONS: "prompt", RESPONSES: "input", LOAD: "model"}
-OF_SOME_PATHS = {  # elsewhere nothing would be made of them
+# Fields that only these paths use.
+OF_SOME_PATHS = {
     "messages": (CHAT,),
     "prompt": (COMPLETIONS,),
     "input": (RESPONSES,),
@@ -66,10 +69,14 @@ SETTINGS = {
 class Limits:
     """What the server has to offer."""
 
-    model: str  # its name
-    context: int  # tokens of a prompt and its answer
-    vocab: int  # token ids
-    chat: bool = True  # whether its tokenizer has a chat template
+    # Name of the model.
+    model: str
+    # Most tokens of a prompt and its answer.
+    context: int
+    # Number of token ids.
+    vocab: int
+    # Whether the tokenizer has a chat template.
+    chat: bool = True
 
     @property
     def body_bytes(self) -> int:
@@ -131,7 +138,8 @@ def checked(
     if body.pop("tool_choice", "auto") == "none":
         body.pop("tools", None)
     if path == RESPONSES:
-        body.setdefault("stream", False)  # OpenAI's default; transformers' is to stream
+        # OpenAI's default; transformers streams by default.
+        body.setdefault("stream", False)
     if ignored is not None:
         ignored.update(body.keys() - CHECKS.keys())
     kept = {field: body[field] for field in body if field in CHECKS.keys() - CHECKED_ONLY}

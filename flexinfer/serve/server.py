@@ -38,13 +38,17 @@ from flexinfer.serve.line import Line
 from flexinfer.serve.metrics import EngineCollector, Metrics
 from flexinfer.serve.requests import Limits
 
-ROOM_BYTES = 8 << 20  # bodies, connections, prompts in the making, pieces of answers; our choice
+# Memory for bodies, connections, prompts and pieces of answers; our choice.
+ROOM_BYTES = 8 << 20
 # In addition to those that generate or queue: to get a 503, or to look at /metrics.
 SPARE_CONNECTIONS = 64
-HEAD_S = 10.0  # for a connection to ask something
-LAST_S = 5.0  # after the grace: for the token in hand
+# Time for a connection to send a request.
+HEAD_S = 10.0
+# Time after the grace period for the current token.
+LAST_S = 5.0
 KEY_VARIABLE = "FLEXINFER_API_KEY"
-THREADS = 2  # that answer what is not generated
+# Threads for requests that generate nothing.
+THREADS = 2
 logger = logging.getLogger("flexinfer.serve")
 
 

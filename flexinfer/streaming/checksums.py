@@ -18,7 +18,8 @@ from xxhash import xxh3_64_intdigest
 from flexinfer.cache_dir import in_cache, make_folder
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer
 
-MAKING_BYTES = 4 << 20  # read at a time
+# Bytes read at a time.
+MAKING_BYTES = 4 << 20
 BITS = 0xFFFF_FFFF
 
 

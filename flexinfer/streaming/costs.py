@@ -20,8 +20,10 @@ from flexinfer.plan.plan import Costs
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.reader import FileReader
 
-CACHE_BYTES = 32 << 20  # kernels are timed on as much, so that their bytes come from memory
-SAMPLE_BYTES = 192 << 20  # long enough that a bandwidth limit has no burst left
+# Kernels are timed on this much, so that their bytes come from memory.
+CACHE_BYTES = 32 << 20
+# Long enough that a bandwidth limit has no burst left.
+SAMPLE_BYTES = 192 << 20
 
 
 def measure_costs(
@@ -71,7 +73,8 @@ def measure_rows(
     if not used:
         return tuple((count, 0.0) for count in counts)
     buffer = zeros(used, memory_bytes)
-    seconds: dict[tuple[str, int], float] = {}  # of a byte, by role and rows
+    # Seconds of a byte, by role and rows.
+    seconds: dict[tuple[str, int], float] = {}
     rows_s = dict.fromkeys(counts, 0.0)
     for weight, kernel in used:
         piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
@@ -101,7 +104,8 @@ def read_speed(
     """
     start_s = perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        buffer = Buffer(threads * slot_bytes, lock=False)  # one, as the window is: in huge pages
+        # One buffer in huge pages, as the window is.
+        buffer = Buffer(threads * slot_bytes, lock=False)
 
         def read_every(worker: int) -> None:
             memory = buffer.memory(worker * slot_bytes, slot_bytes)

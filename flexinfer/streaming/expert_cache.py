@@ -26,8 +26,10 @@ from flexinfer.streaming.expert_policies import POLICIES
 from flexinfer.streaming.queue import Read, ReadQueue
 from flexinfer.streaming.reader import padded_bytes
 
-RECENT = 64  # pieces read ahead, over which it is judged whether that pays
-TRY_AGAIN = 64  # layers that do not look ahead, until one tries whether it would pay now
+# Pieces read ahead by which it is judged whether that pays.
+RECENT = 64
+# Layers without looking ahead before it is tried again.
+TRY_AGAIN = 64
 
 
 class ExpertCache:
@@ -60,25 +62,35 @@ class ExpertCache:
         self._policy = POLICIES[policy](token_experts)
         self._trace = trace
         self._queue: ReadQueue | None = None
-        self._chunks: list[tuple[int, Buffer]] = []  # the first slot of each, and its memory
-        self._slots: list[tuple[Buffer, int]] = []  # where each slot begins
+        # (first slot, memory) of each chunk.
+        self._chunks: list[tuple[int, Buffer]] = []
+        # Buffer and position of each slot.
+        self._slots: list[tuple[Buffer, int]] = []
         self._free: list[int] = []
-        self._slot_of: dict[int, int] = {}  # of pieces that are in memory
-        self._position_of: dict[int, int] = {}  # of their first byte in the buffer
-        self._there: dict[int, int] = {}  # expert -> how many of its pieces are in memory
+        # Slot of each piece in memory.
+        self._slot_of: dict[int, int] = {}
+        # Position of their first byte in the buffer.
+        self._position_of: dict[int, int] = {}
+        # Expert -> number of its pieces in memory.
+        self._there: dict[int, int] = {}
         self._reading: set[int] = set()
         # By the layer that runs, and not used yet, in order of use.
         self._wanted: dict[int, None] = {}
-        self._needed: deque[int] = deque()  # those that have to be read
-        self._hinted: deque[int] = deque()  # may be wanted by the next layer
-        self._guessed: set[int] = set()  # experts in there, until their layer comes
+        # Pieces that have to be read.
+        self._needed: deque[int] = deque()
+        # Pieces that the next layer may want.
+        self._hinted: deque[int] = deque()
+        # Experts among the hinted, until their layer comes.
+        self._guessed: set[int] = set()
         # Pieces that were read because they were hinted, and not wanted yet.
         self._unused: set[int] = set()
         # The share of pieces read ahead that was wanted in the end, a moving average.
         self._worth = 1.0
-        self._not_ahead = 0  # layers that have not looked ahead
+        # Layers since one looked ahead.
+        self._not_ahead = 0
         self._failed: dict[int, BaseException] = {}
-        self._blocked: int | None = None  # what the compute thread waits for
+        # Piece that the compute thread waits for.
+        self._blocked: int | None = None
 
     @property
     def slots(self) -> int:
@@ -198,7 +210,8 @@ class ExpertCache:
         """The piece has been used; its slot may be taken for another."""
         self._wanted.pop(self._experts[expert][i], None)
         queue = self._queue
-        if self._needed and queue is not None:  # a reader may have been waiting for a slot
+        # A reader may have been waiting for a slot.
+        if self._needed and queue is not None:
             with queue.changed:
                 queue.changed.notify_all()
 

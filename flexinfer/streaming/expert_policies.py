@@ -16,7 +16,8 @@ from typing import Protocol
 # (docs/log.md)
 HALF_LIFE_TOKENS = 8
 
-OVERFLOWS_AFTER = 500  # half-lives
+# Half-lives until scores overflow.
+OVERFLOWS_AFTER = 500
 
 
 class Policy(Protocol):
@@ -77,18 +78,19 @@ class Frequency:
     """
 
     def __init__(self, half_life: int) -> None:
-        self._half_life = half_life  # in uses of any expert
+        # Half-life, in uses of any expert.
+        self._half_life = half_life
         self._uses = 0
         self._score: dict[int, float] = {}
-        self._heap: list[
-            tuple[float, int]
-        ] = []  # of experts in the cache, with a score they have or once had
+        # Experts in the cache, with a score that they have or once had.
+        self._heap: list[tuple[float, int]] = []
         self._there: set[int] = set()
 
     def touch(self, expert: int) -> None:
         self._uses += 1
         self._score[expert] = self._score.get(expert, 0.0) + 2.0 ** (self._uses / self._half_life)
-        if self._uses == OVERFLOWS_AFTER * self._half_life:  # before the numbers are too large
+        # Rescale before the numbers overflow.
+        if self._uses == OVERFLOWS_AFTER * self._half_life:
             self._score = {
                 expert: score * 2.0**-OVERFLOWS_AFTER for expert, score in self._score.items()
             }
@@ -110,7 +112,8 @@ class Frequency:
             if expert not in self._there:
                 continue
             now = self._score.get(expert, 0.0)
-            if score < now:  # used since
+            # It was used since.
+            if score < now:
                 heapq.heappush(self._heap, (now, expert))
                 continue
             kept.append((score, expert))

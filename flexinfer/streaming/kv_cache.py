@@ -24,16 +24,19 @@ from flexinfer.memory.buffer import Buffer
 
 # Heads of a whole context that are made wide at a time, so that each thread has some.
 WIDE_HEADS = 4
-WIDE_BYTES = 2 << 20  # and at least so much
+# The least memory for wide copies.
+WIDE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """What one token keeps in one layer."""
 
-    key: tuple[int, int]  # (heads, head_dim)
+    # (heads, head_dim).
+    key: tuple[int, int]
     value: tuple[int, int]
-    window: int | None  # tokens a sliding-window layer keeps at most; None for a full layer
+    # Tokens a sliding-window layer keeps at most; None for a full layer.
+    window: int | None
 
     def nbytes(self, context: int, itemsize: int) -> int:
         """Bytes to set aside for `context` tokens. A sliding layer is transformers' own: none."""
@@ -84,8 +87,8 @@ class ReservedLayer(DynamicLayer):
     def __init__(
         self,
         reserve: Callable[[torch.Tensor, bool], torch.Tensor],
-        scratch: torch.Tensor
-        | None = None,  # for wide copies of some heads, of the dtype that is computed in
+        # Memory for copies of some heads in the compute dtype.
+        scratch: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self._reserve, self._scratch = reserve, scratch
@@ -219,7 +222,8 @@ class KVReserve:
         layers: Sequence[LayerShape],
         context: int,
         dtype: torch.dtype,
-        compute_dtype: torch.dtype | None = None,  # None: the same
+        # None for the same as `dtype`.
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         self._context, self._dtype, self.layers = context, dtype, layers
         self._starts = list(
@@ -232,7 +236,8 @@ class KVReserve:
         self.nbytes = self._kept_bytes + self._wide_bytes
         self._buffer: Buffer | None = None
         self._user: weakref.ref[DynamicCache] | None = None
-        self._lent = False  # to a cache that nobody asked for: it makes way for the next
+        # Whether a cache that transformers made has it; it makes way for the next.
+        self._lent = False
 
     def allocate(self) -> None:
         """Set the memory aside, if it is not yet."""

@@ -17,9 +17,12 @@ from pathlib import Path
 from flexinfer.memory.buffer import PAGE_BYTES, round_up
 from flexinfer.streaming.checksums import Checksums
 
-CACHE_BLOCK_BYTES = 2 << 20  # the largest block the page cache keeps as one
-TRIES = 5  # reads in a row that return nothing, or EAGAIN
-PAUSE_S = 0.02  # before a read is tried again
+# The largest block the page cache keeps as one.
+CACHE_BLOCK_BYTES = 2 << 20
+# Most reads in a row that return nothing or EAGAIN.
+TRIES = 5
+# Pause before a read is tried again.
+PAUSE_S = 0.02
 
 
 class ReadError(OSError):

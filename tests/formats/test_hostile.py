@@ -27,8 +27,8 @@ from flexinfer.formats.config import refusing
 from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.safetensors import INDEX_FILE, read_header
 from flexinfer.formats.tensors import CheckpointError
-from flexinfer.model.whole import load_whole, whole_skeleton
 from flexinfer.model.skeleton import build_skeleton
+from flexinfer.model.whole import load_whole, whole_skeleton
 from tests.conftest import Load, MakeCheckpoint
 
 LONG_NUMBER = "9" * 5000  # Python turns at most 4300 digits into an int

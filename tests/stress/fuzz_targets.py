@@ -133,8 +133,8 @@ def _build(path: Path) -> None:
     """What `from_pretrained` does with a configuration."""
     from flexinfer.formats.checkpoint import open_checkpoint
     from flexinfer.model.match import NotStreamableError
-    from flexinfer.model.whole import whole_skeleton, whole_model_bytes
     from flexinfer.model.skeleton import build_skeleton
+    from flexinfer.model.whole import whole_model_bytes, whole_skeleton
 
     checkpoint = open_checkpoint(path)
     try:
