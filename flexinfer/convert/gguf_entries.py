@@ -40,7 +40,7 @@ from flexinfer.plan.weights import Weight
 
 # Of the output head, tied or not, where fewer bits are asked for: it costs little and gives most.
 HEAD_KIND = "Q6_K"
-BY_NAME = {encoding.name: encoding for encoding in ENCODING_OF.values()}
+ENCODING_BY_NAME = {encoding.name: encoding for encoding in ENCODING_OF.values()}
 
 # A tensor of the source, and what is made of its numbers; None: nothing.
 Part = tuple[TensorSpec, Take | None]
@@ -61,7 +61,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return BY_NAME[self.kind].nbytes(math.prod(self.shape))
+        return ENCODING_BY_NAME[self.kind].nbytes(math.prod(self.shape))
 
 
 def lay_out(
@@ -235,7 +235,7 @@ def _expert_part(weight: Weight, kernel: Kernel) -> Part:
     assert isinstance(kernel, DenseKernel)
     first, last = weight.pieces[0], weight.pieces[-1]
     dtype = str(kernel.file_dtype).removeprefix("torch.")
-    encoding = next(one for one in BY_NAME.values() if one.torch_name == dtype)
+    encoding = next(one for one in ENCODING_BY_NAME.values() if one.torch_name == dtype)
     shape = (last.row_stop - first.row_start, kernel.in_features)
     spec = TensorSpec(weight.name, first.file, first.offset_bytes, weight.nbytes, encoding, shape)
     if isinstance(kernel, ColumnsKernel):

@@ -1,12 +1,11 @@
 """Make a smaller copy of a safetensors checkpoint: a GGUF file of ggml's blocks, tensor by tensor.
 
-The copy is a directory: `model.gguf`, and beside it config.json and the tokenizer's files as they
-were. Where llama.cpp knows the architecture the file has its names and a whole header, so that it
-can be read alone, by llama.cpp too; of other families it has transformers' names, and only
-flexinfer reads it: which of the two, and why, is in the report. Every linear, lm_head and the
-embedding become blocks of the requested type, or of the nearest in blocks of 32 where their rows
-are no multiple of 256, the head of at least Q6_K; norms and biases become float32. Tensors lie in
-order of use.
+The copy is a directory of `model.gguf`, config.json and the tokenizer's files. If llama.cpp knows
+the architecture, the file has its names and a whole header, and llama.cpp reads it alone. Otherwise
+it has transformers' names, and only flexinfer reads it; the report says why. Linears, lm_head and
+the embedding become blocks of the requested type, or of the nearest in blocks of 32 if their rows
+are no multiple of 256, the head at least Q6_K. Norms and biases become float32. Tensors are written
+in order of use.
 
 The source is read a block of rows a core at a time (a whole weight where its rows are put in
 another order): memory holds these blocks and their float32 copies, whatever the size of the model.
@@ -39,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from flexinfer.cache_dir import user_path
-from flexinfer.convert.gguf_entries import BY_NAME, Entry, blocks, lay_out
+from flexinfer.convert.gguf_entries import ENCODING_BY_NAME, Entry, blocks, lay_out
 from flexinfer.formats.checkpoint import local_checkpoint, open_checkpoint
 from flexinfer.formats.ggml_types import KINDS, TYPES
 from flexinfer.formats.gguf import read_gguf
@@ -58,7 +57,7 @@ DEFAULT_KIND = "Q4_K"
 # Weights quantised at a time.
 BLOCK_WEIGHTS = 1 << 20
 
-# Of the disk that stay free: header, tokenizer files, the file system's own.
+# Disk that stays free: for header, tokenizer files and the file system.
 MARGIN_BYTES = 64 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -77,9 +76,7 @@ class QuantizeError(ValueError):
 class TensorReport:
     """What quantising one tensor did to its weights."""
 
-    # Name of the parameter in the model.
     name: str
-    # ggml's name of its type.
     kind: str
     nbytes: int
     # Frobenius norm of the difference over that of the weights.
@@ -88,18 +85,15 @@ class TensorReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `quantize` made; kept as quantize_report.json beside the weights."""
+    """What `quantize` made: sizes of tensors, seconds of the last run. Kept beside the weights."""
 
     path: Path
     kind: str
-    # Size of the tensors in the source.
     source_bytes: int
-    # Size of those in the copy.
     nbytes: int
-    # Time of the last run.
     seconds: float
     packed: list[TensorReport]
-    # Weights that are not quantised, and why.
+    # Weight that is not quantised -> why.
     kept: dict[str, str]
     # llama.cpp's name, where it can read the file.
     architecture: str | None
@@ -314,7 +308,7 @@ def _packed(entry: Entry, pool: ThreadPoolExecutor) -> Iterator[tuple[torch.Tens
     """
     todo = blocks(entry.parts, BLOCK_WEIGHTS)
     if entry.kind not in TYPES:
-        dtype: torch.dtype = getattr(torch, str(BY_NAME[entry.kind].torch_name))
+        dtype: torch.dtype = getattr(torch, str(ENCODING_BY_NAME[entry.kind].torch_name))
         yield from ((rows_of().to(dtype).contiguous(), 0.0, 0.0) for rows_of in todo)
         return
     running = deque(pool.submit(_pack, entry.kind, rows_of) for rows_of in islice(todo, _cores()))

@@ -66,22 +66,12 @@ SCALARS = {
 # Packages of the extra `ggml`.
 PACKAGES = ("gguf", "transcribe_cpp_native")
 
-# ggml's number of a type -> how its numbers are stored
+# Numbers and names of the types that are not in ggml's blocks.
+PLAIN_TYPES = {0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"}
+# ggml's number of a type -> how its numbers are stored.
 ENCODING_OF = {
     one.id: Encoding(one.name, one.block_elements, one.block_bytes) for one in BLOCKS.values()
-}
-ENCODING_OF |= {
-    0: ENCODINGS["F32"],
-    1: ENCODINGS["F16"],
-    30: ENCODINGS["BF16"],
-    28: ENCODINGS["F64"],
-}
-ENCODING_OF |= {
-    24: ENCODINGS["I8"],
-    25: ENCODINGS["I16"],
-    26: ENCODINGS["I32"],
-    27: ENCODINGS["I64"],
-}
+} | {number: ENCODINGS[name] for number, name in PLAIN_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,13 @@ from typing import Any, NoReturn
 
 from flexinfer.messages import shown
 
-# Continue's stop strings for a completion in an editor, words that begin a block of the language
-# included, are about 30.
+# Continue, in an editor, sends about 30: words that begin a block of the language are among them.
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 256
 # OpenAI's limit.
 MAX_BIASED_TOKENS = 300
-MAX_TEMPLATE_OPTIONS = 16
-MAX_TOKEN_IDS = 16
+MAX_TEMPLATE_OPTIONS, MAX_TOKEN_IDS = 16, 16
 TEXT_PARTS = ("text", "input_text", "output_text")
-# Keywords of apply_chat_template that are not a template's own: a template of the client's would
-# run here.
+# Keywords of apply_chat_template that clients may not set: a template of theirs would run here.
 NOT_OF_TEMPLATES = {
     "conversation",
     "messages",
@@ -83,8 +80,8 @@ def parse(raw: bytes, what: str = "the body") -> dict[str, Any]:
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=constant)
         json.dumps(body, ensure_ascii=False).encode("utf-8")
-    # Also of lone surrogates, which no tokenizer takes.
     except (ValueError, RecursionError) as error:
+        # Also for lone surrogates, which no tokenizer takes.
         raise Refusal(
             400, f"{what} is no JSON in UTF-8: {type(error).__name__}: {error}"[:300]
         ) from None

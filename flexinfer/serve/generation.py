@@ -50,18 +50,15 @@ class Turn:
     loop: asyncio.AbstractEventLoop
     prompt_tokens: int = 0
     new_tokens: int = 0
-    # Passes that gave them.
     passes: int = 0
-    # Whether the thread has it.
+    # Whether it was handed to the thread.
     begun: bool = False
     failure: str | None = None
     start_s: float = field(default_factory=perf_counter)
-    # When its first pass ended.
+    # When the first pass ended, and the tokens that it gave.
     first_s: float = 0.0
-    # Tokens of the first pass.
     first_tokens: int = 0
     last_s: float = 0.0
-    # Set when the thread is done with it.
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
