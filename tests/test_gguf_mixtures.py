@@ -10,6 +10,7 @@ import torch
 from gguf_models import MIXTURES, WriteGGUF, made_once, relative_error, whole_model, write_model
 
 from flexinfer import CheckpointError
+from flexinfer.model import pieces
 from flexinfer.modules.experts import StreamedExperts
 from flexinfer.streaming.expert_policies import POLICIES
 from tests.conftest import Load, logits, prompt, resize_to_share, stock
@@ -92,11 +93,16 @@ def test_an_expert_is_read_where_it_lies(mixture: WriteGGUF, load: Load) -> None
     assert experts.token_bytes == 3 * 3 * of_one
 
 
-@pytest.mark.parametrize("share", [0.5, 1.2])
+@pytest.mark.parametrize("share", [0.8, 1.2])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in pieces"])
 def test_an_expert_is_computed_once(
-    mixture: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch, share: float
+    mixture: WriteGGUF, load: Load, monkeypatch: pytest.MonkeyPatch, share: float, whole: bool
 ) -> None:
+    """In whole matrices too, which are multiplied together where several are in memory."""
+    if whole:
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 4 << 20)
     computed: list[int] = []
+    together_of: list[int] = []
     forward, together, alone = (
         getattr(StreamedExperts, name) for name in ("forward", "_outputs_together", "_output")
     )
@@ -112,6 +118,7 @@ def test_an_expert_is_computed_once(
 
     def count_together(self: Any, module: Any, hidden: Any, numbers: list[int]) -> Any:
         computed.extend(numbers)
+        together_of.append(len(numbers))
         return together(self, module, hidden, numbers)
 
     def count_alone(self: Any, module: Any, states: Any, expert: int) -> Any:
@@ -124,10 +131,13 @@ def test_an_expert_is_computed_once(
         ("_output", count_alone),
     ):
         monkeypatch.setattr(StreamedExperts, name, counting)
-    model = load(mixture("qwen3_moe", ("Q8_0",)).file)
+    written = mixture("qwen3_moe", ("Q8_0",))
+    model = load(written.file)
     resize_to_share(model, share)
-    logits(model, prompt(), steps=4)
+    expected = logits(whole_model(written), prompt(), steps=8)
+    assert torch.equal(logits(model, prompt(), steps=8), expected)
     assert computed
+    assert bool(together_of) == whole
 
 
 @pytest.mark.parametrize(

@@ -188,17 +188,15 @@ class StreamedExperts:
                 if few
                 else {}
             )
-            turns = iter(numbers)
-            turn = next(turns, None)
+            others = iter(order[len(held) :])
             output = torch.zeros_like(hidden)
-            for number in order:
-                if number not in held:
+            for turn in numbers:
+                while turn not in held:
+                    number = next(others)
                     one = group_of[number]
                     y = self._output(module, one.take(hidden), one.expert)
                     held[number] = one.weigh(y, top_k_weights)
-                while turn in held:
-                    group_of[turn].add(held.pop(turn).to(output.dtype), output)
-                    turn = next(turns, None)
+                group_of[turn].add(held.pop(turn).to(output.dtype), output)
             return output
 
     def _cache(self) -> ExpertCache:
@@ -228,8 +226,8 @@ class StreamedExperts:
         top_k_weights: torch.Tensor,
         order: Sequence[int],
     ) -> dict[int, torch.Tensor]:
-        """Weighed outputs [1, hidden] of the experts in memory for one token, in one call where
-        their modules allow that.
+        """Weighed outputs [1, hidden] of the first experts in `order` that are in memory, for one
+        token, in one call where their modules allow that.
         """
         if not self._goes_together or module.has_bias or module.has_post_expert_norm:
             return {}
