@@ -9,20 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicIndexedLayer
 
-from flexinfer.formats.tensors import CheckpointError
+from flexinfer.model.cache_form import CacheForm, check_growth
 from flexinfer.model.experts import Route, Router
 from flexinfer.modules.experts import expert_modules
-from flexinfer.streaming.kv_cache import LayerShape
 
 
 def dry_run(
     model: PreTrainedModel, linears: Collection[str]
-) -> tuple[list[str], list[list[str]], list[LayerShape], dict[str, Route]]:
+) -> tuple[list[str], list[list[str]], CacheForm, dict[str, Route]]:
     """One pass on the meta device: the order in which the linears run, which of them are given the
-    same input, what a token keeps in each cache layer, and how it comes to the experts of each
-    module.
+    same input, the form of the cache, and how a token comes to the experts of each module.
     """
     order: list[str] = []
     inputs: list[object] = []
@@ -32,27 +29,15 @@ def dry_run(
         inputs.append(args[0] if args else None)
 
     routes = _watch_routes(model)
+    first, cache = (DynamicCache(config=model.config.get_text_config(decoder=True)) for _ in "12")
     with torch.device("meta"), torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), cache=first, use_cache=True)
         for name, module in model.named_modules():
             if name in linears:
                 module.register_forward_pre_hook(partial(note, name))
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), cache=cache, use_cache=True)
-    layers = []
-    for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or isinstance(layer, DynamicIndexedLayer):
-            raise CheckpointError(
-                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only "
-                "attention caches are supported (keys and values, nothing besides)"
-            )
-        layers.append(
-            LayerShape(
-                (keys.shape[1], keys.shape[3]),
-                (values.shape[1], values.shape[3]),
-                getattr(layer, "sliding_window", None),
-            )
-        )
+        check_growth(first, cache, type(model).__name__)
+    form = CacheForm(model.config, first)
     once = list(dict.fromkeys(order))
     together: list[list[str]] = []
     for i, name in enumerate(order):
@@ -61,7 +46,7 @@ def dry_run(
         else:
             together.append([name])
     several = [names for names in together if len(names) > 1]
-    return once + [name for name in linears if name not in once], several, layers, routes
+    return once + [name for name in linears if name not in once], several, form, routes
 
 
 def _watch_routes(model: PreTrainedModel) -> dict[str, Route]:
