@@ -99,7 +99,7 @@ def _grown(first: Layer, batch: int, tokens: int) -> Layer:
     """A layer of one sequence and one token, for `batch` sequences of `tokens`."""
     layer = copy.deepcopy(first)
     if batch > 1:
-        layer.reorder_cache(torch.zeros(batch, dtype=torch.long))
+        layer.reorder_cache(torch.zeros(batch, dtype=torch.long))  # type: ignore[arg-type]
     if isinstance(layer, DynamicLayer) and layer.keys is not None and tokens > 1:
         assert layer.values is not None
         layer.update(_tokens(layer.keys, 2, tokens - 1), _tokens(layer.values, 2, tokens - 1))

@@ -20,9 +20,10 @@ of turn is held until its turn to be added comes.
 On the meta device the same operations run for the worst routing: all tokens to one expert.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from time import perf_counter
 from typing import Any, cast
@@ -65,7 +66,7 @@ class Group:
     def weigh(self, y: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """y [n, hidden], top_k_weights [tokens, k] -> [n, hidden]."""
         if self.tokens is None:
-            return y * top_k_weights[0, self.places]
+            return y * top_k_weights[0, self.places, None]
         return y * top_k_weights[self.tokens, self.places, None]
 
     def add(self, y: torch.Tensor, output: torch.Tensor) -> None:
@@ -188,7 +189,7 @@ class StreamedExperts:
             )
             turns = iter(numbers)
             turn = next(turns, None)
-            output = torch.zeros_like(hidden)
+            output = torch.zeros_like(hidden, dtype=_sum_dtype(module, hidden, top_k_weights))
             for number in order:
                 if number not in held:
                     one = group_of[number]
@@ -197,7 +198,7 @@ class StreamedExperts:
                 while turn in held:
                     group_of[turn].add(held.pop(turn).to(output.dtype), output)
                     turn = next(turns, None)
-            return output
+            return output.to(hidden.dtype)
 
     def _cache(self) -> ExpertCache:
         assert self._store.cache is not None
@@ -400,9 +401,21 @@ def _on_meta(
 
     order = torch.sort(top_k_index.t().reshape(-1), stable=True).indices
     tokens, places = order % len(hidden), order // len(hidden)
-    output = torch.zeros_like(hidden)
+    output = torch.zeros_like(hidden, dtype=_sum_dtype(module, hidden, top_k_weights))
     held = [hidden.new_empty(HELD_BYTES // hidden.element_size())]
     one, place = tokens[: len(hidden)], places[: len(hidden)]
     y = expert_output(module, hidden[one], 0, product(up), product(down))
     held.append(y * top_k_weights[one, place, None])
-    return output.index_add_(0, one, held[-1].to(output.dtype))
+    return output.index_add_(0, one, held[-1].to(output.dtype)).to(hidden.dtype)
+
+
+def _sum_dtype(module: Any, hidden: torch.Tensor, top_k_weights: torch.Tensor) -> torch.dtype:
+    """What the outputs of a token's experts are added in: as transformers' own loop over experts
+    does it, which for Nemotron-H is the dtype of their weights.
+    """
+    return top_k_weights.dtype if _adds_wide(type(module).forward) else hidden.dtype
+
+
+@cache
+def _adds_wide(loop: Callable[..., Any]) -> bool:
+    return "dtype=top_k_weights.dtype" in inspect.getsource(inspect.unwrap(loop))
