@@ -13,7 +13,16 @@ import flexinfer
 from flexinfer.convert.quantize import quantize
 from flexinfer.formats.checkpoint import open_checkpoint
 from flexinfer.plan.preservation import POLICIES
-from tests.conftest import FAMILIES, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
+from tests.conftest import (
+    FAMILIES,
+    VOCAB,
+    Load,
+    MakeCheckpoint,
+    logits,
+    prompt,
+    resize_to_share,
+    stock,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,6 +137,15 @@ def test_tensors_at_odd_offsets(
     assert torch.equal(logits(model, prompt()), reference)
     resize_to_share(model, 0.3)
     assert torch.equal(logits(model, prompt()), reference)
+
+
+@pytest.mark.parametrize("rows", [4, 9, 15])
+def test_no_piece_of_a_few_rows(checkpoint: MakeCheckpoint, load: Load, rows: int) -> None:
+    """MKL multiplies few rows of fp32 by a kernel that adds in another order."""
+    path = checkpoint("llama", intermediate_size=176 + rows, vocab_size=VOCAB + rows)
+    model, reference = load(path), stock(path)
+    resize_to_share(model, 0.2)
+    assert torch.equal(logits(model, prompt(3)), logits(reference, prompt(3)))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2"])

@@ -1,5 +1,7 @@
 """Cuts the rows of a tensor into pieces of a few MiB."""
 
+from itertools import pairwise
+
 from flexinfer.formats.tensors import TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.memory.buffer import round_up
@@ -8,7 +10,8 @@ from flexinfer.streaming.reader import padded_bytes
 
 # Large enough for the disk, small enough that a window of several is little memory.
 PIECE_BYTES = 4 << 20
-# Pieces are cut at multiples of this many rows.
+# Pieces are cut at multiples of this many rows, and the last has at least as many: MKL multiplies
+# fewer rows of fp32 by another kernel, which adds in another order.
 ROW_MULTIPLE = 64
 
 
@@ -36,8 +39,7 @@ def cut(
         step = min(rows, round_up(-(-rows // -(-spec.nbytes // piece_bytes)), ROW_MULTIPLE))
     row_bytes, stays = spec.nbytes // rows, kernel.resident is kernel
     pieces = []
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+    for start, stop in pairwise([0, *range(step, rows - ROW_MULTIPLE + 1, step), rows]):
         offset_bytes, nbytes = spec.offset_bytes + start * row_bytes, (stop - start) * row_bytes
         memory_bytes = padded_bytes(offset_bytes, nbytes)
         pieces.append(
