@@ -18,9 +18,10 @@ from flexinfer.model.experts import Experts, parameters_of
 from flexinfer.model.linears import decoder_of
 from flexinfer.model.skeleton import Skeleton
 from flexinfer.modules.embedding import StreamedEmbedding
-from flexinfer.modules.experts import StreamedExperts, routed_next
+from flexinfer.modules.experts import StreamedExperts
 from flexinfer.modules.linear import SameInput, StreamedLinear
 from flexinfer.modules.placeholder import streamed_weight
+from flexinfer.modules.routing import routed_next
 from flexinfer.observe.trace import Trace
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.streaming.store import WeightStore

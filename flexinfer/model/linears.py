@@ -88,9 +88,14 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     only `nn.Linear` itself, `Conv1D` and what is known to be the same are taken.
     """
     stack_name, stack = decoder_stack(model)
-    found = []
+    found: list[Linear] = []
+    # By several layers, as in Zamba: streamed by the first's name.
+    shared: set[nn.Module] = set()
     for layer, decoder_layer in enumerate(stack):
         for role, module in decoder_layer.named_modules():
+            if module in shared:
+                continue
+            shared.add(module)
             if type(module) in {nn.Linear, Conv1D} or _multiplies_alike(module):
                 kind: Kind = "attention" if "attn" in role or "attention" in role else "ffn"
                 found.append(Linear(f"{stack_name}.{layer}.{role}", module, role, layer, kind))

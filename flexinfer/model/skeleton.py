@@ -21,6 +21,7 @@ from flexinfer.formats.tensors import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
 from flexinfer.messages import shown
+from flexinfer.model.cache_form import CacheForm
 from flexinfer.model.dry_run import dry_run
 from flexinfer.model.experts import Experts
 from flexinfer.model.linears import find_linears, row_orders_of, weight_of
@@ -29,7 +30,6 @@ from flexinfer.model.pass_memory import ComputedLinear, PassMeter, meta_model
 from flexinfer.modules.experts import IMPLEMENTATION, register
 from flexinfer.plan.experts import Mixture
 from flexinfer.plan.weights import Weight
-from flexinfer.streaming.kv_cache import LayerShape
 
 # That masks, positions and other tables of a model may take, whatever its weights.
 TABLES_BYTES = 64 << 20
@@ -53,7 +53,7 @@ class Skeleton:
     row_orders: dict[str, torch.Tensor]
     # Weights that get the same input, one after another.
     together: list[list[str]]
-    cache_layers: list[LayerShape]
+    cache: CacheForm
     # Dtype of the KV cache.
     kv_dtype: torch.dtype
     meter: PassMeter
@@ -141,7 +141,7 @@ def build_skeleton(
         model.eval().requires_grad_(False)
         set_generation_config(model, checkpoint)
         linears = {linear.name: linear for linear in find_linears(model)}
-        order, together, cache_layers, routes = dry_run(shapes, linears.keys())
+        order, together, cache, routes = dry_run(shapes, linears.keys())
         experts = experts_of(shapes, expert_parts, routes, compute_dtype)
         parts = [weight_of(linears[name], specs, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
@@ -162,9 +162,9 @@ def build_skeleton(
         kernels={weight.name: kernel for weight, kernel in parts},
         row_orders=row_orders,
         together=[[f"{name}.weight" for name in names] for names in together],
-        cache_layers=cache_layers,
+        cache=cache,
         kv_dtype=kept_dtype,
-        meter=PassMeter(config, compute_dtype, cache_layers, products, kv_dtype=kept_dtype),
+        meter=PassMeter(config, compute_dtype, cache, products, kv_dtype=kept_dtype),
     )
     for name, spec in skeleton.unstreamed.items():
         if spec.encoding.torch_name is None or spec.transposed:
