@@ -50,6 +50,11 @@ def experts_of(
 
     def kernel_of(matrix: Matrix) -> Kernel:
         if matrix.by_columns:
+            if matrix.spec.packed is not None:
+                raise CheckpointError(
+                    f"{matrix.spec.file}: {shown(matrix.spec.name)} is quantised with inputs for "
+                    "rows, which is not supported"
+                )
             return ColumnsKernel(matrix.in_features, matrix.spec.torch_dtype, dtype)
         kernel = kernel_for(matrix.spec, matrix.in_features, dtype)
         return replace(kernel, aligned=matrix.joined) if type(kernel) is DenseKernel else kernel

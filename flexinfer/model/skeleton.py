@@ -8,8 +8,7 @@ cache are learnt from one pass on the meta device, which computes nothing. Reads
 weights.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +16,11 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flexinfer.formats.config import load_config, refusing, set_generation_config
+from flexinfer.formats.quantized import unpacked
 from flexinfer.formats.tensors import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
-from flexinfer.messages import shown
+from flexinfer.kernels.packed import PackedKernel
 from flexinfer.model.cache_form import CacheForm
 from flexinfer.model.dry_run import dry_run
 from flexinfer.model.experts import Experts
@@ -74,12 +74,14 @@ class Skeleton:
     @property
     def dense(self) -> bool:
         """Whether weights are multiplied as floats, by torch's own kernels."""
-        return any(isinstance(kernel, DenseKernel) for _, kernel in self.used)
+        return any(isinstance(kernel, DenseKernel | PackedKernel) for _, kernel in self.used)
 
     @property
     def in_blocks(self) -> bool:
         """Whether weights lie in ggml's blocks."""
-        return any(spec.encoding.torch_name is None for spec in self.specs.values())
+        return any(
+            spec.encoding.torch_name is None and spec.packed is None for spec in self.specs.values()
+        )
 
     @property
     def mixture(self) -> Mixture | None:
@@ -122,7 +124,7 @@ def build_skeleton(
     """
     file = checkpoint.config_file
     config = load_config(checkpoint)
-    _refuse_quantized(config, file)
+    checkpoint = _unpacked(checkpoint, config)
     compute_dtype = compute_dtype_of(dtype, config, checkpoint)
     kept_dtype = _dtype(kv_dtype) or (torch.float16 if checkpoint.in_gguf else compute_dtype)
     if kept_dtype.itemsize > compute_dtype.itemsize:
@@ -166,8 +168,10 @@ def build_skeleton(
         kv_dtype=kept_dtype,
         meter=PassMeter(config, compute_dtype, cache, products, kv_dtype=kept_dtype),
     )
-    for name, spec in skeleton.unstreamed.items():
-        if spec.encoding.torch_name is None or spec.transposed:
+    embedding = f"{skeleton.embedding_name}.weight"
+    for name, spec in (skeleton.unstreamed | {embedding: skeleton.specs[embedding]}).items():
+        in_blocks = spec.encoding.torch_name is None and name != embedding
+        if in_blocks or spec.transposed or spec.packed is not None:
             raise CheckpointError(
                 f"{spec.file}: {spec.name!r} ({name}) is {spec.dtype} and no weight of a linear; "
                 "this kind of model cannot be run yet"
@@ -188,18 +192,19 @@ def _check_tables(model: PreTrainedModel, checkpoint: Checkpoint, file: Path) ->
         )
 
 
-def _refuse_quantized(config: PretrainedConfig, file: Path) -> None:
-    """Raise CheckpointError for safetensors that somebody's quantisation has changed."""
+def _unpacked(checkpoint: Checkpoint, config: PretrainedConfig) -> Checkpoint:
+    """`checkpoint` with its quantisation understood; `config` is then that of the model in floats.
+
+    Raises CheckpointError for a method that is not known here.
+    """
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    by = "an earlier version of flexinfer" if method == "flexinfer" else shown(method)
-    raise CheckpointError(
-        f"{file}: quantization_config: this checkpoint is quantised by {by}, which is not "
-        "supported; take the original checkpoint and, if it should be small, run `flexinfer "
-        "quantize SRC DST --type q4_k`"
-    )
+        return checkpoint
+    del config.quantization_config
+    if not quantization:
+        return checkpoint
+    with refusing(checkpoint.config_file, "a quantisation that cannot be read"):
+        return replace(checkpoint, tensors=unpacked(checkpoint.tensors, quantization))
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:

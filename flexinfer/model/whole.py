@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexinfer.formats.config import load_config, refusing
-from flexinfer.formats.tensors import Checkpoint
+from flexinfer.formats.tensors import Checkpoint, CheckpointError
 from flexinfer.model.dry_run import dry_run
 from flexinfer.model.pass_memory import PassMeter, meta_model
 from flexinfer.model.skeleton import Skeleton, compute_dtype_of
@@ -21,6 +21,11 @@ def whole_skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> Skeleton
     Reads headers alone.
     """
     config = load_config(checkpoint)
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"{checkpoint.config_file}: quantization_config: a model that cannot be streamed is "
+            "loaded whole, and then only from a checkpoint in floats; take the original one"
+        )
     compute_dtype = compute_dtype_of(dtype, config, checkpoint)
     with refusing(checkpoint.config_file, "no causal LM"):
         # In bfloat16, the one dtype in which torch's product for experts runs on the meta device;
