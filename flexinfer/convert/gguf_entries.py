@@ -183,7 +183,7 @@ def _entry(skeleton: Skeleton, parameter: str, kind: str, tensor: str | None) ->
             if spec.encoding.is_float
             else {"U8": "I8", "BOOL": "I8"}.get(spec.dtype, spec.dtype)
         )
-        return Entry(parameter, plain, shape, [(spec, take)])
+        return Entry(parameter, plain, shape, [(one, take) for one in spec.parts])
     packed, kept = _packed(kind, shape[-1])
     if packed is None and tensor is None:
         shape, take = spec.shape, None

@@ -136,6 +136,8 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
         half = replace(spec, shape=(*spec.shape[:-1], spec.shape[-1] // 2), alternate=None)
         both = (half, replace(spec.alternate, shape=half.shape))
         return torch.stack([_read_tensor(reader, one, dtype) for one in both], -1).flatten(-2)
+    if spec.followed_by:
+        return torch.cat([_read_tensor(reader, one, dtype) for one in spec.parts])
     buffer = Buffer(padded_bytes(spec.offset_bytes, spec.nbytes), lock=False)
     position = 0
     if spec.nbytes:

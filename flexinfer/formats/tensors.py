@@ -3,7 +3,7 @@
 import importlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,8 @@ class TensorSpec:
     transposed: bool = False
     # A tensor whose columns alternate with those of this one.
     alternate: "TensorSpec | None" = None
+    # Tensors that follow this one along the first dimension.
+    followed_by: tuple["TensorSpec", ...] = ()
     # Of a quantised weight in safetensors.
     packed: Packed | None = None
 
@@ -126,6 +128,14 @@ class TensorSpec:
         assert self.encoding.torch_name is not None
         dtype: torch.dtype = getattr(importlib.import_module("torch"), self.encoding.torch_name)
         return dtype
+
+    @property
+    def parts(self) -> tuple["TensorSpec", ...]:
+        """This tensor and those that follow it, each by itself."""
+        if not self.followed_by:
+            return (self,)
+        rows = self.shape[0] - sum(one.shape[0] for one in self.followed_by)
+        return replace(self, shape=(rows, *self.shape[1:]), followed_by=()), *self.followed_by
 
     @property
     def elements(self) -> int:

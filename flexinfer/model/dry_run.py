@@ -2,7 +2,7 @@
 come to experts.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,13 @@ def dry_run(
     """
     order: list[str] = []
     inputs: list[object] = []
-    used = _UsedElsewhere({id(model.get_submodule(name).weight): name for name in linears})
+    weight_of = {name: id(model.get_submodule(name).weight) for name in linears}
+    used = _UsedElsewhere(frozenset(weight_of.values()))
 
     def note(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         order.append(name)
         inputs.append(args[0] if args else None)
-        used.running = name
+        used.running = weight_of[name]
 
     def ran(_module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         used.running = None
@@ -54,20 +55,22 @@ def dry_run(
             together[-1].append(name)
         else:
             together.append([name])
-    several = [names for names in together if len(names) > 1]
     every = once + [name for name in linears if name not in once]
-    return [name for name in every if name not in used.names], several, form, routes
+    streamed = [name for name in every if weight_of[name] not in used.weights]
+    several = [names for names in together if len(names) > 1 and {*names} <= {*streamed}]
+    return streamed, several, form, routes
 
 
 class _UsedElsewhere(TorchFunctionMode):
     """Finds linears whose weight a model also uses by itself, as Mamba does: not to be streamed."""
 
-    def __init__(self, name_of: Mapping[int, str]) -> None:
+    def __init__(self, known: frozenset[int]) -> None:
+        """known: weights, by their `id`."""
         super().__init__()
-        self._name_of = name_of
-        # The linear whose forward runs.
-        self.running: str | None = None
-        self.names: set[str] = set()
+        self._known = known
+        # That of the linear whose forward runs.
+        self.running: int | None = None
+        self.weights: set[int] = set()
 
     def __torch_function__(
         self,
@@ -78,8 +81,7 @@ class _UsedElsewhere(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
-            names = {self._name_of[id(one)] for one in args if id(one) in self._name_of}
-            self.names |= names - {self.running}
+            self.weights |= {id(one) for one in args} & self._known - {self.running}
         return result
 
 
