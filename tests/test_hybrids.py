@@ -156,9 +156,10 @@ def test_the_plan_knows_what_is_kept(
     model = load(path)
     cache = DynamicCache(config=model.config)
     model(prompt(2, tokens), cache=cache, use_cache=True)
-    form = build_skeleton(open_checkpoint(path)).cache
+    empty = build_skeleton(open_checkpoint(path))
+    form = empty.cache
     with torch.device("meta"):
-        filled, _ = form.filled(PassShape(2, 1, tokens), model.dtype, model.dtype)
+        filled, _ = form.filled(empty.model, PassShape(2, 1, tokens), model.dtype)
 
     def nbytes(layers: DynamicCache) -> list[int]:
         pairs = zip(form.first.layers, layers.layers, strict=True)

@@ -4,7 +4,8 @@ transformers makes a cache of layers of many kinds: keys and values of all token
 states of linear attention and of convolutions, the keys of an indexer. Layers of full attention get
 memory that is set aside (flexinfer.streaming.kv_cache). What the others hold for a number of tokens
 is found here without their contents: the layer of a first token, its states once for each sequence,
-and the keys of the tokens after it put in by the layer's own methods.
+and the keys of the tokens after it put in by the layer's own methods. Where that is not how a layer
+grows, the model runs over so many tokens.
 """
 
 import copy
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     CacheLayerMixin,
     DummyLayer,
@@ -22,7 +23,6 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from flexinfer.formats.tensors import CheckpointError
 from flexinfer.plan.plan import PassShape
 from flexinfer.streaming.kv_cache import LayerShape, LayerShapes, ReservedLayer
 
@@ -36,6 +36,8 @@ class CacheForm:
     config: PretrainedConfig
     # Of one sequence, after its first token.
     first: DynamicCache
+    # Whether it is known how all of its layers grow.
+    known: bool
 
     @property
     def layers(self) -> LayerShapes:
@@ -45,23 +47,27 @@ class CacheForm:
     @property
     def can_forget(self) -> bool:
         """Whether the last tokens can be taken back, as a draft needs it."""
-        return all(isinstance(layer, DynamicLayer) for layer in self.first.layers)
+        return self.known and all(isinstance(layer, DynamicLayer) for layer in self.first.layers)
 
     def filled(
-        self, shape: PassShape, dtype: torch.dtype, kv_dtype: torch.dtype
+        self, model: PreTrainedModel, shape: PassShape, kv_dtype: torch.dtype
     ) -> tuple[DynamicCache, list[torch.Tensor]]:
         """A cache that holds the past of `shape`, and the memory of its reserved layers.
 
-        On the meta device, as is what calls it.
+        On the meta device, as are `model` and what calls it.
         """
+        dtype = model.dtype
         cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        if not self.known and shape.past_tokens:
+            past = torch.zeros(shape.batch, shape.past_tokens, dtype=torch.long)
+            model(input_ids=past, cache=cache, use_cache=True)
         if not cache.layers:
             cache.layers = [DynamicLayer() for _ in self.first.layers]
         memory: list[torch.Tensor] = []
         for i, first in enumerate(self.first.layers):
             kept = shape_of(first)
             if kept is None:
-                if shape.past_tokens:
+                if shape.past_tokens and self.known:
                     cache.layers[i] = _grown(first, shape.batch, shape.past_tokens)
                 continue
 
@@ -121,17 +127,11 @@ def _of_pair(
     return room[is_key]
 
 
-def check_growth(one: DynamicCache, two: DynamicCache, name: str) -> None:
-    """Compare the caches of one token and of two: what grows has to be known here, or a plan could
-    not hold.
-
-    Raises CheckpointError.
-    """
-    for first, second in zip(one.layers, two.layers, strict=True):
-        grown = _grown(first, 1, 2)
-        sizes = [sum(tensor.numel() for tensor in tensors_of(layer)) for layer in (grown, second)]
-        if sizes[0] != sizes[1]:
-            raise CheckpointError(
-                f"{name}: keeps a {type(first).__name__} between tokens, and how it grows is not "
-                "known; no memory can be planned for it"
-            )
+def growth_is_known(one: DynamicCache, two: DynamicCache) -> bool:
+    """Whether the cache of one token, grown as it is here, is like that of two."""
+    grown = [_grown(first, 1, 2) for first in one.layers]
+    sizes = [
+        [sum(tensor.numel() for tensor in tensors_of(layer)) for layer in layers]
+        for layers in (grown, two.layers)
+    ]
+    return sizes[0] == sizes[1]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
 
-from flexinfer.model.cache_form import CacheForm, check_growth
+from flexinfer.model.cache_form import CacheForm, growth_is_known
 from flexinfer.model.experts import Route, Router
 from flexinfer.modules.experts import expert_modules
 
@@ -46,8 +46,7 @@ def dry_run(
         order.clear()
         inputs.clear()
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), cache=cache, use_cache=True)
-        check_growth(first, cache, type(model).__name__)
-    form = CacheForm(model.config, first)
+        form = CacheForm(model.config, first, growth_is_known(first, cache))
     once = list(dict.fromkeys(order))
     together: list[list[str]] = []
     for i, name in enumerate(order):

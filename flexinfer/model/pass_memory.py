@@ -148,7 +148,7 @@ def pass_memory(
     rows = shape.batch * shape.new_tokens
     keys = shape.past_tokens + shape.new_tokens
     with torch.device("meta"), torch.no_grad():
-        cache, reserved = form.filled(shape, model.dtype, kv_dtype)
+        cache, reserved = form.filled(model, shape, kv_dtype)
         ids = torch.zeros(shape.batch, shape.new_tokens, dtype=torch.long)
         can_keep_fewer = "logits_to_keep" in inspect.signature(model.forward).parameters
         keep: dict[str, Any] = {"logits_to_keep": shape.kept} if can_keep_fewer else {}
