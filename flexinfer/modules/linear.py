@@ -18,7 +18,7 @@ from torch import nn
 from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
 from flexinfer.kernels.gradients import Sum, multiply_with_gradient
 from flexinfer.kernels.packed import PackedKernel
-from flexinfer.modules.placeholder import refuse_state_dict, streamed_weight
+from flexinfer.modules.placeholder import streamed_weight
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.locked import Rows
@@ -30,9 +30,9 @@ JOINED_OUTPUT_BYTES = 8 << 20
 MOST_TOGETHER = 8
 
 
-class StreamedLinear(nn.Module):
+class StreamedLinear(nn.Linear):
     """A linear that multiplies the rows of `weight` as the store has them. May be called from
-    several threads.
+    several threads. An `nn.Linear` to those who put adapters beside it.
 
     Args:
         weight: what the store calls it.
@@ -50,15 +50,15 @@ class StreamedLinear(nn.Module):
         trace: Trace,
         row_order: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         assert isinstance(stock.weight, torch.Tensor)
         self.spec = weight
         self.weight = streamed_weight(weight.name, stock.weight.shape, dtype)
-        self.bias = cast(nn.Parameter | None, stock.bias)
+        self.bias = cast(nn.Parameter, stock.bias)
         self.out_features = weight.pieces[-1].row_stop
+        self.in_features = self.weight.numel() // self.out_features
         self._store, self._trace, self._row_order = store, trace, row_order
         self._group: SameInput | None = None
-        self.register_state_dict_pre_hook(refuse_state_dict)
 
     def join(self, group: "SameInput") -> None:
         """Be computed with others that get the same input, where that pays."""
