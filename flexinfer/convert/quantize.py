@@ -45,7 +45,6 @@ from flexinfer.formats.gguf import read_gguf
 from flexinfer.formats.safetensors import INDEX_FILE
 from flexinfer.formats.tensors import Checkpoint, TensorSpec, read_json
 from flexinfer.kernels.ggml import dequantize_rows, quantize_rows
-from flexinfer.kernels.packed import PackedKernel
 from flexinfer.model.skeleton import Skeleton, build_skeleton
 from flexinfer.sizes import format_size
 
@@ -179,11 +178,6 @@ def _open(src: Path, dst: Path, kind: str) -> Skeleton:
             "checkpoint"
         )
     skeleton = build_skeleton(source)
-    if any(isinstance(kernel, PackedKernel) for _, kernel in skeleton.used):
-        raise QuantizeError(
-            f"{src}: quantised already, and runs as it is; to make another copy, start from the "
-            "original checkpoint"
-        )
     specs = skeleton.specs
     for target, origin in skeleton.model.all_tied_weights_keys.items():
         # Of tied weights that the source has twice, one is written if they are equal.
