@@ -4,11 +4,13 @@ that nothing is left.
 
 import gc
 import os
+import pickle
 import re
 import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import DynamicCache
 
@@ -244,7 +246,12 @@ def test_weights_cannot_be_saved_from_a_streamed_model(
     checkpoint: MakeCheckpoint, load: Load, tmp_path: Path
 ) -> None:
     model = load(checkpoint())
-    for save in (model.state_dict, lambda: model.save_pretrained(tmp_path / "copy")):
+    for save in (
+        lambda: safetensors.torch.save_file(model.state_dict(), tmp_path / "copy.safetensors"),
+        lambda: model.save_pretrained(tmp_path / "copy"),
+        lambda: pickle.dumps(model.state_dict()),
+        lambda: stock(checkpoint()).load_state_dict(model.state_dict()),
+    ):
         with pytest.raises(
             RuntimeError, match=r"weight is streamed from disk.*the checkpoint on disk is unchanged"
         ):

@@ -92,13 +92,6 @@ def test_experts_that_fit_stay_in_memory_and_this_is_said(converted: Path) -> No
         assert model.flexinfer.stats()["passes"] == 1
 
 
-def test_a_model_without_an_attention_cache_is_refused(tmp_path: Path) -> None:
-    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=160)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="only attention caches are supported"):
-        flexinfer.from_pretrained(tmp_path, memory="8GiB")
-
-
 def test_another_quantiser_is_refused(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / "model")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "model")

@@ -224,8 +224,8 @@ class Conversation:
         try:
             if self._cache is not None and len(self._cached) > common:
                 self._cache.crop(common - len(self._cached))
-        except ValueError:
-            # A sliding window has let go of what would be needed.
+        # A sliding window has let go of what would be needed; states cannot go back.
+        except (ValueError, RuntimeError):
             self._cache = None
         if self._cache is None or common == 0:
             from transformers import DynamicCache

@@ -34,6 +34,7 @@ from flexinfer.formats.gguf_model import NAMES_KEY
 from flexinfer.formats.tensors import CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, Conv1DKernel, DenseKernel
+from flexinfer.kernels.packed import PackedKernel
 from flexinfer.model.gguf_tensors import expert_tensors, tensor_names
 from flexinfer.model.skeleton import Skeleton
 from flexinfer.plan.weights import Weight
@@ -130,7 +131,14 @@ def _write_header(
 def _entries(skeleton: Skeleton, kind: str, family: Family | None) -> dict[str, Entry]:
     """The tensors of the copy by name, in order of use: in llama.cpp's names, or without a family
     in transformers'.
+
+    Raises CheckpointError for a source that is quantised already.
     """
+    if any(isinstance(kernel, PackedKernel) for _, kernel in skeleton.used):
+        raise CheckpointError(
+            f"{skeleton.checkpoint.path}: quantised already, and runs as it is; to make another "
+            "copy, start from the original checkpoint"
+        )
     experts = dict(_expert_entries(skeleton, kind, apart=family is not None))
     # Biases of experts among them.
     of_experts = {entry.parameter for entry in experts.values()}
@@ -183,7 +191,7 @@ def _entry(skeleton: Skeleton, parameter: str, kind: str, tensor: str | None) ->
             if spec.encoding.is_float
             else {"U8": "I8", "BOOL": "I8"}.get(spec.dtype, spec.dtype)
         )
-        return Entry(parameter, plain, shape, [(spec, take)])
+        return Entry(parameter, plain, shape, [(one, take) for one in spec.parts])
     packed, kept = _packed(kind, shape[-1])
     if packed is None and tensor is None:
         shape, take = spec.shape, None

@@ -79,6 +79,15 @@ class Drafts:
         self.most = choice.candidates or MOST_CANDIDATES
         # Weights of the small model over those of the model.
         self.model_share = 1.0
+        self._possible = skeleton.cache.can_forget
+        if not self._possible:
+            if not self.auto:
+                raise DraftError(
+                    f"draft={choice.kind!r}: {skeleton.checkpoint.path.name} keeps states that "
+                    "candidates which are not accepted cannot be taken out of (linear attention or "
+                    "convolutions); leave the draft out"
+                )
+            return
         if choice.kind in ("substitute", "auto"):
             types = AUTO_TYPES if self.auto and choice.type is None else (self.type,)
             for type in types:
@@ -150,11 +159,9 @@ class Drafts:
         """
         asked = [(self.kind, self.type)]
         if self.auto:
-            asked = [
-                (None, self.type),
-                ("lookup", self.type),
-                *(("substitute", one) for one in self._kernels),
-            ]
+            asked = [(None, self.type)]
+            if self._possible:
+                asked += [("lookup", self.type), *(("substitute", one) for one in self._kernels)]
         found: list[Option] = []
         costs_of: dict[str, DraftCosts] = {}
         for self.kind, self.type in asked:

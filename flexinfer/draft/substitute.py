@@ -31,6 +31,7 @@ from flexinfer.formats.ggml_types import KINDS, TYPES, kind_for
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
 from flexinfer.kernels.ggml import GgmlKernel, dequantize_rows, quantize_rows
+from flexinfer.kernels.packed import PackedKernel
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
 from flexinfer.plan.weights import Piece, Weight
 from flexinfer.sizes import format_size
@@ -64,6 +65,11 @@ def substitute_kernels(
         )
     found = {}
     for weight in weights:
+        if isinstance(kernels[weight.name], PackedKernel):
+            raise DraftError(
+                "draft='substitute': no substitute is made of weights that somebody quantised; use "
+                "draft='lookup' or a small model"
+            )
         in_features = kernels[weight.name].in_features
         name = kind_for(kind.upper(), in_features)
         if name is None:

@@ -18,9 +18,10 @@ from flexinfer.model.experts import Experts, parameters_of
 from flexinfer.model.linears import decoder_of
 from flexinfer.model.skeleton import Skeleton
 from flexinfer.modules.embedding import StreamedEmbedding
-from flexinfer.modules.experts import StreamedExperts, routed_next
+from flexinfer.modules.experts import StreamedExperts
 from flexinfer.modules.linear import SameInput, StreamedLinear
 from flexinfer.modules.placeholder import streamed_weight
+from flexinfer.modules.routing import routed_next
 from flexinfer.observe.trace import Trace
 from flexinfer.streaming.reader import FileReader, padded_bytes
 from flexinfer.streaming.store import WeightStore
@@ -135,6 +136,8 @@ def _read_tensor(reader: FileReader, spec: TensorSpec, dtype: torch.dtype) -> to
         half = replace(spec, shape=(*spec.shape[:-1], spec.shape[-1] // 2), alternate=None)
         both = (half, replace(spec.alternate, shape=half.shape))
         return torch.stack([_read_tensor(reader, one, dtype) for one in both], -1).flatten(-2)
+    if spec.followed_by:
+        return torch.cat([_read_tensor(reader, one, dtype) for one in spec.parts])
     buffer = Buffer(padded_bytes(spec.offset_bytes, spec.nbytes), lock=False)
     position = 0
     if spec.nbytes:

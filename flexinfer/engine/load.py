@@ -130,7 +130,7 @@ def _load(
         skeleton.kernels,
         plan,
         reader,
-        KVReserve(skeleton.cache_layers, prepared.context, skeleton.kv_dtype, skeleton.dtype),
+        KVReserve(skeleton.cache.layers, prepared.context, skeleton.kv_dtype, skeleton.dtype),
         libraries,
         trace,
         cache=_expert_cache(skeleton.experts, options.experiment.expert_policy, trace),

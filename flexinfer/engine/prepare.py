@@ -260,7 +260,7 @@ def overheads_of(
     """
     state = skeleton.model.state_dict()
     kv_bytes, attention_bytes = reserved_bytes(
-        skeleton.cache_layers, context, skeleton.kv_dtype, skeleton.dtype
+        skeleton.cache.layers, context, skeleton.kv_dtype, skeleton.dtype
     )
     activation_bytes = skeleton.meter.planned_bytes(context, logits_to_keep)
     return Overheads(

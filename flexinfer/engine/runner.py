@@ -27,6 +27,7 @@ from flexinfer.observe.trace import Trace
 from flexinfer.plan.plan import PassShape, Plan
 from flexinfer.plan.planner import Planner
 from flexinfer.sizes import BudgetError, format_size, named_budget_bytes, parse_size, whole_mib
+from flexinfer.streaming.kv_cache import tokens_in
 from flexinfer.streaming.queue import CLOSED
 from flexinfer.streaming.store import WeightStore
 
@@ -235,7 +236,7 @@ class PassRunner:
             kv.adopt(cache)
         if isinstance(cache, DynamicCache):
             self.text.cache = weakref.ref(cache)
-        past_tokens = 0 if cache is None else cache.get_seq_length()
+        past_tokens = 0 if cache is None else tokens_in(cache)
         if passed is not None and not past_tokens:
             self._explainer.explain_last_text()
         kept = given.get("logits_to_keep", 0)

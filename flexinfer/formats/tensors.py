@@ -2,7 +2,8 @@
 
 import importlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,9 @@ ENCODINGS = {
         ("I8", 1, "int8"),
         ("U8", 1, "uint8"),
         ("BOOL", 1, "bool"),
+        ("F8_E4M3", 1, "float8_e4m3fn"),
+        ("F8_E5M2", 1, "float8_e5m2"),
+        ("F8_E8M0", 1, "float8_e8m0fnu"),
     )
 }
 
@@ -60,6 +64,30 @@ class CheckpointError(ValueError):
 
     Names the file and the remedy.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A tensor that another needs to become floats: one of its numbers for so many rows and columns
+    of the other.
+    """
+
+    spec: "TensorSpec"
+    # None where one number is for all rows.
+    rows: int | None
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """How floats are made of a tensor of somebody's quantisation."""
+
+    # Its name in flexinfer.kernels.packed.
+    scheme: str
+    # Scales; then zeros, where there are some.
+    beside: tuple[Beside, ...]
+    # Whether floats are rounded to the dtype of the scales before anything else.
+    in_scale_dtype: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +113,10 @@ class TensorSpec:
     transposed: bool = False
     # A tensor whose columns alternate with those of this one.
     alternate: "TensorSpec | None" = None
+    # Tensors that follow this one along the first dimension.
+    followed_by: tuple["TensorSpec", ...] = ()
+    # Of a quantised weight in safetensors.
+    packed: Packed | None = None
 
     @property
     def dtype(self) -> str:
@@ -96,6 +128,18 @@ class TensorSpec:
         assert self.encoding.torch_name is not None
         dtype: torch.dtype = getattr(importlib.import_module("torch"), self.encoding.torch_name)
         return dtype
+
+    @property
+    def parts(self) -> tuple["TensorSpec", ...]:
+        """This tensor and those that follow it, each by itself."""
+        if not self.followed_by:
+            return (self,)
+        rows = self.shape[0] - sum(one.shape[0] for one in self.followed_by)
+        return replace(self, shape=(rows, *self.shape[1:]), followed_by=()), *self.followed_by
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def row_bytes(self) -> int:

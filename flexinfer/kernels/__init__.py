@@ -3,7 +3,7 @@
 Nothing here knows files or budgets.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 # The command line and the process that makes a tokenizer do without torch.
 if TYPE_CHECKING:
@@ -35,17 +35,19 @@ class Kernel(Protocol):
         """Memory that `multiply` works in, besides input, output and copies of the weight."""
         ...
 
-    def view(self, buffer: "Buffer", position: int, rows: int) -> "torch.Tensor":
-        """`rows` output rows whose bytes begin at `position` of `buffer`; no copy."""
+    def view(self, buffer: "Buffer", position: int, rows: int) -> Any:
+        """`rows` output rows whose bytes begin at `position` of `buffer`, with what lies beside
+        them behind; no copy. Some of its rows are `view[a:b]`.
+        """
         ...
 
     def multiply(
-        self, x: "torch.Tensor", view: "torch.Tensor", rows: int, bias: "torch.Tensor | None"
+        self, x: "torch.Tensor", view: Any, rows: int, bias: "torch.Tensor | None"
     ) -> "torch.Tensor":
         """x [..., in_features] times the rows in `view`, plus `bias` [rows]: [..., rows]."""
         ...
 
-    def matrix(self, view: "torch.Tensor") -> "torch.Tensor":
+    def matrix(self, view: Any) -> "torch.Tensor":
         """The rows in `view` as floats [rows, in_features], for gradients; a copy where they are
         stored in another way.
         """

@@ -1,5 +1,5 @@
-"""One pass on the meta device: the order in which linears run, what a cache layer keeps, and how
-tokens come to experts.
+"""Passes on the meta device: the order in which linears run, the form of the cache, and how tokens
+come to experts.
 """
 
 from collections.abc import Collection
@@ -8,51 +8,45 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicIndexedLayer
 
-from flexinfer.formats.tensors import CheckpointError
+from flexinfer.model.cache_form import CacheForm, growth_is_known
 from flexinfer.model.experts import Route, Router
 from flexinfer.modules.experts import expert_modules
-from flexinfer.streaming.kv_cache import LayerShape
 
 
 def dry_run(
     model: PreTrainedModel, linears: Collection[str]
-) -> tuple[list[str], list[list[str]], list[LayerShape], dict[str, Route]]:
-    """One pass on the meta device: the order in which the linears run, which of them are given the
-    same input, what a token keeps in each cache layer, and how it comes to the experts of each
-    module.
+) -> tuple[list[str], list[list[str]], CacheForm, dict[str, Route]]:
+    """Passes on the meta device: the order in which the linears that can be streamed run, which of
+    them are given the same input, the form of the cache, and how a token comes to the experts of
+    each module.
     """
     order: list[str] = []
     inputs: list[object] = []
+    weight_of = {name: id(model.get_submodule(name).weight) for name in linears}
+    used = _UsedElsewhere(frozenset(weight_of.values()))
 
     def note(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         order.append(name)
         inputs.append(args[0] if args else None)
+        used.running = weight_of[name]
+
+    def ran(_module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        used.running = None
 
     routes = _watch_routes(model)
-    with torch.device("meta"), torch.no_grad():
-        for name, module in model.named_modules():
-            if name in linears:
-                module.register_forward_pre_hook(partial(note, name))
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    first, cache = (DynamicCache(config=model.config.get_text_config(decoder=True)) for _ in "12")
+    for name in linears:
+        model.get_submodule(name).register_forward_pre_hook(partial(note, name))
+        model.get_submodule(name).register_forward_hook(ran)
+    with torch.device("meta"), torch.no_grad(), used:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), cache=first, use_cache=True)
+        order.clear()
+        inputs.clear()
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), cache=cache, use_cache=True)
-    layers = []
-    for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or isinstance(layer, DynamicIndexedLayer):
-            raise CheckpointError(
-                f"{type(model).__name__}: keeps a {type(layer).__name__} between tokens; only "
-                "attention caches are supported (keys and values, nothing besides)"
-            )
-        layers.append(
-            LayerShape(
-                (keys.shape[1], keys.shape[3]),
-                (values.shape[1], values.shape[3]),
-                getattr(layer, "sliding_window", None),
-            )
-        )
+        form = CacheForm(model.config, first, growth_is_known(first, cache))
     once = list(dict.fromkeys(order))
     together: list[list[str]] = []
     for i, name in enumerate(order):
@@ -60,8 +54,34 @@ def dry_run(
             together[-1].append(name)
         else:
             together.append([name])
-    several = [names for names in together if len(names) > 1]
-    return once + [name for name in linears if name not in once], several, layers, routes
+    every = once + [name for name in linears if name not in once]
+    streamed = [name for name in every if weight_of[name] not in used.weights]
+    several = [names for names in together if len(names) > 1 and {*names} <= {*streamed}]
+    return streamed, several, form, routes
+
+
+class _UsedElsewhere(TorchFunctionMode):
+    """Finds linears whose weight a model also uses by itself, as Mamba does: not to be streamed."""
+
+    def __init__(self, known: frozenset[int]) -> None:
+        """known: weights, by their `id`."""
+        super().__init__()
+        self._known = known
+        # That of the linear whose forward runs.
+        self.running: int | None = None
+        self.weights: set[int] = set()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.weights |= {id(one) for one in args} & self._known - {self.running}
+        return result
 
 
 def _watch_routes(model: PreTrainedModel) -> dict[str, Route]:

@@ -139,18 +139,22 @@ def _only_joins(converter: WeightConverter) -> bool:
 
 def split_stacked(spec: TensorSpec) -> Parts:
     """The experts of one tensor [experts, ...]."""
-    count, nbytes = spec.shape[0], spec.nbytes // spec.shape[0]
-    return [
-        [
-            replace(
-                spec,
-                offset_bytes=spec.offset_bytes + i * nbytes,
-                nbytes=nbytes,
-                shape=tuple(spec.shape[1:]),
-            )
-        ]
-        for i in range(count)
-    ]
+    return [[_one_of(spec, i)] for i in range(spec.shape[0])]
+
+
+def _one_of(spec: TensorSpec, i: int) -> TensorSpec:
+    """Number `i` along the first dimension; of what lies beside, too."""
+    nbytes, packed = spec.nbytes // spec.shape[0], spec.packed
+    if packed is not None:
+        beside = tuple(replace(one, spec=_one_of(one.spec, i)) for one in packed.beside)
+        packed = replace(packed, beside=beside)
+    return replace(
+        spec,
+        offset_bytes=spec.offset_bytes + i * nbytes,
+        nbytes=nbytes,
+        shape=tuple(spec.shape[1:]),
+        packed=packed,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +218,7 @@ def build_experts(
             raise CheckpointError(
                 f"{name}: experts outside of the decoder layers cannot be streamed"
             )
-        if len({tuple(m.spec.encoding for m in expert) for expert in matrices[name]}) > 1:
+        if len({tuple(kernel_of(m) for m in expert) for expert in matrices[name]}) > 1:
             raise CheckpointError(
                 f"{name}: its experts have different encodings, which cannot be streamed yet"
             )

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flexinfer.formats.tensors import FLOAT_NAMES, CheckpointError, TensorSpec
+from flexinfer.formats.tensors import FLOAT_NAMES, CheckpointError, Packed, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
+from flexinfer.kernels.packed import PackedKernel, Side
 from flexinfer.memory.buffer import Buffer
 from flexinfer.model import pieces
 from flexinfer.plan.weights import Kind, Weight
@@ -46,6 +47,8 @@ def decoder_of(spec: TensorSpec) -> Callable[[Buffer, int], torch.Tensor]:
 
 def kernel_for(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel:
     """What multiplies rows of `spec`."""
+    if spec.packed is not None:
+        return packed_kernel(spec, spec.packed, in_features, dtype)
     if spec.encoding.is_float:
         return DenseKernel(in_features, spec.torch_dtype, dtype)
     if spec.encoding.torch_name is not None:
@@ -57,6 +60,20 @@ def kernel_for(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel
     from flexinfer.kernels.ggml import TYPES, GgmlKernel
 
     return GgmlKernel(in_features, TYPES[spec.encoding.name], dtype)
+
+
+def packed_kernel(
+    spec: TensorSpec, packed: Packed, in_features: int, dtype: torch.dtype
+) -> PackedKernel:
+    """What multiplies rows of `spec`, which are packed so."""
+    sides = tuple(
+        Side(one.spec.torch_dtype, one.rows, one.columns, one.spec.shape[-1])
+        for one in packed.beside
+    )
+    made_in = sides[0].dtype if packed.in_scale_dtype else torch.float32
+    return PackedKernel(
+        in_features, spec.row_bytes, packed.scheme, sides, dtype, made_in, spec.transposed
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +105,14 @@ def find_linears(model: PreTrainedModel) -> list[Linear]:
     only `nn.Linear` itself, `Conv1D` and what is known to be the same are taken.
     """
     stack_name, stack = decoder_stack(model)
-    found = []
+    found: list[Linear] = []
+    # By several layers, as in Zamba: streamed by the first's name.
+    shared: set[nn.Module] = set()
     for layer, decoder_layer in enumerate(stack):
         for role, module in decoder_layer.named_modules():
+            if module in shared:
+                continue
+            shared.add(module)
             if type(module) in {nn.Linear, Conv1D} or _multiplies_alike(module):
                 kind: Kind = "attention" if "attn" in role or "attention" in role else "ffn"
                 found.append(Linear(f"{stack_name}.{layer}.{role}", module, role, layer, kind))
@@ -132,7 +154,7 @@ def weight_of(
     spec = specs[name]
     rows, in_features = linear.features
     piece_bytes: int | None = pieces.PIECE_BYTES
-    if isinstance(linear.module, Conv1D) and not spec.transposed:
+    if isinstance(linear.module, Conv1D) and not spec.transposed and spec.packed is None:
         # Its rows in the file are inputs: a cut would change the order of sums.
         kernel: Kernel = Conv1DKernel(in_features, spec.torch_dtype, dtype)
         piece_bytes = None

@@ -2,6 +2,7 @@
 rules.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -50,6 +52,11 @@ def experts_of(
 
     def kernel_of(matrix: Matrix) -> Kernel:
         if matrix.by_columns:
+            if matrix.spec.packed is not None:
+                raise CheckpointError(
+                    f"{matrix.spec.file}: {shown(matrix.spec.name)} is quantised with inputs for "
+                    "rows, which is not supported"
+                )
             return ColumnsKernel(matrix.in_features, matrix.spec.torch_dtype, dtype)
         kernel = kernel_for(matrix.spec, matrix.in_features, dtype)
         return replace(kernel, aligned=matrix.joined) if type(kernel) is DenseKernel else kernel
@@ -130,18 +137,27 @@ def _renamed(
         parameter for name, module in modules.items() for parameter in parameters_of(name, module)
     }
     joined = JoinedTensors(converters)
+    # Of parameters that stay in memory, by their place among those that are joined.
+    followers: dict[str, dict[int, TensorSpec]] = defaultdict(dict)
     for name, spec in checkpoint.tensors.items():
         target, converter = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
         if converter is not None and name not in state:
             renamed = apply_renamings(name, renamings)
-            if target not in of_experts or not joined.add(target, converter, renamed, spec):
+            place = _place_along_rows(converters, converter)
+            if place is not None and target in state and state[target].dim() != 2:
+                followers[target][place] = spec
+            elif target not in of_experts or not joined.add(target, converter, renamed, spec):
                 converted.append(name)
         elif name in state:
             specs[name] = spec
         elif target in state:
             specs[target] = spec
+    for target, parts in followers.items():
+        first, *rest = (parts[place] for place in sorted(parts))
+        shape = sum(part.shape[0] for part in parts.values()), *first.shape[1:]
+        specs[target] = replace(first, shape=shape, followed_by=tuple(rest))
     # ggml's blocks run along output rows, whatever the module does.
     for name, spec in specs.items():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -154,3 +170,14 @@ def _renamed(
             "mixture, as a rule); they cannot be streamed yet"
         )
     return specs, joined.parts()
+
+
+def _place_along_rows(converters: list[WeightConverter], pattern: str) -> int | None:
+    """Which of the tensors that are joined along their first dimension `pattern` stands for; None
+    where they are not just joined.
+    """
+    converter = next(one for one in converters if pattern in one.source_patterns)
+    first, *others = converter.operations
+    if others or not isinstance(first, Concatenate) or first.dim != 0:
+        return None
+    return converter.source_patterns.index(pattern)

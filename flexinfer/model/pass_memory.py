@@ -18,21 +18,20 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flexinfer.kernels import Kernel
+from flexinfer.model.cache_form import CacheForm, tensors_of
 from flexinfer.modules.linear import JOINED_OUTPUT_BYTES
 from flexinfer.plan.plan import PassShape
 from flexinfer.plan.weights import Weight
-from flexinfer.streaming.kv_cache import LayerShape, ReservedLayer
+from flexinfer.streaming.kv_cache import ReservedLayer, full_layers
 
 # A position and token: scores in float32, their log-softmax, sorted copies with their indices.
 SAMPLING_BYTES = 32
@@ -49,7 +48,7 @@ MASK_BYTES = 6
 class PassMemory:
     """Bytes that a pass allocates beside weights and the reserved KV cache."""
 
-    # Sliding-window layers of the cache, which exist before the pass.
+    # Layers of the cache that transformers keeps itself, which exist before the pass.
     start_bytes: int
     # The most during the pass and the choice of the next tokens, start_bytes included.
     peak_bytes: int
@@ -75,7 +74,7 @@ class PassMeter:
         self,
         config: PretrainedConfig,
         dtype: torch.dtype,
-        layers: Sequence[LayerShape],
+        cache: CacheForm,
         products: Sequence[ComputedLinear],
         scale: int = 1,
         kv_dtype: torch.dtype | None = None,
@@ -83,7 +82,7 @@ class PassMeter:
         self._kv_dtype = kv_dtype or dtype
         # Itemsize of the compute dtype over that of `dtype`.
         self._scale = scale
-        self._config, self._dtype, self._layers, self._products = config, dtype, layers, products
+        self._config, self._dtype, self._cache, self._products = config, dtype, cache, products
         self._model: PreTrainedModel | None = None
         self._found: dict[PassShape, PassMemory] = {}
 
@@ -111,7 +110,7 @@ class PassMeter:
             return found.peak_bytes - found.start_bytes
         sizes = [
             layer.nbytes(shape.total_tokens, self._dtype.itemsize * self._scale)
-            for layer in self._layers
+            for layer in full_layers(self._cache.layers)
         ]
         grown = sum(sizes) * shape.new_tokens // (shape.new_tokens + shape.past_tokens)
         return found.peak_bytes - found.start_bytes + grown + max(sizes, default=0)
@@ -120,7 +119,7 @@ class PassMeter:
         if shape not in self._found:
             if self._model is None:
                 self._model = meta_model(self._config, self._dtype)
-            found = pass_memory(self._model, self._layers, self._products, shape, self._kv_dtype)
+            found = pass_memory(self._model, self._cache, self._products, shape, self._kv_dtype)
             self._found[shape] = PassMemory(
                 found.start_bytes * self._scale, found.peak_bytes * self._scale
             )
@@ -138,26 +137,24 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def pass_memory(
     model: PreTrainedModel,
-    layers: Sequence[LayerShape],
+    form: CacheForm,
     products: Sequence[ComputedLinear],
     shape: PassShape,
     kv_dtype: torch.dtype,
 ) -> PassMemory:
-    """What a pass of `shape` through `model`, which is on the meta device, would allocate.
-
-    `layers` as in the cache.
-    """
+    """What a pass of `shape` through `model`, which is on the meta device, would allocate."""
     config = model.config.get_text_config(decoder=True)
     itemsize = model.dtype.itemsize
     rows = shape.batch * shape.new_tokens
     keys = shape.past_tokens + shape.new_tokens
     with torch.device("meta"), torch.no_grad():
-        cache, reserved = _cache(model, layers, shape, kv_dtype)
+        cache, reserved = form.filled(model, shape, kv_dtype)
         ids = torch.zeros(shape.batch, shape.new_tokens, dtype=torch.long)
         can_keep_fewer = "logits_to_keep" in inspect.signature(model.forward).parameters
         keep: dict[str, Any] = {"logits_to_keep": shape.kept} if can_keep_fewer else {}
         meter = _Meter([*model.parameters(), *model.buffers(), ids, *reserved])
-        start_bytes = meter.count(_tensors_of(cache))
+        own = [layer for layer in cache.layers if not isinstance(layer, ReservedLayer)]
+        start_bytes = meter.count([tensor for layer in own for tensor in tensors_of(layer)])
         with meter, _AttentionByBlocks():
             output = model(input_ids=ids, cache=cache, use_cache=True, **keep)
         # Logits and the cache.
@@ -166,7 +163,8 @@ def pass_memory(
     chosen = shape.batch * (shape.kept_tokens if 0 < shape.kept <= FEW_TOKENS else 1)
     sampling_bytes = after_bytes + chosen * config.vocab_size * SAMPLING_BYTES
     padding_bytes = rows * keys * (MASK_BYTES + itemsize) if shape.batch > 1 else 0
-    moved_bytes = max((layer.nbytes(shape.total_tokens, itemsize) for layer in layers), default=0)
+    full = full_layers(form.layers)
+    moved_bytes = max((layer.nbytes(shape.total_tokens, itemsize) for layer in full), default=0)
     kept_rows = shape.batch * shape.kept_tokens if can_keep_fewer else rows
     copied_bytes = max(
         (
@@ -198,51 +196,6 @@ def _copied_bytes(product: ComputedLinear, rows: int, itemsize: int) -> int:
     part_bytes = min(output_bytes, max(JOINED_OUTPUT_BYTES, rows * piece_rows * itemsize))
     work_bytes = part_bytes + piece.copied_bytes + product.kernel.work_bytes(rows, output_rows)
     return max(work_bytes, output_bytes if product.reordered else 0)
-
-
-def _cache(
-    model: PreTrainedModel, layers: Sequence[LayerShape], shape: PassShape, kv_dtype: torch.dtype
-) -> tuple[DynamicCache, list[torch.Tensor]]:
-    """A cache on the meta device that holds `past_tokens`: reserved layers with their memory, and
-    transformers' own for sliding windows.
-    """
-    memory: list[torch.Tensor] = []
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    length = shape.past_tokens + shape.new_tokens
-    for i, layer in enumerate(layers):
-
-        def states(tokens: int, of: tuple[int, int]) -> torch.Tensor:
-            return torch.empty(shape.batch, of[0], tokens, of[1], dtype=model.dtype)
-
-        if layer.window is None:
-            room = (
-                states(length, layer.value).to(kv_dtype),
-                states(length, layer.key).to(kv_dtype),
-            )
-            memory.extend(room)
-            reserved = ReservedLayer(partial(_of_pair, room), torch.empty(0, dtype=model.dtype))
-            if i < len(cache.layers):
-                cache.layers[i] = reserved
-            else:
-                cache.layers.append(reserved)
-        if shape.past_tokens:
-            cast(DynamicLayer, cache.layers[i]).update(
-                states(shape.past_tokens, layer.key), states(shape.past_tokens, layer.value)
-            )
-    return cache, memory
-
-
-def _of_pair(
-    room: tuple[torch.Tensor, torch.Tensor], states: torch.Tensor, is_key: bool
-) -> torch.Tensor:
-    return room[is_key]
-
-
-def _tensors_of(cache: DynamicCache) -> list[torch.Tensor]:
-    """The keys and values of the layers that transformers keeps itself."""
-    layers = [layer for layer in cache.layers if not isinstance(layer, ReservedLayer)]
-    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    return [tensor for tensor in tensors if tensor is not None]
 
 
 class _Meter(TorchDispatchMode):

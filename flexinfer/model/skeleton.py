@@ -8,8 +8,7 @@ cache are learnt from one pass on the meta device, which computes nothing. Reads
 weights.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +16,12 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flexinfer.formats.config import load_config, refusing, set_generation_config
+from flexinfer.formats.quantized import unpacked
 from flexinfer.formats.tensors import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
-from flexinfer.messages import shown
+from flexinfer.kernels.packed import PackedKernel
+from flexinfer.model.cache_form import CacheForm
 from flexinfer.model.dry_run import dry_run
 from flexinfer.model.experts import Experts
 from flexinfer.model.linears import find_linears, row_orders_of, weight_of
@@ -29,7 +30,6 @@ from flexinfer.model.pass_memory import ComputedLinear, PassMeter, meta_model
 from flexinfer.modules.experts import IMPLEMENTATION, register
 from flexinfer.plan.experts import Mixture
 from flexinfer.plan.weights import Weight
-from flexinfer.streaming.kv_cache import LayerShape
 
 # That masks, positions and other tables of a model may take, whatever its weights.
 TABLES_BYTES = 64 << 20
@@ -53,7 +53,7 @@ class Skeleton:
     row_orders: dict[str, torch.Tensor]
     # Weights that get the same input, one after another.
     together: list[list[str]]
-    cache_layers: list[LayerShape]
+    cache: CacheForm
     # Dtype of the KV cache.
     kv_dtype: torch.dtype
     meter: PassMeter
@@ -74,12 +74,14 @@ class Skeleton:
     @property
     def dense(self) -> bool:
         """Whether weights are multiplied as floats, by torch's own kernels."""
-        return any(isinstance(kernel, DenseKernel) for _, kernel in self.used)
+        return any(isinstance(kernel, DenseKernel | PackedKernel) for _, kernel in self.used)
 
     @property
     def in_blocks(self) -> bool:
         """Whether weights lie in ggml's blocks."""
-        return any(spec.encoding.torch_name is None for spec in self.specs.values())
+        return any(
+            spec.encoding.torch_name is None and spec.packed is None for spec in self.specs.values()
+        )
 
     @property
     def mixture(self) -> Mixture | None:
@@ -122,7 +124,7 @@ def build_skeleton(
     """
     file = checkpoint.config_file
     config = load_config(checkpoint)
-    _refuse_quantized(config, file)
+    checkpoint = _unpacked(checkpoint, config)
     compute_dtype = compute_dtype_of(dtype, config, checkpoint)
     kept_dtype = _dtype(kv_dtype) or (torch.float16 if checkpoint.in_gguf else compute_dtype)
     if kept_dtype.itemsize > compute_dtype.itemsize:
@@ -141,7 +143,7 @@ def build_skeleton(
         model.eval().requires_grad_(False)
         set_generation_config(model, checkpoint)
         linears = {linear.name: linear for linear in find_linears(model)}
-        order, together, cache_layers, routes = dry_run(shapes, linears.keys())
+        order, together, cache, routes = dry_run(shapes, linears.keys())
         experts = experts_of(shapes, expert_parts, routes, compute_dtype)
         parts = [weight_of(linears[name], specs, compute_dtype) for name in order]
     weights = [weight for weight, _ in parts]
@@ -162,12 +164,14 @@ def build_skeleton(
         kernels={weight.name: kernel for weight, kernel in parts},
         row_orders=row_orders,
         together=[[f"{name}.weight" for name in names] for names in together],
-        cache_layers=cache_layers,
+        cache=cache,
         kv_dtype=kept_dtype,
-        meter=PassMeter(config, compute_dtype, cache_layers, products, kv_dtype=kept_dtype),
+        meter=PassMeter(config, compute_dtype, cache, products, kv_dtype=kept_dtype),
     )
-    for name, spec in skeleton.unstreamed.items():
-        if spec.encoding.torch_name is None or spec.transposed:
+    embedding = f"{skeleton.embedding_name}.weight"
+    for name, spec in (skeleton.unstreamed | {embedding: skeleton.specs[embedding]}).items():
+        in_blocks = spec.encoding.torch_name is None and name != embedding
+        if in_blocks or spec.transposed or spec.packed is not None:
             raise CheckpointError(
                 f"{spec.file}: {spec.name!r} ({name}) is {spec.dtype} and no weight of a linear; "
                 "this kind of model cannot be run yet"
@@ -188,18 +192,19 @@ def _check_tables(model: PreTrainedModel, checkpoint: Checkpoint, file: Path) ->
         )
 
 
-def _refuse_quantized(config: PretrainedConfig, file: Path) -> None:
-    """Raise CheckpointError for safetensors that somebody's quantisation has changed."""
+def _unpacked(checkpoint: Checkpoint, config: PretrainedConfig) -> Checkpoint:
+    """`checkpoint` with its quantisation understood; `config` is then that of the model in floats.
+
+    Raises CheckpointError for a method that is not known here.
+    """
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    by = "an earlier version of flexinfer" if method == "flexinfer" else shown(method)
-    raise CheckpointError(
-        f"{file}: quantization_config: this checkpoint is quantised by {by}, which is not "
-        "supported; take the original checkpoint and, if it should be small, run `flexinfer "
-        "quantize SRC DST --type q4_k`"
-    )
+        return checkpoint
+    del config.quantization_config
+    if not quantization:
+        return checkpoint
+    with refusing(checkpoint.config_file, "a quantisation that cannot be read"):
+        return replace(checkpoint, tensors=unpacked(checkpoint.tensors, quantization))
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from flexinfer.formats.tensors import TensorSpec
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer
-from flexinfer.modules.placeholder import refuse_state_dict, streamed_weight
+from flexinfer.modules.placeholder import streamed_weight
 from flexinfer.observe.trace import Trace
 from flexinfer.streaming.reader import padded_bytes
 from flexinfer.streaming.store import WeightStore
@@ -48,7 +48,6 @@ class StreamedEmbedding(nn.Module):
         self._spec, self._decode, self._dtype = spec, decode, dtype
         self._store, self._trace = store, trace
         self._row = Buffer(spec.row_bytes + 2 * PAGE_BYTES, lock=False)
-        self.register_state_dict_pre_hook(refuse_state_dict)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [...] -> [..., embedding_dim].

@@ -20,9 +20,9 @@ of turn is held until its turn to be added comes.
 On the meta device the same operations run for the worst routing: all tokens to one expert.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from time import perf_counter
 from typing import Any, cast
@@ -34,6 +34,7 @@ from transformers.integrations.moe import ExpertsInterface
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.ggml import GgmlKernel, multiply_each, multiply_rows
 from flexinfer.kernels.gradients import Sum, multiply_with_gradient, records_gradients
+from flexinfer.modules.routing import RoutedTokens, group
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.experts import ExpertLayer
 from flexinfer.plan.weights import Weight
@@ -51,61 +52,6 @@ FEW_TOKENS = 16
 Where = tuple[int, int, Sequence[Weight], Sequence[Kernel]]
 # [n, in] -> [n, out], without bias.
 Products = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedTokens:
-    """The tokens that are routed to one expert."""
-
-    expert: int
-    # [n] rows of the hidden states; None if there is only one token.
-    tokens: torch.Tensor | None
-    # [n] index among the experts of its token.
-    places: torch.Tensor | int
-
-    def take(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [tokens, hidden] -> [n, hidden]."""
-        return hidden if self.tokens is None else hidden[self.tokens]
-
-    def weigh(self, y: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """y [n, hidden], top_k_weights [tokens, k] -> [n, hidden]."""
-        if self.tokens is None:
-            return y * top_k_weights[0, self.places]
-        return y * top_k_weights[self.tokens, self.places, None]
-
-    def add(self, y: torch.Tensor, output: torch.Tensor) -> None:
-        """Add y [n, hidden] to the rows of its tokens."""
-        if self.tokens is None:
-            output.add_(y)
-        else:
-            output.index_add_(0, self.tokens, y)
-
-
-def group(top_k_index: torch.Tensor, num_experts: int) -> list[RoutedTokens]:
-    """top_k_index [tokens, k] -> its experts in the order of their numbers, their tokens in the
-    order of (place, token).
-    """
-    tokens = len(top_k_index)
-    # The usual case: an operation saved here is saved for every expert of every layer.
-    if tokens == 1:
-        place_of = {expert: place for place, expert in enumerate(top_k_index[0].tolist())}
-        return [
-            RoutedTokens(expert, None, place_of[expert])
-            for expert in sorted(place_of)
-            if expert < num_experts
-        ]
-    flat = top_k_index.t().reshape(-1)
-    order = torch.sort(flat, stable=True).indices
-    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
-    of_token, places = order % tokens, order // tokens
-    groups, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            groups.append(
-                RoutedTokens(expert, of_token[start : start + count], places[start : start + count])
-            )
-            start += count
-    return groups
 
 
 def expert_output(
@@ -189,7 +135,7 @@ class StreamedExperts:
                 else {}
             )
             others = iter(order[len(held) :])
-            output = torch.zeros_like(hidden)
+            output = torch.zeros_like(hidden, dtype=_sum_dtype(module, hidden, top_k_weights))
             for turn in numbers:
                 while turn not in held:
                     number = next(others)
@@ -197,7 +143,7 @@ class StreamedExperts:
                     y = self._output(module, one.take(hidden), one.expert)
                     held[number] = one.weigh(y, top_k_weights)
                 group_of[turn].add(held.pop(turn).to(output.dtype), output)
-            return output
+            return output.to(hidden.dtype)
 
     def _cache(self) -> ExpertCache:
         assert self._store.cache is not None
@@ -351,15 +297,6 @@ class StreamedExperts:
         return y
 
 
-def routed_next(router: nn.Module, place: int, first: int, hidden: torch.Tensor) -> list[int]:
-    """The experts that `router` of the next layer would choose for hidden states [tokens, hidden]
-    of this one, most likely first; numbered from `first`. Their norms differ, so it is a guess.
-    """
-    # Past its hooks: they note what is routed.
-    index: torch.Tensor = type(router).forward(router, hidden)[place]
-    return [first + expert for expert in dict.fromkeys(index.t().reshape(-1).tolist())]
-
-
 def register() -> None:
     """Make IMPLEMENTATION known to transformers. A model with it in its config has experts modules
     that call the `StreamedExperts` in their attribute `streamed`; on the meta device they need
@@ -400,9 +337,21 @@ def _on_meta(
 
     order = torch.sort(top_k_index.t().reshape(-1), stable=True).indices
     tokens, places = order % len(hidden), order // len(hidden)
-    output = torch.zeros_like(hidden)
+    output = torch.zeros_like(hidden, dtype=_sum_dtype(module, hidden, top_k_weights))
     held = [hidden.new_empty(HELD_BYTES // hidden.element_size())]
     one, place = tokens[: len(hidden)], places[: len(hidden)]
     y = expert_output(module, hidden[one], 0, product(up), product(down))
     held.append(y * top_k_weights[one, place, None])
-    return output.index_add_(0, one, held[-1].to(output.dtype))
+    return output.index_add_(0, one, held[-1].to(output.dtype)).to(hidden.dtype)
+
+
+def _sum_dtype(module: Any, hidden: torch.Tensor, top_k_weights: torch.Tensor) -> torch.dtype:
+    """What the outputs of a token's experts are added in: as transformers' own loop over experts
+    does it, which for Nemotron-H is the dtype of their weights.
+    """
+    return top_k_weights.dtype if _adds_wide(type(module).forward) else hidden.dtype
+
+
+@cache
+def _adds_wide(loop: Callable[..., Any]) -> bool:
+    return "dtype=top_k_weights.dtype" in inspect.getsource(inspect.unwrap(loop))

@@ -17,7 +17,8 @@ from torch import nn
 
 from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
 from flexinfer.kernels.gradients import Sum, multiply_with_gradient
-from flexinfer.modules.placeholder import refuse_state_dict, streamed_weight
+from flexinfer.kernels.packed import PackedKernel
+from flexinfer.modules.placeholder import streamed_weight
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.weights import Weight
 from flexinfer.streaming.locked import Rows
@@ -29,9 +30,9 @@ JOINED_OUTPUT_BYTES = 8 << 20
 MOST_TOGETHER = 8
 
 
-class StreamedLinear(nn.Module):
+class StreamedLinear(nn.Linear):
     """A linear that multiplies the rows of `weight` as the store has them. May be called from
-    several threads.
+    several threads. An `nn.Linear` to those who put adapters beside it.
 
     Args:
         weight: what the store calls it.
@@ -49,15 +50,15 @@ class StreamedLinear(nn.Module):
         trace: Trace,
         row_order: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         assert isinstance(stock.weight, torch.Tensor)
         self.spec = weight
         self.weight = streamed_weight(weight.name, stock.weight.shape, dtype)
-        self.bias = cast(nn.Parameter | None, stock.bias)
+        self.bias = cast(nn.Parameter, stock.bias)
         self.out_features = weight.pieces[-1].row_stop
+        self.in_features = self.weight.numel() // self.out_features
         self._store, self._trace, self._row_order = store, trace, row_order
         self._group: SameInput | None = None
-        self.register_state_dict_pre_hook(refuse_state_dict)
 
     def join(self, group: "SameInput") -> None:
         """Be computed with others that get the same input, where that pays."""
@@ -101,7 +102,8 @@ class StreamedLinear(nn.Module):
         with self._store.lock, closing(self._store.rows(self.spec)) as blocks:
             for block in blocks:
                 # Floats need no copy of the whole.
-                step = block.step if isinstance(block.kernel, GgmlKernel) else block.count
+                copied = isinstance(block.kernel, GgmlKernel | PackedKernel)
+                step = block.step if copied else block.count
                 for rows in block.parts(step):
                     total.add(rows.row_start, rows.kernel.matrix(rows.view))
         return total.value
@@ -110,7 +112,7 @@ class StreamedLinear(nn.Module):
         """How many rows of a block are multiplied in one call: all, unless that takes much memory
         for a copy or a part of the output.
         """
-        if not folds(x):
+        if not folds(x) or isinstance(block.kernel, PackedKernel):
             return block.step
         output_bytes = block.count * (x.numel() // x.shape[-1]) * x.element_size()
         whole = block.count == self.out_features

@@ -3,7 +3,7 @@ numbers.
 """
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,6 +38,9 @@ class StreamedWeight(torch.Tensor):
                 asked = getattr(torch.empty(0, dtype=args[0].dtype), name)(*args[1:], **kwargs)
                 if (asked.dtype, asked.device) == (args[0].dtype, args[0].device):
                     return args[0]
+            # As a state dict has it.
+            if name == "detach":
+                return args[0]
             if name == "_has_compatible_shallow_copy_type":
                 return True
             if name == "data" and func.__name__ == "__set__" and args[0] is args[1]:
@@ -45,8 +48,9 @@ class StreamedWeight(torch.Tensor):
         weight = next((a for a in (*args, *kwargs.values()) if isinstance(a, StreamedWeight)), None)
         raise RuntimeError(
             f"{weight.streamed_name if weight is not None else 'this weight'} is streamed from "
-            f"disk, {name}() has no numbers to work with; read the tensor from the checkpoint with "
-            "safetensors, or load the model with transformers"
+            f"disk, {name}() has no numbers to work with; the checkpoint on disk is unchanged: "
+            "copy that, read the tensor from it with safetensors, or load the model with "
+            "transformers"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -72,11 +76,3 @@ def streamed_weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> nn.P
     # isinstance(weight, nn.Parameter), and so one of the model's parameters.
     weight._is_param = True
     return cast(nn.Parameter, weight)
-
-
-def refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
-    raise RuntimeError(
-        f"{prefix}weight is streamed from disk and not part of a state dict; the checkpoint on "
-        "disk is unchanged, copy that instead (to save another precision, load it with "
-        "transformers)"
-    )

@@ -12,6 +12,15 @@ Kind = Literal["attention", "ffn", "head"]
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """Consecutive bytes of a file."""
+
+    file: Path
+    offset_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Some consecutive rows of a weight, and where their bytes lie."""
 
@@ -23,12 +32,14 @@ class Piece:
     file: Path
     offset_bytes: int
     nbytes: int
-    # nbytes and the padding that a direct read needs around them.
+    # nbytes, what lies beside, and the padding that direct reads need around them.
     memory_bytes: int
     # Memory that it takes when it is locked, in the compute dtype.
     lock_cost_bytes: int
     # Memory that its kernel may take for a copy of it while it is multiplied.
     copied_bytes: int = 0
+    # What the rows need besides, such as scales: read behind them, each from the next page on.
+    beside: tuple[Extent, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def measure_costs(
             piece = weight.pieces[0]
             rows = piece.row_stop - piece.row_start
             seconds_per_byte[weight.role] = (
-                kernel_s(kernel, rows, piece.nbytes, dtype, buffer) / piece.nbytes
+                kernel_s(kernel, rows, piece.memory_bytes, dtype, buffer) / piece.nbytes
             )
     return Costs(
         bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used)
@@ -80,7 +80,9 @@ def measure_rows(
         piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
         for count in counts:
             if (weight.role, count) not in seconds:
-                taken_s = kernel_s(kernel, rows, piece.nbytes, dtype, buffer, count, repeats=5)
+                taken_s = kernel_s(
+                    kernel, rows, piece.memory_bytes, dtype, buffer, count, repeats=5
+                )
                 seconds[weight.role, count] = taken_s / piece.nbytes
             rows_s[count] += weight.nbytes * seconds[weight.role, count]
     return tuple(rows_s.items())
@@ -90,7 +92,7 @@ def zeros(used: Sequence[tuple[Weight, Kernel]], memory_bytes: int) -> Buffer:
     """Pages of their own to time kernels on: unwritten ones are one page of zeros, which the CPU's
     cache holds.
     """
-    largest_bytes = max(piece.nbytes for weight, _ in used for piece in weight.pieces)
+    largest_bytes = max(piece.memory_bytes for weight, _ in used for piece in weight.pieces)
     buffer = Buffer(max(min(CACHE_BYTES, memory_bytes), 2 * largest_bytes), lock=True)
     buffer.bytes.fill_(0)
     return buffer

@@ -24,7 +24,6 @@ from flexinfer.observe.trace import Trace
 from flexinfer.plan.weights import Piece
 from flexinfer.streaming.expert_policies import POLICIES
 from flexinfer.streaming.queue import Read, ReadQueue
-from flexinfer.streaming.reader import padded_bytes
 
 # Pieces read ahead by which it is judged whether that pays.
 RECENT = 64
@@ -292,16 +291,12 @@ class ExpertCache:
         if number in self._unused:
             self._unused.discard(number)
             self._judge_piece(wanted=False)
-            self._trace.wasted_bytes += self._read_bytes(number)
+            self._trace.wasted_bytes += self._pieces[number].memory_bytes
         expert = self._expert_of[number]
         self._there[expert] -= 1
         if not self._there[expert]:
             del self._there[expert]
             self._policy.discard(expert)
-
-    def _read_bytes(self, number: int) -> int:
-        piece = self._pieces[number]
-        return padded_bytes(piece.offset_bytes, piece.nbytes)
 
     # ---- what the readers call, holding the lock
 

@@ -4,8 +4,9 @@ transformers' `DynamicLayer` grows by concatenation: each token copies the cache
 copies for a moment. Here a layer is a view into memory that was set aside at load time, so a long
 generation takes no more than a short one. The values and their order are the same, unless the
 memory is of a smaller dtype: then they are rounded when they are kept, and made wide again for the
-attention, some heads at a time (flexinfer.kernels.attention). Sliding-window layers stay
-transformers' own: the window bounds them.
+attention, some heads at a time (flexinfer.kernels.attention). All other layers stay transformers'
+own: sliding windows and the states of linear attention, which do not grow with the text, and the
+few that keep more than keys and values for each token.
 """
 
 import weakref
@@ -15,8 +16,8 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from flexinfer.kernels.attention import Rounded
 from flexinfer.kernels.gradients import records_gradients
@@ -30,18 +31,16 @@ WIDE_BYTES = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one token keeps in one layer."""
+    """What one token keeps in one layer of full attention."""
 
     # (heads, head_dim).
     key: tuple[int, int]
     value: tuple[int, int]
-    # Tokens a sliding-window layer keeps at most; None for a full layer.
-    window: int | None
 
     def nbytes(self, context: int, itemsize: int) -> int:
-        """Bytes to set aside for `context` tokens. A sliding layer is transformers' own: none."""
+        """Bytes to set aside for `context` tokens."""
         numbers = self.key[0] * self.key[1] + self.value[0] * self.value[1]
-        return context * numbers * itemsize if self.window is None else 0
+        return context * numbers * itemsize
 
     def wide_bytes(self, context: int, itemsize: int) -> int:
         """Bytes for some of the heads of `context` tokens in another dtype."""
@@ -49,18 +48,34 @@ class LayerShape:
         return min(all_bytes, max(WIDE_BYTES, -(-all_bytes * WIDE_HEADS // self.key[0])))
 
 
+# For each layer of the cache; None for one that transformers keeps itself.
+LayerShapes = Sequence[LayerShape | None]
+
+
+def full_layers(layers: LayerShapes) -> list[LayerShape]:
+    """Those that memory is set aside for."""
+    return [layer for layer in layers if layer is not None]
+
+
 def reserved_bytes(
-    layers: Sequence[LayerShape], context: int, dtype: torch.dtype, compute_dtype: torch.dtype
+    layers: LayerShapes, context: int, dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> tuple[int, int]:
     """Bytes to set aside for keys and values in `dtype`, and beside them for heads in
     `compute_dtype` if that is another.
     """
-    kept_bytes = sum(layer.nbytes(context, dtype.itemsize) for layer in layers)
+    full = full_layers(layers)
+    kept_bytes = sum(layer.nbytes(context, dtype.itemsize) for layer in full)
     if dtype == compute_dtype:
         return kept_bytes, 0
     return kept_bytes, max(
-        (layer.wide_bytes(context, compute_dtype.itemsize) for layer in layers), default=0
+        (layer.wide_bytes(context, compute_dtype.itemsize) for layer in full), default=0
     )
+
+
+def tokens_in(cache: Cache) -> int:
+    """Tokens of each sequence that `cache` holds; 0 where no layer counts them."""
+    counted = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+    return cache.get_seq_length() if counted else 0
 
 
 class ContextError(ValueError):
@@ -219,7 +234,7 @@ class KVReserve:
 
     def __init__(
         self,
-        layers: Sequence[LayerShape],
+        layers: LayerShapes,
         context: int,
         dtype: torch.dtype,
         # None for the same as `dtype`.
@@ -227,7 +242,9 @@ class KVReserve:
     ) -> None:
         self._context, self._dtype, self.layers = context, dtype, layers
         self._starts = list(
-            accumulate((one.nbytes(context, dtype.itemsize) for one in layers), initial=0)
+            accumulate(
+                (one.nbytes(context, dtype.itemsize) if one else 0 for one in layers), initial=0
+            )
         )
         self._wide_dtype = compute_dtype or dtype
         self._kept_bytes, self._wide_bytes = reserved_bytes(
@@ -275,10 +292,9 @@ class KVReserve:
             if isinstance(layer, ReservedLayer):
                 return layer.room or self._context // rows
         free = self._user is None or self._user() is None or (takes_back and self._lent)
-        full = any(layer.window is None for layer in self.layers)
         return (
             self._context // rows
-            if free and full and (cache is None or self._may_adopt(cache))
+            if free and full_layers(self.layers) and (cache is None or self._may_adopt(cache))
             else None
         )
 
@@ -295,7 +311,7 @@ class KVReserve:
 
     def _may_adopt(self, cache: object) -> bool:
         """Whether `cache` is an empty stock cache, and no other live one has the memory."""
-        if type(cache) is not DynamicCache or cache.get_seq_length():
+        if type(cache) is not DynamicCache or tokens_in(cache):
             return False
         if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
             return False
@@ -307,13 +323,13 @@ class KVReserve:
         """
         if self._buffer is None or not self._may_adopt(cache):
             return
-        if not cache.layers and all(layer.window is None for layer in self.layers):
+        if not cache.layers and None not in self.layers:
             cache.layers.extend(DynamicLayer() for _ in self.layers)
         if len(cache.layers) != len(self.layers):
             return
         adopted = False
         for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer and self.layers[i].window is None:
+            if type(layer) is DynamicLayer and self.layers[i] is not None:
                 cache.layers[i] = ReservedLayer(self._reserver(i), self._scratch())
                 adopted = True
         if adopted:
@@ -331,6 +347,7 @@ class KVReserve:
             assert self._buffer is not None
             batch, heads, _, head_dim = states.shape
             shape = self.layers[layer]
+            assert shape is not None
             assert (heads, head_dim) == (shape.key if is_key else shape.value)
             start = self._starts[layer]
             if not is_key:
@@ -345,7 +362,9 @@ class KVReserve:
         """What a cache of transformers' own takes that holds so many tokens, over all its
         sequences.
         """
-        return sum(layer.nbytes(tokens, self._wide_dtype.itemsize) for layer in self.layers)
+        return sum(
+            layer.nbytes(tokens, self._wide_dtype.itemsize) for layer in full_layers(self.layers)
+        )
 
     def close(self) -> None:
         """Free the memory, once no cache refers to it."""

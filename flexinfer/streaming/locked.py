@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-
-import torch
+from pathlib import Path
+from typing import Any
 
 from flexinfer.kernels import Kernel
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
-from flexinfer.plan.weights import Piece
+from flexinfer.plan.weights import Extent, Piece
 from flexinfer.streaming.queue import Read, ReadQueue
 from flexinfer.streaming.reader import padded_bytes
 
@@ -35,7 +35,7 @@ class Rows:
     step: int
     # In the file.
     nbytes: int
-    view: torch.Tensor
+    view: Any
     kernel: Kernel
 
     @property
@@ -97,9 +97,19 @@ class LockedBlock:
 
     @property
     def _memory_bytes(self) -> int:
-        if self.as_in_file:
-            return padded_bytes(self.pieces[0].offset_bytes, self.nbytes)
-        return self.kernel.locked_bytes(self.nbytes)
+        if not self.as_in_file:
+            return self.kernel.locked_bytes(self.nbytes)
+        extents = (Extent(Path(), self.pieces[0].offset_bytes, self.nbytes), *self._beside)
+        return sum(padded_bytes(one.offset_bytes, one.nbytes) for one in extents)
+
+    @property
+    def _beside(self) -> tuple[Extent, ...]:
+        """What lies beside all pieces."""
+        first, last = self.pieces[0].beside, self.pieces[-1].beside
+        return tuple(
+            replace(a, nbytes=b.offset_bytes + b.nbytes - a.offset_bytes)
+            for a, b in zip(first, last, strict=True)
+        )
 
     def allocate(self) -> Buffer:
         """Its memory, taken now if it is not yet."""
@@ -128,17 +138,28 @@ class LockedBlock:
         """All pieces."""
         first, last = self.pieces[0], self.pieces[-1]
         return replace(
-            first, row_stop=last.row_stop, nbytes=self.nbytes, memory_bytes=self._memory_bytes
+            first,
+            row_stop=last.row_stop,
+            nbytes=self.nbytes,
+            memory_bytes=self._memory_bytes,
+            beside=self._beside,
         )
 
     def keep(self, count: int) -> None:
         """Keep the first `count` pieces; the memory of the others goes back to the system."""
+        end = self._begin + self.kernel.locked_bytes(self.nbytes)
+        before = self._beside
         self.pieces, self._rows = self.pieces[:count], None
         if not self.filled:
             self._buffer = None
         elif self._buffer is not None:
-            last = self.pieces[-1]
-            self._buffer.release_from(self._position(last) + self.kernel.locked_bytes(last.nbytes))
+            kept_end = self._begin + self.kernel.locked_bytes(self.nbytes)
+            for old, new in zip(before, self._beside, strict=True):
+                end, kept_end = round_up(end), round_up(kept_end)
+                memory = self._buffer.memory(0, self._buffer.nbytes)
+                memory[kept_end : kept_end + new.nbytes] = memory[end : end + new.nbytes]
+                end, kept_end = end + old.nbytes, kept_end + new.nbytes
+            self._buffer.release_from(kept_end)
 
     def rows(self) -> Rows:
         """What there is to multiply, all of it as one. Only when it is filled."""

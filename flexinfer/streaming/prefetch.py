@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from flexinfer.memory.buffer import Buffer
 from flexinfer.plan.weights import Piece
 from flexinfer.streaming.queue import Read, ReadQueue
-from flexinfer.streaming.reader import padded_bytes
 
 
 class Prefetcher:
@@ -119,7 +118,7 @@ class Prefetcher:
     def _drop(self, slot: int, sequence: int) -> None:
         """Free a slot whose piece was read and not used."""
         piece = self._schedule[sequence % len(self._schedule)]
-        self._queue.trace.wasted_bytes += padded_bytes(piece.offset_bytes, piece.nbytes)
+        self._queue.trace.wasted_bytes += piece.memory_bytes
         self._free.append(slot)
 
     def _rank(self, sequence: int) -> int:

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
 
+from flexinfer.memory.buffer import round_up
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.weights import Piece
-from flexinfer.streaming.reader import FileReader, padded_bytes
+from flexinfer.streaming.reader import FileReader
 
 # A wait for one read that is worth a line in the log, and again each time as long.
 LOG_AFTER_S = 10.0
@@ -134,9 +135,15 @@ class ReadQueue:
         """Read `piece` now, in this thread; the position of its first byte. Raises ReadError."""
         start_s = perf_counter()
         position = self._reader.read_now(piece.file, piece.offset_bytes, piece.nbytes, into)
+        end = position + piece.nbytes
+        for one in piece.beside:
+            rest = into[round_up(end) :]
+            begin = self._reader.read_now(one.file, one.offset_bytes, one.nbytes, rest)
+            rest[: one.nbytes] = rest[begin : begin + one.nbytes]
+            end = round_up(end) + one.nbytes
         with self.changed:
-            self.trace.reads += 1
-            self.trace.bytes_read += padded_bytes(piece.offset_bytes, piece.nbytes)
+            self.trace.reads += 1 + len(piece.beside)
+            self.trace.bytes_read += piece.memory_bytes
         self.trace.add("read", piece.name, piece.layer, start_s, piece.nbytes)
         return position
 

@@ -123,7 +123,7 @@ BAD_HEADERS: dict[str, tuple[Header | bytes, bytes, str]] = {
     "far beyond the file": ({"a": entry(2**50, 2**50 + 4, [1])}, b"1234", "truncated.*'a'"),
     "overlap": ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"x" * 12, "'b' overlaps"),
     "same place twice": ({"a": entry(0, 4, [1]), "b": entry(0, 4, [1])}, b"1234", "overlaps"),
-    "float8": ({"a": entry(0, 4, [4], "F8_E4M3")}, b"1234", "dtype 'F8_E4M3'"),
+    "float6": ({"a": entry(0, 3, [4], "F6_E2M3")}, b"123", "dtype 'F6_E2M3'"),
     "dtype of no name": ({"a": {**entry(0, 4, [1]), "dtype": ["F32"]}}, b"1234", "dtype"),
 }
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from flexinfer.streaming.kv_cache import ContextError, KVReserve, LayerShape, ReservedLayer
 
 HEADS, KEY_DIM, VALUE_DIM, CONTEXT = 2, 8, 4, 48
-SHAPES = [LayerShape((HEADS, KEY_DIM), (HEADS, VALUE_DIM), None) for _ in range(3)]
+SHAPES = [LayerShape((HEADS, KEY_DIM), (HEADS, VALUE_DIM)) for _ in range(3)]
 
 
 def states(batch: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,12 +171,10 @@ def test_a_cache_in_use_or_of_another_kind_is_left_alone() -> None:
         assert not any(isinstance(layer, ReservedLayer) for layer in cache.layers)
 
 
-def test_no_memory_is_set_aside_for_sliding_layers() -> None:
-    """They stay transformers' own; the activations count them."""
-    sliding = LayerShape((HEADS, KEY_DIM), (HEADS, VALUE_DIM), window=8)
+def test_no_memory_is_set_aside_for_layers_that_transformers_keeps() -> None:
+    """The activations count them."""
     per_token = HEADS * (KEY_DIM + VALUE_DIM) * 4
-    assert sliding.nbytes(CONTEXT, 4) == 0
-    assert KVReserve([sliding, SHAPES[0]], CONTEXT, torch.float32).nbytes == CONTEXT * per_token
+    assert KVReserve([None, SHAPES[0]], CONTEXT, torch.float32).nbytes == CONTEXT * per_token
 
 
 def test_states_of_a_third_dtype_come_back_in_it() -> None:
