@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 import flexinfer
 from flexinfer.convert.quantize import quantize
 from flexinfer.draft.substitute import DraftError
+from flexinfer.kernels import packed
 from tests.conftest import TOKENS, Load, MakeCheckpoint, logits, prompt, resize_to_share, stock
 
 SHAPE: dict[str, Any] = {
@@ -60,6 +61,14 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         sliding_window=8,
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several strips to a piece, the last of them shorter and none at a boundary of blocks."""
+    monkeypatch.setattr(packed, "STRIP_NUMBERS", 6_000)
+
+
 Pack = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -172,6 +181,39 @@ def compressed_config(
     }
 
 
+def by_inputs(method: str, bits: int = 4, *, ordered: bool = False) -> Pack:
+    """Linears of AWQ or GPTQ: 64 inputs share a scale and a zero."""
+    each = 32 // bits
+
+    def words(codes: torch.Tensor) -> torch.Tensor:
+        """[n, codes] -> [n, int32s]."""
+        parts = codes.unflatten(1, (-1, each))
+        if method == "awq":
+            parts = parts[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        return (parts << bits * torch.arange(each)).sum(-1).to(torch.int32)
+
+    def pack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, tensor in tensors.items():
+            if tensor.dim() != 2 or any(one in name for one in ("lm_head", "embed", "mlp.gate.")):
+                found[name] = tensor
+                continue
+            rows, width = tensor.shape
+            stem, groups = name.removesuffix(".weight"), width // 64
+            codes = torch.randint(0, 1 << bits, (width, rows))
+            packed = words(codes) if method == "awq" else words(codes.T).T
+            found[f"{stem}.qweight"] = packed.contiguous()
+            found[f"{stem}.qzeros"] = words(torch.randint(0, 1 << bits, (groups, rows)))
+            found[f"{stem}.scales"] = (0.01 + 0.01 * torch.rand(groups, rows)).half()
+            if method != "awq":
+                order = torch.arange(width) // 64
+                order = order[torch.randperm(width)] if ordered else order
+                found[f"{stem}.g_idx"] = order.to(torch.int32)
+        return found
+
+    return pack
+
+
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 KINDS: dict[str, tuple[str, dict[str, Any], Pack]] = {
     "fp8": ("llama", FP8 | {"modules_to_not_convert": ["lm_head"]}, float8((128, 128))),
@@ -214,6 +256,15 @@ KINDS: dict[str, tuple[str, dict[str, Any], Pack]] = {
         compressed_config(8, None, "int-quantized", zeros=True),
         compressed(8, None, zeros=True),
     ),
+    "awq": ("llama", {"quant_method": "awq", "bits": 4, "version": "gemm"}, by_inputs("awq")),
+    "awq mixture": ("qwen3_moe", {"quant_method": "awq", "bits": 4}, by_inputs("awq")),
+    "gptq": ("llama", {"quant_method": "gptq", "bits": 4}, by_inputs("gptq")),
+    "gptq in order of activations": (
+        "qwen3",
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2", "desc_act": True},
+        by_inputs("gptq_v2", ordered=True),
+    ),
+    "gptq in 8 bits": ("qwen3", {"quant_method": "gptq", "bits": 8}, by_inputs("gptq", 8)),
     "float8 by row": ("qwen3", compressed_config(0, None, "float-quantized"), compressed(0, None)),
 }
 
@@ -234,12 +285,37 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def by_definition(path: Path) -> PreTrainedModel:
-    """What int4 with packed zeros means, which transformers 5.24 does not load."""
+def unpacked(words: torch.Tensor, bits: int, awq: bool) -> torch.Tensor:
+    """[n, int32s] -> float [n, codes]."""
+    shifts = bits * torch.arange(32 // bits)
+    found = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    if awq:
+        found = found[..., [0, 4, 1, 5, 2, 6, 3, 7]]
+    return found.flatten(1).float()
+
+
+def by_definition(path: Path, floats: Path) -> PreTrainedModel:
+    """What codes mean that transformers does not load here: int4 with packed zeros, and AWQ and
+    GPTQ, for which it wants a package that does not run on this CPU.
+    """
     config = AutoConfig.from_pretrained(path)
+    quantization = config.quantization_config
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    config.save_pretrained(floats)
     tensors = load_file(path / "model.safetensors")
+    method, bits = quantization["quant_method"], quantization.get("bits", 4)
+    for stem in [one.removesuffix(".qweight") for one in tensors if one.endswith(".qweight")]:
+        words = tensors.pop(f"{stem}.qweight")
+        zero = unpacked(tensors.pop(f"{stem}.qzeros"), bits, method == "awq")
+        scale = tensors.pop(f"{stem}.scales")
+        number = (
+            unpacked(words, bits, True) if method == "awq" else unpacked(words.T, bits, False).T
+        )
+        if method == "gptq" and quantization.get("checkpoint_format") != "gptq_v2":
+            zero += 1
+        group = tensors.pop(f"{stem}.g_idx", torch.arange(len(number)) // 64).long()
+        weight = (number - zero[group]) * scale[group].float()
+        tensors[f"{stem}.weight"] = weight.half().T.bfloat16().contiguous()
 
     def codes(words: torch.Tensor) -> torch.Tensor:
         return ((words[..., None] >> 4 * torch.arange(8)) & 15).flatten(-2).float()
@@ -252,18 +328,19 @@ def by_definition(path: Path) -> PreTrainedModel:
         number -= zeros.repeat_interleave(group, 1)
         tensors[name] = (number * scale.repeat_interleave(group, 1)).bfloat16()
         del tensors[f"{name}_shape"]
-    model.load_state_dict(tensors)
-    return model
+    save_file(tensors, floats / "model.safetensors", metadata={"format": "pt"})
+    return stock(floats, experts_implementation="eager")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_in_every_budget(made: Callable[[str], Path], load: Load, kind: str) -> None:
+def test_every_kind_in_every_budget(
+    made: Callable[[str], Path], load: Load, tmp_path: Path, kind: str
+) -> None:
     path = made(kind)
     model = load(path)
+    own = kind == "int4 with zeros" or kind.startswith(("awq", "gptq"))
     reference = (
-        by_definition(path)
-        if kind == "int4 with zeros"
-        else stock(path, experts_implementation="eager")
+        by_definition(path, tmp_path) if own else stock(path, experts_implementation="eager")
     )
     expected = {batch: logits(reference, prompt(batch), steps=3) for batch in (1, 3)}
     # Given back and taken again: what lies beside rows moves with them.
@@ -318,7 +395,16 @@ PROJ = "model.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
-        ("fp8", lambda t, q: q.update(quant_method="awq"), "'awq', which is not supported"),
+        ("fp8", lambda t, q: q.update(quant_method="bitsandbytes"), "which is not supported"),
+        ("fp8", lambda t, q: q.update(quant_method="gptq", bits=4), "no tensor is quantised so"),
+        ("awq", lambda t, q: q.update(version="gemv"), "with 4 bits is"),
+        ("gptq", lambda t, q: q.update(bits=3), "with 3 bits is not"),
+        ("gptq", lambda t, q: t.pop(f"{PROJ[:-6]}scales"), "no scales and zeros beside it"),
+        (
+            "gptq",
+            lambda t, q: t.update({f"{PROJ[:-6]}qzeros": torch.zeros(3, 5, dtype=torch.int32)}),
+            "does not go with",
+        ),
         ("fp8", lambda t, q: t.pop(f"{PROJ}_scale_inv"), "no scale is beside it"),
         ("fp8", lambda t, q: t.update({f"{PROJ}_scale_inv": torch.ones(3, 5)}), "does not go with"),
         ("mxfp4", lambda t, q: t.pop(next(n for n in t if "_scales" in n)), "no scales that fit"),
@@ -337,6 +423,11 @@ PROJ = "model.layers.1.self_attn.q_proj.weight"
             "int4 in groups",
             lambda t, q: t.update({f"{PROJ}_g_idx": torch.zeros(256, dtype=torch.int32)}),
             "in another order",
+        ),
+        (
+            "int4 with zeros",
+            lambda t, q: t.update({f"{PROJ}_zero_point": torch.zeros(7, 4, dtype=torch.int32)}),
+            "does not go with",
         ),
         ("int4 in groups", lambda t, q: q.update(config_groups=[1]), "bits"),
     ],

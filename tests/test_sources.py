@@ -95,9 +95,9 @@ def test_experts_that_fit_stay_in_memory_and_this_is_said(converted: Path) -> No
 def test_another_quantiser_is_refused(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / "model")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.quantization_config = {"quant_method": "bitsandbytes"}
     config.save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="quantised by 'gptq'"):
+    with pytest.raises(CheckpointError, match="quantised by 'bitsandbytes'"):
         flexinfer.from_pretrained(tmp_path / "model", memory="8GiB")
 
 

@@ -34,7 +34,7 @@ from flexinfer.formats.gguf_model import NAMES_KEY
 from flexinfer.formats.tensors import CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import ColumnsKernel, Conv1DKernel, DenseKernel
-from flexinfer.kernels.packed import PackedKernel
+from flexinfer.kernels.input_rows import QuantisedKernel
 from flexinfer.model.gguf_tensors import expert_tensors, tensor_names
 from flexinfer.model.skeleton import Skeleton
 from flexinfer.plan.weights import Weight
@@ -134,7 +134,7 @@ def _entries(skeleton: Skeleton, kind: str, family: Family | None) -> dict[str, 
 
     Raises CheckpointError for a source that is quantised already.
     """
-    if any(isinstance(kernel, PackedKernel) for _, kernel in skeleton.used):
+    if any(isinstance(kernel, QuantisedKernel) for _, kernel in skeleton.used):
         raise CheckpointError(
             f"{skeleton.checkpoint.path}: quantised already, and runs as it is; to make another "
             "copy, start from the original checkpoint"

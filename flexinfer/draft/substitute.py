@@ -31,7 +31,7 @@ from flexinfer.formats.ggml_types import KINDS, TYPES, kind_for
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
 from flexinfer.kernels.ggml import GgmlKernel, dequantize_rows, quantize_rows
-from flexinfer.kernels.packed import PackedKernel
+from flexinfer.kernels.input_rows import QuantisedKernel
 from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
 from flexinfer.plan.weights import Piece, Weight
 from flexinfer.sizes import format_size
@@ -65,7 +65,7 @@ def substitute_kernels(
         )
     found = {}
     for weight in weights:
-        if isinstance(kernels[weight.name], PackedKernel):
+        if isinstance(kernels[weight.name], QuantisedKernel):
             raise DraftError(
                 "draft='substitute': no substitute is made of weights that somebody quantised; use "
                 "draft='lookup' or a small model"

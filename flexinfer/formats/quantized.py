@@ -23,6 +23,10 @@ from flexinfer.messages import shown
 Tensors = dict[str, TensorSpec]
 # Schemes of codes of a number each, by the encoding.
 SCHEMES = {"F8_E4M3": "f8_e4m3", "F8_E5M2": "f8_e5m2", "I8": "i8"}
+# Ends of the names of other tensors than weights and scales.
+ZEROS = "_zero_point"
+OF_ACTIVATIONS = (".activation_scale", ".input_scale", ".qscale_act")
+COMPRESSED_FORMATS = {"pack-quantized", "float-quantized", "int-quantized", "naive-quantized"}
 # Two numbers of four bits to a byte.
 E2M1, INT4 = Encoding("E2M1", 2, 1), Encoding("I4", 2, 1)
 # Numbers of a row that share a scale, in MXFP4.
@@ -43,7 +47,13 @@ def unpacked(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
             f"({', '.join(METHODS)} are); take the original checkpoint and, if it should be small, "
             "run `flexinfer quantize SRC DST --type q4_k`"
         )
-    return METHODS[method](tensors, quantization)
+    found = METHODS[method](tensors, quantization)
+    if not any(spec.packed for spec in found.values()):
+        raise CheckpointError(
+            f"quantization_config says {method}, but no tensor is quantised so; if the weights are "
+            "floats, remove the entry"
+        )
+    return found
 
 
 def _fp8(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
@@ -54,7 +64,10 @@ def _fp8(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
 
 
 def _scaled(tensors: Tensors, block: Any, *, in_scale_dtype: bool) -> Tensors:
-    """NAME.weight in codes of a number each, and beside it scales by a name of SCALES."""
+    """Weights in codes of a number each, with scales of a block, a row or the tensor beside them.
+
+    block: (rows, columns) that share a scale, where the shapes do not say.
+    """
     found = dict(tensors)
     for name, spec in tensors.items():
         if name.endswith(OF_ACTIVATIONS):
@@ -119,23 +132,86 @@ def _compressed(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
         )
         beside = [_beside(whole, found.pop(f"{stem}_scale"), None)]
         if (zeros := found.pop(stem + ZEROS, None)) is not None:
-            columns = whole.shape[1] // max(1, zeros.shape[-1])
-            beside.append(Beside(zeros, 32 // width, columns))
+            beside.append(_packed_zeros(whole, zeros, 32 // width))
         found.pop(f"{stem}_shape", None)
         packed = Packed("i4" if width == 4 else "u8", tuple(beside), in_scale_dtype=True)
         found[stem] = replace(whole, packed=packed)
     return _scaled(found, None, in_scale_dtype=True)
 
 
+def _by_inputs(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
+    """AWQ and GPTQ: NAME.qweight with inputs for rows, several codes to an int32; beside it scales
+    and zeros of groups of inputs and, with desc_act, the group of each.
+    """
+    method, bits = quantization["quant_method"], int(quantization.get("bits") or 0)
+    layout = str(
+        quantization.get("version")
+        or quantization.get("checkpoint_format")
+        or quantization.get("format")
+        or ("gemm" if method == "awq" else "gptq")
+    ).lower()
+    known = {"gemm": "awq"} if method == "awq" else {"gptq": "gptq", "gptq_v2": "gptq_v2"}
+    if layout not in known or bits not in ((4,) if method == "awq" else (4, 8)):
+        raise CheckpointError(
+            f"quantization_config: {method} in {shown(layout)} with {shown(bits)} bits is not "
+            f"supported; {', '.join(known)} with 4 bits{'' if method == 'awq' else ' or 8'} is"
+        )
+    each, found = 32 // bits, dict(tensors)
+    for name, spec in tensors.items():
+        stem, _, end = name.rpartition(".")
+        if end != "qweight":
+            continue
+        beside = [tensors.get(f"{stem}.{one}") for one in ("scales", "qzeros", "g_idx")]
+        for one in (spec, *beside):
+            found.pop(one.name, None) if one is not None else None
+        if len(spec.shape) != 2 or spec.dtype != "I32" or beside[0] is None or beside[1] is None:
+            raise CheckpointError(
+                f"{spec.file}: {shown(name)} has no scales and zeros beside it, or is no matrix of "
+                "I32; the checkpoint is incomplete, download it again"
+            )
+        inputs, outputs = spec.shape
+        inputs, outputs = (inputs, outputs * each) if method == "awq" else (inputs * each, outputs)
+        whole = replace(
+            spec,
+            name=f"{stem}.weight",
+            shape=(outputs, inputs),
+            encoding=INT4 if bits == 4 else ENCODINGS["U8"],
+        )
+        groups = beside[0].shape[0] if beside[0].shape else 0
+        wanted = [(groups, outputs), (groups, outputs // each), (inputs,)]
+        for one, shape in zip(beside, wanted, strict=True):
+            if one is not None and (one.shape != shape or not groups or outputs % each):
+                raise CheckpointError(_do_not_go_together(whole, one))
+        if beside[2] is None and inputs % groups:
+            raise CheckpointError(_do_not_go_together(whole, beside[0]))
+        sides = tuple(Beside(one, None, 1) for one in beside if one is not None)
+        packed = Packed(known[layout], sides, in_scale_dtype=True, by_inputs=True)
+        found[whole.name] = replace(whole, packed=packed)
+    return found
+
+
+def _packed_zeros(spec: TensorSpec, zeros: TensorSpec, each: int) -> Beside:
+    """Zeros of `each` rows to an int32, and of a group of columns."""
+    rows, width = spec.shape
+    groups = zeros.shape[-1] if len(zeros.shape) == 2 else 0
+    fits = zeros.shape == (-(-rows // each), groups) and groups and width % groups == 0
+    if not fits or zeros.dtype != "I32":
+        raise CheckpointError(_do_not_go_together(spec, zeros))
+    return Beside(zeros, each, width // groups)
+
+
+def _do_not_go_together(spec: TensorSpec, beside: TensorSpec) -> str:
+    return (
+        f"{beside.file}: {shown(beside.name)} has shape {shown(list(beside.shape))}, which does "
+        f"not go with {shown(list(spec.shape))} of {shown(spec.name)}; download the checkpoint "
+        "again"
+    )
+
+
 def _scales_of(name: str) -> list[str]:
     """What the scales of a weight may be called."""
     stem = name.removesuffix(".weight")
     return [f"{name}_scale_inv", f"{name}_scale", f"{stem}.qscale_weight", f"{stem}.scale"]
-
-
-ZEROS = "_zero_point"
-OF_ACTIVATIONS = (".activation_scale", ".input_scale", ".qscale_act")
-COMPRESSED_FORMATS = {"pack-quantized", "float-quantized", "int-quantized", "naive-quantized"}
 
 
 def _mxfp4(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
@@ -175,16 +251,12 @@ def _beside(spec: TensorSpec, scale: TensorSpec, block: Any) -> Beside:
     if len(shape) == 1:
         shape = *shape, 1
     count, columns = shape if len(shape) == 2 else (0, 0)
-    sizes = block if block else (rows // max(count, 1), width // max(columns, 1))
-    fits = [-(-rows // size) for size in sizes[:1]] + [-(-width // size) for size in sizes[1:]]
-    if [count, columns] != fits:
-        sizes = rows // max(count, 1), width // max(columns, 1)
+    even = rows // max(count, 1), width // max(columns, 1)
+    sizes = block or even
+    if (count, columns) != (-(-rows // sizes[0]), -(-width // sizes[1])):
+        sizes = even
         if count * sizes[0] != rows or columns * sizes[1] != width:
-            raise CheckpointError(
-                f"{scale.file}: {shown(scale.name)} has shape {shown(list(scale.shape))}, which "
-                f"does not go with {shown(list(spec.shape))} of {shown(spec.name)}; download the "
-                "checkpoint again"
-            )
+            raise CheckpointError(_do_not_go_together(spec, scale))
     return Beside(replace(scale, shape=(*spec.shape[:-2], count, columns)), *sizes)
 
 
@@ -192,4 +264,6 @@ METHODS: dict[str, Callable[[Tensors, Mapping[str, Any]], Tensors]] = {
     "fp8": _fp8,
     "mxfp4": _mxfp4,
     "compressed-tensors": _compressed,
+    "awq": _by_inputs,
+    "gptq": _by_inputs,
 }

@@ -88,6 +88,8 @@ class Packed:
     beside: tuple[Beside, ...]
     # Whether floats are rounded to the dtype of the scales before anything else.
     in_scale_dtype: bool = False
+    # Whether rows in the file are inputs, so that outputs cannot be read apart.
+    by_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 
 from flexinfer.memory.buffer import Buffer, round_up
 
-# Numbers that are made at a time, and what float32 copies of them take.
-STRIP_NUMBERS = 1 << 18
-STRIP_BYTES = 16 * STRIP_NUMBERS
+# Numbers that are made at a time, and the bytes that the steps from codes to floats take for each.
+STRIP_NUMBERS, STEPS_BYTES = 1 << 18, 20
 # Of a sign, two bits of exponent and one of mantissa, without the sign.
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -59,28 +58,29 @@ class Side:
         """Its rows, of so many rows of the weight."""
         return 1 if self.rows is None else -(-rows // self.rows)
 
-    def taken(self, rows: slice) -> slice:
-        """Its rows that some rows of the weight need."""
-        if self.rows is None:
-            return slice(None)
-        return slice(rows.start // self.rows, -(-rows.stop // self.rows))
-
     def spread(
-        self, numbers: torch.Tensor, rows: int, in_features: int, scheme: str
+        self, numbers: torch.Tensor, start: int, stop: int, in_features: int, scheme: str
     ) -> torch.Tensor:
-        """numbers [its rows, width] -> float32 that broadcasts to [rows, in_features]."""
+        """numbers [its rows, width] -> float32 that broadcasts to rows [start, stop) of the weight,
+        [rows, in_features].
+        """
+        each = self.rows
+        if each is not None:
+            numbers = numbers[start // each : -(-stop // each)]
         if self.dtype == torch.int32:
             # Zeros of several rows to an int32, in the codes of the weight.
             codes = numbers.reshape(-1, 1).view(torch.uint8)
             of_rows = CODES[scheme](codes).view(*numbers.shape, -1).transpose(1, 2)
-            found = of_rows.reshape(-1, self.width)[:rows]
+            found = of_rows.reshape(-1, self.width)
         elif self.dtype in (torch.uint8, torch.float8_e8m0fnu):
             # An exponent.
             found = (numbers.view(torch.uint8).float() - 127).exp2()
         else:
             found = numbers.float()
-        if self.rows is not None and len(found) < rows:
-            found = found.repeat_interleave(self.rows, 0)[:rows]
+        if each is not None:
+            if each > 1 and self.dtype != torch.int32:
+                found = found.repeat_interleave(each, 0)
+            found = found[start % each :][: stop - start]
         if self.columns not in (1, in_features):
             found = found.repeat_interleave(self.columns, 1)[:, :in_features]
         return found
@@ -97,10 +97,13 @@ class PackedRows:
     sides: tuple[Side, ...]
 
     def __getitem__(self, rows: slice) -> "PackedRows":
+        """Some of them, from one that shares no number with the row before."""
         start, stop, _ = rows.indices(len(self.codes))
-        rows = slice(start, stop)
-        taken = [one[side.taken(rows)] for one, side in zip(self.numbers, self.sides, strict=True)]
-        return PackedRows(self.codes[rows], tuple(taken), self.sides)
+        taken = [
+            one if side.rows is None else one[start // side.rows : -(-stop // side.rows)]
+            for one, side in zip(self.numbers, self.sides, strict=True)
+        ]
+        return PackedRows(self.codes[start:stop], tuple(taken), self.sides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,8 @@ class PackedKernel:
         with.
         """
         floats_bytes = nbytes // self.row_bytes * self.in_features * self.dtype.itemsize
-        return floats_bytes * (2 if self.transposed else 1) + STRIP_BYTES
+        strip_bytes = STEPS_BYTES * max(STRIP_NUMBERS, self.in_features)
+        return floats_bytes * (2 if self.transposed else 1) + strip_bytes
 
     def work_bytes(self, activation_rows: int, output_rows: int) -> int:
         """torch's own, small and of any size: in the margin."""
@@ -159,18 +163,15 @@ class PackedKernel:
     def matrix(self, view: PackedRows) -> torch.Tensor:
         count = len(view.codes)
         weight = torch.empty(count, self.in_features, dtype=self.dtype)
-        multiple = math.lcm(*(side.rows for side in self.sides if side.rows))
-        step = max(1, STRIP_NUMBERS // self.in_features // multiple) * multiple
+        step = max(1, STRIP_NUMBERS // self.in_features)
         for start in range(0, count, step):
             stop = min(start + step, count)
-            weight[start:stop] = self._floats(view[start:stop]).to(self.made_in)
+            floats = CODES[self.scheme](view.codes[start:stop])
+            scale, *zeros = (
+                side.spread(numbers, start, stop, self.in_features, self.scheme)
+                for side, numbers in zip(self.sides, view.numbers, strict=True)
+            )
+            for zero in zeros:
+                floats -= zero
+            weight[start:stop] = floats.mul_(scale).to(self.made_in)
         return weight
-
-    def _floats(self, strip: PackedRows) -> torch.Tensor:
-        """[rows, in_features] float32."""
-        floats = CODES[self.scheme](strip.codes)
-        scale, *zero = (
-            side.spread(numbers, len(floats), self.in_features, self.scheme)
-            for side, numbers in zip(self.sides, strip.numbers, strict=True)
-        )
-        return floats.sub_(*zero).mul_(scale) if zero else floats.mul_(scale)

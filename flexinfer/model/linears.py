@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from flexinfer.formats.tensors import FLOAT_NAMES, CheckpointError, Packed, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import Conv1DKernel, DenseKernel
+from flexinfer.kernels.input_rows import InputRowsKernel, Layout
 from flexinfer.kernels.packed import PackedKernel, Side
 from flexinfer.memory.buffer import Buffer
 from flexinfer.model import pieces
@@ -62,10 +63,13 @@ def kernel_for(spec: TensorSpec, in_features: int, dtype: torch.dtype) -> Kernel
     return GgmlKernel(in_features, TYPES[spec.encoding.name], dtype)
 
 
-def packed_kernel(
-    spec: TensorSpec, packed: Packed, in_features: int, dtype: torch.dtype
-) -> PackedKernel:
+def packed_kernel(spec: TensorSpec, packed: Packed, in_features: int, dtype: torch.dtype) -> Kernel:
     """What multiplies rows of `spec`, which are packed so."""
+    if packed.by_inputs:
+        beside = tuple((one.spec.torch_dtype, one.spec.shape) for one in packed.beside)
+        bits = 4 if spec.encoding.block_elements == 2 else 8
+        layout = Layout(bits, packed.scheme == "awq", int(packed.scheme == "gptq"))
+        return InputRowsKernel(in_features, spec.shape[0], layout, beside, dtype)
     sides = tuple(
         Side(one.spec.torch_dtype, one.rows, one.columns, one.spec.shape[-1])
         for one in packed.beside

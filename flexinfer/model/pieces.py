@@ -36,7 +36,7 @@ def cut(
         row_start: number of the first row among those of the weight.
     """
     step, beside = rows, spec.packed.beside if spec.packed is not None else ()
-    if piece_bytes is not None:
+    if piece_bytes is not None and not (spec.packed and spec.packed.by_inputs):
         multiple = math.lcm(ROW_MULTIPLE, *(one.rows for one in beside if one.rows))
         step = min(rows, round_up(-(-rows // -(-spec.nbytes // piece_bytes)), multiple))
     row_bytes, stays = spec.nbytes // rows, kernel.locked is kernel

@@ -20,7 +20,7 @@ from flexinfer.formats.quantized import unpacked
 from flexinfer.formats.tensors import Checkpoint, CheckpointError, TensorSpec
 from flexinfer.kernels import Kernel
 from flexinfer.kernels.dense import DenseKernel
-from flexinfer.kernels.packed import PackedKernel
+from flexinfer.kernels.input_rows import QuantisedKernel
 from flexinfer.model.cache_form import CacheForm
 from flexinfer.model.dry_run import dry_run
 from flexinfer.model.experts import Experts
@@ -74,7 +74,7 @@ class Skeleton:
     @property
     def dense(self) -> bool:
         """Whether weights are multiplied as floats, by torch's own kernels."""
-        return any(isinstance(kernel, DenseKernel | PackedKernel) for _, kernel in self.used)
+        return any(isinstance(kernel, DenseKernel | QuantisedKernel) for _, kernel in self.used)
 
     @property
     def in_blocks(self) -> bool:

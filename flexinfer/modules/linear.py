@@ -17,7 +17,7 @@ from torch import nn
 
 from flexinfer.kernels.ggml import FEW_ROWS, GgmlKernel, multiply_each
 from flexinfer.kernels.gradients import Sum, multiply_with_gradient
-from flexinfer.kernels.packed import PackedKernel
+from flexinfer.kernels.input_rows import QuantisedKernel
 from flexinfer.modules.placeholder import streamed_weight
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.weights import Weight
@@ -102,7 +102,7 @@ class StreamedLinear(nn.Linear):
         with self._store.lock, closing(self._store.rows(self.spec)) as blocks:
             for block in blocks:
                 # Floats need no copy of the whole.
-                copied = isinstance(block.kernel, GgmlKernel | PackedKernel)
+                copied = isinstance(block.kernel, GgmlKernel | QuantisedKernel)
                 step = block.step if copied else block.count
                 for rows in block.parts(step):
                     total.add(rows.row_start, rows.kernel.matrix(rows.view))
@@ -112,7 +112,7 @@ class StreamedLinear(nn.Linear):
         """How many rows of a block are multiplied in one call: all, unless that takes much memory
         for a copy or a part of the output.
         """
-        if not folds(x) or isinstance(block.kernel, PackedKernel):
+        if not folds(x) or isinstance(block.kernel, QuantisedKernel):
             return block.step
         output_bytes = block.count * (x.numel() // x.shape[-1]) * x.element_size()
         whole = block.count == self.out_features

@@ -261,7 +261,7 @@ DAMAGE: dict[str, tuple[bool, Callable[[Path], Any], str]] = {
     ),
     "quantised by others": (
         False,
-        lambda p: change_config(p, quantization_config={"quant_method": "gptq", "bits": 4}),
+        lambda p: change_config(p, quantization_config={"quant_method": "bitsandbytes"}),
         "gptq.*flexinfer quantize",
     ),
     "pickle only": (
