@@ -15,7 +15,7 @@ SMOKE := outputs/smoke
 LLAMA_CPP_FLAGS := $(if $(filter x86_64,$(shell uname -m)),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test wheel lint format types docs notebooks smoke agreement reproduce soak soak-serve fuzz baselines clean
+.PHONY: help install demo test wheel lint format types docs notebooks smoke agreement models reproduce soak soak-serve fuzz baselines clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ reproduce: $(INSTALLED) $(BASELINES) ## every experiment that the notebooks draw
 
 agreement: $(INSTALLED) $(BASELINES) ## FlexInfer beside llama.cpp on a real GGUF file: top tokens, divergence, perplexity (1 min)
 	$(BIN)/python -m experiments.agreement --record $(RESULTS)/quality/agreement.jsonl
+
+models: $(INSTALLED) ## every architecture of transformers, tiny: which run goes into docs/models.md (an hour, resumable)
+	$(BIN)/python -m experiments.architectures --record $(RESULTS)/quality/architectures.jsonl
+	$(BIN)/python -m experiments.architectures --record $(RESULTS)/quality/architectures.jsonl --page docs/models.md
 
 soak: $(INSTALLED) ## random models, budgets and calls in control groups of exactly the budget (N=1000: an hour, resumable)
 	$(BIN)/python -m tests.stress.soak $(or $(N),1000) --record $(RESULTS)/reliability/soak.jsonl
