@@ -94,6 +94,59 @@ FAMILIES = {
         architecture="llama",
         permuted=True,
     ),
+    "arcee": Family(
+        lambda **over: transformers.ArceeConfig(**SHAPE | ROPE | RMS | {"head_dim": 64} | over),
+        {"rope.dimension_count": 64, "attention.key_length": 64},
+        permuted=True,
+    ),
+    "granite": Family(
+        lambda **over: transformers.GraniteConfig(**SHAPE | ROPE | RMS | GRANITE | over),
+        {"rope.dimension_count": 64, "embedding_scale": 3.0, "residual_scale": 0.4}
+        | {"attention.scale": 0.1, "logit_scale": 5.0},
+        permuted=True,
+    ),
+    # The fourth layer rotates nothing.
+    "smollm3": Family(
+        lambda **over: transformers.SmolLM3Config(
+            **SHAPE | ROPE | RMS | {"num_hidden_layers": 4} | over
+        ),
+        {"rope.dimension_count": 64},
+        permuted=True,
+    ),
+    "seed_oss": Family(
+        lambda **over: transformers.SeedOssConfig(
+            **SHAPE | ROPE | RMS | {"head_dim": 64, "attention_bias": True} | over
+        ),
+        {"attention.key_length": 64},
+    ),
+    "olmo2": Family(lambda **over: transformers.Olmo2Config(**SHAPE | ROPE | RMS | over)),
+    "glm4": Family(
+        lambda **over: transformers.Glm4Config(
+            **SHAPE | RMS | {"head_dim": 64, "partial_rotary_factor": 0.5} | over,
+            rope_parameters=ROPE["rope_parameters"] | {"partial_rotary_factor": 0.5},
+        ),
+        {"attention.key_length": 64, "rope.dimension_count": 32},
+    ),
+    "cohere": Family(
+        lambda **over: transformers.CohereConfig(
+            **SHAPE | ROPE | {"layer_norm_eps": 1e-4, "logit_scale": 0.25} | over
+        ),
+        {"logit_scale": 0.25},
+        architecture="command-r",
+    ),
+    "phi": Family(
+        lambda **over: transformers.PhiConfig(
+            **SHAPE | {"layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5} | over,
+            rope_parameters=ROPE["rope_parameters"] | {"partial_rotary_factor": 0.5},
+        ),
+        {"rope.dimension_count": 32},
+        architecture="phi2",
+    ),
+    "gemma": Family(
+        lambda **over: transformers.GemmaConfig(**SHAPE | ROPE | RMS | {"head_dim": 64} | over),
+        {"attention.key_length": 64},
+        norms_plus_one=True,
+    ),
     "qwen2": Family(lambda **over: transformers.Qwen2Config(**SHAPE | ROPE | RMS | over)),
     "qwen3": Family(
         lambda **over: transformers.Qwen3Config(**SHAPE | ROPE | RMS | {"head_dim": 128} | over),

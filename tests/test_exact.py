@@ -78,6 +78,8 @@ def test_direct_and_buffered_sharded_and_single_tied_and_untied(
     assert ("lm_head.weight" in open_checkpoint(path).tensors) != tied
     model = load(path, direct=direct)
     resize_to_share(model, 0.4)
+    weights = {weight.name for weight in model.flexinfer.runner.planner.weights}
+    assert "lm_head.weight" in weights
     assert torch.equal(logits(model, prompt()), logits(stock(path), prompt()))
 
 

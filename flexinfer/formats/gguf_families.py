@@ -95,6 +95,36 @@ FAMILIES = {
         replace(
             LLAMA, model_type="mixtral", keys=RMS | HEAD | LOCAL_EXPERTS, present={}, experts=True
         ),
+        replace(LLAMA, model_type="arcee", architecture="arcee"),
+        replace(LLAMA, model_type="granite", architecture="granite", keys=RMS | SCALES),
+        replace(LLAMA, model_type="smollm3", architecture="smollm3", keys=RMS),
+        Family(
+            model_type="seed_oss",
+            architecture="seed_oss",
+            keys=RMS | HEAD,
+            present={"attention_bias": "blk.0.attn_q.bias"},
+        ),
+        Family(model_type="olmo2", architecture="olmo2", keys=RMS),
+        Family(
+            model_type="glm4",
+            architecture="glm4",
+            keys=RMS | HEAD,
+            present={"attention_bias": "blk.0.attn_q.bias"},
+            rotated="part",
+        ),
+        Family(
+            model_type="cohere",
+            architecture="command-r",
+            keys=_layer_norm("layer_norm_eps") | {"logit_scale": "logit_scale"},
+            present={"use_qk_norm": "blk.0.attn_q_norm.weight"},
+        ),
+        Family(
+            model_type="phi",
+            architecture="phi2",
+            keys=_layer_norm("layer_norm_eps"),
+            rotated="part",
+        ),
+        Family(model_type="gemma", architecture="gemma", keys=RMS | HEAD, norms_plus_one=True),
         Family(model_type="qwen2", architecture="qwen2", keys=RMS),
         Family(model_type="qwen3", architecture="qwen3", keys=RMS | HEAD),
         Family(

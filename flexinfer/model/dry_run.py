@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
@@ -79,7 +80,8 @@ class _UsedElsewhere(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
+        # An embedding reads rows of a weight that the head may share.
+        if isinstance(result, torch.Tensor) and func is not F.embedding:
             self.weights |= {id(one) for one in args} & self._known - {self.running}
         return result
 
