@@ -165,6 +165,17 @@ FAMILIES = {
         | {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
         norms_plus_one=True,
     ),
+    "lfm2": Family(
+        lambda **over: transformers.Lfm2Config(
+            **SHAPE
+            | {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
+            | {"norm_eps": 1e-4, "block_auto_adjust_ff_dim": False}
+            | over,
+            **ROPE,
+        ),
+        {"attention.head_count_kv": [0, 2, 0, 2], "attention.layer_norm_rms_epsilon": 1e-4}
+        | {"attention.layer_norm_epsilon": None, "shortconv.l_cache": 3},
+    ),
     "phi3": Family(
         lambda **over: transformers.Phi3Config(**SHAPE | ROPE | RMS | over),
         {"rope.dimension_count": 64},
@@ -361,6 +372,7 @@ def write_model(
             int: writer.add_uint32,
             float: writer.add_float32,
             str: writer.add_string,
+            list: writer.add_array,
         }[type(value)](name, value)
     if change is not None:
         change(writer)
@@ -476,6 +488,8 @@ def _store(
     model: PreTrainedModel,
 ) -> Stored:
     """The parameter as the file has it; it is changed into what that stands for."""
+    if ".conv." in name:
+        return Stored(kind, parameter.squeeze(1).numpy().astype(np.float32), None)
     if parameter.dim() == 3:  # of experts
         each = [_store(name, one, kind, facts, config, model).data for one in parameter]
         return Stored(kind, np.stack(each), None)

@@ -285,7 +285,7 @@ def kernel_times(name: str) -> tuple[int, dict[int, float]]:
     buffer = Buffer(4 * nbytes, lock=False)
     buffer.bytes.zero_()
     return nbytes, {
-        rows: kernel_s(kernel, out_features, nbytes, dtype, buffer, rows, repeats)
+        rows: kernel_s(kernel, out_features, nbytes, buffer, rows, repeats)
         for rows, repeats in REPEATS.items()
     }
 

@@ -111,7 +111,7 @@ def _measured(prepared: "Prepared") -> Costs:
     skeleton, options = prepared.skeleton, prepared.options
     reader = FileReader(skeleton.checkpoint.files, direct=options.direct)
     try:
-        return measure_costs(skeleton.used, reader, skeleton.dtype, max(1, options.io_threads))
+        return measure_costs(skeleton.used, reader, max(1, options.io_threads))
     finally:
         reader.close()
 
@@ -133,9 +133,7 @@ def _drafted(prepared: "Prepared", planner: Planner, budget_bytes: int) -> "list
         drafted,
         undrafted,
         budget_bytes,
-        lambda: measure_draft_costs(
-            skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype
-        ),
+        lambda: measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share),
     )
 
 
@@ -162,7 +160,7 @@ def _batches(
         planner,
         budget_bytes,
         lambda count: prepared.overheads(context=count * prepared.context, logits_to_keep=count),
-        measure_rows(skeleton.used, counts, skeleton.dtype),
+        measure_rows(skeleton.used, counts),
     )
 
 

@@ -50,8 +50,8 @@ def stored_as(tensor: str, shape: tuple[int, ...], config: PretrainedConfig) -> 
     the same.
     """
     family = FAMILIES[config.model_type]
-    if tensor.endswith(family.flat) and shape[0] == 1:
-        return lambda weight: weight[0]
+    if tensor.endswith(family.flat) and 1 in shape:
+        return torch.squeeze
     if family.norms_plus_one and tensor.endswith("norm.weight"):
         return lambda weight: weight.float() + 1
     if heads := rotated_heads(tensor, config):
@@ -90,6 +90,11 @@ def add_model(writer: GGUFWriter, config: PretrainedConfig, family: Family) -> N
         key: facts.get(theirs, getattr(config, theirs, None)) for key, theirs in family.keys.items()
     }
     values |= {key: value for key, value in known.items() if value is not None}
+    if family.convolutions:
+        heads = config.num_key_value_heads
+        values["attention.head_count_kv"] = [
+            heads if kind == "full_attention" else 0 for kind in config.layer_types
+        ]
     for key, value in (values | family.only | _scaling(rope)).items():
         if value is not None:
             add(
@@ -99,10 +104,10 @@ def add_model(writer: GGUFWriter, config: PretrainedConfig, family: Family) -> N
             )
 
 
-def add(writer: GGUFWriter, key: str, value: bool | int | float | str) -> None:
+def add(writer: GGUFWriter, key: str, value: bool | int | float | str | list[int]) -> None:
     """Add one value, its type being that which llama.cpp reads."""
     adders: dict[type, Callable[[str, Any], None]] = {bool: writer.add_bool, int: writer.add_uint32}
-    adders |= {float: writer.add_float32, str: writer.add_string}
+    adders |= {float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     adders[type(value)](key, value)
 
 

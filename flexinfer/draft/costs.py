@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from flexinfer.draft.economics import DraftCosts
 from flexinfer.kernels import Kernel
 from flexinfer.plan.weights import Weight
@@ -17,7 +15,6 @@ def measure_draft_costs(
     used: Sequence[tuple[Weight, Kernel]],
     substitutes: Mapping[str, Kernel],
     model_share: float,
-    dtype: torch.dtype,
     memory_bytes: int = CACHE_BYTES,
 ) -> DraftCosts:
     """What passes of several rows take, and a draft pass: by `substitutes` of the weights, or a
@@ -25,7 +22,7 @@ def measure_draft_costs(
 
     As `measure_costs`: from one piece of each role, in at most `memory_bytes` or two pieces.
     """
-    rows_s = measure_rows(used, DRAFT_ROWS, dtype, memory_bytes)
+    rows_s = measure_rows(used, DRAFT_ROWS, memory_bytes)
     # `seconds` are those of a byte, by role.
     draft_s, seconds = 0.0, dict[str, float]()
     if substitutes:
@@ -35,9 +32,7 @@ def measure_draft_costs(
             if weight.role not in seconds:
                 substitute = substitutes[weight.name]
                 nbytes = substitute.view(buffer, 0, rows).nbytes
-                seconds[weight.role] = (
-                    kernel_s(substitute, rows, nbytes, dtype, buffer) / piece.nbytes
-                )
+                seconds[weight.role] = kernel_s(substitute, rows, nbytes, buffer) / piece.nbytes
             draft_s += weight.nbytes * seconds[weight.role]
     alone_s = rows_s[0][1]
     return DraftCosts(rows_s, draft_s or model_share * alone_s, alone_s)

@@ -50,12 +50,7 @@ def install(
     for weight in skeleton.weights:
         path = weight.name.removesuffix(".weight")
         linear = StreamedLinear(
-            weight,
-            model.get_submodule(path),
-            skeleton.dtype,
-            store,
-            trace,
-            skeleton.row_orders.get(weight.name),
+            weight, model.get_submodule(path), store, trace, skeleton.row_orders.get(weight.name)
         )
         model.set_submodule(path, linear)
         linears[weight.name] = linear

@@ -122,7 +122,7 @@ def _load(
     undo.callback(reader.close)
     room_bytes = budget_bytes - planner.overheads.process_bytes - MARGIN_BYTES // 2
     threads = max(1, options.io_threads)
-    costs = measure_costs(skeleton.used, reader, skeleton.dtype, threads, room_bytes)
+    costs = measure_costs(skeleton.used, reader, threads, room_bytes)
     planner, drafter = _choose_draft(prepared, replace(planner, costs=costs), trace, room_bytes)
     plan = planner.plan(budget_bytes)
     store = WeightStore(
@@ -161,9 +161,7 @@ def _choose_draft(
         return planner, None
 
     def measure() -> Any:
-        return measure_draft_costs(
-            skeleton.used, drafts.kernels, drafts.model_share, skeleton.dtype, room_bytes
-        )
+        return measure_draft_costs(skeleton.used, drafts.kernels, drafts.model_share, room_bytes)
 
     planner, costs = choose_draft(
         drafts, *prepared.drafted_planners(planner), prepared.budget_bytes, measure

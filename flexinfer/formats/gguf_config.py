@@ -67,9 +67,27 @@ def config_of(gguf: GGUF) -> dict[str, Any]:
         | {theirs: name in gguf.tensors for theirs, name in family.present.items()}
         | {theirs: name not in gguf.tensors for theirs, name in family.absent.items()}
         | {theirs: _tensor(gguf, name).shape[-1] for theirs, name in family.widths.items()}
+        | (_layer_types(gguf) if family.convolutions else {})
         | _of_heads(gguf, family)
         | _token_ids(gguf)
     )
+
+
+def _layer_types(gguf: GGUF) -> dict[str, Any]:
+    """Which layers are convolutions: those without heads of keys."""
+    layers = _needed(gguf, "block_count")
+    counts = gguf.of_architecture("attention.head_count_kv")
+    counts = counts if isinstance(counts, list) else [counts] * layers
+    whole = all(type(count) is int and count >= 0 for count in counts)
+    if not whole or len(counts) != layers or len({*counts} - {0}) != 1:
+        gguf.refuse(
+            f"{gguf.architecture}.attention.head_count_kv is {shown(counts)} for {layers} layers, "
+            f"not one number or 0 for each: {AGAIN}"
+        )
+    return {
+        "num_key_value_heads": max(counts),
+        "layer_types": ["full_attention" if count else "conv" for count in counts],
+    }
 
 
 def _of_heads(gguf: GGUF, family: Family) -> dict[str, Any]:

@@ -45,8 +45,10 @@ class Family:
     rows_by_pairs: bool = False
     # Whether the file stores 1 + weight.
     norms_plus_one: bool = False
-    # Tensors that lack the parameter's first dimension, which is 1.
+    # Tensors that lack a dimension of the parameter, which is 1.
     flat: tuple[str, ...] = ()
+    # Whether layers without heads of keys are convolutions.
+    convolutions: bool = False
 
 
 KEYS = {
@@ -178,6 +180,15 @@ FAMILIES = {
             two_rotations=True,
             layers_of_27b=62,
             norms_plus_one=True,
+        ),
+        Family(
+            model_type="lfm2",
+            architecture="lfm2",
+            keys={key: theirs for key, theirs in RMS.items() if not key.endswith("_kv")}
+            | {"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"},
+            fixed={"block_auto_adjust_ff_dim": False},
+            flat=("shortconv.conv.weight",),
+            convolutions=True,
         ),
         Family(
             model_type="phi3",

@@ -19,6 +19,11 @@ class Kernel(Protocol):
     def in_features(self) -> int: ...
 
     @property
+    def dtype(self) -> "torch.dtype":
+        """Compute dtype."""
+        ...
+
+    @property
     def locked(self) -> "Kernel":
         """The kernel of locked rows: this one, or that of the dtype they are converted to once."""
         ...

@@ -56,7 +56,13 @@ def dry_run(
         else:
             together.append([name])
     every = once + [name for name in linears if name not in once]
-    streamed = [name for name in every if weight_of[name] not in used.weights]
+    # The layer before asks a router too, out of turn.
+    routers = tuple(f"{route.router.name}." for route in routes.values() if route.router)
+    streamed = [
+        name
+        for name in every
+        if weight_of[name] not in used.weights and not name.startswith(routers)
+    ]
     several = [names for names in together if len(names) > 1 and {*names} <= {*streamed}]
     return streamed, several, form, routes
 

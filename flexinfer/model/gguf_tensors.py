@@ -125,8 +125,8 @@ def _corrected(
     family = FAMILIES[config.model_type]
     if isinstance(module, Conv1D) and len(spec.shape) == 2:
         return replace(spec, transposed=True)
-    if spec.name.endswith(family.flat) and (1, *spec.shape) == tuple(shape):
-        return replace(spec, shape=(1, *spec.shape))
+    if spec.name.endswith(family.flat) and spec.shape == tuple(n for n in shape if n != 1):
+        return replace(spec, shape=tuple(shape))
     if family.norms_plus_one and spec.name.endswith("norm.weight"):
         return replace(spec, added=-1.0)
     heads = rotated_heads(spec.name, config)

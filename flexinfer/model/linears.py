@@ -150,13 +150,15 @@ def _multiplies_alike(module: nn.Module) -> bool:
     return type(module).__name__ == "FalconLinear" and module.bias is None
 
 
-def weight_of(
-    linear: Linear, specs: dict[str, TensorSpec], dtype: torch.dtype
-) -> tuple[Weight, Kernel]:
-    """The weight of `linear` as pieces, and what multiplies it."""
+def weight_of(linear: Linear, specs: dict[str, TensorSpec]) -> tuple[Weight, Kernel]:
+    """The weight of `linear` as pieces, and what multiplies it in the dtype of its parameter: some
+    models have a few in float32.
+    """
     name = linear.name + ".weight"
     spec = specs[name]
     rows, in_features = linear.features
+    assert isinstance(linear.module.weight, torch.Tensor)
+    dtype = linear.module.weight.dtype
     piece_bytes: int | None = pieces.PIECE_BYTES
     if isinstance(linear.module, Conv1D) and not spec.transposed and spec.packed is None:
         # Its rows in the file are inputs: a cut would change the order of sums.

@@ -145,7 +145,7 @@ def build_skeleton(
         linears = {linear.name: linear for linear in find_linears(model)}
         order, together, cache, routes = dry_run(shapes, linears.keys())
         experts = experts_of(shapes, expert_parts, routes, compute_dtype)
-        parts = [weight_of(linears[name], specs, compute_dtype) for name in order]
+        parts = [weight_of(linears[name], specs) for name in order]
     weights = [weight for weight, _ in parts]
     row_orders = row_orders_of(specs, weights)
     products = [

@@ -37,7 +37,6 @@ class StreamedLinear(nn.Linear):
     Args:
         weight: what the store calls it.
         stock: the module that it replaces.
-        dtype: what the model computes in.
         row_order: [out_features], where row i of the output is row row_order[i] of the file.
     """
 
@@ -45,7 +44,6 @@ class StreamedLinear(nn.Linear):
         self,
         weight: Weight,
         stock: nn.Module,
-        dtype: torch.dtype,
         store: WeightStore,
         trace: Trace,
         row_order: torch.Tensor | None = None,
@@ -53,7 +51,7 @@ class StreamedLinear(nn.Linear):
         nn.Module.__init__(self)
         assert isinstance(stock.weight, torch.Tensor)
         self.spec = weight
-        self.weight = streamed_weight(weight.name, stock.weight.shape, dtype)
+        self.weight = streamed_weight(weight.name, stock.weight.shape, stock.weight.dtype)
         self.bias = cast(nn.Parameter, stock.bias)
         self.out_features = weight.pieces[-1].row_stop
         self.in_features = self.weight.numel() // self.out_features

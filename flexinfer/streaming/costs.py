@@ -29,7 +29,6 @@ SAMPLE_BYTES = 192 << 20
 def measure_costs(
     used: Sequence[tuple[Weight, Kernel]],
     reader: FileReader,
-    dtype: torch.dtype,
     io_threads: int,
     memory_bytes: int = CACHE_BYTES,
 ) -> Costs:
@@ -54,7 +53,7 @@ def measure_costs(
             piece = weight.pieces[0]
             rows = piece.row_stop - piece.row_start
             seconds_per_byte[weight.role] = (
-                kernel_s(kernel, rows, piece.memory_bytes, dtype, buffer) / piece.nbytes
+                kernel_s(kernel, rows, piece.memory_bytes, buffer) / piece.nbytes
             )
     return Costs(
         bandwidth, sum(weight.nbytes * seconds_per_byte[weight.role] for weight, _ in used)
@@ -62,10 +61,7 @@ def measure_costs(
 
 
 def measure_rows(
-    used: Sequence[tuple[Weight, Kernel]],
-    counts: Sequence[int],
-    dtype: torch.dtype,
-    memory_bytes: int = CACHE_BYTES,
+    used: Sequence[tuple[Weight, Kernel]], counts: Sequence[int], memory_bytes: int = CACHE_BYTES
 ) -> tuple[tuple[int, float], ...]:
     """(rows, seconds of computing a pass of so many rows) for each of `counts`: from one piece of
     each role, in at most `memory_bytes` or two pieces.
@@ -80,9 +76,7 @@ def measure_rows(
         piece, rows = weight.pieces[0], weight.pieces[0].row_stop - weight.pieces[0].row_start
         for count in counts:
             if (weight.role, count) not in seconds:
-                taken_s = kernel_s(
-                    kernel, rows, piece.memory_bytes, dtype, buffer, count, repeats=5
-                )
+                taken_s = kernel_s(kernel, rows, piece.memory_bytes, buffer, count, repeats=5)
                 seconds[weight.role, count] = taken_s / piece.nbytes
             rows_s[count] += weight.nbytes * seconds[weight.role, count]
     return tuple(rows_s.items())
@@ -122,7 +116,6 @@ def kernel_s(
     kernel: Kernel,
     rows: int,
     nbytes: int,
-    dtype: torch.dtype,
     buffer: Buffer,
     activation_rows: int = 1,
     repeats: int = 9,
@@ -131,8 +124,8 @@ def kernel_s(
     rather than from the CPU's cache: from one place of `buffer` after the other, which holds zeros
     and more than `nbytes`.
     """
-    x = torch.ones(activation_rows, kernel.in_features, dtype=dtype)
-    bias = torch.zeros(rows, dtype=dtype)
+    x = torch.ones(activation_rows, kernel.in_features, dtype=kernel.dtype)
+    bias = torch.zeros(rows, dtype=kernel.dtype)
     samples = []
     for i in range(repeats):
         position = round_up(i * nbytes) % (buffer.nbytes - nbytes)
