@@ -64,6 +64,9 @@ TINY: dict[str, Any] = {
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "first_k_dense_replace": 1},
     **{"index_n_heads": 2, "index_head_dim": 16, "attention_window_size": 8},
 }
+# Keys that follow from others where they are None.
+DERIVED = {"head_dim", "num_key_value_heads"}
+MISSING = object()
 # Where sizes depend on one another.
 MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
 OF_MODEL: dict[str, dict[str, Any]] = {
@@ -82,8 +85,13 @@ OF_MODEL: dict[str, dict[str, Any]] = {
         **{"num_mem_blocks": 1, "attention_hidden_size": 128, "attention_head_dim": 32},
         **{"num_key_value_heads": 4, "use_shared_attention_adapter": False, "adapter_rank": 8},
     },
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "deepseek_v2": {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
     "deepseek_v32": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_key_value_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "falcon_h1": {**MAMBA_2, "mamba_d_ssm": 128},
@@ -99,17 +107,24 @@ def tiny_config(name: str) -> PretrainedConfig:
     kind: Any = CONFIG_MAPPING[name]
     base = kind()
     text = base.get_text_config(decoder=True)
-    values = {
-        key: value
-        for key, value in TINY.items()
-        if getattr(text, key, None) is not None
-        or (hasattr(text, key) and key in {"head_dim", "num_key_value_heads"})
-    }
+    values = {key: value for key, value in TINY.items() if _has(text, key)}
+    if "qk_rope_head_dim" in values:
+        values["head_dim"] = values["qk_rope_head_dim"]
     values |= OF_MODEL.get(name, {})
-    if text is base:
-        return kind(**values)
-    part = next(key for key, value in vars(base).items() if value is text)
-    return kind(**{part: type(text)(**values)})
+    part = next((key for key, value in vars(base).items() if value is text), None)
+    return kind(**values) if part is None else kind(**{part: type(text)(**values)})
+
+
+def _has(config: PretrainedConfig, key: str) -> bool:
+    """Whether `key` of a configuration can be set, and is."""
+    if isinstance(getattr(type(config), key, None), property):
+        return False
+    try:
+        value = getattr(config, key, MISSING)
+    except Exception:
+        # Each layer has its own.
+        return False
+    return value is not MISSING and (value is not None or key in DERIVED)
 
 
 @contextmanager
