@@ -488,7 +488,7 @@ def _store(
     model: PreTrainedModel,
 ) -> Stored:
     """The parameter as the file has it; it is changed into what that stands for."""
-    if ".conv." in name:
+    if name.endswith("conv.conv.weight"):
         return Stored(kind, parameter.squeeze(1).numpy().astype(np.float32), None)
     if parameter.dim() == 3:  # of experts
         each = [_store(name, one, kind, facts, config, model).data for one in parameter]
