@@ -57,9 +57,23 @@ PRIVATE = {
 }
 # Attributes with a leading underscore, of objects of theirs.
 ATTRIBUTES = {
-    *("_C", "_cdata", "_is_param", "_make_subclass", "_schema", "_to_copy"),  # torch
+    *(
+        "_C",
+        "_cdata",
+        "_non_persistent_buffers_set",
+        "_is_param",
+        "_make_subclass",
+        "_schema",
+        "_to_copy",
+    ),  # torch
     # Transformers.
-    *("_apply_gate", "_attn_implementation", "_experts_implementation", "_from_config"),
+    *(
+        "_apply_gate",
+        "_attn_implementation",
+        "_init_weights",
+        "_experts_implementation",
+        "_from_config",
+    ),
     *("_eos_token_tensor", "_pad_token_tensor", "_generation_defaults"),
     *("_non_streaming", "_normalize_response_items"),  # of its server's handlers
 }

@@ -140,6 +140,10 @@ def build_skeleton(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=compute_dtype, trust_remote_code=False
             )
+        # Tables are made anew in float32, as when transformers loads a checkpoint.
+        for module in model.modules():
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)
         model.eval().requires_grad_(False)
         set_generation_config(model, checkpoint)
         linears = {linear.name: linear for linear in find_linears(model)}
