@@ -90,13 +90,18 @@ def packed_checkpoint(
     return folder
 
 
-def float8(block: tuple[int, int] | None, *, kept: str = "lm_head") -> Pack:
+def is_quantised(name: str, tensor: torch.Tensor) -> bool:
+    """Linears of layers; no routers."""
+    return tensor.dim() == 2 and not any(one in name for one in ("lm_head", "embed", "mlp.gate."))
+
+
+def float8(block: tuple[int, int] | None) -> Pack:
     """Linears in float8 with a scale for each block, or for each tensor where that is None."""
 
     def pack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         packed = {}
         for name, tensor in tensors.items():
-            if tensor.dim() != 2 or any(one in name for one in (kept, "embed", "mlp.gate.")):
+            if not is_quantised(name, tensor):
                 packed[name] = tensor
                 continue
             rows, width = block or tensor.shape
@@ -136,7 +141,7 @@ def compressed(bits: int, group: int | None, *, packed: bool = False, zeros: boo
     def pack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = {}
         for name, tensor in tensors.items():
-            if tensor.dim() != 2 or any(one in name for one in ("lm_head", "embed", "mlp.gate.")):
+            if not is_quantised(name, tensor):
                 found[name] = tensor
                 continue
             rows, width = tensor.shape
@@ -195,7 +200,7 @@ def by_inputs(method: str, bits: int = 4, *, ordered: bool = False) -> Pack:
     def pack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = {}
         for name, tensor in tensors.items():
-            if tensor.dim() != 2 or any(one in name for one in ("lm_head", "embed", "mlp.gate.")):
+            if not is_quantised(name, tensor):
                 found[name] = tensor
                 continue
             rows, width = tensor.shape

@@ -163,7 +163,8 @@ def _by_inputs(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
             continue
         beside = [tensors.get(f"{stem}.{one}") for one in ("scales", "qzeros", "g_idx")]
         for one in (spec, *beside):
-            found.pop(one.name, None) if one is not None else None
+            if one is not None:
+                found.pop(one.name, None)
         if len(spec.shape) != 2 or spec.dtype != "I32" or beside[0] is None or beside[1] is None:
             raise CheckpointError(
                 f"{spec.file}: {shown(name)} has no scales and zeros beside it, or is no matrix of "

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from flexinfer.kernels.packed import STEPS_BYTES, STRIP_NUMBERS, PackedKernel
-from flexinfer.memory.buffer import Buffer, round_up
+from flexinfer.kernels.packed import STEPS_BYTES, STRIP_NUMBERS, PackedKernel, tensors_behind
+from flexinfer.memory.buffer import Buffer
 
 # Outputs that are made at a time: a multiple of this.
 STRIP_OUTPUTS = 64
@@ -76,12 +76,8 @@ class InputRowsKernel:
         shape = self.in_features, self.out_features // each
         if not self.layout.awq:
             shape = self.in_features // each, self.out_features
-        found = [buffer.tensor(position, torch.int32, shape)]
-        end = position + found[0].nbytes
-        for dtype, size in self.beside:
-            found.append(buffer.tensor(round_up(end), dtype, size))
-            end = round_up(end) + found[-1].nbytes
-        return tuple(found)
+        codes = buffer.tensor(position, torch.int32, shape)
+        return codes, *tensors_behind(buffer, position + codes.nbytes, self.beside)
 
     def multiply(
         self, x: torch.Tensor, view: tuple[torch.Tensor, ...], rows: int, bias: torch.Tensor | None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from flexinfer.memory.buffer import Buffer, round_up
+from flexinfer.memory.buffer import Buffer, behind
 
 # Numbers that are made at a time, and the bytes that the steps from codes to floats take for each.
 STRIP_NUMBERS, STEPS_BYTES = 1 << 18, 20
@@ -30,6 +30,17 @@ def _pairs(values: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Two of 16 values to a byte, the first in the low bits."""
     pairs = torch.tensor([[float(values[b & 15]), float(values[b >> 4])] for b in range(256)])
     return lambda codes: pairs[codes.int()].flatten(-2)
+
+
+def tensors_behind(
+    buffer: Buffer, end_byte: int, beside: Sequence[tuple[torch.dtype, tuple[int, ...]]]
+) -> tuple[torch.Tensor, ...]:
+    """What lies behind `end_byte` of `buffer`, by dtype and shape; no copy."""
+    sizes = (math.prod(shape) * dtype.itemsize for dtype, shape in beside)
+    return tuple(
+        buffer.tensor(begin, dtype, shape)
+        for begin, (dtype, shape) in zip(behind(end_byte, sizes), beside, strict=True)
+    )
 
 
 # By scheme: codes [rows, row_bytes] uint8 -> [rows, in_features] float32.
@@ -143,13 +154,11 @@ class PackedKernel:
 
     def view(self, buffer: Buffer, position: int, rows: int) -> PackedRows:
         codes = buffer.tensor(position, torch.uint8, (rows, self.row_bytes))
-        end, numbers = position + codes.nbytes, []
-        for side in self.sides:
-            shape = side.count(rows), side.width
-            begin, nbytes = round_up(end), math.prod(shape) * side.dtype.itemsize
-            numbers.append(buffer.bytes[begin : begin + nbytes].view(side.dtype).view(shape))
-            end = begin + nbytes
-        return PackedRows(codes, tuple(numbers), self.sides)
+        shapes = [(side.count(rows), side.width) for side in self.sides]
+        beside = [(side.dtype, shape) for side, shape in zip(self.sides, shapes, strict=True)]
+        return PackedRows(
+            codes, tensors_behind(buffer, position + codes.nbytes, beside), self.sides
+        )
 
     def multiply(
         self, x: torch.Tensor, view: PackedRows, rows: int, bias: torch.Tensor | None

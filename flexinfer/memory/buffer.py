@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -25,6 +26,16 @@ MADV_POPULATE_WRITE = 23
 def round_up(nbytes: int, multiple: int = PAGE_BYTES) -> int:
     """The smallest multiple of `multiple` that is at least `nbytes`."""
     return -(-nbytes // multiple) * multiple
+
+
+def behind(end_byte: int, sizes: Iterable[int]) -> Iterator[int]:
+    """Where arrays of `sizes` in bytes begin that lie behind `end_byte`, each from the next page
+    on.
+    """
+    for nbytes in sizes:
+        begin = round_up(end_byte)
+        yield begin
+        end_byte = begin + nbytes
 
 
 class Buffer:

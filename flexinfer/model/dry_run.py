@@ -26,13 +26,13 @@ def dry_run(
     """
     order: list[str] = []
     inputs: list[object] = []
-    weight_of = {name: id(model.get_submodule(name).weight) for name in linears}
-    used = _UsedElsewhere(frozenset(weight_of.values()))
+    id_of = {name: id(model.get_submodule(name).weight) for name in linears}
+    used = _UsedElsewhere(frozenset(id_of.values()))
 
     def note(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         order.append(name)
         inputs.append(args[0] if args else None)
-        used.running = weight_of[name]
+        used.running = id_of[name]
 
     def ran(_module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         used.running = None
@@ -59,9 +59,7 @@ def dry_run(
     # The layer before asks a router too, out of turn.
     routers = tuple(f"{route.router.name}." for route in routes.values() if route.router)
     streamed = [
-        name
-        for name in every
-        if weight_of[name] not in used.weights and not name.startswith(routers)
+        name for name in every if id_of[name] not in used.weights and not name.startswith(routers)
     ]
     several = [names for names in together if len(names) > 1 and {*names} <= {*streamed}]
     return streamed, several, form, routes

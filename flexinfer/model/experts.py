@@ -218,11 +218,12 @@ def build_experts(
             raise CheckpointError(
                 f"{name}: experts outside of the decoder layers cannot be streamed"
             )
-        if len({tuple(kernel_of(m) for m in expert) for expert in matrices[name]}) > 1:
+        of_each = {tuple(kernel_of(m) for m in expert) for expert in matrices[name]}
+        if len(of_each) > 1:
             raise CheckpointError(
                 f"{name}: its experts have different encodings, which cannot be streamed yet"
             )
-        kernels[name] = tuple(kernel_of(m) for m in matrices[name][0])
+        kernels[name] = of_each.pop()
         prefix, layer = name[place.end() :], int(place[1])
         # A cut by columns would change the order of sums.
         largest_bytes = None if matrices[name][0][0].by_columns else piece_bytes

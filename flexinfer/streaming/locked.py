@@ -15,11 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from flexinfer.kernels import Kernel
-from flexinfer.memory.buffer import PAGE_BYTES, Buffer, round_up
+from flexinfer.memory.buffer import PAGE_BYTES, Buffer, behind, round_up
 from flexinfer.plan.weights import Extent, Piece
 from flexinfer.streaming.queue import Read, ReadQueue
 from flexinfer.streaming.reader import padded_bytes
@@ -91,6 +90,15 @@ class LockedBlock:
         )
 
     @property
+    def _end(self) -> int:
+        """Where the last row ends in the buffer."""
+        return self._begin + self.kernel.locked_bytes(self.nbytes)
+
+    def _places_beside(self) -> list[int]:
+        """Where what lies beside the rows begins in the buffer."""
+        return list(behind(self._end, (one.nbytes for one in self._beside)))
+
+    @property
     def missing_bytes(self) -> int:
         """Memory that it has yet to take."""
         return 0 if self._buffer is not None else round_up(self._memory_bytes)
@@ -99,8 +107,8 @@ class LockedBlock:
     def _memory_bytes(self) -> int:
         if not self.as_in_file:
             return self.kernel.locked_bytes(self.nbytes)
-        extents = (Extent(Path(), self.pieces[0].offset_bytes, self.nbytes), *self._beside)
-        return sum(padded_bytes(one.offset_bytes, one.nbytes) for one in extents)
+        beside_bytes = sum(padded_bytes(one.offset_bytes, one.nbytes) for one in self._beside)
+        return padded_bytes(self.pieces[0].offset_bytes, self.nbytes) + beside_bytes
 
     @property
     def _beside(self) -> tuple[Extent, ...]:
@@ -147,19 +155,17 @@ class LockedBlock:
 
     def keep(self, count: int) -> None:
         """Keep the first `count` pieces; the memory of the others goes back to the system."""
-        end = self._begin + self.kernel.locked_bytes(self.nbytes)
-        before = self._beside
+        before = self._places_beside()
         self.pieces, self._rows = self.pieces[:count], None
         if not self.filled:
             self._buffer = None
         elif self._buffer is not None:
-            kept_end = self._begin + self.kernel.locked_bytes(self.nbytes)
-            for old, new in zip(before, self._beside, strict=True):
-                end, kept_end = round_up(end), round_up(kept_end)
-                memory = self._buffer.memory(0, self._buffer.nbytes)
-                memory[kept_end : kept_end + new.nbytes] = memory[end : end + new.nbytes]
-                end, kept_end = end + old.nbytes, kept_end + new.nbytes
-            self._buffer.release_from(kept_end)
+            end, memory = self._end, self._buffer.memory(0, self._buffer.nbytes)
+            moves = zip(self._beside, before, self._places_beside(), strict=True)
+            for one, old, new in moves:
+                end = new + one.nbytes
+                memory[new:end] = memory[old : old + one.nbytes]
+            self._buffer.release_from(end)
 
     def rows(self) -> Rows:
         """What there is to multiply, all of it as one. Only when it is filled."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
 
-from flexinfer.memory.buffer import round_up
+from flexinfer.memory.buffer import behind
 from flexinfer.observe.trace import Trace
 from flexinfer.plan.weights import Piece
 from flexinfer.streaming.reader import FileReader
@@ -135,12 +135,11 @@ class ReadQueue:
         """Read `piece` now, in this thread; the position of its first byte. Raises ReadError."""
         start_s = perf_counter()
         position = self._reader.read_now(piece.file, piece.offset_bytes, piece.nbytes, into)
-        end = position + piece.nbytes
-        for one in piece.beside:
-            rest = into[round_up(end) :]
+        places = behind(position + piece.nbytes, (one.nbytes for one in piece.beside))
+        for one, place in zip(piece.beside, places, strict=True):
+            rest = into[place:]
             begin = self._reader.read_now(one.file, one.offset_bytes, one.nbytes, rest)
             rest[: one.nbytes] = rest[begin : begin + one.nbytes]
-            end = round_up(end) + one.nbytes
         with self.changed:
             self.trace.reads += 1 + len(piece.beside)
             self.trace.bytes_read += piece.memory_bytes
